@@ -1,0 +1,161 @@
+"""Every setting of the project, as frozen dataclasses.
+
+The field docstrings are the jobs' `--help`; the defaults are the flags' defaults. Nothing here imports
+torch or Ray: a configuration can be read, checked and written anywhere.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from pipeline.errors import InputError
+
+Variance = Literal["fixed_large", "fixed_small", "learned_range"]
+LossKind = Literal["simple", "weighted", "vlb", "hybrid", "min_snr"]
+TimestepSampler = Literal["uniform", "loss_second_moment"]
+SamplerName = Literal["ancestral", "ddim", "dpm_solver"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The forward process and the loss (Ho et al. 2020; Nichol & Dhariwal 2021)."""
+
+    schedule: str = "cosine"
+    """Noise schedule: linear, quadratic, cosine, sigmoid, constant, or the path of a file with a list of betas."""
+    timesteps: int = 1000
+    """T, the number of diffusion steps."""
+    variance: Variance = "fixed_large"
+    """Reverse-process variance: beta, beta-tilde, or learned between the two in log space."""
+    loss: LossKind = "simple"
+    """Training objective: L_simple, the weighted L_t, L_vlb, L_hybrid, or min-SNR weighted L_simple."""
+    timestep_sampler: TimestepSampler = "uniform"
+    """How t is drawn in training."""
+    vlb_weight: float = 0.001
+    """Weight of L_vlb in L_hybrid (lambda of Improved DDPM, equation 16)."""
+    min_snr_gamma: float = 5.0
+    """Gamma of the min-SNR weighting (Hang et al. 2023)."""
+    betas: tuple[float, ...] = ()
+    """The betas themselves, in order; filled in from the file that --schedule names. Leave empty."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The UNet that predicts epsilon."""
+
+    model_channels: int = 64
+    """Channels at the highest resolution; a multiple of 32."""
+    channel_multipliers: tuple[int, ...] = (1, 2, 2)
+    """Channels of each level, as multiples of --model-channels; each level halves the resolution."""
+    res_blocks: int = 2
+    """Residual blocks per level."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Feature-map sizes in pixels at which self-attention is used (the middle block always has it)."""
+    head_channels: int = 32
+    """Channels per attention head."""
+    dropout: float = 0.0
+    """Dropout probability inside the residual blocks."""
+    class_conditional: bool = False
+    """Condition on the data's labels (needed for --guidance when sampling)."""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What one image of a dataset is; known from the data, never a flag of training."""
+
+    size: int
+    channels: int
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to rebuild a trained model: what `config.json` in a model folder holds."""
+
+    model: ModelConfig
+    image: ImageConfig
+    diffusion: DiffusionConfig
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam, its warm-up, clipping, and the averages of the weights."""
+
+    learning_rate: float = 2e-4
+    """Adam's step size after the warm-up."""
+    warmup_steps: int = 100
+    """Optimizer steps over which the learning rate grows linearly from zero."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decay rates."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    ema_decays: tuple[float, ...] = (0.999,)
+    """Decay rates of the weight averages; the first one is the model that is exported."""
+    ema_lengths: tuple[float, ...] = ()
+    """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; snapshots go with checkpoints."""
+
+
+_T = TypeVar("_T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON types (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _T:
+    """The inverse of `to_dict`, for nested frozen dataclasses.
+
+    Raises:
+        InputError: a key that `cls` does not have, or a value of the wrong type.
+    """
+    from typing import get_args, get_origin, get_type_hints
+
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a mapping, got {type(values).__name__}")
+    hints = get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(hints))}")
+
+    def convert(hint: Any, value: Any, name: str) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return from_dict(hint, value, f"{where}.{name}")  # type: ignore[arg-type]
+        origin = get_origin(hint)
+        if origin is Literal and value not in get_args(hint):
+            raise InputError(f"{where}.{name}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")
+        if origin is tuple:
+            if not isinstance(value, (list, tuple)):
+                raise InputError(f"{where}.{name}: expected a list, got {value!r}")
+            return tuple(convert(get_args(hint)[0], v, name) for v in value)
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if hint in (int, float, str, bool) and type(value) is not hint:
+            raise InputError(f"{where}.{name}: expected {hint.__name__}, got {value!r}")
+        return value
+
+    arguments = {name: convert(hints[name], value, name) for name, value in values.items()}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """A YAML (or JSON) file as a dict; raises InputError when it can't be read or isn't a mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config {path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: expected settings as 'name: value' lines")
+    return values
