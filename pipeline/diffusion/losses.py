@@ -1,0 +1,240 @@
+"""The training objectives and the variational bound (Ho et al. 2020, section 3; Nichol & Dhariwal 2021).
+
+The bound on the negative log-likelihood is L_T + sum of L_{t-1} + L_0, in bits per dimension where not said
+otherwise. `pipeline.diffusion.process` says how t counts: here L_0 is the term at index t = 0.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.config import DiffusionConfig
+from pipeline.diffusion.process import (
+    Process,
+    model_log_variance,
+    p_mean_variance,
+    q_mean_variance,
+    q_posterior,
+    q_sample,
+    snr,
+    take,
+)
+from pipeline.errors import InputError
+
+Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t [N, C, ...], the original chain's t int64 [N], labels int64 [N] or None) -> epsilon, or that and v."""
+
+
+def check_loss(config: DiffusionConfig) -> None:
+    """Whether the objective can train what the variance kind makes the model predict.
+
+    Raises:
+        InputError: a learned variance that the loss would not train, or L_hybrid with none to train.
+    """
+    learned = config.variance == "learned_range"
+    if learned and config.loss not in ("vlb", "hybrid"):
+        raise InputError(f"loss {config.loss!r} doesn't train the variance learned_range; use hybrid or vlb")
+    if config.loss == "hybrid" and not learned:
+        raise InputError(
+            f"loss 'hybrid' is for the variance learned_range, not {config.variance}; use simple"
+        )
+
+
+def training_loss(
+    process: Process,
+    config: DiffusionConfig,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """The loss of every sample; its mean over uniform t is the objective.
+
+    simple: ||noise - eps||^2, mean over dimensions (equation 14).
+    weighted: the same times T and `vlb_coefficient`: what the bound has of it (equation 12), bits/dim.
+    vlb: T times `vlb_term`: the bound without the constant L_T, bits/dim (equation 5).
+    hybrid: simple + vlb_weight * vlb, where vlb trains the variance only (Nichol & Dhariwal 2021, eq. 16).
+    min_snr: simple times min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4).
+
+    Args:
+        x_0: images in [-1, 1], [N, C, ...].
+        t: int64 [N].
+        noise: standard normal, of x_0's shape.
+
+    Returns:
+        [N], of x_0's dtype.
+
+    Raises:
+        InputError: see `check_loss`.
+    """
+    check_loss(config)
+    x_t = q_sample(process, x_0, t, noise)
+    output = model(x_t, take(process.timesteps, t), labels)
+    if config.loss == "vlb":
+        return len(process) * vlb_term(process, output, x_0, x_t, t, clip=False)
+    eps = output[:, : x_0.shape[1]]
+    simple = _mean_flat((noise - eps.to(noise.dtype)).square())
+    if config.loss == "weighted":
+        weight = len(process) * vlb_coefficient(process) / math.log(2)
+        return take(weight, t).to(simple.dtype) * simple
+    if config.loss == "min_snr":
+        weight = (config.min_snr_gamma / snr(process)).clamp(max=1)
+        return take(weight, t).to(simple.dtype) * simple
+    if config.loss == "hybrid":
+        frozen_mean = torch.cat([eps.detach(), output[:, x_0.shape[1] :]], dim=1)
+        vlb = len(process) * vlb_term(process, frozen_mean, x_0, x_t, t, clip=False)
+        return simple + config.vlb_weight * vlb
+    return simple
+
+
+def vlb_coefficient(process: Process) -> Tensor:
+    """beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)), the factor of ||noise - eps||^2 in L_{t-1} (12).
+
+    Returns:
+        float64 [T], in nats. At t = 0 it is that of the decoder's Gaussian, as in section 3.4.
+
+    Raises:
+        InputError: the variance is learned, so that the factor depends on the model.
+    """
+    variance = model_log_variance(process).exp()
+    return process.beta**2 / (2 * variance * process.alpha * (1 - process.alpha_bar))
+
+
+def vlb_term(
+    process: Process, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool
+) -> Tensor:
+    """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or at t = 0 L_0 = -log p(x_0 | x_1) (eq. 5).
+
+    Returns:
+        bits/dim, [N].
+    """
+    q = q_posterior(process, x_0, x_t, t)
+    p = p_mean_variance(process, model_output, x_t, t, clip)
+    kl = normal_kl(q.mean, q.log_variance, p.mean, p.log_variance)
+    decoder = -discretized_gaussian_log_likelihood(x_0, p.mean, p.log_variance / 2)
+    return torch.where(t == 0, _mean_flat(decoder), _mean_flat(kl)) / math.log(2)
+
+
+def prior_bits_per_dim(process: Process, x_0: Tensor) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) in bits/dim, [N]; no model enters it."""
+    t = torch.full((x_0.shape[0],), len(process) - 1, device=x_0.device)
+    # In float64: the KL is a small difference of terms near 1.
+    q = q_mean_variance(process, x_0.double(), t)
+    zero = torch.zeros_like(q.mean)
+    return (_mean_flat(normal_kl(q.mean, q.log_variance, zero, zero)) / math.log(2)).to(x_0.dtype)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, variance1) || N(mean2, variance2)) of every element, in nats."""
+    difference = log_variance1 - log_variance2
+    return 0.5 * (difference.expm1() - difference + (mean1 - mean2).square() * (-log_variance2).exp())
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log of the mass that N(mean, exp(log_scale)^2) puts on each pixel's bin, in nats (equation 13).
+
+    Args:
+        x: 8-bit pixels scaled to [-1, 1]: bins are 2/255 wide, and those of -1 and 1 open outwards.
+    """
+    upper = (x + 1 / 255 - mean) * (-log_scale).exp()
+    lower = (x - 1 / 255 - mean) * (-log_scale).exp()
+    # Where the bin lies above the mean, its mirror image: both tails are then the small, exact one.
+    mirrored = lower + upper > 0
+    high, low = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+    log_high = torch.special.log_ndtr(high)
+    # The floor keeps the gradient finite where a dtype can't tell the two edges apart.
+    gap = (log_high - torch.special.log_ndtr(low)).clamp(min=torch.finfo(x.dtype).tiny)
+    inside = log_high + (-torch.expm1(-gap)).log()
+    lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
+    return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside))
+
+
+@torch.no_grad()
+def vlb_terms(
+    process: Process,
+    model: Model,
+    x_0: Tensor,
+    noise_fn: Callable[[int], Tensor],
+    labels: Tensor | None = None,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Every term of the bound, one noise draw each.
+
+    Args:
+        x_0: 8-bit images scaled to [-1, 1], [N, C, ...].
+        noise_fn: standard normal noise of x_0's shape for the step t.
+        clip: limit the predicted x_0 to [-1, 1].
+
+    Returns:
+        terms, [N, T], term t at column t, and prior, L_T, [N], both in bits/dim. An image's bits/dim is
+        terms.sum(1) + prior.
+    """
+    columns = [
+        _term(
+            process, model, x_0, torch.full((x_0.shape[0],), t, device=x_0.device), noise_fn(t), labels, clip
+        )
+        for t in range(len(process))
+    ]
+    return torch.stack(columns, dim=1), prior_bits_per_dim(process, x_0)
+
+
+@torch.no_grad()
+def stratified_vlb(
+    process: Process,
+    model: Model,
+    x_0: Tensor,
+    noise_fn: Callable[[Tensor], Tensor],
+    u: Tensor,
+    labels: Tensor | None = None,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """An unbiased estimate of each image's bits/dim from n of the T terms.
+
+    The steps are cut into n / 2 strata of equal size; every image draws two different steps in each.
+
+    Args:
+        x_0: 8-bit images scaled to [-1, 1], [N, C, ...].
+        noise_fn: standard normal noise of x_0's shape, where image i is at step t[i] of an int64 [N].
+        u: uniform numbers in (0, 1), float64, [N, n], n even and from 2 to T.
+
+    Returns:
+        bits/dim, L_T included, and the variance of that estimate around the sum of all terms (with the same
+        noise): both [N]. The mean over independent images has standard error sqrt(variance.sum()) / N. With
+        n = T (even) every term is evaluated and the variance is zero.
+
+    Raises:
+        InputError: n is odd or outside 2 to T.
+    """
+    count, timesteps = u.shape[1], len(process)
+    if count % 2 or not 2 <= count <= timesteps:
+        raise InputError(f"terms of the bound: {count} isn't an even number from 2 to {timesteps}")
+    strata = count // 2
+    total = prior_bits_per_dim(process, x_0)
+    variance = torch.zeros_like(total)
+    for stratum in range(strata):
+        start, end = (stratum * timesteps // strata, (stratum + 1) * timesteps // strata)
+        size = end - start
+        first = (u[:, 2 * stratum] * size).long()
+        second = (first + 1 + (u[:, 2 * stratum + 1] * (size - 1)).long()) % size
+        a, b = (
+            _term(process, model, x_0, start + offset, noise_fn(start + offset), labels, clip)
+            for offset in (first, second)
+        )
+        total = total + size * (a + b) / 2
+        # Two draws without replacement: s^2 / 2 with the finite-population correction, s^2 = (a - b)^2 / 2.
+        variance = variance + size**2 * (1 - 2 / size) * (a - b).square() / 4
+    return total, variance
+
+
+def _term(
+    process: Process, model: Model, x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None, clip: bool
+) -> Tensor:
+    x_t = q_sample(process, x_0, t, noise)
+    return vlb_term(process, model(x_t, take(process.timesteps, t), labels), x_0, x_t, t, clip)
+
+
+def _mean_flat(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1)

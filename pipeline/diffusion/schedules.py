@@ -1,0 +1,138 @@
+"""Beta schedules: how much noise each step of the forward chain adds.
+
+Every named schedule is defined for any T. Those given by their betas (linear, quadratic, constant) are
+rescaled by 1000 / T, so that the whole chain adds about as much noise as the published one of 1000 steps.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.config import DiffusionConfig
+from pipeline.errors import InputError
+
+MAX_TIMESTEPS = 10_000
+_MAX_BETA = 0.999
+_BETA_START, _BETA_END = 1e-4, 0.02
+_EXPLICIT = "explicit"
+
+
+def linear(timesteps: int) -> Tensor:
+    """Betas from 1e-4 to 0.02 in equal steps (Ho et al. 2020, section 4)."""
+    scale = 1000 / timesteps
+    return torch.linspace(scale * _BETA_START, scale * _BETA_END, timesteps, dtype=torch.float64)
+
+
+def quadratic(timesteps: int) -> Tensor:
+    """Betas whose square roots are linear ("scaled linear"; Ho et al. 2020, section 4)."""
+    scale = 1000 / timesteps
+    ends = math.sqrt(scale * _BETA_START), math.sqrt(scale * _BETA_END)
+    return torch.linspace(*ends, timesteps, dtype=torch.float64) ** 2
+
+
+def constant(timesteps: int) -> Tensor:
+    """One beta for all steps: the mean of `linear`, which ends at about the same alpha_bar_T."""
+    beta = 1000 / timesteps * (_BETA_START + _BETA_END) / 2
+    return torch.full((timesteps,), beta, dtype=torch.float64)
+
+
+def cosine(timesteps: int) -> Tensor:
+    """alpha_bar falls as a squared cosine (Nichol & Dhariwal 2021, equation 17, s = 0.008)."""
+    u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    return _from_alpha_bar(torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def sigmoid(timesteps: int) -> Tensor:
+    """alpha_bar falls as a sigmoid from -3 to 3, temperature 1 (Jabri et al. 2022; Chen 2023, section 2)."""
+    level = torch.sigmoid(torch.linspace(-3, 3, timesteps + 1, dtype=torch.float64))
+    return _from_alpha_bar((level[-1] - level) / (level[-1] - level[0]))
+
+
+def _from_alpha_bar(alpha_bar: Tensor) -> Tensor:
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "linear": linear,
+    "quadratic": quadratic,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "constant": constant,
+}
+
+
+def make_betas(config: DiffusionConfig) -> Tensor:
+    """The betas of `config`, checked; those of a named schedule are at most 0.999.
+
+    Returns:
+        float64, shape [T], on the CPU, each in (0, 1).
+
+    Raises:
+        InputError: an unknown schedule, T outside 1 to 10,000, or betas that no chain can use.
+    """
+    if not 1 <= config.timesteps <= MAX_TIMESTEPS:
+        raise InputError(f"timesteps: {config.timesteps} is outside 1 to {MAX_TIMESTEPS}")
+    if config.schedule == _EXPLICIT:
+        if len(config.betas) != config.timesteps:
+            raise InputError(
+                f"betas: {len(config.betas)} given for {config.timesteps} timesteps; give one for each"
+            )
+        return _checked(torch.tensor(config.betas, dtype=torch.float64))
+    if config.betas:
+        raise InputError(f"betas: given beside the schedule {config.schedule!r}; leave one of the two out")
+    if config.schedule not in SCHEDULES:
+        raise InputError(_unknown(config.schedule))
+    return _checked(SCHEDULES[config.schedule](config.timesteps).clamp(max=_MAX_BETA))
+
+
+def resolve(config: DiffusionConfig) -> DiffusionConfig:
+    """`config` with its betas read, where its schedule is the path of a file with a list of them.
+
+    The file is text: a JSON list, or numbers between commas, spaces or line ends. The result has the
+    schedule "explicit" and as many timesteps as betas. A named schedule is returned unchanged.
+
+    Raises:
+        InputError: no such schedule or file, or a file that isn't a list of betas in (0, 1).
+    """
+    if config.schedule in SCHEDULES or config.schedule == _EXPLICIT:
+        return config
+    try:
+        text = Path(config.schedule).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise InputError(_unknown(config.schedule)) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"schedule {config.schedule!r}: can't be read: {error}") from None
+    try:
+        values = json.loads(text) if text.startswith(("[", "{")) else text.replace(",", " ").split()
+        if not isinstance(values, list):
+            raise TypeError
+        betas = tuple(float(value) for value in values)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        raise InputError(
+            f"schedule {config.schedule!r}: expected a list of numbers, one for each step"
+        ) from None
+    resolved = dataclasses.replace(config, schedule=_EXPLICIT, betas=betas, timesteps=len(betas))
+    try:
+        make_betas(resolved)
+    except InputError as error:
+        raise InputError(f"schedule {config.schedule!r}: {error}") from None
+    return resolved
+
+
+def _checked(betas: Tensor) -> Tensor:
+    bad = ~((betas > 0) & (betas < 1))  # true for NaN too
+    if bad.any():
+        step = int(bad.nonzero()[0])
+        raise InputError(f"betas: number {step + 1} is {betas[step].item():g}; each must lie between 0 and 1")
+    if torch.cumprod(1 - betas, 0)[-1] < torch.finfo(torch.float32).tiny:
+        raise InputError("betas: so large that the chain's signal underflows; use smaller or fewer ones")
+    return betas
+
+
+def _unknown(schedule: str) -> str:
+    return f"schedule {schedule!r}: neither a file nor one of {', '.join(SCHEDULES)}"

@@ -1,0 +1,70 @@
+"""How t is drawn in training (Nichol & Dhariwal 2021, section 3.3).
+
+The state is a plain dict of CPU tensors, so that a checkpoint can hold it. It changes only in `update`,
+as a function of its arguments: workers that pass the same gathered losses in the same order stay equal.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.config import TimestepSampler
+
+State = dict[str, Tensor]
+
+_HISTORY = 10
+_UNIFORM_PART = 0.001
+
+
+def init_state(kind: TimestepSampler, timesteps: int) -> State:
+    """The state before the first step; both kinds begin uniform.
+
+    Returns:
+        "probability", float64 [T]; for loss_second_moment also "history", float64 [T, 10], the latest
+        losses at each t, and "count", int64 [T], how many there ever were.
+    """
+    state = {"probability": torch.full((timesteps,), 1 / timesteps, dtype=torch.float64)}
+    if kind == "loss_second_moment":
+        state["history"] = torch.zeros(timesteps, _HISTORY, dtype=torch.float64)
+        state["count"] = torch.zeros(timesteps, dtype=torch.int64)
+    return state
+
+
+def draw(state: State, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Timesteps by inversion of the distribution function.
+
+    Args:
+        u: uniform numbers in (0, 1), float64, shape [N].
+
+    Returns:
+        t, int64 [N], and weight = 1 / (T p_t), float64 [N], both on the device of `u`: the mean of
+        weight * loss is an unbiased estimate of the loss's mean over uniform t.
+    """
+    probability = state["probability"].to(u.device)
+    cumulative = probability.cumsum(0)
+    t = torch.searchsorted(cumulative / cumulative[-1], u, right=True).clamp(max=len(probability) - 1)
+    return t, 1 / (len(probability) * probability[t])
+
+
+def update(state: State, t: Tensor, losses: Tensor) -> State:
+    """The state after a step's losses: p_t is proportional to sqrt(E[L_t^2]) over the latest ten.
+
+    It stays uniform until every t has ten losses; then 0.1 % of it stays uniform, so that no weight grows
+    without bound. A uniform state is returned as it is, and a loss that isn't finite is left out.
+
+    Args:
+        t: int64 [N], of all workers in a fixed order.
+        losses: [N], per sample and unweighted, in the same order.
+    """
+    if "history" not in state:
+        return state
+    history, count = state["history"].clone(), state["count"].clone()
+    finite = losses.isfinite()
+    rows, counts = history.numpy(), count.numpy()  # views: element writes are far cheaper than in torch
+    for step, loss in zip(t[finite].tolist(), losses[finite].tolist(), strict=True):
+        rows[step, counts[step] % _HISTORY] = loss
+        counts[step] += 1
+    probability = state["probability"]
+    moment = history.square().mean(1).sqrt()
+    if (count >= _HISTORY).all() and moment.sum() > 0:
+        probability = (1 - _UNIFORM_PART) * moment / moment.sum() + _UNIFORM_PART / len(moment)
+    return {"probability": probability, "history": history, "count": count}
