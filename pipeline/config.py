@@ -102,6 +102,67 @@ class OptimizerConfig:
     """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; snapshots go with checkpoints."""
 
 
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: what the data, the model and the optimizer are, and where everything goes."""
+
+    data: str
+    """Dataset to train on: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
+    output: str
+    """Where the run lives: checkpoints, configuration, exported model (URI; all nodes must see it)."""
+    steps: int = 10_000
+    """Optimizer steps in all, whatever was done before a resume."""
+    workers: int = 1
+    """Data-parallel workers; the most that are used where --min-workers is given."""
+    min_workers: int = 0
+    """Elastic training: go on with as few as this many workers while nodes are missing; 0 = not elastic."""
+    batch_size: int = 128
+    """Global batch size in images: split over the workers, never multiplied by them."""
+    microbatch: int = 0
+    """Images per forward pass in one worker, accumulating gradients; 0 = the worker's whole part."""
+    seed: int = 0
+    """Seed of the order of the data, of timesteps, noise, augmentation and of the first weights."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint in --output."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    class_dropout: float = 0.1
+    """Share of samples whose label is hidden, for guidance (class-conditional models only)."""
+    random_flip: bool = False
+    """Mirror half of the images, left to right."""
+    groups_per_window: int = 16
+    """Groups of rows that are mixed by the shuffle at a time; more mixes better and needs more memory."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward pass; auto = bf16 where the hardware has it."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    gpu: bool | None = None
+    """Train on GPUs; left out = when the cluster has one for every worker."""
+    cpus_per_worker: float = 1.0
+    """CPUs (and CPU threads) that each worker reserves."""
+    log_every: int = 50
+    """Steps between two points of the MLflow curves."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    max_failures: int = 10
+    """Restarts of the worker group before the run is given up."""
+    max_bad_fraction: float = 0.01
+    """Share of undecodable images at which the run stops."""
+    skip_nonfinite: bool = False
+    """Skip a step whose loss or gradient is not finite, instead of stopping the run."""
+    experiment: str = "ray-ddpm"
+    """MLflow experiment."""
+    run_name: str = ""
+    """MLflow run name; empty = MLflow invents one."""
+    register: str = ""
+    """Name under which the finished model is registered in MLflow; empty = not registered."""
+    alias: str = "latest"
+    """Alias that is pointed at the registered version."""
+
+
 _T = TypeVar("_T")
 
 

@@ -1,0 +1,129 @@
+"""What every entry point does: parse flags, run, print one JSON line; one clear line on bad input."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from pipeline.config import from_dict, load_yaml
+from pipeline.errors import InputError
+
+T = TypeVar("T")
+Verbose = Annotated[bool, tyro.conf.arg(help="Let the logs of Ray and MLflow through.")]
+
+
+def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
+    """Flags as a frozen dataclass; `--config FILE.yaml` gives the defaults that flags override.
+
+    Raises:
+        InputError: a flag or a value that does not exist, in one line.
+        SystemExit: with code 0, after `--help`.
+    """
+    arguments, path = _take_option(arguments, "--config")
+    extra: dict[str, Any] = {}
+    if path is not None:
+        extra["default"] = _with_defaults(cls, load_yaml(path), f"--config {path}")
+    description = f"{about}\n\n--config FILE.yaml starts from saved settings; flags override them."
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(
+                cls, args=arguments, prog=f"jobs/{job}.py", description=description, config=markers, **extra
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(output.getvalue(), job)) from None
+
+
+def main(job: str, about: str, cls: type[T], run: Callable[[T], dict[str, Any]], arguments: list[str]) -> int:
+    """Runs a job: its result is the last line on stdout, everything else goes to stderr.
+
+    Returns:
+        the exit code: 0, or 2 on bad input; any other error is raised.
+    """
+    arguments, verbose = _take_switch(arguments, "--verbose")
+    try:
+        config = parse(cls, arguments, job, about)
+        with result_stream(verbose) as stream:
+            result = run_quietly(lambda: run(config), verbose)
+            print(json.dumps(result), file=stream, flush=True)
+    except InputError as error:
+        print(f"{job}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{job}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_quietly(run: Callable[[], dict[str, Any]], verbose: bool) -> dict[str, Any]:
+    """Runs with Ray started; chatter of libraries is kept back unless `verbose`."""
+    from pipeline.cluster import connect
+
+    if not verbose:
+        for name in ("mlflow", "alembic", "matplotlib", "fsspec", "urllib3", "httpx"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    connect(verbose)
+    return run()
+
+
+@contextlib.contextmanager
+def result_stream(verbose: bool) -> Any:
+    """The real stdout, while everything else that prints there is sent to stderr (at descriptor level)."""
+    del verbose
+    sys.stdout.flush()
+    real = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        yield real
+    finally:
+        sys.stdout.flush()
+        real.flush()
+        os.dup2(real.fileno(), 1)
+        real.close()
+
+
+def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
+    for i, argument in enumerate(arguments):
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise InputError(f"{name} needs a file name after it")
+            return arguments[:i] + arguments[i + 2 :], arguments[i + 1]
+        if argument.startswith(f"{name}="):
+            return arguments[:i] + arguments[i + 1 :], argument.partition("=")[2]
+    return arguments, None
+
+
+def _take_switch(arguments: list[str], name: str) -> tuple[list[str], bool]:
+    return [a for a in arguments if a != name], name in arguments
+
+
+def _with_defaults(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """`values` as `cls`, where a required field that is missing is still asked for as a flag."""
+    import dataclasses
+
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = required - set(values)
+    config = from_dict(cls, values | dict.fromkeys(missing, ""), where)
+    for name in missing:
+        object.__setattr__(config, name, tyro.MISSING)
+    return config
+
+
+def _one_line(panel: str, job: str) -> str:
+    """The sense of tyro's boxed error."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in panel.splitlines()]
+    kept = [line for line in lines if line and not line.startswith("For full helptext") and line != f"jobs/{job}.py --help"]
+    return f"{' '.join(kept)} (see jobs/{job}.py --help)"

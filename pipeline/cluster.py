@@ -1,0 +1,62 @@
+"""Joining or starting Ray, quietly."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+# Ray reads these when it is imported or when its workers start.
+_QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+}
+
+
+def connect(verbose: bool = False, cpus: int | None = None) -> None:
+    """Joins the cluster at RAY_ADDRESS, or starts a Ray of this process's own on this machine.
+
+    Args:
+        verbose: let Ray's own logs and progress bars through.
+        cpus: CPUs of a local Ray; all of the machine's where left out.
+
+    Raises:
+        InputError: RAY_ADDRESS is set and nothing answers there.
+    """
+    if not verbose:
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    import ray
+    from ray.data import DataContext
+
+    from pipeline.errors import InputError
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        # Workers import this package from wherever the driver does, also where it isn't installed.
+        root = str(Path(__file__).parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        options = {
+            "log_to_driver": verbose,
+            "logging_level": logging.INFO if verbose else logging.ERROR,
+            "configure_logging": True,
+            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+        }
+        if not address:
+            options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus}
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}") from None
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.enable_operator_progress_bars = False
+        context.print_on_execution_start = False

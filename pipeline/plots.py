@@ -1,0 +1,100 @@
+"""The only module that draws: sample grids, the process strip, schedules, the bound over t."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+BORDER = 1
+LEAST_TILE_PIXELS = 32
+
+
+def grid(images: np.ndarray, columns: int) -> Image.Image:
+    """Tiles images, uint8 [N, H, W, C], row by row; small ones are enlarged without smoothing."""
+    count, height, width, channels = images.shape
+    factor = max(1, -(-LEAST_TILE_PIXELS // max(height, width)))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    tile_h, tile_w = height * factor + BORDER, width * factor + BORDER
+    rows = -(-count // columns)
+    canvas = np.full((rows * tile_h + BORDER, columns * tile_w + BORDER, channels), 128, np.uint8)
+    for i, image in enumerate(images):
+        y, x = BORDER + i // columns * tile_h, BORDER + i % columns * tile_w
+        canvas[y : y + height * factor, x : x + width * factor] = image
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def save_grid(images: np.ndarray, path: Path, columns: int = 0) -> None:
+    """Writes `grid` as PNG; as square as it can be where `columns` is 0."""
+    grid(images, columns or max(1, int(np.ceil(np.sqrt(len(images)))))).save(path)
+
+
+def save_process_strip(
+    forward: Sequence[np.ndarray],
+    forward_steps: Sequence[int],
+    reverse: Sequence[np.ndarray],
+    reverse_steps: Sequence[int],
+    path: Path,
+) -> None:
+    """The forward process q above the reverse process p_theta, one column a chosen t.
+
+    Args:
+        forward, reverse: uint8 [N, H, W, C] each, N images at each of the steps, in the order of time.
+        forward_steps, reverse_steps: the paper's t of each (0 = data).
+    """
+    examples = len(forward[0])
+    rows, columns = 2 * examples, max(len(forward), len(reverse))
+    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows + 0.6), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    halves = ((0, forward, forward_steps, "q(x_t | x_0)"), (examples, reverse, reverse_steps, "p(x_{t-1} | x_t)"))
+    for top, frames, steps, name in halves:
+        for column, (frame, step) in enumerate(zip(frames, steps, strict=True)):
+            for row in range(examples):
+                axis = axes[top + row][column]
+                axis.imshow(frame[row].squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                if row == 0:
+                    axis.set_title(f"${name}$\nt = {step}" if column == 0 else f"t = {step}", fontsize=8)
+    _finish(figure, path)
+
+
+def save_schedules(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """alpha_bar and log SNR over t / T, side by side; `curves` maps a name to (alpha_bar, snr), each [T]."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for name, (alpha_bar, snr) in curves.items():
+        time = (np.arange(len(alpha_bar)) + 1) / len(alpha_bar)
+        left.plot(time, alpha_bar, label=name)
+        right.plot(time, np.log10(snr), label=name)
+    left.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$", title="signal kept")
+    right.set(xlabel="t / T", ylabel=r"$\log_{10}$ SNR", title="signal-to-noise ratio")
+    left.legend()
+    _finish(figure, path)
+
+
+def save_bound_terms(terms: np.ndarray, path: Path) -> None:
+    """L_{t-1} in bits/dim over t, logarithmic; `terms` is [T], the first being L_0."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    axis.semilogy(np.arange(1, len(terms) + 1), np.maximum(terms, 1e-12))
+    axis.set(xlabel="t", ylabel="bits/dim", title=r"terms of the bound, $L_{t-1}$")
+    _finish(figure, path)
+
+
+def save_nearest(samples: np.ndarray, nearest: np.ndarray, path: Path) -> None:
+    """Samples (upper of each pair of rows) above their nearest training images; both uint8 [N, H, W, C]."""
+    columns = min(len(samples), 16)
+    pairs = [
+        part
+        for i in range(0, len(samples) - columns + 1, columns)
+        for part in (samples[i : i + columns], nearest[i : i + columns])
+    ]
+    save_grid(np.concatenate(pairs), path, columns)
+
+
+def _finish(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

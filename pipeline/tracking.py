@@ -1,0 +1,195 @@
+"""MLflow: runs, curves, artifacts, the model registry. The only module that imports mlflow (with pyfunc.py).
+
+Only the driver talks to MLflow: workers hand their numbers to it (see training/progress.py), so one run has
+one writer, whatever restarts, and workers need neither the server's address nor its credentials.
+"""
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import InputError
+
+_PARAMS_A_CALL = 100
+_METRICS_A_CALL = 1000
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open MLflow run.
+
+    Attributes:
+        last_step: the last step whose metrics are already in the curves; -1 for a new run.
+    """
+
+    id: str
+    last_step: int = -1
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def _client() -> mlflow.MlflowClient:
+    mlflow.set_tracking_uri(tracking_uri())
+    return mlflow.MlflowClient()
+
+
+def start_run(experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]) -> Run:
+    """Opens a new run.
+
+    Raises:
+        InputError: the server or the database can't be reached.
+    """
+    try:
+        client = _client()
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+        run = client.create_run(experiment_id, run_name=name or None, tags=tags)
+        values = [Param(key, str(value)[:6000]) for key, value in sorted(_flat(params).items())]
+        for i in range(0, len(values), _PARAMS_A_CALL):
+            client.log_batch(run.info.run_id, params=values[i : i + _PARAMS_A_CALL])
+    except (MlflowException, OSError) as error:
+        raise InputError(f"MLflow at {_shown(tracking_uri())}: {_line(error)}") from None
+    return Run(run.info.run_id)
+
+
+def reopen_run(run_id: str, metric: str) -> Run | None:
+    """Goes on with a run after a restart; None when MLflow no longer has it."""
+    client = _client()
+    try:
+        history = client.get_metric_history(run_id, metric)
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException:
+        return None
+    return Run(run_id, max((point.step for point in history), default=-1))
+
+
+def end_run(run: Run, status: str = "FINISHED") -> None:
+    """Closes a run as FINISHED, FAILED or KILLED."""
+    _client().set_terminated(run.id, status)
+
+
+def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> None:
+    """Adds to the curves: (milliseconds since 1970, step, values) each."""
+    metrics = [Metric(key, value, time, step) for time, step, values in points for key, value in values.items()]
+    for i in range(0, len(metrics), _METRICS_A_CALL):
+        _client().log_batch(run.id, metrics=metrics[i : i + _METRICS_A_CALL])
+
+
+def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
+    """Names the training data in the run, by place and content fingerprint."""
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.data.source import DatasetSource  # noqa: F401  (registers the sources)
+    from mlflow.data.sources import LocalArtifactDatasetSource
+    from mlflow.entities import DatasetInput, InputTag
+
+    dataset = MetaDataset(
+        LocalArtifactDatasetSource(uri), name=uri.rstrip("/").rpartition("/")[2], digest=fingerprint[:32]
+    )
+    tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]
+    _client().log_inputs(run.id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+
+
+def log_file(run: Run, path: Path, folder: str = "") -> None:
+    """Uploads one file as an artifact."""
+    _client().log_artifact(run.id, str(path), folder or None)
+
+
+def log_config(run: Run, config: dict[str, Any]) -> None:
+    """Keeps the whole configuration as `config.yaml`; `--config` takes it as it is."""
+    import yaml
+
+    _client().log_text(run.id, yaml.safe_dump(config, sort_keys=False), "config.yaml")
+
+
+def log_model(run: Run, folder: Path, name: str = "", alias: str = "") -> str:
+    """Logs an exported model folder as a pyfunc, and registers it when `name` is given.
+
+    Returns:
+        `models:/NAME/VERSION` when registered, else `models:/ID` of the logged model.
+    """
+    mlflow.set_tracking_uri(tracking_uri())
+    with mlflow.start_run(run_id=run.id, log_system_metrics=False):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            # A script, not a pickled object: nothing is unpickled when the model is loaded.
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={MODEL_FOLDER: str(folder)},
+            pip_requirements=["ray-ddpm"],
+            registered_model_name=name or None,
+        )
+    # start_run's exit closes the run; the caller does that.
+    _client().update_run(run.id, status="RUNNING")
+    if not name:
+        return str(info.model_uri)
+    version = str(info.registered_model_version)
+    if alias:
+        _client().set_registered_model_alias(name, alias, version)
+    return f"models:/{name}/{version}"
+
+
+def resolve_model(model: str) -> tuple[Path, str]:
+    """Turns a MODEL into a folder on this machine.
+
+    Args:
+        model: a path to an exported model folder, `models:/NAME/VERSION`, `models:/NAME@ALIAS`.
+
+    Returns:
+        the folder, and the model's name with its alias pinned to the version it points at now.
+
+    Raises:
+        InputError: no such model.
+    """
+    if not model.startswith("models:/"):
+        path = Path(model).expanduser()
+        if not path.is_dir():
+            raise InputError(
+                f"--model {model}: no such folder; give an exported model folder, models:/NAME/VERSION "
+                "or models:/NAME@ALIAS"
+            )
+        return path.absolute(), str(path)
+    pinned = model
+    try:
+        client = _client()
+        if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model):
+            pinned = f"models:/{match[1]}/{client.get_model_version_by_alias(match[1], match[2]).version}"
+        target = tempfile.mkdtemp(prefix="ray-ddpm-model-")
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"--model {model}: not found in MLflow at {_shown(tracking_uri())}: {_line(error)}") from None
+    # pyfunc keeps artifacts under their key, or under the folder's own name.
+    for config in sorted(local.rglob("config.json")):
+        if (config.parent / "model.safetensors").exists():
+            return config.parent, pinned
+    raise InputError(f"--model {model}: that model was not written by ray-ddpm (no model.safetensors in it)")
+
+
+def ui_command() -> str:
+    """The one command that shows the runs in a browser, on this machine only."""
+    return f"mlflow ui --backend-store-uri {tracking_uri()} --host 127.0.0.1"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(uri: str) -> str:
+    """A URI without the password in it."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,304 @@
+"""What one training worker does: plain torch, no Ray.
+
+Nothing here draws from hidden generator state: timesteps, noise, label drops and flips come from counters of
+(seed, epoch, sample id), so a step's result does not depend on the rank, the number of workers or on
+what ran before in the process.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import ModelSpec, TrainConfig
+from pipeline.diffusion import timesteps
+from pipeline.diffusion.losses import training_loss
+from pipeline.diffusion.process import Process, make_process
+from pipeline.errors import InputError
+from pipeline.models import ema
+from pipeline.models.unet import UNet, build
+from pipeline.rng import Purpose, normal, uniform
+
+BAD_IMAGES_BEFORE_JUDGING = 100
+
+
+class Batch(Protocol):
+    """What the loop needs of a batch (see `pipeline.data.stream.Batch`)."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    epochs: Tensor
+    weights: Tensor
+    bad: tuple[str, ...]
+
+
+@dataclass
+class TrainState:
+    """All that changes while training; what a checkpoint holds.
+
+    Attributes:
+        averages: for each entry of `ema_decays`, then of `ema_lengths`, the averaged parameters.
+        sampler: state of the timestep sampler, the same on every worker.
+        step: optimizer steps done.
+    """
+
+    model: UNet
+    optimizer: torch.optim.AdamW
+    averages: list[list[Tensor]]
+    sampler: dict[str, Tensor]
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch on the device with everything random about it drawn."""
+
+    x_0: Tensor
+    t: Tensor
+    noise: Tensor
+    labels: Tensor | None
+    weights: Tensor
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient of a step is infinite or not a number."""
+
+
+def new_state(config: TrainConfig, spec: ModelSpec, device: torch.device) -> TrainState:
+    """Untrained weights, the same for the same seed on every worker."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build(spec)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+    count = len(options.ema_decays) + len(options.ema_lengths)
+    sampler = timesteps.init_state(spec.diffusion.timestep_sampler, spec.diffusion.timesteps)
+    return TrainState(model, optimizer, ema.init(list(model.parameters()), count), sampler)
+
+
+def prepare(
+    config: TrainConfig, spec: ModelSpec, sampler: dict[str, Tensor], batch: Batch, device: torch.device
+) -> Prepared:
+    """Draws timesteps, noise, label drops and flips by each sample's own counters."""
+    ids, epochs = batch.ids.to(device), batch.epochs.to(device)
+
+    def draw(purpose: Purpose) -> Tensor:
+        return uniform(config.seed, epochs, ids, purpose)[:, 0]
+
+    x_0 = batch.images.to(device, non_blocking=True).to(torch.float32).div_(127.5).sub_(1.0)
+    if config.random_flip:
+        x_0 = torch.where((draw(Purpose.FLIP) < 0.5)[:, None, None, None], x_0.flip(-1), x_0)
+    t, weight = timesteps.draw(sampler, draw(Purpose.TIMESTEP))
+    labels = None
+    if spec.model.class_conditional:
+        null = len(spec.image.classes)
+        labels = batch.labels.to(device)
+        hidden = (draw(Purpose.LABEL_DROP) < config.class_dropout) | (labels < 0)
+        labels = torch.where(hidden, null, labels)
+    return Prepared(
+        x_0=x_0.contiguous(memory_format=torch.channels_last),
+        t=t,
+        noise=normal(config.seed, epochs, ids, Purpose.NOISE, tuple(x_0.shape[1:])),
+        labels=labels,
+        weights=weight.float() * batch.weights.to(device),
+    )
+
+
+def backward(
+    config: TrainConfig, spec: ModelSpec, process: Process, model: nn.Module, data: Prepared, world_size: int
+) -> Tensor:
+    """Accumulates the gradient of the global batch's mean loss; returns each local sample's loss [N]."""
+    size = len(data.t)
+    pieces = torch.arange(size).split(config.microbatch or max(size, 1))
+    losses = []
+    for i, piece in enumerate(pieces):
+        last = i == len(pieces) - 1
+        quiet = isinstance(model, DistributedDataParallel) and not last
+        context: AbstractContextManager[None] = model.no_sync() if quiet else nullcontext()  # type: ignore[operator]
+        part = slice(int(piece[0]), int(piece[-1]) + 1)
+        labels = None if data.labels is None else data.labels[part]
+        with context:
+            with torch.autocast(data.x_0.device.type, torch.bfloat16, enabled=uses_bf16(config, data.x_0.device)):
+                loss = training_loss(
+                    process, spec.diffusion, model, data.x_0[part], data.t[part], data.noise[part], labels
+                )
+            # Divided by the global batch and multiplied by the workers over which DDP averages, so that uneven
+            # parts count right and the sum is that of one worker.
+            ((loss * data.weights[part]).sum() * (world_size / config.batch_size)).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
+
+def train_step(
+    config: TrainConfig,
+    spec: ModelSpec,
+    process: Process,
+    state: TrainState,
+    model: nn.Module,
+    batch: Batch,
+    device: torch.device,
+    world_size: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step, in place.
+
+    Returns:
+        the local part of the global mean loss, and the global gradient norm before clipping.
+
+    Raises:
+        NonFinite: unless `skip_nonfinite`; the weights are those before the step.
+    """
+    options = config.optimizer
+    if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
+        rank = dist.get_rank() if world_size > 1 else 0
+        torch.manual_seed((config.seed * 1_000_003 + state.step) * 4096 + rank)
+    data = prepare(config, spec, state.sampler, batch, device)
+    losses = backward(config, spec, process, model, data, world_size)
+    limit = options.clip_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit, foreach=True)
+    # Every worker has the same summed gradient, so all decide alike.
+    if not bool(norm.isfinite()):
+        state.optimizer.zero_grad(set_to_none=True)
+        if not config.skip_nonfinite:
+            ids = ", ".join(map(str, batch.ids[:8].tolist()))
+            raise NonFinite(
+                f"step {state.step + 1}: the loss or its gradient is not finite (samples {ids}, …); the last "
+                "checkpoint is good: resume with a smaller --learning-rate, or pass --skip-nonfinite"
+            )
+    else:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config, state.step)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        ema.update_(state.averages, list(state.model.parameters()), decays(config, state.step + 1))
+    if spec.diffusion.timestep_sampler != "uniform":
+        t, all_losses = gather_by_id(batch.ids, data.t, losses, world_size)
+        state.sampler = timesteps.update(state.sampler, t, all_losses)
+    state.step += 1
+    return (losses * data.weights).sum() / config.batch_size, norm
+
+
+def train(
+    config: TrainConfig,
+    spec: ModelSpec,
+    state: TrainState,
+    model: nn.Module,
+    batches: Iterator[Batch],
+    device: torch.device,
+    world_size: int,
+    on_log: Callable[[int, dict[str, float]], None],
+    on_checkpoint: Callable[[TrainState], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Steps until `config.steps`, calling back at each logging and checkpoint interval (on every worker)."""
+    process = make_process(spec.diffusion).to(device)
+    meter = Meter(config, world_size, device)
+    state.model.train()
+    while state.step < config.steps and not should_stop():
+        began = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - began
+        loss, norm = train_step(config, spec, process, state, model, batch, device, world_size)
+        meter.add(loss, norm, waited, batch)
+        if state.step % config.log_every == 0 or state.step == config.steps:
+            on_log(state.step, meter.read(learning_rate(config, state.step - 1)))
+        if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+            on_checkpoint(state)
+
+
+class Meter:
+    """Averages over a logging interval, over all workers."""
+
+    def __init__(self, config: TrainConfig, world_size: int, device: torch.device) -> None:
+        self._config, self._world_size, self._device = config, world_size, device
+        self._seen, self._bad, self._named = 0, 0, list[str]()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._norm, self._steps, self._waited, self._began = 0.0, 0, 0.0, time.perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor, waited: float, batch: Batch) -> None:
+        self._loss += loss
+        self._norm += float(norm)
+        self._steps += 1
+        self._waited += waited
+        self._seen += len(batch.ids)
+        self._bad += len(batch.bad)
+        self._named = (self._named + list(batch.bad))[:5]
+        if self._seen >= BAD_IMAGES_BEFORE_JUDGING and self._bad > self._config.max_bad_fraction * self._seen:
+            raise InputError(
+                f"{self._bad} of {self._seen} images could not be decoded, more than --max-bad-fraction "
+                f"{self._config.max_bad_fraction:g} allows: {'; '.join(self._named)}"
+            )
+
+    def read(self, rate: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self._began
+        values = torch.stack([self._loss, self._loss.new_tensor(self._waited), self._loss.new_tensor(self._bad)])
+        if self._world_size > 1:
+            dist.all_reduce(values)
+        loss, waited, bad = values.tolist()
+        result = {
+            "loss": loss / self._steps,
+            "gradient_norm": self._norm / self._steps,
+            "learning_rate": rate,
+            "images_per_second": self._steps * self._config.batch_size / seconds,
+            "data_wait_share": waited / self._world_size / seconds,
+            "undecodable_images": bad,
+        }
+        self._reset()
+        return result
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to a constant; `step` counts from 0."""
+    options = config.optimizer
+    return options.learning_rate * min(1.0, (step + 1) / max(options.warmup_steps, 1))
+
+
+def decays(config: TrainConfig, step: int) -> list[float]:
+    """The decay of every average at optimizer step `step`, counted from 1."""
+    options = config.optimizer
+    # A young average would be mostly the first weights: its decay rises as (1 + step) / (10 + step) at first.
+    standard = [min(decay, (1 + step) / (10 + step)) for decay in options.ema_decays]
+    return standard + [ema.power_decay(length, step) for length in options.ema_lengths]
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the forward pass runs in bf16."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return False
+
+
+def gather_by_id(ids: Tensor, t: Tensor, losses: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
+    """Every worker's (t, loss) pairs in the order of the sample ids: alike on all workers, for any number."""
+    rows = torch.stack([ids.to(losses.device).double(), t.double(), losses.double()])
+    if world_size > 1:
+        size = torch.tensor(rows.shape[1], device=rows.device)
+        sizes = [torch.zeros_like(size) for _ in range(world_size)]
+        dist.all_gather(sizes, size)
+        longest = int(max(int(s) for s in sizes))
+        padded = rows.new_zeros(3, longest)
+        padded[:, : rows.shape[1]] = rows
+        parts = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(parts, padded)
+        rows = torch.cat([p[:, : int(s)] for p, s in zip(parts, sizes, strict=True)], dim=1)
+    rows = rows[:, rows[0].argsort(stable=True)]
+    return rows[1].long(), rows[2].float()

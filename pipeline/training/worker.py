@@ -1,0 +1,101 @@
+"""The training loop inside a Ray Train worker: process group, stream, checkpoints."""
+
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import ModelSpec, TrainConfig
+from pipeline.errors import InputError
+from pipeline.training import checkpoint, loop
+
+
+def run(settings: dict[str, Any]) -> None:
+    """What every Ray Train worker runs: `settings` has config, spec and mailbox (see trainer.py)."""
+    mailbox = settings["mailbox"]
+    # Ray Train restarts the group after any error; where a restart can't help, it ends here instead.
+    if ray.get(mailbox.reason_to_stop.remote()):
+        return
+    try:
+        _run(settings)
+    except (InputError, loop.NonFinite) as error:
+        ray.get(mailbox.stop.remote(str(error)))
+        raise
+
+
+def _run(settings: dict[str, Any]) -> None:
+    config: TrainConfig = settings["config"]
+    spec: ModelSpec = settings["spec"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+
+    state = loop.new_state(config, spec, device)
+    if saved := newest_good_checkpoint():
+        checkpoint.restore(state, saved)
+    model: nn.Module = state.model
+    if config.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    if world_size > 1:
+        static = not config.microbatch
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
+
+    stream = ray.train.get_dataset_shard("train")
+    batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
+    mailbox = settings["mailbox"]
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        if rank == 0:
+            mailbox.post.remote((int(time.time() * 1000), step, metrics | {"workers": world_size}))
+
+    def on_checkpoint(current: loop.TrainState) -> None:
+        save(current, rank, {"run_id": settings["run_id"]})
+
+    with contextlib.closing(batches):
+        loop.train(config, spec, state, model, batches, device, world_size, on_log, on_checkpoint)
+
+
+def save(state: loop.TrainState, rank: int, extra: dict[str, Any]) -> None:
+    """Hands a checkpoint to Ray Train, which uploads it in the background and registers it when whole."""
+    written = None
+    if rank == 0:
+        folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-checkpoint-"))
+        checkpoint.write(folder, checkpoint.capture(state), extra)
+        written = Checkpoint.from_directory(str(folder))
+    ray.train.report(
+        {"step": state.step},
+        checkpoint=written,
+        checkpoint_dir_name=f"step-{state.step:09d}",
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def newest_good_checkpoint() -> checkpoint.Saved | None:
+    """The newest registered checkpoint whose bytes are as written; a damaged one is reported and passed over."""
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return None
+    reported = [entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()]
+    candidates = {str(c.path): c for c in [*reported, newest]}
+    for candidate in reversed(list(candidates.values())):
+        try:
+            with candidate.as_directory() as folder:
+                return checkpoint.read(Path(folder))[0]
+        except (checkpoint.DamagedCheckpoint, OSError) as error:
+            print(f"checkpoint passed over: {error}", flush=True)
+    return None
