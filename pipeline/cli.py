@@ -6,16 +6,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
 
 import tyro
 
+from pipeline.cluster import connect
 from pipeline.config import from_dict, load_yaml
 from pipeline.errors import InputError
 
 T = TypeVar("T")
-Verbose = Annotated[bool, tyro.conf.arg(help="Let the logs of Ray and MLflow through.")]
 
 
 def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
@@ -29,7 +29,10 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
     extra: dict[str, Any] = {}
     if path is not None:
         extra["default"] = _with_defaults(cls, load_yaml(path), f"--config {path}")
-    description = f"{about}\n\n--config FILE.yaml starts from saved settings; flags override them."
+    description = (
+        f"{about}\n\n--config FILE.yaml starts from saved settings, flags override them; --verbose lets "
+        "the logs of Ray and MLflow through."
+    )
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     output = io.StringIO()
     try:
@@ -43,8 +46,19 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
         raise InputError(_one_line(output.getvalue(), job)) from None
 
 
-def main(job: str, about: str, cls: type[T], run: Callable[[T], dict[str, Any]], arguments: list[str]) -> int:
+def main(
+    job: str,
+    about: str,
+    cls: type[T],
+    run: Callable[[T], dict[str, Any]],
+    arguments: list[str],
+    *,
+    ray: bool = True,
+) -> int:
     """Runs a job: its result is the last line on stdout, everything else goes to stderr.
+
+    Args:
+        ray: join or start Ray first.
 
     Returns:
         the exit code: 0, or 2 on bad input; any other error is raised.
@@ -52,8 +66,11 @@ def main(job: str, about: str, cls: type[T], run: Callable[[T], dict[str, Any]],
     arguments, verbose = _take_switch(arguments, "--verbose")
     try:
         config = parse(cls, arguments, job, about)
-        with result_stream(verbose) as stream:
-            result = run_quietly(lambda: run(config), verbose)
+        with result_stream() as stream:
+            _quieten(verbose)
+            if ray:
+                connect(verbose)
+            result = run(config)
             print(json.dumps(result), file=stream, flush=True)
     except InputError as error:
         print(f"{job}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -64,21 +81,23 @@ def main(job: str, about: str, cls: type[T], run: Callable[[T], dict[str, Any]],
     return 0
 
 
-def run_quietly(run: Callable[[], dict[str, Any]], verbose: bool) -> dict[str, Any]:
-    """Runs with Ray started; chatter of libraries is kept back unless `verbose`."""
-    from pipeline.cluster import connect
+def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before a lone `--`, and what stands after it."""
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
 
+
+def _quieten(verbose: bool) -> None:
     if not verbose:
         for name in ("mlflow", "alembic", "matplotlib", "fsspec", "urllib3", "httpx"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    connect(verbose)
-    return run()
 
 
 @contextlib.contextmanager
-def result_stream(verbose: bool) -> Any:
+def result_stream() -> Iterator[IO[str]]:
     """The real stdout, while everything else that prints there is sent to stderr (at descriptor level)."""
-    del verbose
     sys.stdout.flush()
     real = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -125,5 +144,9 @@ def _with_defaults(cls: type[T], values: dict[str, Any], where: str) -> T:
 def _one_line(panel: str, job: str) -> str:
     """The sense of tyro's boxed error."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in panel.splitlines()]
-    kept = [line for line in lines if line and not line.startswith("For full helptext") and line != f"jobs/{job}.py --help"]
+    kept = [
+        line
+        for line in lines
+        if line and not line.startswith("For full helptext") and line != f"jobs/{job}.py --help"
+    ]
     return f"{' '.join(kept)} (see jobs/{job}.py --help)"

@@ -41,7 +41,9 @@ def process_strip(model_folder: Path, data: str, path: Path, *, examples: int = 
     T = spec.diffusion.timesteps
     steps = sorted({int(step) for step in np.linspace(0, T, min(STRIP_COLUMNS, T + 1)).round()})
     noise = normal(seed, 0, ids, Purpose.SAMPLING, shape)
-    forward = [x_0 if t == 0 else q_sample(process, x_0, torch.full((examples,), t - 1), noise) for t in steps]
+    forward = [
+        x_0 if t == 0 else q_sample(process, x_0, torch.full((examples,), t - 1), noise) for t in steps
+    ]
     reverse: dict[int, Tensor] = {T: noise}
 
     def keep(step: int, x: Tensor) -> None:

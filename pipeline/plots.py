@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+import matplotlib.pyplot as plt
 
 BORDER = 1
 LEAST_TILE_PIXELS = 32
@@ -51,7 +51,10 @@ def save_process_strip(
     figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows + 0.6), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    halves = ((0, forward, forward_steps, "q(x_t | x_0)"), (examples, reverse, reverse_steps, "p(x_{t-1} | x_t)"))
+    halves = (
+        (0, forward, forward_steps, "q(x_t | x_0)"),
+        (examples, reverse, reverse_steps, "p(x_{t-1} | x_t)"),
+    )
     for top, frames, steps, name in halves:
         for column, (frame, step) in enumerate(zip(frames, steps, strict=True)):
             for row in range(examples):

@@ -28,7 +28,9 @@ class Sampler(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         options = {"sampler": "ddim", "sampling_steps": 50, "seed": 0, "guidance": 1.0} | (params or {})
         rows = len(model_input)
-        labels = torch.as_tensor(np.asarray(model_input["label"], np.int64)) if "label" in model_input else None
+        labels = (
+            torch.as_tensor(np.asarray(model_input["label"], np.int64)) if "label" in model_input else None
+        )
         ids = torch.as_tensor(
             np.asarray(model_input["index"], np.int64) if "index" in model_input else np.arange(rows)
         )

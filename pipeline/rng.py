@@ -87,9 +87,7 @@ def uniform(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, count
     return (bits(seed, epoch, ids, purpose, count).double() + 0.5) * 2.0**-32
 
 
-def normal(
-    seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, shape: tuple[int, ...]
-) -> Tensor:
+def normal(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers: float32, shape [N, *shape] (Box & Muller 1958, computed in float64)."""
     count = math.prod(shape)
     pairs = -(-count // 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import InputError
@@ -81,7 +81,9 @@ def end_run(run: Run, status: str = "FINISHED") -> None:
 
 def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> None:
     """Adds to the curves: (milliseconds since 1970, step, values) each."""
-    metrics = [Metric(key, value, time, step) for time, step, values in points for key, value in values.items()]
+    metrics = [
+        Metric(key, value, time, step) for time, step, values in points for key, value in values.items()
+    ]
     for i in range(0, len(metrics), _METRICS_A_CALL):
         _client().log_batch(run.id, metrics=metrics[i : i + _METRICS_A_CALL])
 
@@ -166,7 +168,9 @@ def resolve_model(model: str) -> tuple[Path, str]:
         target = tempfile.mkdtemp(prefix="ray-ddpm-model-")
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target))
     except (MlflowException, OSError) as error:
-        raise InputError(f"--model {model}: not found in MLflow at {_shown(tracking_uri())}: {_line(error)}") from None
+        raise InputError(
+            f"--model {model}: not found in MLflow at {_shown(tracking_uri())}: {_line(error)}"
+        ) from None
     # pyfunc keeps artifacts under their key, or under the folder's own name.
     for config in sorted(local.rglob("config.json")):
         if (config.parent / "model.safetensors").exists():

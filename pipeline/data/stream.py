@@ -63,13 +63,18 @@ class RankStream:
     world_size: int
     decode_threads: int = 1
 
-    def batches(self, start_step: int, stop_step: int, prefetch: int = 2, pin: bool = False) -> Iterator[Batch]:
+    def batches(
+        self, start_step: int, stop_step: int, prefetch: int = 2, pin: bool = False
+    ) -> Iterator[Batch]:
         """This rank's part of the global batches [start_step, stop_step), `prefetch` of them decoded ahead."""
 
         def produce() -> Iterator[Batch]:
             with ThreadPoolExecutor(self.decode_threads) as pool:
                 tables = self._tables(start_step * self.plan.batch_size, stop_step * self.plan.batch_size)
-                sizes = (local_batch_size(self.plan, s, self.rank, self.world_size) for s in range(start_step, stop_step))
+                sizes = (
+                    local_batch_size(self.plan, s, self.rank, self.world_size)
+                    for s in range(start_step, stop_step)
+                )
                 for table in _rebatch(tables, sizes):
                     batch = self._decode(table, pool)
                     yield batch.pin_memory() if pin else batch
@@ -176,9 +181,10 @@ def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch
     def put(item: Batch | Exception | None) -> None:
         while not stopped.is_set():
             try:
-                return items.put(item, timeout=0.1)
+                items.put(item, timeout=0.1)
             except queue.Full:
                 continue
+            return
 
     def run() -> None:
         try:

@@ -1,7 +1,7 @@
 """Beta schedules: how much noise each step of the forward chain adds.
 
-Every named schedule is defined for any T. Those given by their betas (linear, quadratic, constant) are
-rescaled by 1000 / T, so that the whole chain adds about as much noise as the published one of 1000 steps.
+Every named schedule is defined for any T. Those given by their betas (linear, quadratic) are rescaled by
+1000 / T, so that the whole chain adds about as much noise as the published one of 1000 steps.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ def quadratic(timesteps: int) -> Tensor:
 
 
 def constant(timesteps: int) -> Tensor:
-    """One beta for all steps: the mean of `linear`, which ends at about the same alpha_bar_T."""
-    beta = 1000 / timesteps * (_BETA_START + _BETA_END) / 2
+    """One beta for all steps, chosen so that alpha_bar_T is about that of `linear` with 1000 steps."""
+    beta = -math.expm1(-1000 * (_BETA_START + _BETA_END) / 2 / timesteps)
     return torch.full((timesteps,), beta, dtype=torch.float64)
 
 

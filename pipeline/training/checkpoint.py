@@ -52,7 +52,8 @@ def capture(state: TrainState) -> Saved:
         step=state.step,
         weights={name: copy(tensor) for name, tensor in state.model.state_dict().items()},
         averages=[
-            {name: copy(tensor) for name, tensor in zip(names, average, strict=True)} for average in state.averages
+            {name: copy(tensor) for name, tensor in zip(names, average, strict=True)}
+            for average in state.averages
         ],
         optimizer={
             f"{name}/{key}": copy(value)
@@ -89,7 +90,9 @@ def write(folder: Path, saved: Saved, extra: dict[str, Any]) -> None:
     files = {
         "weights.safetensors": saved.weights,
         "averages.safetensors": {
-            f"{i}/{name}": tensor for i, average in enumerate(saved.averages) for name, tensor in average.items()
+            f"{i}/{name}": tensor
+            for i, average in enumerate(saved.averages)
+            for name, tensor in average.items()
         },
         "optimizer.safetensors": saved.optimizer,
         "sampler.safetensors": saved.sampler,

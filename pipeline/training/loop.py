@@ -133,7 +133,9 @@ def backward(
         part = slice(int(piece[0]), int(piece[-1]) + 1)
         labels = None if data.labels is None else data.labels[part]
         with context:
-            with torch.autocast(data.x_0.device.type, torch.bfloat16, enabled=uses_bf16(config, data.x_0.device)):
+            with torch.autocast(
+                data.x_0.device.type, torch.bfloat16, enabled=uses_bf16(config, data.x_0.device)
+            ):
                 loss = training_loss(
                     process, spec.diffusion, model, data.x_0[part], data.t[part], data.noise[part], labels
                 )
@@ -248,7 +250,9 @@ class Meter:
 
     def read(self, rate: float) -> dict[str, float]:
         seconds = time.perf_counter() - self._began
-        values = torch.stack([self._loss, self._loss.new_tensor(self._waited), self._loss.new_tensor(self._bad)])
+        values = torch.stack(
+            [self._loss, self._loss.new_tensor(self._waited), self._loss.new_tensor(self._bad)]
+        )
         if self._world_size > 1:
             dist.all_reduce(values)
         loss, waited, bad = values.tolist()

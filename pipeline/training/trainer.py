@@ -88,7 +88,9 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
             "it must be at least as large"
         )
     if not config.optimizer.ema_decays:
-        raise InputError("--ema-decays needs at least one value: the first average is the model that is exported")
+        raise InputError(
+            "--ema-decays needs at least one value: the first average is the model that is exported"
+        )
     index = open_dataset(config.data)
     spec = make_spec(config, index)
     make_betas(spec.diffusion)
@@ -155,7 +157,9 @@ def _open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output:
     if note.exists():
         old = json.loads(note.read_text())
         if not config.resume:
-            raise InputError(f"--output {config.output} already holds a run: pass --resume, or another folder")
+            raise InputError(
+                f"--output {config.output} already holds a run: pass --resume, or another folder"
+            )
         for key in ("data_fingerprint", "model", "diffusion", "batch_size", "seed", "groups_per_window"):
             before, now = old["fixed"].get(key), _fixed(config, spec, index)[key]
             if before != now:
@@ -166,7 +170,10 @@ def _open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output:
         if run := tracking.reopen_run(old["run_id"], "loss"):
             return run
     run = tracking.start_run(
-        config.experiment, config.run_name, settings, {"ray_ddpm.version": __version__, "ray_ddpm.output": str(output)}
+        config.experiment,
+        config.run_name,
+        settings,
+        {"ray_ddpm.version": __version__, "ray_ddpm.output": str(output)},
     )
     tracking.log_dataset(run, config.data, index.fingerprint, index.rows)
     tracking.log_config(run, settings)
@@ -202,4 +209,3 @@ def _use_gpu(config: TrainConfig) -> bool:
     if config.gpu and not available:
         raise InputError(f"--gpu: the cluster has fewer GPUs than --workers {config.workers}")
     return available if config.gpu is None else config.gpu
-
