@@ -1,0 +1,39 @@
+"""Running a job as a user would: its own process, its own Ray, its own MLflow database."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    result: dict[str, Any]
+    stdout: str
+    stderr: str
+
+
+def environment(home: Path, **extra: str) -> dict[str, str]:
+    """The user's environment with MLflow's database in `home`."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    return kept | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}", "PYTHONWARNINGS": "ignore"} | extra
+
+
+def command(job: str, *flags: object) -> list[str]:
+    return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, flags)]
+
+
+def run_job(job: str, *flags: object, home: Path, timeout: float = 300, **extra: str) -> Outcome:
+    """Runs `jobs/JOB.py FLAGS` in `home` to its end."""
+    done = subprocess.run(
+        command(job, *flags), cwd=home, env=environment(home, **extra), capture_output=True, text=True, timeout=timeout
+    )
+    lines = done.stdout.strip().splitlines()
+    result = json.loads(lines[-1]) if done.returncode == 0 and lines else {}
+    return Outcome(done.returncode, result, done.stdout, done.stderr)

@@ -1,0 +1,56 @@
+"""A tiny training problem in memory, in the order of the real plan, without Ray."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, OptimizerConfig, TrainConfig
+from pipeline.data.plan import Plan, window_rows, windows_between
+
+IMAGE = ImageConfig(size=8, channels=1, classes=("even", "odd"))
+MODEL = ModelConfig(
+    model_channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_resolutions=(4,), class_conditional=True
+)
+
+
+@dataclass(frozen=True)
+class MemoryBatch:
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    epochs: Tensor
+    weights: Tensor
+    bad: tuple[str, ...] = ()
+
+
+def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
+    diffusion = DiffusionConfig(schedule="cosine", timesteps=20, **changes.pop("diffusion", {}))  # type: ignore[arg-type]
+    options = {"steps": 20, "batch_size": 10, "seed": 5, "random_flip": True, "log_every": 5} | changes
+    config = TrainConfig(
+        data="", output="", model=MODEL, diffusion=diffusion, optimizer=OptimizerConfig(warmup_steps=5), **options
+    )
+    return config, ModelSpec(MODEL, IMAGE, diffusion)
+
+
+def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[MemoryBatch]:
+    """The rank's batches from step `start` on, of 37 random images in four groups."""
+    generator = np.random.default_rng(0)
+    images = torch.from_numpy(generator.integers(0, 256, (37, 1, 8, 8), dtype=np.uint8))
+    plan = Plan((10, 10, 10, 7), config.seed, config.batch_size, groups_per_window=2)
+    step, ids, epochs = start, list[int](), list[int]()
+    first, last = start * config.batch_size, config.steps * config.batch_size
+    steps = list[int]()
+    for window in windows_between(plan, first, last):
+        rows = window_rows(plan, window, first, last, rank, world_size)
+        ids += (plan.first_id[rows.group] + rows.row).tolist()
+        epochs += [window.epoch] * len(rows.row)
+        steps += (rows.position // config.batch_size).tolist()
+    for step in range(start, config.steps):
+        here = [i for i, s in enumerate(steps) if s == step]
+        chosen = torch.tensor([ids[i] for i in here])
+        yield MemoryBatch(
+            images[chosen], chosen % 2, chosen, torch.tensor([epochs[i] for i in here]), torch.ones(len(here))
+        )
