@@ -1,0 +1,71 @@
+"""Averages of the weights: standard EMA at several decays at once, and EDM2's power-function profiles.
+
+Only parameters are averaged. All functions work on lists of tensors in the order of `model.parameters()`.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+
+def init(parameters: list[Tensor], count: int) -> list[list[Tensor]]:
+    """`count` averages that start as copies of the parameters."""
+    return [[p.detach().clone() for p in parameters] for _ in range(count)]
+
+
+@torch.no_grad()
+def update_(averages: list[list[Tensor]], parameters: list[Tensor], decays: list[float]) -> None:
+    """average <- decay * average + (1 - decay) * parameter, in place, for each (average, decay) pair."""
+    for average, decay in zip(averages, decays, strict=True):
+        torch._foreach_lerp_(average, parameters, 1.0 - decay)
+
+
+def power_gamma(sigma_rel: float) -> float:
+    """The exponent of the profile tau^gamma whose relative standard deviation is `sigma_rel`.
+
+    Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models"), algorithm 2.
+
+    Raises:
+        InputError: `sigma_rel` is outside (0, 0.28], where no profile with gamma >= 0 exists.
+    """
+    if not 0 < sigma_rel <= 0.28:
+        raise InputError(f"EMA length {sigma_rel} is outside 0 to 0.28 (a share of the training so far)")
+    t = sigma_rel**-2
+    return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())
+
+
+def power_decay(sigma_rel: float, step: int) -> float:
+    """The decay of a power-function average at `step`, counted from 1 (Karras et al. 2024, equation 127)."""
+    return float((1.0 - 1.0 / step) ** (power_gamma(sigma_rel) + 1.0))
+
+
+def reconstruction_weights(
+    steps: list[int], sigma_rels: list[float], step: int, sigma_rel: float
+) -> list[float]:
+    """How to mix stored averages into one of another length (Karras et al. 2024, section 3.2).
+
+    Args:
+        steps, sigma_rels: when each stored average was taken, and its length.
+        step, sigma_rel: of the average that is wanted.
+
+    Returns:
+        one weight for each stored average: the least-squares fit of the wanted profile.
+    """
+    stored = [(float(s), power_gamma(r)) for s, r in zip(steps, sigma_rels, strict=True)]
+    wanted = (float(step), power_gamma(sigma_rel))
+    gram = np.array([[_inner(a, b) for b in stored] for a in stored])
+    solution, *_ = np.linalg.lstsq(gram, np.array([_inner(a, wanted) for a in stored]), rcond=None)
+    return [float(w) for w in solution]
+
+
+def _inner(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """The inner product of two profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t]."""
+    (t_a, gamma_a), (t_b, gamma_b) = a, b
+    least = min(t_a, t_b)
+    # In logarithms: t^gamma overflows long before the ratio does.
+    exponent = (
+        (gamma_a + gamma_b + 1) * np.log(least) - (gamma_a + 1) * np.log(t_a) - (gamma_b + 1) * np.log(t_b)
+    )
+    return float((gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * np.exp(exponent))

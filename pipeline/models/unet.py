@@ -1,0 +1,259 @@
+"""The UNet that predicts epsilon (Ho et al. 2020; Nichol & Dhariwal 2021).
+
+Residual blocks with group norm and scale-shift time embedding, self-attention at chosen resolutions, strided
+convolutions down and nearest-neighbour up. Structure and parameter names are those of diffusers'
+UNet2DModel, so that an export to it is a copy (see models/diffusers.py).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
+from pipeline.errors import InputError
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-5
+LONGEST_PERIOD = 10_000
+
+
+def out_channels(image: ImageConfig, diffusion: DiffusionConfig) -> int:
+    """Channels of the model's output: epsilon, and v beside it where the variance is learned."""
+    return image.channels * (2 if diffusion.variance == "learned_range" else 1)
+
+
+def build(spec: ModelSpec) -> "UNet":
+    """An untrained model of a spec; its first output is exactly zero."""
+    return UNet(spec.model, spec.image, out_channels(spec.image, spec.diffusion))
+
+
+def check_model(config: ModelConfig, image: ImageConfig) -> None:
+    """Whether a model can be built for such images.
+
+    Raises:
+        InputError: names the setting and values that would do.
+    """
+    if config.model_channels < NORM_GROUPS or config.model_channels % NORM_GROUPS:
+        raise InputError(
+            f"--model-channels {config.model_channels} must be a positive multiple of {NORM_GROUPS} (group norm)"
+        )
+    if not config.channel_multipliers or min(config.channel_multipliers) < 1 or config.res_blocks < 1:
+        raise InputError("--channel-multipliers and --res-blocks must be at least 1")
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"--dropout {config.dropout} is outside 0 to 1")
+    factor = 2 ** (len(config.channel_multipliers) - 1)
+    if image.size % factor:
+        below = image.size // factor * factor
+        sizes = f"{below} or {below + factor}" if below else f"{factor}"
+        raise InputError(
+            f"image size {image.size} can't be halved {len(config.channel_multipliers) - 1} times: prepare the data "
+            f"with --image-size {sizes}, or give fewer --channel-multipliers"
+        )
+    if config.class_conditional and not image.classes:
+        raise InputError("--class-conditional: the data has no labels")
+    widths = [config.model_channels * m for i, m in enumerate(config.channel_multipliers) if _attends(config, image, i)]
+    for width in [*widths, config.model_channels * config.channel_multipliers[-1]]:
+        if config.head_channels < 1 or width % config.head_channels:
+            raise InputError(f"--head-channels {config.head_channels} does not divide a level's {width} channels")
+
+
+def _attends(config: ModelConfig, image: ImageConfig, level: int) -> bool:
+    return image.size // 2**level in config.attention_resolutions
+
+
+class UNet(nn.Module):
+    """Predicts epsilon (and v) from x_t and t.
+
+    Args:
+        image: size and channels of the images, and the classes where the model is conditional on them; the
+            label `len(classes)` stands for no label.
+        out_channels: see the function of that name.
+
+    Raises:
+        InputError: see `check_model`.
+    """
+
+    def __init__(self, config: ModelConfig, image: ImageConfig, out_channels: int) -> None:
+        super().__init__()
+        check_model(config, image)
+        self.config, self.null_label = config, len(image.classes)
+        widths = [config.model_channels * m for m in config.channel_multipliers]
+        embedding = 4 * config.model_channels
+        self.conv_in = nn.Conv2d(image.channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], embedding)
+        self.class_embedding = (
+            nn.Embedding(len(image.classes) + 1, embedding) if config.class_conditional else None
+        )
+        self.down_blocks = nn.ModuleList()
+        skips, width = [widths[0]], widths[0]
+        for level, out in enumerate(widths):
+            ins = [width] + [out] * (config.res_blocks - 1)
+            last = level == len(widths) - 1
+            block = Level(config, ins, out, embedding, _attends(config, image, level), None if last else "down")
+            self.down_blocks.append(block)
+            skips += [out] * (config.res_blocks + (not last))
+            width = out
+        self.mid_block = Level(config, [width, width], width, embedding, True, None, between=True)
+        self.up_blocks = nn.ModuleList()
+        for level, out in reversed(list(enumerate(widths))):
+            ins = [(width if i == 0 else out) + skips.pop() for i in range(config.res_blocks + 1)]
+            block = Level(config, ins, out, embedding, _attends(config, image, level), "up" if level else None)
+            self.up_blocks.append(block)
+            width = out
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, width, NORM_EPS)
+        self.conv_out = _zero(nn.Conv2d(width, out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: [N, C, H, W].
+            t: timesteps of the process the model was trained with, counted from 0, [N].
+            labels: int64 [N]; None means no label for all.
+
+        Returns:
+            float32 [N, out_channels, H, W].
+        """
+        embedding = self.time_embedding(t)
+        if self.class_embedding is not None:
+            labels = torch.full_like(t, self.null_label, dtype=torch.int64) if labels is None else labels
+            embedding = embedding + self.class_embedding(labels)
+        embedding = F.silu(embedding)
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            for resnet, attention in block.layers():
+                h = attention(resnet(h, embedding))
+                skips.append(h)
+            if block.downsamplers is not None:
+                h = block.downsamplers[0](h)
+                skips.append(h)
+        first, second = self.mid_block.resnets
+        h = second(self.mid_block.attentions[0](first(h, embedding)), embedding)
+        for block in self.up_blocks:
+            for resnet, attention in block.layers():
+                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), embedding))
+            if block.upsamplers is not None:
+                h = block.upsamplers[0](h)
+        return self.conv_out(F.silu(self.conv_norm_out(h))).float()
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t through two linear layers: [N] to [N, out]."""
+
+    def __init__(self, frequencies: int, out: int) -> None:
+        super().__init__()
+        half = frequencies // 2
+        rates = torch.exp(-math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("rates", rates, persistent=False)
+        self.linear_1 = nn.Linear(frequencies, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * self.rates
+        return self.linear_2(F.silu(self.linear_1(torch.cat([angles.cos(), angles.sin()], dim=1))))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution. `between`: attention only between the blocks, as in the middle."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ins: list[int],
+        out: int,
+        embedding: int,
+        attends: bool,
+        resample: str | None,
+        between: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(i, out, embedding, config.dropout) for i in ins)
+        count = len(ins) - between if attends else 0
+        self.attentions = nn.ModuleList(Attention(out, config.head_channels) for _ in range(count)) or None
+        self.downsamplers = nn.ModuleList([Downsample(out)]) if resample == "down" else None
+        self.upsamplers = nn.ModuleList([Upsample(out)]) if resample == "up" else None
+
+    def layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(residual block, attention or nothing) pairs, in order."""
+        attentions = self.attentions or [_PASS] * len(self.resnets)
+        return list(zip(self.resnets, attentions, strict=True))
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, then scale and shift by the embedding, norm, SiLU, dropout, conv; plus the input."""
+
+    def __init__(self, channels: int, out: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, channels, NORM_EPS)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding, 2 * out)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, out, NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """`embedding` has been through SiLU already: once for all blocks."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time_emb_proj(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the pixels, with a residual connection."""
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads = channels // head_channels
+        self.group_norm = nn.GroupNorm(NORM_GROUPS, channels, NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([_zero(nn.Linear(channels, channels))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        h = self.group_norm(x).flatten(2).transpose(1, 2)
+        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        bias = torch.cat([self.to_q.bias, self.to_k.bias, self.to_v.bias])
+        qkv = F.linear(h, weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h).transpose(1, 2).reshape(n, channels, height, width)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halves the resolution with a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(x)
+        return result
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return result
+
+
+_PASS = nn.Identity()
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
