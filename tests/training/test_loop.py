@@ -65,7 +65,7 @@ def test_fifty_steps_of_several_workers_are_those_of_one(world_size: int, tmp_pa
 def test_microbatches_accumulate_to_the_same_step() -> None:
     whole, _ = run(*problem())
     pieces, _ = run(*problem(microbatch=3))
-    torch.testing.assert_close(flat(whole), flat(pieces), rtol=1e-3, atol=1e-5)
+    assert (flat(whole) - flat(pieces)).norm() < 1e-4 * flat(whole).norm()
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "loss_second_moment"])
