@@ -1,0 +1,357 @@
+"""Writing Parquet image shards, in exactly the Hugging Face convention, as a Ray Data job over the cluster.
+
+Each part of the source becomes one shard of every split, written whole or not at all, and a note of what is in
+it; a run that was killed goes on with the parts that have no note yet, and gives the same bytes.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from pipeline.config import ImageConfig, to_dict
+from pipeline.data import storage
+from pipeline.data.images import DecodeError, decode, encode_png, open_image
+from pipeline.data.index import FORMAT, MANIFEST
+from pipeline.data.sources import Part, Plan, Source, plan, read_part
+from pipeline.errors import InputError
+
+SPLITS = ("train", "validation")
+QUARANTINE = "quarantine.jsonl"
+NAMED_BAD_IMAGES = 5
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to read, and the images to make of it."""
+
+    output: str
+    """Folder for the shards (URI)."""
+    source: Source = "digits"
+    """Kind of --input: digits (embedded, needs none), idx, folder (class = folder), webdataset, huggingface."""
+    input: str = ""
+    """Where the images are (URI)."""
+    image_size: int = 0
+    """Width and height in pixels; 0 = the source's own, where all its images have one."""
+    channels: Literal[0, 1, 3] = 0
+    """1 = grey, 3 = colour; 0 = the source's own, colour where it varies."""
+    validation_fraction: float = 0.1
+    """Share of images held out, chosen by a hash of their content: re-sharding does not move them."""
+    rows_per_shard: int = 10_000
+    """Images read into one pair of shards."""
+    rows_per_group: int = 64
+    """Images in one row group, the unit of reading and shuffling."""
+    max_bad_fraction: float = 0.01
+    """Share of undecodable images at which the job stops."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour under transparent images, red green blue in 0..255."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    file: str
+    rows: int
+    row_groups: list[int]
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order."""
+
+    rows: int
+    shards: list[Shard]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says of a prepared dataset.
+
+    Attributes:
+        fingerprint: a hash of the set of (pixels, label) pairs: how they are cut into shards does not matter.
+        mean, std: per channel over the training split, of pixels in [0, 1].
+        quarantined: images left out; named in quarantine.jsonl.
+    """
+
+    format: str
+    version: int
+    image: dict[str, Any]
+    splits: dict[str, Split]
+    fingerprint: str
+    mean: list[float]
+    std: list[float]
+    quarantined: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Writes `data/SPLIT-NNNNN.parquet`, manifest.json, quarantine.jsonl and a dataset card.
+
+    Raises:
+        InputError: a setting, an input or an output that can't be used; too many undecodable images.
+    """
+    _check(config)
+    source = plan(config.source, config.input, config.rows_per_shard)
+    image = _image(config, source)
+    settings = {
+        key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")
+    }
+    output = storage.absolute(config.output)
+    _claim(output, settings)
+    tasks = [
+        {"part": number, "total": len(source.parts)}
+        for number in range(len(source.parts))
+        if not storage.exists(_note(output, number))
+    ]
+    if tasks:
+        parts = ray.put(source.parts)
+        done = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+            _write_part,
+            fn_kwargs={
+                "parts": parts,
+                "image": image,
+                "classes": source.classes,
+                "config": config,
+                "output": output,
+            },
+            # Fractions let it run beside whatever holds the CPUs of a small machine.
+            num_cpus=0.5,
+        )
+        for _ in done.iter_rows():
+            pass
+    notes = [json.loads(storage.read_bytes(_note(output, n))) for n in range(len(source.parts))]
+    return _finish(config, image, notes, output, settings)
+
+
+def _check(config: PrepareConfig) -> None:
+    if not 0 <= config.validation_fraction < 1:
+        raise InputError(f"--validation-fraction {config.validation_fraction} is outside 0 to 1")
+    for name in ("rows_per_shard", "rows_per_group"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if config.image_size < 0:
+        raise InputError(f"--image-size {config.image_size} is negative")
+    storage.check_writable(config.output)
+
+
+def _image(config: PrepareConfig, source: Plan) -> ImageConfig:
+    size = config.image_size or source.size
+    if not size:
+        raise InputError(f"--source {config.source} has images of any size: give --image-size")
+    return ImageConfig(size, config.channels or source.channels or 3, source.classes)
+
+
+def _claim(output: str, settings: dict[str, Any]) -> None:
+    """A folder belongs to one set of settings, from the first part on."""
+    place = storage.join(output, "parts", "settings.json")
+    if storage.exists(place):
+        before = json.loads(storage.read_bytes(place))
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            raise InputError(
+                f"--output {output} was begun with {changed[0]} = {before.get(changed[0])}, now it is "
+                f"{settings[changed[0]]}: keep it, or choose another folder"
+            )
+    else:
+        storage.write_atomic(place, json.dumps(settings, indent=1, sort_keys=True).encode())
+
+
+def _note(output: str, number: int) -> str:
+    return storage.join(output, "parts", f"{number:05d}.json")
+
+
+def _write_part(
+    row: dict[str, Any],
+    parts: Any,
+    image: ImageConfig,
+    classes: tuple[str, ...],
+    config: PrepareConfig,
+    output: str,
+) -> dict[str, Any]:
+    """Decodes one part and writes its shards, then its note."""
+    number = int(row["part"])
+    all_parts: tuple[Part, ...] = ray.get(parts) if isinstance(parts, ray.ObjectRef) else parts
+    writers = {split: _ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
+    bad: list[dict[str, str]] = []
+    totals = _Totals(image.channels)
+    for item in read_part(all_parts[number]):
+        try:
+            pixels = _pixels(item.data, image, config)
+            label = _label(item.label, classes)
+        except DecodeError as error:
+            bad.append({"path": item.path, "reason": str(error)})
+            continue
+        digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
+        held_out = int.from_bytes(digest[:8], "big") < config.validation_fraction * 2**64
+        split = SPLITS[held_out]
+        writers[split].add(encode_png(pixels), item.path, label)
+        totals.add(pixels, digest, train=not held_out)
+    shards = {}
+    for split, writer in writers.items():
+        if writer.rows:
+            data = writer.close()
+            name = f"data/{split}-{number:05d}.parquet"
+            storage.write_atomic(storage.join(output, name), data)
+            digest_hex = hashlib.sha256(data).hexdigest()
+            shards[split] = asdict(Shard(name, writer.rows, writer.row_groups, len(data), digest_hex))
+    note = {"shards": shards, "bad": bad, **totals.to_dict()}
+    storage.write_atomic(_note(output, number), json.dumps(note).encode())
+    return {"part": number}
+
+
+def _pixels(data: bytes, image: ImageConfig, config: PrepareConfig) -> np.ndarray:
+    if config.image_size == 0 and open_image(data).size != (image.size, image.size):
+        raise DecodeError(f"not {image.size}x{image.size}")
+    return decode(data, image.size, image.channels, background=config.background)
+
+
+def _label(label: str | None, classes: tuple[str, ...]) -> int | None:
+    if label is None:
+        return None
+    if classes:
+        if label not in classes:
+            raise DecodeError(f"label {label!r} is not among the {len(classes)} classes")
+        return classes.index(label)
+    # WebDataset names no classes: integers are taken as they are.
+    if not label.isdecimal():
+        raise DecodeError(f"label {label!r} is not a class number")
+    return int(label)
+
+
+class _Totals:
+    """Sums over a part that merge exactly: integers, whatever the order."""
+
+    def __init__(self, channels: int) -> None:
+        self._count, self._hash, self._top = 0, 0, -1
+        self._sum, self._squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
+
+    def add(self, pixels: np.ndarray, digest: bytes, train: bool) -> None:
+        self._hash = (self._hash + int.from_bytes(digest, "big")) % 2**256
+        if train:
+            values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
+            self._count += len(values)
+            self._sum += values.sum(0)
+            self._squares += (values**2).sum(0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "pixels": self._count,
+            "sum": self._sum.tolist(),
+            "squares": self._squares.tolist(),
+            "hash": f"{self._hash:064x}",
+        }
+
+
+class _ShardWriter:
+    """Rows to the bytes of a Parquet file, row group by row group."""
+
+    def __init__(self, image: ImageConfig, classes: tuple[str, ...], rows_per_group: int) -> None:
+        self._schema = huggingface_schema(classes)
+        self._buffer = io.BytesIO()
+        self._writer = pq.ParquetWriter(
+            self._buffer, self._schema, compression="none", write_statistics=False
+        )
+        self._rows: list[dict[str, Any]] = []
+        self._limit = rows_per_group
+        self.row_groups: list[int] = []
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_groups) + len(self._rows)
+
+    def add(self, data: bytes, path: str, label: int | None) -> None:
+        self._rows.append({"image": {"bytes": data, "path": path}, "label": label})
+        if len(self._rows) == self._limit:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(
+                pa.Table.from_pylist(self._rows, self._schema), row_group_size=self._limit
+            )
+            self.row_groups.append(len(self._rows))
+            self._rows = []
+
+    def close(self) -> bytes:
+        self._flush()
+        self._writer.close()
+        return self._buffer.getvalue()
+
+
+def huggingface_schema(classes: tuple[str, ...]) -> pa.Schema:
+    """image {bytes, path} and label, with the metadata that makes `datasets` give PIL images and class names."""
+    label = (
+        {"names": list(classes), "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
+    )
+    features = {"image": {"_type": "Image"}, "label": label}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.schema([("image", image), ("label", pa.int64())], metadata=metadata)
+
+
+def _finish(
+    config: PrepareConfig,
+    image: ImageConfig,
+    notes: list[dict[str, Any]],
+    output: str,
+    settings: dict[str, Any],
+) -> Manifest:
+    bad = [entry for note in notes for entry in note["bad"]]
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
+    storage.write_atomic(storage.join(output, QUARANTINE), lines.encode())
+    splits = {
+        split: Split(sum(shard.rows for shard in shards), shards)
+        for split in SPLITS
+        if (shards := list(_shards(notes, split)))
+    }
+    good = sum(split.rows for split in splits.values())
+    if not good or len(bad) > config.max_bad_fraction * (good + len(bad)):
+        named = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in bad[:NAMED_BAD_IMAGES])
+        raise InputError(
+            f"{len(bad)} of {good + len(bad)} images can't be used, more than --max-bad-fraction "
+            f"{config.max_bad_fraction:g} allows; all are listed in {storage.join(output, QUARANTINE)}: {named}"
+        )
+    pixels = max(1, sum(note["pixels"] for note in notes))
+    mean = np.sum([note["sum"] for note in notes], axis=0) / pixels / 255
+    square = np.sum([note["squares"] for note in notes], axis=0) / pixels / 255**2
+    fingerprint = sum(int(note["hash"], 16) for note in notes) % 2**256
+    manifest = Manifest(
+        format=FORMAT,
+        version=1,
+        image={"size": image.size, "channels": image.channels, "classes": list(image.classes)},
+        splits=splits,
+        fingerprint=f"{fingerprint:064x}",
+        mean=mean.tolist(),
+        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+        quarantined=len(bad),
+        settings=settings,
+    )
+    storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
+    storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
+    return manifest
+
+
+def _shards(notes: list[dict[str, Any]], split: str) -> Iterator[Shard]:
+    for note in notes:
+        if split in note["shards"]:
+            yield Shard(**note["shards"][split])
+
+
+def _card(manifest: Manifest) -> str:
+    files = "".join(f"  - split: {name}\n    path: data/{name}-*.parquet\n" for name in manifest.splits)
+    counts = ", ".join(f"{split.rows:,} in {name}" for name, split in manifest.splits.items())
+    size = manifest.image["size"]
+    return (
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n# Images of {size}x{size} pixels\n\n"
+        f"{counts}. Written by ray-ddpm; fingerprint `{manifest.fingerprint}`.\n"
+    )

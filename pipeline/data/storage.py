@@ -1,0 +1,110 @@
+"""Files wherever they are: local paths, s3://, gs://, hf:// and the rest, through fsspec."""
+
+import contextlib
+import os
+import posixpath
+import uuid
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import InputError
+
+
+def open_fs(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, and the path in it.
+
+    Raises:
+        InputError: a scheme that nothing installed can open.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111  (may be a URI)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{uri}: {' '.join(str(error).split())}") from None
+    return fs, path
+
+
+def join(uri: str, *parts: str) -> str:
+    """A URI further down."""
+    return posixpath.join(uri.rstrip("/") or "/", *parts)
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, so that workers elsewhere on the machine find it; other URIs as they are."""
+    fs, path = open_fs(uri)
+    return path if isinstance(fs, LocalFileSystem) else uri
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or a folder."""
+    fs, path = open_fs(uri)
+    return bool(fs.exists(path))
+
+
+def read_bytes(uri: str) -> bytes:
+    """A whole file."""
+    fs, path = open_fs(uri)
+    data: bytes = fs.cat_file(path)
+    return data
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Writes a file that appears whole or not at all: renamed locally, one put on an object store."""
+    fs, path = open_fs(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        with open(partial, "wb") as file:  # noqa: PTH123
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)  # noqa: PTH105
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)  # noqa: PTH108
+        raise
+
+
+def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+    """Every file below a folder, sorted, as URIs that `open_fs` takes.
+
+    Raises:
+        InputError: there is no such folder, or it can't be read.
+    """
+    fs, path = open_fs(uri)
+    try:
+        if not fs.exists(path):
+            raise InputError(f"{uri}: no such file or folder")
+        found = [path] if fs.isfile(path) else sorted(fs.find(path))
+    except (OSError, PermissionError) as error:
+        raise InputError(f"{uri}: can't be read: {error}") from None
+    wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]
+    return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
+
+
+def check_writable(uri: str) -> None:
+    """Whether a folder can be made and written to; leaves nothing behind.
+
+    Raises:
+        InputError: it can't, and why.
+    """
+    fs, path = open_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        there = path
+        while not os.path.exists(there):  # noqa: PTH110
+            there = posixpath.dirname(there)
+        if not os.path.isdir(there):  # noqa: PTH112
+            raise InputError(f"--output {uri}: {there} is a file, not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"--output {uri}: no permission to write in {there}")
+        return
+    probe = join(path, f".writable-{uuid.uuid4().hex}")
+    try:
+        fs.pipe_file(probe, b"")
+        fs.rm_file(probe)
+    except Exception as error:  # every store has its own errors
+        raise InputError(f"--output {uri}: can't be written: {' '.join(str(error).split())[:200]}") from None
