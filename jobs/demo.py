@@ -41,7 +41,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     data, samples, pictures = root / "digits", root / "samples", root / "pictures"
     timed("prepare", lambda: prepare.run(PrepareConfig(output=str(data))))
     trained = timed("train", lambda: train.run(training(config, data, root / "run")))
-    model = "models:/digits@latest"
+    model = "models:/digits@newest"
     generated = timed(
         "generate",
         lambda: generate.run(

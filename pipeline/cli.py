@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 
 import tyro
 
+from pipeline import tracking
 from pipeline.cluster import connect
 from pipeline.config import from_dict, load_yaml
 from pipeline.errors import InputError
@@ -91,6 +92,7 @@ def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _quieten(verbose: bool) -> None:
     if not verbose:
+        tracking.quieten()
         for name in ("mlflow", "alembic", "matplotlib", "fsspec", "urllib3", "httpx"):
             logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -159,7 +159,7 @@ class TrainConfig:
     """MLflow run name; empty = MLflow invents one."""
     register: str = ""
     """Name under which the finished model is registered in MLflow; empty = not registered."""
-    alias: str = "latest"
+    alias: str = "newest"
     """Alias that is pointed at the registered version."""
 
 

@@ -23,7 +23,8 @@ class Sampler(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         self.model, self.spec = load_model(Path(context.artifacts["model"]))
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        # Without type hints: MLflow takes them for a schema of the input.
         from pipeline.sampling import sample_images
 
         options = {"sampler": "ddim", "sampling_steps": 50, "seed": 0, "guidance": 1.0} | (params or {})

@@ -39,6 +39,12 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
+def quieten() -> None:
+    """No progress bars and no chatter from MLflow on stderr."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    mlflow.utils.logging_utils.disable_logging()
+
+
 def _client() -> mlflow.MlflowClient:
     mlflow.set_tracking_uri(tracking_uri())
     return mlflow.MlflowClient()
@@ -91,12 +97,11 @@ def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> Non
 def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
     """Names the training data in the run, by place and content fingerprint."""
     from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.data.source import DatasetSource  # noqa: F401  (registers the sources)
-    from mlflow.data.sources import LocalArtifactDatasetSource
+    from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.entities import DatasetInput, InputTag
 
     dataset = MetaDataset(
-        LocalArtifactDatasetSource(uri), name=uri.rstrip("/").rpartition("/")[2], digest=fingerprint[:32]
+        CodeDatasetSource({"uri": uri}), name=uri.rstrip("/").rpartition("/")[2], digest=fingerprint[:32]
     )
     tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]
     _client().log_inputs(run.id, [DatasetInput(dataset._to_mlflow_entity(), tags)])

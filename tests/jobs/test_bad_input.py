@@ -59,8 +59,8 @@ CASES = {
     "no steps": ((*TRAIN, "--steps", "0"), "--steps"),
     "model folder that does not exist": (("generate", "--model", "nowhere", "--output", "s"), "nowhere"),
     "registered model that does not exist": (
-        ("generate", "--model", "models:/nobody@latest", "--output", "s"),
-        "models:/nobody@latest",
+        ("generate", "--model", "models:/nobody@newest", "--output", "s"),
+        "models:/nobody@newest",
     ),
     "unknown source": (("prepare", "--source", "floppy", "--output", "d"), "floppy"),
     "no config file": (("train", "--config", "none.yaml"), "none.yaml"),
