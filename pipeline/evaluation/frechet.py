@@ -1,0 +1,111 @@
+"""The Fréchet distance between Gaussians fitted to features (Heusel et al. 2017), from streamed moments.
+
+Moments of parts merge into the moments of the whole, so no process ever holds all features.
+"""
+
+import io
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter of feature vectors.
+
+    Attributes:
+        mean: float64 [D].
+        m2: sum of the outer products of the deviations from the mean, float64 [D, D].
+    """
+
+    count: int
+    mean: np.ndarray
+    m2: np.ndarray
+
+    def covariance(self) -> np.ndarray:
+        """The unbiased covariance, float64 [D, D].
+
+        Raises:
+            InputError: fewer than two vectors.
+        """
+        if self.count < 2:
+            raise InputError(f"a covariance needs at least two images, got {self.count}")
+        return self.m2 / (self.count - 1)
+
+
+def moments_of(features: np.ndarray) -> Moments:
+    """Moments of feature vectors [N, D], N >= 1."""
+    x = features.astype(np.float64)
+    mean = x.mean(axis=0)
+    centred = x - mean
+    return Moments(len(x), mean, centred.T @ centred)
+
+
+def merge_moments(parts: Iterable[Moments]) -> Moments:
+    """Moments of all parts together (Chan et al. 1983, equation 2.1); there must be at least one."""
+    return reduce(_merge, parts)
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    return Moments(
+        count,
+        a.mean + delta * (b.count / count),
+        a.m2 + b.m2 + np.outer(delta, delta) * (a.count * b.count / count),
+    )
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """||mean_a - mean_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson & Landau 1982, equation 4).
+
+    tr (S_a S_b)^(1/2) is the sum of the singular values of S_a^(1/2) S_b^(1/2): real, never negative, and exact
+    for singular covariances, where a matrix square root of the product is not.
+
+    Raises:
+        InputError: features of different lengths, or fewer than two vectors on a side.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise InputError(
+            f"features of {len(a.mean)} and {len(b.mean)} numbers: use one extractor for both sides"
+        )
+    covariance_a, covariance_b = a.covariance(), b.covariance()
+    roots = _symmetric_sqrt(covariance_a) @ _symmetric_sqrt(covariance_b)
+    cross = np.linalg.svd(roots, compute_uv=False).sum()
+    distance = ((a.mean - b.mean) ** 2).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross
+    return float(max(distance, 0.0))
+
+
+def _symmetric_sqrt(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    root: np.ndarray = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    return root
+
+
+def moments_to_bytes(moments: Moments) -> bytes:
+    """The content of an .npz file of count, mean and m2."""
+    buffer = io.BytesIO()
+    np.savez(buffer, count=np.int64(moments.count), mean=moments.mean, m2=moments.m2)
+    return buffer.getvalue()
+
+
+def moments_from_bytes(data: bytes) -> Moments:
+    """The inverse of `moments_to_bytes`; nothing is unpickled.
+
+    Raises:
+        InputError: not such a file.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            moments = Moments(int(arrays["count"]), arrays["mean"], arrays["m2"])
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"not a file of moments: {' '.join(str(error).split())}") from None
+    dims = len(moments.mean) if moments.mean.ndim == 1 else -1
+    if moments.m2.shape != (dims, dims):
+        raise InputError(f"not a file of moments: shapes {moments.mean.shape} and {moments.m2.shape}")
+    return moments
