@@ -1,0 +1,170 @@
+"""Held-out bits/dim: the variational bound of a model on a dataset (Ho et al. 2020, equation 5).
+
+Noise is a function of (seed, sample id, t), so two models of one image size meet the same noise, and the
+difference between them is measured better than either.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import ModelSpec
+from pipeline.data.index import DatasetIndex
+from pipeline.diffusion.losses import prior_bits_per_dim, stratified_vlb, vlb_term, vlb_terms
+from pipeline.diffusion.process import Process, make_process, q_sample, take
+from pipeline.errors import InputError
+from pipeline.evaluation.reading import read_images
+from pipeline.evaluation.work import Partial, Runner, cut, run_here
+from pipeline.models.unet import UNet
+from pipeline.rng import Purpose, normal, uniform
+
+# Where the choice of terms is drawn from: an epoch that is no timestep.
+_CHOICE = 2**24 - 1
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """The bound, in bits/dim, averaged over images.
+
+    Attributes:
+        bits_per_dim: L_T + sum of L_{t-1} + L_0.
+        stderr: its standard error as a sample of images (with that of the choice of terms, where not exact).
+        terms_stderr: the part of it that is due to the choice of terms; 0 where every term was evaluated.
+        prior: L_T.
+        decoder: L_0.
+        terms: L_{t-1} for t = 1..T, of which the first is L_0; empty where not every term was evaluated.
+    """
+
+    images: int
+    bits_per_dim: float
+    stderr: float
+    terms_stderr: float
+    prior: float
+    decoder: float
+    terms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BitsWork:
+    """The bound on each image of a task.
+
+    Attributes:
+        terms: how many of the T terms are evaluated for each image; 0 = every one, else even.
+    """
+
+    index: DatasetIndex
+    model: UNet
+    spec: ModelSpec
+    terms: int
+    seed: int
+
+    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
+        """See `work.Work`; partial results hold float64 total, variance, prior, decoder [N] and terms [T]."""
+        model, process = self.model.to(device).eval(), make_process(self.spec.diffusion).to(device)
+
+        def do(ids: np.ndarray) -> Partial:
+            images, labels = read_images(self.index, ids)
+            x_0 = images.to(device).float() / 127.5 - 1
+            result = self._bound(
+                model, process, x_0, self._labels(labels, device), torch.from_numpy(ids).to(device)
+            )
+            return {name: value.double().cpu().numpy() for name, value in result.items()}
+
+        return do
+
+    def _labels(self, labels: Tensor, device: torch.device) -> Tensor | None:
+        if not self.spec.model.class_conditional:
+            return None
+        return torch.where(labels < 0, len(self.spec.image.classes), labels).to(device)
+
+    @torch.no_grad()
+    def _bound(
+        self, model: UNet, process: Process, x_0: Tensor, labels: Tensor | None, ids: Tensor
+    ) -> dict[str, Tensor]:
+        def noise(t: int | Tensor) -> Tensor:
+            return normal(self.seed, t, ids, Purpose.EVALUATION, tuple(x_0.shape[1:]))
+
+        if not self.terms:
+            terms, prior = vlb_terms(process, model, x_0, noise, labels)
+            terms, prior = terms.double(), prior.double()
+            total = terms.sum(dim=1) + prior
+            variance = torch.zeros_like(total)
+            return {
+                "total": total, "variance": variance, "prior": prior, "decoder": terms[:, 0], "terms": terms.sum(dim=0)
+            }  # fmt: skip
+        u = uniform(self.seed, _CHOICE, ids, Purpose.EVALUATION, self.terms)
+        total, variance = stratified_vlb(process, model, x_0, noise, u, labels)
+        first = torch.zeros_like(ids)
+        x_1 = q_sample(process, x_0, first, noise(0))
+        decoder = vlb_term(
+            process, model(x_1, take(process.timesteps, first), labels), x_0, x_1, first, clip=True
+        )
+        prior = prior_bits_per_dim(process, x_0)
+        return {
+            "total": total,
+            "variance": variance,
+            "prior": prior,
+            "decoder": decoder,
+            "terms": total.new_zeros(0),
+        }
+
+
+def held_out_bits(
+    model: UNet,
+    spec: ModelSpec,
+    index: DatasetIndex,
+    ids: np.ndarray,
+    *,
+    terms: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+    run: Runner = run_here,
+) -> BitsPerDim:
+    """Bits/dim of a model on the images `ids` of a dataset; conditional on their labels where the model is.
+
+    Args:
+        ids: ascending sample ids, at least two.
+        terms: see `BitsWork`; T or more is every one.
+        batch_size: images per forward pass, and per task.
+
+    Raises:
+        InputError: the images are not what the model was trained on, fewer than two, or `terms` is odd.
+    """
+    timesteps = spec.diffusion.timesteps
+    if terms < 0 or (terms % 2 and terms < timesteps):
+        raise InputError(f"--terms {terms}: give an even number, or 0 for all {timesteps} terms of the bound")
+    if len(ids) < 2:
+        raise InputError("bits/dim with its standard error needs at least two images")
+    _check_images(spec, index)
+    work = BitsWork(index, model, spec, 0 if terms >= timesteps else terms, seed)
+    parts = list(run(work, cut(ids, batch_size), "bits/dim"))
+    total, variance, prior, decoder = (
+        np.concatenate([part[name] for part in parts]) for name in ("total", "variance", "prior", "decoder")
+    )
+    count = len(total)
+    table = np.sum([part["terms"] for part in parts], axis=0) / count
+    return BitsPerDim(
+        images=count,
+        bits_per_dim=float(total.mean()),
+        stderr=float(total.std(ddof=1) / math.sqrt(count)),
+        terms_stderr=float(math.sqrt(variance.sum()) / count),
+        prior=float(prior.mean()),
+        decoder=float(decoder.mean()),
+        terms=tuple(table.tolist()),
+    )
+
+
+def _check_images(spec: ModelSpec, index: DatasetIndex) -> None:
+    mine, theirs = spec.image, index.image
+    if (mine.size, mine.channels) != (theirs.size, theirs.channels):
+        raise InputError(
+            f"--data {index.uri}: images of {theirs.size}x{theirs.size}x{theirs.channels}, the model's are "
+            f"{mine.size}x{mine.size}x{mine.channels}: prepare the data with --image-size {mine.size} "
+            f"--channels {mine.channels}"
+        )
+    if spec.model.class_conditional and mine.classes != theirs.classes:
+        raise InputError(f"--data {index.uri}: its classes are not those that the model was trained with")

@@ -1,0 +1,187 @@
+"""A small convolutional classifier: features for the quality metrics that need no download.
+
+It is trained on the labelled data itself, as is the custom for MNIST. Distances by its features compare models of
+one dataset with each other; they are not comparable with published Fréchet inception distances.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import ImageConfig, from_dict, to_dict
+from pipeline.data import storage
+from pipeline.data.index import DatasetIndex
+from pipeline.errors import InputError
+from pipeline.evaluation.reading import read_images
+from pipeline.evaluation.work import Partial, Runner, choose, run_here
+from pipeline.rng import Purpose, uniform
+
+FEATURES = 64
+FIRST_WIDTH = 32
+NORM_GROUPS = 8
+SMALLEST_MAP = 4
+TRAINING_IMAGES = 60_000
+HELD_OUT_IMAGES = 10_000
+WEIGHTS, CONFIG = "model.safetensors", "classifier.json"
+FORMAT = "ray-ddpm-classifier"
+
+
+class Classifier(nn.Module):
+    """3x3 convolutions with group norm and ReLU, halving the image down to 4 pixels; the mean over pixels; logits.
+
+    Args:
+        image: size and channels of the images, and the classes.
+    """
+
+    def __init__(self, image: ImageConfig) -> None:
+        super().__init__()
+        halvings = max(1, int(math.log2(max(image.size / SMALLEST_MAP, 1))))
+        layers, width = list[nn.Module](), image.channels
+        for out in [FIRST_WIDTH] + [FEATURES] * halvings:
+            layers += [
+                nn.Conv2d(width, out, 3, padding=1),
+                nn.GroupNorm(NORM_GROUPS, out),
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
+            width = out
+        # The last map is not halved: its mean is taken.
+        self.body = nn.Sequential(*layers[:-1])
+        self.logits = nn.Linear(FEATURES, len(image.classes))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What stands before the logits: uint8 [N, C, H, W] to float32 [N, 64]."""
+        mean: Tensor = self.body(images.float() / 127.5 - 1).mean(dim=(2, 3))
+        return mean
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 [N, classes]."""
+        logits: Tensor = self.logits(self.features(images))
+        return logits
+
+
+def fit(
+    image: ImageConfig,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int = 0,
+    steps: int = 1000,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+) -> Classifier:
+    """Trains a classifier with Adam, the step size falling to zero as a half cosine.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], from 0.
+        seed: of the first weights and of the order of the data.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(image).to(images.device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        batch = _batch(seed, step, len(images), min(batch_size, len(images))).to(images.device)
+        loss = F.cross_entropy(net(images[batch]), labels[batch])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def _batch(seed: int, step: int, rows: int, size: int) -> Tensor:
+    """Which rows are seen at a step: drawn with replacement."""
+    ids = torch.arange(step * size, (step + 1) * size)
+    return (uniform(seed, 1, ids, Purpose.EVALUATION)[:, 0] * rows).long()
+
+
+@torch.no_grad()
+def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
+    """The share of images whose label has the largest logit."""
+    right = [
+        (net(part).argmax(dim=1) == label).sum().item()
+        for part, label in zip(images.split(256), labels.split(256), strict=True)
+    ]
+    return sum(right) / len(labels)
+
+
+@dataclass(frozen=True)
+class ClassifierWork:
+    """Trains a classifier as one task, whose ids are the training images."""
+
+    index: DatasetIndex
+    held_out: DatasetIndex
+    seed: int
+    steps: int
+
+    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
+        """See `work.Work`; the partial result holds the weights by name, and the held-out accuracy."""
+
+        def do(ids: np.ndarray) -> Partial:
+            images, labels = (part.to(device) for part in read_images(self.index, ids))
+            net = fit(self.index.image, images, labels, seed=self.seed, steps=self.steps)
+            some = choose(self.held_out.rows, HELD_OUT_IMAGES, self.seed)
+            score = accuracy(net, *(part.to(device) for part in read_images(self.held_out, some)))
+            weights = {name: value.cpu().numpy() for name, value in net.state_dict().items()}
+            return weights | {"accuracy": np.array([score])}
+
+        return do
+
+
+def train_classifier(
+    index: DatasetIndex, held_out: DatasetIndex, *, seed: int = 0, steps: int = 1000, run: Runner = run_here
+) -> tuple[Classifier, float]:
+    """Trains a classifier on labelled data.
+
+    Returns:
+        it, on the CPU, and its accuracy on `held_out`.
+
+    Raises:
+        InputError: the data has no labels.
+    """
+    if len(index.image.classes) < 2:
+        raise InputError(
+            f"--data {index.uri}: no labels to train a classifier on: give --features FILE (TorchScript)"
+        )
+    work = ClassifierWork(index, held_out, seed, steps)
+    (result,) = run(work, [choose(index.rows, TRAINING_IMAGES, seed)], "classifier")
+    score = float(result.pop("accuracy")[0])
+    net = Classifier(index.image)
+    net.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in result.items()})
+    return net.eval().requires_grad_(False), score
+
+
+def save_classifier(uri: str, net: Classifier, image: ImageConfig, score: float) -> None:
+    """Writes a folder of model.safetensors and classifier.json."""
+    about = {"format": FORMAT, "image": to_dict(image), "held_out_accuracy": score}
+    storage.write_atomic(storage.join(uri, WEIGHTS), save(net.state_dict()))
+    storage.write_atomic(storage.join(uri, CONFIG), json.dumps(about, indent=1).encode())
+
+
+def load_classifier(uri: str) -> tuple[Classifier, ImageConfig, float]:
+    """What `save_classifier` wrote.
+
+    Raises:
+        InputError: not such a folder, or a damaged one.
+    """
+    try:
+        about = json.loads(storage.read_bytes(storage.join(uri, CONFIG)))
+        image = from_dict(ImageConfig, about["image"], CONFIG)
+        net = Classifier(image)
+        net.load_state_dict(load(storage.read_bytes(storage.join(uri, WEIGHTS))))
+    except FileNotFoundError:
+        raise InputError(f"--features {uri}: neither a TorchScript file nor a classifier folder") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"--features {uri}: damaged: {' '.join(str(error).split())[:200]}") from None
+    return net.eval().requires_grad_(False), image, float(about["held_out_accuracy"])

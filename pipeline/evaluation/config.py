@@ -1,0 +1,70 @@
+"""The settings of an evaluation; imports neither torch nor Ray."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import InputError
+
+Metric = Literal["bits", "frechet", "kernel", "manifold", "knn"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure, on what."""
+
+    model: str
+    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
+    data: str
+    """Dataset to measure against: a folder that jobs/prepare.py wrote (URI)."""
+    samples: str = ""
+    """Samples to compare with the data: a folder that jobs/generate.py wrote with --format parquet (URI)."""
+    output: str = ""
+    """Folder for metrics.json, the terms of the bound, their plot and the classifier (URI); empty = not written."""
+    metrics: tuple[Metric, ...] = ("bits", "frechet", "kernel", "manifold", "knn")
+    """What to measure; all but bits need --samples."""
+    split: str = "validation"
+    """Held-out split: bits/dim is measured on it, and it is the real yardstick beside the samples."""
+    reference_split: str = "train"
+    """Split that samples are compared with, and that the classifier is trained on."""
+    terms: int = 0
+    """Terms of the bound evaluated for each image, an even number: an estimate; 0 = every one, exactly."""
+    max_images: int = 1000
+    """Images of the split that bits/dim is measured on, chosen by the seed; 0 = all."""
+    batch_size: int = 64
+    """Images per forward pass of the bound."""
+    features: str = "classifier"
+    """classifier = trained on the data, or one that an evaluation wrote (its folder), or a TorchScript file such as
+    inception-2015-12-05.pt. TorchScript is a program that is run: name only files that you trust."""
+    classifier_steps: int = 1000
+    """Optimizer steps of the classifier."""
+    max_features: int = 10_000
+    """Images a side for all but the Frechet distance, which takes every one; chosen by the seed, 0 = all."""
+    kernel_subset_size: int = 1000
+    """Images a side in each subset of the kernel distance; fewer where that would leave less than ten subsets."""
+    manifold_neighbours: int = 3
+    """k of precision and recall."""
+    knn_neighbours: int = 5
+    """k of the vote on a sample's label, among real images by their pixels."""
+    seed: int = 0
+    """Seed of the noise, of the classifier and of the choice of images."""
+    actors: int = 0
+    """Processes that measure; 0 = one per CPU of the cluster (per GPU where those are used)."""
+    gpu: bool | None = None
+    """Measure on GPUs; left out = when the cluster has any."""
+
+
+def check(config: EvaluateConfig) -> None:
+    """Whether the settings make sense.
+
+    Raises:
+        InputError: names the one that doesn't.
+    """
+    least = {"batch_size": 1, "classifier_steps": 1, "kernel_subset_size": 2, "manifold_neighbours": 1}
+    least |= {"knn_neighbours": 1, "terms": 0, "max_images": 0, "max_features": 0, "actors": 0}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise InputError(
+                f"--{name.replace('_', '-')} must be at least {value}, got {getattr(config, name)}"
+            )
+    if not config.samples and "bits" not in config.metrics:
+        raise InputError(f"--metrics {' '.join(config.metrics)}: nothing to measure without --samples")

@@ -1,0 +1,167 @@
+"""All that can be said of a model in numbers: held-out bits/dim, and how its samples compare with real images."""
+
+import csv
+import dataclasses
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import plots
+from pipeline.data import storage
+from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.errors import InputError
+from pipeline.evaluation.bits import BitsPerDim, held_out_bits
+from pipeline.evaluation.classifier import CONFIG, load_classifier, save_classifier, train_classifier
+from pipeline.evaluation.config import EvaluateConfig, check
+from pipeline.evaluation.distributed import ActorPool
+from pipeline.evaluation.features import (
+    ClassifierExtractor,
+    Extractor,
+    FeatureSet,
+    measure,
+    read_torchscript,
+)
+from pipeline.evaluation.frechet import frechet_distance, moments_to_bytes
+from pipeline.evaluation.kernel import kernel_distance
+from pipeline.evaluation.knn import knn_label_accuracy
+from pipeline.evaluation.manifold import precision_recall
+from pipeline.evaluation.reading import open_samples
+from pipeline.evaluation.work import Runner, choose
+from pipeline.models.export import load_model
+
+
+def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
+    """Measures a model over the cluster.
+
+    Args:
+        model_folder: where the model that `config.model` names lies on this machine.
+
+    Returns:
+        the metrics by name. `*_real` is what the held-out real images get where the samples would stand: no model
+        need be better. Fréchet distances shrink as the images on a side grow: compare equal counts.
+
+    Raises:
+        InputError: a setting, model, dataset or file that can't be used.
+    """
+    check(config)
+    if config.output:
+        storage.check_writable(config.output)
+    run = ActorPool(config.actors, config.gpu)
+    held_out = open_dataset(config.data, config.split)
+    metrics: dict[str, float] = {}
+    if "bits" in config.metrics:
+        metrics |= _bits(config, model_folder, held_out, run)
+    if config.samples and set(config.metrics) - {"bits"}:
+        metrics |= _quality(config, held_out, run)
+    _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
+    return metrics
+
+
+def _bits(config: EvaluateConfig, model_folder: str, held_out: DatasetIndex, run: Runner) -> dict[str, float]:
+    model, spec = load_model(Path(model_folder))
+    ids = choose(held_out.rows, config.max_images, config.seed)
+    bits = held_out_bits(
+        model,
+        spec,
+        held_out,
+        ids,
+        terms=config.terms,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        run=run,
+    )
+    _write_bits(config, bits)
+    return {
+        "bits_per_dim": bits.bits_per_dim,
+        "bits_per_dim_stderr": bits.stderr,
+        "bits_per_dim_terms_stderr": bits.terms_stderr,
+        "bits_per_dim_images": bits.images,
+        "L_T": bits.prior,
+        "L_0": bits.decoder,
+    }
+
+
+def _quality(config: EvaluateConfig, held_out: DatasetIndex, run: Runner) -> dict[str, float]:
+    reference = open_dataset(config.data, config.reference_split)
+    samples = open_samples(config.samples, reference.image)
+    extractor, metrics = _extractor(config, reference, held_out, run)
+
+    def look(index: DatasetIndex, name: str) -> FeatureSet:
+        return measure(
+            index, extractor, keep=config.max_features, seed=config.seed, title=f"features of {name}", run=run
+        )
+
+    real, fake = look(reference, config.reference_split), look(samples, "samples")
+    _write(config, "reference_moments.npz", moments_to_bytes(real.moments))
+    _write(config, "sample_moments.npz", moments_to_bytes(fake.moments))
+    metrics |= {"samples": samples.rows} | _compare(config, real, fake)
+    if config.split != config.reference_split:
+        yardstick = _compare(config, real, look(held_out, config.split))
+        metrics |= {"samples_real": held_out.rows} | {
+            f"{name}_real": value for name, value in yardstick.items()
+        }
+    return metrics
+
+
+def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    if "frechet" in config.metrics:
+        metrics["frechet_distance"] = frechet_distance(real.moments, fake.moments)
+    if "kernel" in config.metrics:
+        metrics["kernel_distance"], metrics["kernel_distance_stderr"] = kernel_distance(
+            real.features, fake.features, subset_size=config.kernel_subset_size, seed=config.seed
+        )
+    if "manifold" in config.metrics:
+        metrics["precision"], metrics["recall"] = precision_recall(
+            real.features, fake.features, config.manifold_neighbours
+        )
+    if "knn" in config.metrics and min(real.labels.min(), fake.labels.min()) >= 0:
+        metrics["knn_label_accuracy"] = knn_label_accuracy(
+            real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
+        )
+    return metrics
+
+
+def _extractor(
+    config: EvaluateConfig, reference: DatasetIndex, held_out: DatasetIndex, run: Runner
+) -> tuple[Extractor, dict[str, float]]:
+    """The extractor, and what is to be said of it."""
+    if config.features == "classifier":
+        net, accuracy = train_classifier(
+            reference, held_out, seed=config.seed, steps=config.classifier_steps, run=run
+        )
+        if config.output:
+            save_classifier(storage.join(config.output, "classifier"), net, reference.image, accuracy)
+    elif storage.exists(storage.join(config.features, CONFIG)):
+        net, image, accuracy = load_classifier(config.features)
+        if image != reference.image:
+            raise InputError(
+                f"--features {config.features}: trained on images of another size or other classes"
+            )
+    else:
+        return read_torchscript(config.features), {}
+    return ClassifierExtractor(net), {"classifier_accuracy": accuracy}
+
+
+def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:
+    _write(config, "bits_per_dim.json", json.dumps(dataclasses.asdict(bits), indent=1).encode())
+    if not bits.terms:
+        return
+    table = io.StringIO()
+    rows = csv.writer(table)
+    rows.writerow(["term", "bits_per_dim"])
+    rows.writerows([(f"L_{t}", repr(term)) for t, term in enumerate(bits.terms)])
+    rows.writerow([f"L_{len(bits.terms)}", repr(bits.prior)])
+    _write(config, "terms.csv", table.getvalue().encode())
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "terms.png"
+        plots.save_bound_terms(np.array(bits.terms), picture)
+        _write(config, "terms.png", picture.read_bytes())
+
+
+def _write(config: EvaluateConfig, name: str, data: bytes) -> None:
+    if config.output:
+        storage.write_atomic(storage.join(storage.absolute(config.output), name), data)

@@ -1,0 +1,172 @@
+"""Images to feature vectors: any TorchScript network by its file, or the built-in classifier."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data import storage
+from pipeline.data.index import DatasetIndex
+from pipeline.errors import InputError
+from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.frechet import Moments, merge_moments, moments_of
+from pipeline.evaluation.reading import read_images
+from pipeline.evaluation.work import Partial, Runner, choose, cut, run_here
+
+IMAGES_PER_TASK = 2048
+IMAGES_PER_PASS = 64
+LARGEST_THUMBNAIL = 32
+
+Embed = Callable[[Tensor], Tensor]
+"""uint8 [N, C, H, W] on the device -> floats [N, D]."""
+
+
+class Extractor(Protocol):
+    """A network that can travel to where it is used."""
+
+    def load(self, device: torch.device) -> Embed:
+        """The network on a device."""
+
+
+@dataclass(frozen=True)
+class ClassifierExtractor:
+    """The features before the logits of the built-in classifier."""
+
+    net: Classifier
+
+    def load(self, device: torch.device) -> Embed:
+        """See `Extractor`."""
+        return self.net.to(device).features
+
+
+@dataclass(frozen=True)
+class TorchScriptExtractor:
+    """A TorchScript file's content.
+
+    A network whose forward takes `return_features`, as inception-2015-12-05.pt does, gets colour images as uint8 in
+    0..255 and return_features=True, and resizes them by itself. Any other gets them as float32 in [0, 1].
+    Grey images are repeated into three channels. The answer is flattened to [N, D].
+    """
+
+    data: bytes
+
+    def load(self, device: torch.device) -> Embed:
+        """See `Extractor`.
+
+        Raises:
+            InputError: not a TorchScript file.
+        """
+        try:
+            net = torch.jit.load(io.BytesIO(self.data), map_location=device).eval()
+            inception = any(argument.name == "return_features" for argument in net.forward.schema.arguments)
+        except (RuntimeError, AttributeError) as error:
+            raise InputError(f"--features: not a TorchScript file: {str(error).splitlines()[0]}") from None
+
+        def embed(images: Tensor) -> Tensor:
+            images = images.expand(-1, 3, -1, -1)
+            features = net(images, return_features=True) if inception else net(images.float() / 255)
+            if not isinstance(features, Tensor) or features.shape[:1] != images.shape[:1]:
+                raise InputError("--features: the network gives no tensor with one row for each image")
+            return features.flatten(1).float()
+
+        return embed
+
+
+def read_torchscript(uri: str) -> TorchScriptExtractor:
+    """A TorchScript file that the user named.
+
+    Such a file holds a program, which will be run: only a file from a source that is trusted should be named.
+
+    Raises:
+        InputError: it can't be read, or is something else.
+    """
+    try:
+        extractor = TorchScriptExtractor(storage.read_bytes(uri))
+    except OSError as error:
+        raise InputError(f"--features {uri}: can't be read: {' '.join(str(error).split())}") from None
+    extractor.load(torch.device("cpu"))
+    return extractor
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What a dataset looks like through an extractor.
+
+    Attributes:
+        moments: of the features of all images.
+        features: of some of the images, float32 [K, D].
+        labels: theirs, int64 [K]; -1 for none.
+        thumbnails: their pixels in [0, 1], averaged down to at most 32x32, float32 [K, P].
+    """
+
+    moments: Moments
+    features: np.ndarray
+    labels: np.ndarray
+    thumbnails: np.ndarray
+
+
+@dataclass(frozen=True)
+class FeatureWork:
+    """The moments of a task's features, and all about those of its images that are in `kept`."""
+
+    index: DatasetIndex
+    extractor: Extractor
+    kept: np.ndarray
+
+    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
+        """See `work.Work`."""
+        embed = self.extractor.load(device)
+
+        @torch.no_grad()
+        def do(ids: np.ndarray) -> Partial:
+            images, labels = read_images(self.index, ids)
+            features = np.concatenate(
+                [embed(part.to(device)).cpu().numpy() for part in images.split(IMAGES_PER_PASS)]
+            )
+            moments, kept = moments_of(features), np.isin(ids, self.kept)
+            return {
+                "count": np.array([moments.count]),
+                "mean": moments.mean,
+                "m2": moments.m2,
+                "features": features[kept],
+                "labels": labels.numpy()[kept],
+                "thumbnails": _thumbnails(images[torch.from_numpy(kept)]),
+            }
+
+        return do
+
+
+def measure(
+    index: DatasetIndex,
+    extractor: Extractor,
+    *,
+    keep: int,
+    seed: int = 0,
+    title: str = "",
+    run: Runner = run_here,
+) -> FeatureSet:
+    """The features of a dataset: moments of all, and the vectors of `keep` images that the seed chooses (0 = all)."""
+    work = FeatureWork(index, extractor, choose(index.rows, keep, seed))
+    moments: Moments | None = None
+    columns: dict[str, list[np.ndarray]] = {"features": [], "labels": [], "thumbnails": []}
+    # Merged as they come: the moments of one task are D^2 numbers.
+    for part in run(work, cut(np.arange(index.rows), IMAGES_PER_TASK), title):
+        here = Moments(int(part["count"][0]), part["mean"], part["m2"])
+        moments = merge_moments([moments, here]) if moments else here
+        for name, values in columns.items():
+            values.append(part[name])
+    assert moments is not None, "a dataset has at least one image"
+    return FeatureSet(moments, **{name: np.concatenate(values) for name, values in columns.items()})
+
+
+def _thumbnails(images: Tensor) -> np.ndarray:
+    pixels = images.float() / 255
+    if len(images) and images.shape[-1] > LARGEST_THUMBNAIL:
+        pixels = F.adaptive_avg_pool2d(pixels, LARGEST_THUMBNAIL)
+    flat: np.ndarray = pixels.flatten(1).numpy()
+    return flat
