@@ -49,7 +49,7 @@ class ActorPool:
             [{"ids": ids.astype(np.int64).tobytes()} for ids in tasks], override_num_blocks=len(tasks)
         ).map(
             _Actor,
-            fn_constructor_args=(ray.put(work), "cuda" if gpu else "cpu"),
+            fn_constructor_args=(work, "cuda" if gpu else "cpu"),
             compute=ActorPoolStrategy(size=max(1, min(units, len(tasks)))),
             num_cpus=CPUS_PER_ACTOR,
             num_gpus=1 if gpu else 0,
@@ -72,10 +72,10 @@ class ActorPool:
 class _Actor:
     """Holds the network and does one task at a time."""
 
-    def __init__(self, work: Any, device: str) -> None:
+    def __init__(self, work: Work, device: str) -> None:
         # One thread, whatever the number of actors: sums come out the same.
         torch.set_num_threads(1)
-        self._do = (ray.get(work) if isinstance(work, ray.ObjectRef) else work).start(torch.device(device))
+        self._do = work.start(torch.device(device))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
