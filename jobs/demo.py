@@ -46,7 +46,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
         "generate",
         lambda: generate.run(
             GenerateConfig(
-                model=model, output=str(samples), count=config.count, sampler="ddim", sampling_steps=50, guidance=1.5
+                model=model,
+                output=str(samples),
+                count=config.count,
+                sampler="ddim",
+                sampling_steps=50,
+                guidance=1.5,
             )
         ),
     )

@@ -25,12 +25,9 @@ class Purpose(IntEnum):
     LABEL_DROP = 2
     FLIP = 3
     CROP = 4
-    DROPOUT = 5
     SAMPLING = 6
     LABEL = 7
     EVALUATION = 8
-    SHUFFLE = 9
-    SPLIT = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -15,9 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.rng import Purpose
-
 Array = np.ndarray
+_SHUFFLE = 9  # the stream of random numbers that orders the data; apart from those of pipeline.rng
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Rows:
 
 
 def _generator(plan: Plan, *counter: int) -> np.random.Generator:
-    sequence = np.random.SeedSequence([plan.seed & (2**64 - 1), int(Purpose.SHUFFLE), *counter])
+    sequence = np.random.SeedSequence([plan.seed & (2**64 - 1), _SHUFFLE, *counter])
     return np.random.Generator(np.random.Philox(sequence))
 
 

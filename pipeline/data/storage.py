@@ -49,6 +49,21 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
+def size(uri: str) -> int:
+    """Bytes of a file; -1 where there is none."""
+    fs, path = open_fs(uri)
+    try:
+        return int(fs.size(path))
+    except OSError:
+        return -1
+
+
+def remove(uri: str) -> None:
+    """Deletes one file."""
+    fs, path = open_fs(uri)
+    fs.rm_file(path)
+
+
 def write_atomic(uri: str, data: bytes) -> None:
     """Writes a file that appears whole or not at all: renamed locally, one put on an object store."""
     fs, path = open_fs(uri)

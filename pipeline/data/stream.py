@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 from torch import Tensor
 
 from pipeline.data.images import DecodeError, decode
-from pipeline.data.index import DatasetIndex, read_rows
-from pipeline.data.plan import Plan, Window, local_batch_size, window_rows, windows_between
+from pipeline.data.index import DatasetIndex
+from pipeline.data.plan import Plan, local_batch_size, windows_between
+from pipeline.data.reads import PlannedReads, Read
 
 WINDOWS_PER_EXECUTION = 4096
 READS_AT_ONCE = 2
@@ -84,10 +83,10 @@ class RankStream:
     def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
         windows = windows_between(self.plan, start, stop)
         while some := list(islice(windows, WINDOWS_PER_EXECUTION)):
-            reads = [_Read(self.index, self.plan, w, start, stop, self.rank, self.world_size) for w in some]
+            reads = [Read(self.index, self.plan, w, start, stop, self.rank, self.world_size) for w in some]
             # No CPU is asked for: reading waits on storage, and the trainers may hold every CPU there is.
             dataset = ray.data.read_datasource(
-                _PlannedReads(reads), ray_remote_args={"num_cpus": 0}, concurrency=READS_AT_ONCE
+                PlannedReads(reads), ray_remote_args={"num_cpus": 0}, concurrency=READS_AT_ONCE
             )
             dataset.context.execution_options.preserve_order = True
             dataset.context.enable_progress_bars = False
@@ -117,49 +116,6 @@ class RankStream:
         )
 
 
-@dataclass(frozen=True)
-class _Read:
-    """One read task: a rank's rows of one window."""
-
-    index: DatasetIndex
-    plan: Plan
-    window: Window
-    start: int
-    stop: int
-    rank: int
-    world_size: int
-
-    def __call__(self) -> list[pa.Table]:
-        rows = window_rows(self.plan, self.window, self.start, self.stop, self.rank, self.world_size)
-        tables, places = [], []
-        for group in np.unique(rows.group):
-            here = np.flatnonzero(rows.group == group)
-            tables.append(read_rows(self.index.groups[group], rows.row[here]))
-            places.append(here)
-        if not tables:
-            return []
-        table = pa.concat_tables(tables).take(np.argsort(np.concatenate(places)))
-        ids = self.plan.first_id[rows.group] + rows.row
-        epochs = np.full(len(ids), self.window.epoch, np.int64)
-        return [table.append_column("id", pa.array(ids)).append_column("epoch", pa.array(epochs))]
-
-
-class _PlannedReads(Datasource):
-    """The plan as a Ray Data source: one read task a window, in the plan's order."""
-
-    def __init__(self, reads: list[_Read]) -> None:
-        self._reads = reads
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
-        def metadata(read: _Read) -> BlockMetadata:
-            return BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-
-        return [ReadTask(read, metadata(read)) for read in self._reads]
-
-
 def _rebatch(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]:
     """Cuts a stream of tables into tables of the given sizes; stops when either ends."""
     buffered: pa.Table | None = None
@@ -174,7 +130,7 @@ def _rebatch(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Ta
 
 
 def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch]:
-    """Runs an iterator in a thread, at most `depth` items ahead; ends the thread when the consumer stops."""
+    """Runs an iterator in a thread from now on, at most `depth` items ahead, until the consumer closes it."""
     items: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=max(depth, 1))
     stopped = threading.Event()
 
@@ -196,11 +152,14 @@ def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch
         except Exception as error:  # handed to the consumer, who raises it
             put(error)
 
+    def consume() -> Iterator[Batch]:
+        try:
+            while (item := items.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+
     threading.Thread(target=run, name="decode-ahead", daemon=True).start()
-    try:
-        while (item := items.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        stopped.set()
+    return consume()

@@ -89,17 +89,13 @@ def _quality(config: EvaluateConfig, held_out: DatasetIndex, run: Runner) -> dic
     samples = open_samples(config.samples, reference.image)
     extractor, metrics = _extractor(config, reference, held_out, run)
 
-    def look(index: DatasetIndex, name: str) -> FeatureSet:
-        return measure(
-            index, extractor, keep=config.max_features, seed=config.seed, title=f"features of {name}", run=run
-        )
-
-    real, fake = look(reference, config.reference_split), look(samples, "samples")
+    sets = [reference, samples] + [held_out] * (config.split != config.reference_split)
+    real, fake, *others = measure(sets, extractor, keep=config.max_features, seed=config.seed, run=run)
     _write(config, "reference_moments.npz", moments_to_bytes(real.moments))
     _write(config, "sample_moments.npz", moments_to_bytes(fake.moments))
     metrics |= {"samples": samples.rows} | _compare(config, real, fake)
-    if config.split != config.reference_split:
-        yardstick = _compare(config, real, look(held_out, config.split))
+    for other in others:
+        yardstick = _compare(config, real, other)
         metrics |= {"samples_real": held_out.rows} | {
             f"{name}_real": value for name, value in yardstick.items()
         }

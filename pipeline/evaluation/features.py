@@ -1,8 +1,9 @@
 """Images to feature vectors: any TorchScript network by its file, or the built-in classifier."""
 
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -142,20 +143,35 @@ class FeatureWork:
 
 
 def measure(
-    index: DatasetIndex,
-    extractor: Extractor,
-    *,
-    keep: int,
-    seed: int = 0,
-    title: str = "",
-    run: Runner = run_here,
-) -> FeatureSet:
-    """The features of a dataset: moments of all, and the vectors of `keep` images that the seed chooses (0 = all)."""
-    work = FeatureWork(index, extractor, choose(index.rows, keep, seed))
+    indexes: Sequence[DatasetIndex], extractor: Extractor, *, keep: int, seed: int = 0, run: Runner = run_here
+) -> list[FeatureSet]:
+    """The features of datasets: moments of all images, and the vectors of some of each dataset.
+
+    Args:
+        indexes: datasets of one image size, measured in one run, since each start of the actors costs seconds.
+        keep: images of each dataset whose vectors are kept, chosen by the seed; 0 = all.
+    """
+    joined = replace(indexes[0], groups=tuple(group for index in indexes for group in index.groups))
+    ends = np.cumsum([index.rows for index in indexes])
+    firsts = [end - index.rows for end, index in zip(ends, indexes, strict=True)]
+    tasks = [
+        cut(np.arange(first, first + index.rows), IMAGES_PER_TASK)
+        for first, index in zip(firsts, indexes, strict=True)
+    ]
+    kept = [first + choose(index.rows, keep, seed) for first, index in zip(firsts, indexes, strict=True)]
+    results = run(
+        FeatureWork(joined, extractor, np.concatenate(kept)),
+        [ids for mine in tasks for ids in mine],
+        "features",
+    )
+    return [_merge(islice(results, len(mine))) for mine in tasks]
+
+
+def _merge(parts: Iterable[Partial]) -> FeatureSet:
     moments: Moments | None = None
     columns: dict[str, list[np.ndarray]] = {"features": [], "labels": [], "thumbnails": []}
     # Merged as they come: the moments of one task are D^2 numbers.
-    for part in run(work, cut(np.arange(index.rows), IMAGES_PER_TASK), title):
+    for part in parts:
         here = Moments(int(part["count"][0]), part["mean"], part["m2"])
         moments = merge_moments([moments, here]) if moments else here
         for name, values in columns.items():

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pipeline.config import ModelSpec, from_dict, to_dict
@@ -22,7 +22,9 @@ def save_model(folder: Path, weights: dict[str, Tensor], spec: ModelSpec, card: 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS
+    )
     (partial / CONFIG).write_text(json.dumps(to_dict(spec), indent=1, sort_keys=True))
     (partial / CARD).write_text(card or model_card(spec))
     partial.chmod(0o755)
@@ -42,34 +44,44 @@ def load_model(folder: Path) -> tuple[UNet, ModelSpec]:
     Raises:
         InputError: not a model folder, or a damaged one.
     """
-    folder = Path(folder)
+    return unpack_model(pack_model(folder), str(folder))
+
+
+def pack_model(folder: Path) -> tuple[bytes, bytes]:
+    """A model folder as (configuration, weights) bytes: to send a model to nodes that don't see the folder."""
     try:
-        spec = from_dict(ModelSpec, json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
-        weights = load_file(folder / WEIGHTS)
+        return (Path(folder) / CONFIG).read_bytes(), (Path(folder) / WEIGHTS).read_bytes()
+    except OSError as error:
+        name = Path(str(error.filename)).name
+        raise InputError(f"{folder} is not an exported model: {name}: {error.strerror}") from None
+
+
+def unpack_model(packed: tuple[bytes, bytes], where: str = "model") -> tuple[UNet, ModelSpec]:
+    """The inverse of `pack_model`; see `load_model`."""
+    try:
+        spec = from_dict(ModelSpec, json.loads(packed[0]), f"{where}/{CONFIG}")
+        weights = load(packed[1])
         model = build(spec)
         model.load_state_dict(weights)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is not an exported model: no {Path(str(error.filename)).name} in it") from None
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-        raise InputError(f"{folder} holds a damaged model: {' '.join(str(error).split())[:300]}") from None
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise InputError(f"{where} holds a damaged model: {' '.join(str(error).split())[:300]}") from None
     return model.eval().requires_grad_(False), spec
 
 
 def model_fingerprint(folder: Path) -> str:
     """SHA-256 over the weights and the configuration: equal for equal models, wherever they lie."""
     digest = hashlib.sha256()
-    for name in (WEIGHTS, CONFIG):
-        try:
-            digest.update(hashlib.sha256((Path(folder) / name).read_bytes()).digest())
-        except OSError as error:
-            raise InputError(f"{folder} is not an exported model: {name}: {error.strerror}") from None
+    for content in pack_model(folder):
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
 def model_card(spec: ModelSpec) -> str:
     """A README.md with YAML front matter that says what the model is and where it came from."""
     image, diffusion = spec.image, spec.diffusion
-    classes = f"{len(image.classes)} classes: {', '.join(image.classes)}" if spec.model.class_conditional else "no"
+    classes = (
+        f"{len(image.classes)} classes: {', '.join(image.classes)}" if spec.model.class_conditional else "no"
+    )
     provenance = "".join(f"| {key} | {value} |\n" for key, value in sorted(spec.provenance.items()))
     return (
         "---\nlibrary_name: ray-ddpm\npipeline_tag: unconditional-image-generation\ntags: [diffusion, ddpm]\n---\n\n"

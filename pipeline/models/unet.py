@@ -53,10 +53,16 @@ def check_model(config: ModelConfig, image: ImageConfig) -> None:
         )
     if config.class_conditional and not image.classes:
         raise InputError("--class-conditional: the data has no labels")
-    widths = [config.model_channels * m for i, m in enumerate(config.channel_multipliers) if _attends(config, image, i)]
+    widths = [
+        config.model_channels * m
+        for i, m in enumerate(config.channel_multipliers)
+        if _attends(config, image, i)
+    ]
     for width in [*widths, config.model_channels * config.channel_multipliers[-1]]:
         if config.head_channels < 1 or width % config.head_channels:
-            raise InputError(f"--head-channels {config.head_channels} does not divide a level's {width} channels")
+            raise InputError(
+                f"--head-channels {config.head_channels} does not divide a level's {width} channels"
+            )
 
 
 def _attends(config: ModelConfig, image: ImageConfig, level: int) -> bool:
@@ -91,7 +97,9 @@ class UNet(nn.Module):
         for level, out in enumerate(widths):
             ins = [width] + [out] * (config.res_blocks - 1)
             last = level == len(widths) - 1
-            block = Level(config, ins, out, embedding, _attends(config, image, level), None if last else "down")
+            block = Level(
+                config, ins, out, embedding, _attends(config, image, level), None if last else "down"
+            )
             self.down_blocks.append(block)
             skips += [out] * (config.res_blocks + (not last))
             width = out
@@ -99,7 +107,9 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
             ins = [(width if i == 0 else out) + skips.pop() for i in range(config.res_blocks + 1)]
-            block = Level(config, ins, out, embedding, _attends(config, image, level), "up" if level else None)
+            block = Level(
+                config, ins, out, embedding, _attends(config, image, level), "up" if level else None
+            )
             self.up_blocks.append(block)
             width = out
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, width, NORM_EPS)

@@ -4,21 +4,18 @@
 Rank 0 posts without waiting, the driver writes what it finds to MLflow and to the terminal.
 """
 
-import sys
 import threading
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.display import Display
 
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
-PLAIN_LINE_SECONDS = 10.0
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -48,36 +45,6 @@ def open_mailbox() -> Any:
     """A mailbox on the driver's own node: it lives as long as the driver, whatever happens to other nodes."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-
-
-class Display:
-    """A progress bar on a terminal, plain lines elsewhere; on stderr."""
-
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self._total, self._unit, self._title, self._last = total, unit, title, 0.0
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(title, total=total, note="")
-            self._bar.start()
-
-    def update(self, done: int, note: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
-        elif done >= self._total or time.monotonic() - self._last > PLAIN_LINE_SECONDS:
-            self._last = time.monotonic()
-            print(f"{self._title}: {done}/{self._total} {self._unit}  {note}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 class Courier:

@@ -17,11 +17,12 @@ from pipeline.data.plan import Plan
 from pipeline.data.storage import check_writable
 from pipeline.data.stream import RankStream
 from pipeline.diffusion.schedules import make_betas, resolve
+from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
-from pipeline.training.progress import Courier, Display, open_mailbox
+from pipeline.training.progress import Courier, open_mailbox
 
 RAY_FOLDER = "checkpoints"
 RUN_FILE = "run.json"

@@ -47,6 +47,9 @@ def _run(settings: dict[str, Any]) -> None:
     state = loop.new_state(config, spec, device)
     if saved := newest_good_checkpoint():
         checkpoint.restore(state, saved)
+    # From here on images are read and decoded, while the model is made ready.
+    stream = ray.train.get_dataset_shard("train")
+    batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
     model: nn.Module = state.model
     if config.compile:
         model = torch.compile(model)  # type: ignore[assignment]
@@ -54,8 +57,6 @@ def _run(settings: dict[str, Any]) -> None:
         static = not config.microbatch
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
 
-    stream = ray.train.get_dataset_shard("train")
-    batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
     mailbox = settings["mailbox"]
 
     def on_log(step: int, metrics: dict[str, float]) -> None:

@@ -1,0 +1,39 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on stderr."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere; on stderr."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self._total, self._unit, self._title, self._last = total, unit, title, 0.0
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(title, total=total, note="")
+            self._bar.start()
+
+    def update(self, done: int, note: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif done >= self._total or time.monotonic() - self._last > PLAIN_LINE_SECONDS:
+            self._last = time.monotonic()
+            print(f"{self._title}: {done}/{self._total} {self._unit}  {note}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
