@@ -19,6 +19,7 @@ from pipeline.evaluation.classifier import (
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import TorchScriptExtractor, measure, read_torchscript
 from pipeline.evaluation.reading import open_samples, read_images
+from pipeline.evaluation.work import run_here
 from tests.evaluation.common import DIGITS, write_samples
 
 
@@ -77,32 +78,35 @@ def test_folders_that_hold_no_samples_are_refused(tmp_path: Path) -> None:
 
 
 def test_moments_are_numpys_over_all_images_whoever_computes_them(
-    train: DatasetIndex, inception: TorchScriptExtractor, monkeypatch: pytest.MonkeyPatch
+    train: DatasetIndex,
+    held_out: DatasetIndex,
+    inception: TorchScriptExtractor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(features, "IMAGES_PER_TASK", 300)
-    images = read_images(train, np.arange(train.rows))[0].numpy().astype(np.float64)
-    expected = np.stack([images.mean((1, 2, 3)), images[:, 0, 0].mean(1), images.max((1, 2, 3))], axis=1)
     results = [
-        measure(train, inception, keep=0),
-        measure(train, inception, keep=0, run=ActorPool(1)),
-        measure(train, inception, keep=0, run=ActorPool(2)),
+        measure([train, held_out], inception, keep=0, run=run)
+        for run in (run_here, ActorPool(1), ActorPool(2))
     ]
-    for result in results:
-        assert result.moments.count == train.rows
-        np.testing.assert_allclose(result.moments.mean, expected.mean(axis=0), rtol=1e-6)
-        np.testing.assert_allclose(result.moments.covariance(), np.cov(expected, rowvar=False), rtol=1e-5)
-        np.testing.assert_allclose(result.features, expected, rtol=1e-5)
-        np.testing.assert_array_equal(
-            result.thumbnails.reshape(images.shape), (images / 255).astype(np.float32)
-        )
-    np.testing.assert_array_equal(results[1].moments.m2, results[2].moments.m2)
+    for index, one, two, three in zip((train, held_out), *results, strict=True):
+        images = read_images(index, np.arange(index.rows))[0].numpy().astype(np.float64)
+        features_of = images.mean((1, 2, 3)), images[:, 0, 0].mean(1), images.max((1, 2, 3))
+        expected = np.stack(features_of, axis=1)
+        for result in (one, two, three):
+            assert result.moments.count == index.rows
+            np.testing.assert_allclose(result.moments.mean, expected.mean(axis=0), rtol=1e-6)
+            np.testing.assert_allclose(result.moments.covariance(), np.cov(expected, rowvar=False), rtol=1e-5)
+            np.testing.assert_allclose(result.features, expected, rtol=1e-5)
+            thumbnails = result.thumbnails.reshape(images.shape)
+            np.testing.assert_array_equal(thumbnails, (images / 255).astype(np.float32))
+        np.testing.assert_array_equal(two.moments.m2, three.moments.m2)
 
 
 def test_kept_features_are_those_of_the_chosen_images(
     train: DatasetIndex, inception: TorchScriptExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "IMAGES_PER_TASK", 300)
-    some, everything = measure(train, inception, keep=40), measure(train, inception, keep=0)
+    (some,), (everything,) = measure([train], inception, keep=40), measure([train], inception, keep=0)
     assert some.features.shape == (40, 3)
     assert some.moments.count == everything.moments.count
     rows = {(*f.tolist(), label) for f, label in zip(everything.features, everything.labels, strict=True)}
