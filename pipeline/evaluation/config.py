@@ -33,8 +33,7 @@ class EvaluateConfig:
     batch_size: int = 64
     """Images per forward pass of the bound."""
     features: str = "classifier"
-    """classifier = trained on the data, or one that an evaluation wrote (its folder), or a TorchScript file such as
-    inception-2015-12-05.pt. TorchScript is a program that is run: name only files that you trust."""
+    """classifier (trained on the data), the folder of one, or a TorchScript file: a program, so only one you trust."""
     classifier_steps: int = 1000
     """Optimizer steps of the classifier."""
     max_features: int = 10_000

@@ -25,7 +25,7 @@ from pipeline.evaluation.features import (
     read_torchscript,
 )
 from pipeline.evaluation.frechet import frechet_distance, moments_to_bytes
-from pipeline.evaluation.kernel import kernel_distance
+from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
 from pipeline.evaluation.knn import knn_label_accuracy
 from pipeline.evaluation.manifold import precision_recall
 from pipeline.evaluation.reading import open_samples
@@ -87,9 +87,9 @@ def _bits(config: EvaluateConfig, model_folder: str, held_out: DatasetIndex, run
 def _quality(config: EvaluateConfig, held_out: DatasetIndex, run: Runner) -> dict[str, float]:
     reference = open_dataset(config.data, config.reference_split)
     samples = open_samples(config.samples, reference.image)
-    extractor, metrics = _extractor(config, reference, held_out, run)
-
     sets = [reference, samples] + [held_out] * (config.split != config.reference_split)
+    _check_counts(config, sets)
+    extractor, metrics = _extractor(config, reference, held_out, run)
     real, fake, *others = measure(sets, extractor, keep=config.max_features, seed=config.seed, run=run)
     _write(config, "reference_moments.npz", moments_to_bytes(real.moments))
     _write(config, "sample_moments.npz", moments_to_bytes(fake.moments))
@@ -100,6 +100,24 @@ def _quality(config: EvaluateConfig, held_out: DatasetIndex, run: Runner) -> dic
             f"{name}_real": value for name, value in yardstick.items()
         }
     return metrics
+
+
+def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
+    """Before the work, not after it."""
+    least = {
+        "frechet": 2,
+        "kernel": LEAST_IMAGES,
+        "manifold": config.manifold_neighbours + 1,
+        "knn": config.knn_neighbours,
+    }
+    for index in sets:
+        rows = min(index.rows, config.max_features or index.rows)
+        for metric in config.metrics:
+            if rows < least.get(metric, 0):
+                raise InputError(
+                    f"--metrics {metric} needs at least {least[metric]} images a side, the {index.split} of "
+                    f"{index.uri} give {rows}: give more, or leave it out"
+                )
 
 
 def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:

@@ -6,7 +6,8 @@ import torch
 from pipeline.errors import InputError
 from pipeline.rng import Purpose, uniform
 
-LEAST_BLOCKS = 10
+LEAST_SUBSETS = 10
+LEAST_IMAGES = 2 * LEAST_SUBSETS
 
 
 def kernel_distance(
@@ -35,9 +36,9 @@ def kernel_distance(
             f"features of {real.shape[1]} and {fake.shape[1]} numbers: use one extractor for both"
         )
     least = min(len(real), len(fake))
-    size = min(subset_size, least // LEAST_BLOCKS)
+    size = min(subset_size, least // LEAST_SUBSETS)
     if size < 2:
-        raise InputError(f"the kernel distance needs at least {2 * LEAST_BLOCKS} images a side, got {least}")
+        raise InputError(f"the kernel distance needs at least {LEAST_IMAGES} images a side, got {least}")
     real_order, fake_order = _shuffled(len(real), seed, 0), _shuffled(len(fake), seed, 1)
     estimates = [
         squared_mmd(real[real_order[start : start + size]], fake[fake_order[start : start + size]])

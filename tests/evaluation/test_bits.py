@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,8 +99,6 @@ def test_actors_measure_what_one_process_measures(held_out: DatasetIndex) -> Non
 
 
 def test_labels_change_the_bound_of_a_conditional_model_only(held_out: DatasetIndex) -> None:
-    from dataclasses import replace
-
     ids = np.arange(8)
     renamed = replace(held_out, image=replace(held_out.image, classes=tuple("abcdefghij")))
     model, spec = small_model(conditional=False)
@@ -115,8 +114,6 @@ def test_labels_change_the_bound_of_a_conditional_model_only(held_out: DatasetIn
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(held_out: DatasetIndex) -> None:
-    from dataclasses import replace
-
     model, spec = small_model()
     for ids, options, reason in (
         (np.arange(4), {"terms": 7}, "even number"),

@@ -3,15 +3,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
+from pipeline.evaluation.classifier import Classifier, save_classifier
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.reading import read_images
 from pipeline.models.export import save_model
-from tests.evaluation.common import small_model, write_samples
+from tests.evaluation.common import DIGITS, small_model, write_samples
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +79,10 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
 def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
     digits: Path, tmp_path: Path, noise: Path
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     image = [{"bytes": b"no image", "path": "torn.png"}]
     pq.write_table(pa.table({"image": image, "label": [0]}), noise / "torn.parquet")
     classifier = tmp_path / "classifier"
-    from pipeline.config import ImageConfig
-    from pipeline.evaluation.classifier import Classifier, save_classifier
-
-    known = ImageConfig(8, 1, tuple("0123456789"))
-    save_classifier(str(classifier), Classifier(known), known, 0.5)
+    save_classifier(str(classifier), Classifier(DIGITS), DIGITS, 0.5)
     config = EvaluateConfig(
         model="", data=str(digits), samples=str(noise), features=str(classifier), metrics=("frechet",)
     )
@@ -103,15 +99,17 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
         ({"data": "nowhere"}, "no such folder"),
         ({"output": "pyproject.toml/x"}, "not a folder"),
         ({"samples": "nowhere"}, "no such file or folder"),
+        ({"samples": "noise", "metrics": ("kernel",), "max_features": 19}, "at least 20 images a side"),
         ({"gpu": True}, "no GPU"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
-    digits: Path, model_folder: Path, options: dict[str, object], reason: str
+    digits: Path, model_folder: Path, noise: Path, options: dict[str, object], reason: str
 ) -> None:
     settings = {"model": "", "data": str(digits), "max_images": 2, "metrics": ("bits",)}
     if "samples" in options:
         settings["metrics"] = ("frechet",)
+        options = options | {"samples": str(noise.with_name(str(options["samples"])))}
     with pytest.raises(InputError, match=reason) as error:
         evaluate(EvaluateConfig(**settings | options), str(model_folder))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)

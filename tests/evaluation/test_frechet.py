@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
@@ -69,8 +71,6 @@ def test_moments_survive_the_way_through_bytes() -> None:
 
 
 def test_a_pickle_or_noise_instead_of_moments_is_refused() -> None:
-    import io
-
     buffer = io.BytesIO()
     np.savez(buffer, count=1, mean=np.array([{}], dtype=object), m2=np.zeros((1, 1)))
     for data in (buffer.getvalue(), b"", b"noise"):
