@@ -25,11 +25,11 @@ class DemoConfig:
 
     output: str = "demo"
     """Folder for the shards, the run, the samples and the pictures; it must not exist yet."""
-    steps: int = 1200
+    steps: int = 450
     """Optimizer steps."""
     workers: int = 2
     """Data-parallel training workers."""
-    count: int = 512
+    count: int = 256
     """Samples to generate."""
 
 
@@ -50,7 +50,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
                 output=str(samples),
                 count=config.count,
                 sampler="ddim",
-                sampling_steps=50,
+                sampling_steps=25,
                 guidance=1.5,
             )
         ),
@@ -80,7 +80,7 @@ def training(config: DemoConfig, data: Path, output: Path) -> TrainConfig:
         diffusion=DiffusionConfig(schedule="cosine", timesteps=400),
         optimizer=OptimizerConfig(learning_rate=1e-3, ema_decays=(0.99,)),
         log_every=25,
-        checkpoint_every=400,
+        checkpoint_every=200,
         run_name="digits",
         register="digits",
     )

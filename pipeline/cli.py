@@ -70,7 +70,7 @@ def main(
         with result_stream() as stream:
             _quieten(verbose)
             if ray:
-                connect(verbose)
+                connect(verbose, {"MLFLOW_TRACKING_URI": tracking.tracking_uri()})
             result = run(config)
             print(json.dumps(result), file=stream, flush=True)
     except InputError as error:

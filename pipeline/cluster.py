@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 # Ray reads these when it is imported or when its workers start.
 _QUIET = {
@@ -16,12 +17,12 @@ _QUIET = {
 }
 
 
-def connect(verbose: bool = False, cpus: int | None = None) -> None:
+def connect(verbose: bool = False, environment: dict[str, str] | None = None) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts a Ray of this process's own on this machine.
 
     Args:
         verbose: let Ray's own logs and progress bars through.
-        cpus: CPUs of a local Ray; all of the machine's where left out.
+        environment: variables that every worker gets.
 
     Raises:
         InputError: RAY_ADDRESS is set and nothing answers there.
@@ -40,14 +41,14 @@ def connect(verbose: bool = False, cpus: int | None = None) -> None:
         # Workers import this package from wherever the driver does, also where it isn't installed.
         root = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        options = {
+        options: dict[str, Any] = {
             "log_to_driver": verbose,
             "logging_level": logging.INFO if verbose else logging.ERROR,
             "configure_logging": True,
-            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": path, **(environment or {})}},
         }
         if not address:
-            options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus}
+            options |= {"address": "local", "include_dashboard": False}
         try:
             ray.init(**options)
         except ConnectionError as error:

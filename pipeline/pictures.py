@@ -20,7 +20,7 @@ NAMED_SCHEDULES = ("linear", "quadratic", "cosine", "sigmoid", "constant")
 STRIP_COLUMNS = 9
 
 
-def sample_grid(model_folder: Path, path: Path, *, rows: int = 8, steps: int = 50, seed: int = 0) -> Path:
+def sample_grid(model_folder: Path, path: Path, *, rows: int = 8, steps: int = 25, seed: int = 0) -> Path:
     """A grid of DDIM samples; for a class-conditional model each column is one class."""
     model, spec = load_model(model_folder)
     columns = min(len(spec.image.classes), 16) if spec.model.class_conditional else rows
@@ -89,7 +89,7 @@ def nearest_neighbours(model_folder: Path, data: str, path: Path, *, count: int 
     model, spec = load_model(model_folder)
     ids = torch.arange(count)
     labels = ids % len(spec.image.classes) if spec.model.class_conditional else None
-    steps = min(50, spec.diffusion.timesteps)
+    steps = min(25, spec.diffusion.timesteps)
     images = sample_images(model, spec, ids, sampler="ddim", sampling_steps=steps, labels=labels, seed=seed)
     real, _ = real_images(open_dataset(data), 10_000)
     distance = torch.cdist(images.flatten(1).float(), real.flatten(1).float())

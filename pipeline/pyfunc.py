@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 
-class Sampler(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class Sampler(mlflow.pyfunc.PythonModel):
     """Draws samples from an exported model folder."""
 
     def load_context(self, context: Any) -> None:

@@ -4,9 +4,12 @@ Only the driver talks to MLflow: workers hand their numbers to it (see training/
 one writer, whatever restarts, and workers need neither the server's address nor its credentials.
 """
 
+import contextlib
+import io
 import os
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +99,8 @@ def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> Non
 
 def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
     """Names the training data in the run, by place and content fingerprint."""
-    from mlflow.data.meta_dataset import MetaDataset
     from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
 
     dataset = MetaDataset(
@@ -126,7 +129,13 @@ def log_model(run: Run, folder: Path, name: str = "", alias: str = "") -> str:
         `models:/NAME/VERSION` when registered, else `models:/ID` of the logged model.
     """
     mlflow.set_tracking_uri(tracking_uri())
-    with mlflow.start_run(run_id=run.id, log_system_metrics=False):
+    # Registering prints to stderr by itself, and warns that this model declares no schema of its input.
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with (
+        quiet,
+        warnings.catch_warnings(action="ignore"),
+        mlflow.start_run(run_id=run.id, log_system_metrics=False),
+    ):
         info = mlflow.pyfunc.log_model(
             name="model",
             # A script, not a pickled object: nothing is unpickled when the model is loaded.

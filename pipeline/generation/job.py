@@ -82,15 +82,16 @@ def _make(todo: list[Piece], config: GenerateConfig, folder: Path, output: str, 
     most = max(1, min(most, len(todo)))
     least = min(config.min_actors, most)
     pieces = ray.data.from_items([piece._asdict() for piece in todo], override_num_blocks=len(todo))
+    # Through the object store, once: the nodes need not see the model's folder. In a list, since Ray would put
+    # a bare reference's value into the actor's own arguments, which a restarted actor can't find again.
+    model = [ray.put(pack_model(folder))]
+    # Ray Data restarts a killed actor and gives its piece to another; the file was not there yet.
     done = pieces.map(
         Sampler,
-        fn_constructor_args=(pack_model(folder), config, output),
+        fn_constructor_args=(model, config, output),
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, initial_size=most),
         num_cpus=1,
         num_gpus=1 if config.gpu else 0,
-        # A killed actor's piece is made again by another; its file was not there yet.
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     total = sum(piece.stop - piece.start for piece in todo)
     display, images, blank = Display("generate", total, "images"), 0, 0

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor
 
@@ -22,15 +23,15 @@ class Sampler:
     """Holds the model; called with pieces by Ray Data's actor pool.
 
     Args:
-        packed: see `pack_model`.
+        packed: one reference to what `pack_model` gives.
         output: folder of the dataset.
     """
 
-    def __init__(self, packed: tuple[bytes, bytes], config: GenerateConfig, output: str) -> None:
+    def __init__(self, packed: list[Any], config: GenerateConfig, output: str) -> None:
         torch.set_num_threads(1)
         self._config, self._output = config, output
         self._device = torch.device("cuda" if config.gpu else "cpu")
-        model, self._spec = unpack_model(packed)
+        model, self._spec = unpack_model(ray.get(packed[0]))
         self._model = model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:

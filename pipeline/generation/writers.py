@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 SUFFIX = {"parquet": "parquet", "webdataset": "tar", "png": "tar"}
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One sample: PNG bytes, class (or None), index and seed."""
 
     png: bytes

@@ -6,6 +6,7 @@ UNet2DModel, so that an export to it is a copy (see models/diffusers.py).
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -132,16 +133,16 @@ class UNet(nn.Module):
         embedding = F.silu(embedding)
         h = self.conv_in(x)
         skips = [h]
-        for block in self.down_blocks:
+        for block in cast(list[Level], self.down_blocks):
             for resnet, attention in block.layers():
                 h = attention(resnet(h, embedding))
                 skips.append(h)
             if block.downsamplers is not None:
                 h = block.downsamplers[0](h)
                 skips.append(h)
-        first, second = self.mid_block.resnets
-        h = second(self.mid_block.attentions[0](first(h, embedding)), embedding)
-        for block in self.up_blocks:
+        (first, attention), (second, _) = self.mid_block.layers()
+        h = second(attention(first(h, embedding)), embedding)
+        for block in cast(list[Level], self.up_blocks):
             for resnet, attention in block.layers():
                 h = attention(resnet(torch.cat([h, skips.pop()], dim=1), embedding))
             if block.upsamplers is not None:
@@ -156,6 +157,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         half = frequencies // 2
         rates = torch.exp(-math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32) / half)
+        self.rates: Tensor
         self.register_buffer("rates", rates, persistent=False)
         self.linear_1 = nn.Linear(frequencies, out)
         self.linear_2 = nn.Linear(out, out)
@@ -187,8 +189,8 @@ class Level(nn.Module):
 
     def layers(self) -> list[tuple[nn.Module, nn.Module]]:
         """(residual block, attention or nothing) pairs, in order."""
-        attentions = self.attentions or [_PASS] * len(self.resnets)
-        return list(zip(self.resnets, attentions, strict=True))
+        attentions = [*(self.attentions or []), *[_PASS] * len(self.resnets)]
+        return list(zip(self.resnets, attentions, strict=False))
 
 
 class ResidualBlock(nn.Module):

@@ -141,7 +141,7 @@ def backward(
                 )
             # Divided by the global batch and multiplied by the workers over which DDP averages, so that uneven
             # parts count right and the sum is that of one worker.
-            ((loss * data.weights[part]).sum() * (world_size / config.batch_size)).backward()  # type: ignore[no-untyped-call]
+            ((loss * data.weights[part]).sum() * (world_size / config.batch_size)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 

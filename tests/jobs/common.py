@@ -22,7 +22,9 @@ class Outcome:
 def environment(home: Path, **extra: str) -> dict[str, str]:
     """The user's environment with MLflow's database in `home`."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    return kept | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}", "PYTHONWARNINGS": "ignore"} | extra
+    return (
+        kept | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}", "PYTHONWARNINGS": "ignore"} | extra
+    )
 
 
 def command(job: str, *flags: object) -> list[str]:
@@ -32,7 +34,12 @@ def command(job: str, *flags: object) -> list[str]:
 def run_job(job: str, *flags: object, home: Path, timeout: float = 300, **extra: str) -> Outcome:
     """Runs `jobs/JOB.py FLAGS` in `home` to its end."""
     done = subprocess.run(
-        command(job, *flags), cwd=home, env=environment(home, **extra), capture_output=True, text=True, timeout=timeout
+        command(job, *flags),
+        cwd=home,
+        env=environment(home, **extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     lines = done.stdout.strip().splitlines()
     result = json.loads(lines[-1]) if done.returncode == 0 and lines else {}

@@ -25,7 +25,9 @@ def helps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Comp
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_shows_every_flag_with_its_default(job: str, helps: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_help_shows_every_flag_with_its_default(
+    job: str, helps: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
     shown = helps[job]
     assert shown.returncode == 0
     assert "--config FILE.yaml" in shown.stdout

@@ -12,7 +12,11 @@ from pipeline.data.plan import Plan, window_rows, windows_between
 
 IMAGE = ImageConfig(size=8, channels=1, classes=("even", "odd"))
 MODEL = ModelConfig(
-    model_channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_resolutions=(4,), class_conditional=True
+    model_channels=32,
+    channel_multipliers=(1, 2),
+    res_blocks=1,
+    attention_resolutions=(4,),
+    class_conditional=True,
 )
 
 
@@ -30,7 +34,12 @@ def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
     diffusion = DiffusionConfig(schedule="cosine", timesteps=20, **changes.pop("diffusion", {}))  # type: ignore[arg-type]
     options = {"steps": 20, "batch_size": 10, "seed": 5, "random_flip": True, "log_every": 5} | changes
     config = TrainConfig(
-        data="", output="", model=MODEL, diffusion=diffusion, optimizer=OptimizerConfig(warmup_steps=5), **options
+        data="",
+        output="",
+        model=MODEL,
+        diffusion=diffusion,
+        optimizer=OptimizerConfig(warmup_steps=5),
+        **options,
     )
     return config, ModelSpec(MODEL, IMAGE, diffusion)
 

@@ -13,7 +13,9 @@ from tests.training.common import problem
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    checkpoint.write(tmp_path, checkpoint.capture(new_state(*problem(), torch.device("cpu"))), {"run_id": "r"})
+    checkpoint.write(
+        tmp_path, checkpoint.capture(new_state(*problem(), torch.device("cpu"))), {"run_id": "r"}
+    )
     return tmp_path
 
 

@@ -26,7 +26,17 @@ def run(config, spec, state=None, rank: int = 0, world_size: int = 1):  # type: 
         model = DistributedDataParallel(model)
     losses: dict[int, float] = {}
     stream = batches(config, rank, world_size, state.step)
-    train(config, spec, state, model, stream, CPU, world_size, lambda s, m: losses.update({s: m["loss"]}), lambda s: None)
+    train(
+        config,
+        spec,
+        state,
+        model,
+        stream,
+        CPU,
+        world_size,
+        lambda s, m: losses.update({s: m["loss"]}),
+        lambda s: None,
+    )
     return state, losses
 
 
@@ -40,7 +50,9 @@ def _one_rank(rank: int, world_size: int, port: int, folder: str, changes: dict[
     config, spec = problem(**changes)
     state, losses = run(config, spec, rank=rank, world_size=world_size)
     if rank == 0:
-        torch.save({"weights": flat(state), "losses": losses, "sampler": state.sampler}, f"{folder}/{world_size}.pt")
+        torch.save(
+            {"weights": flat(state), "losses": losses, "sampler": state.sampler}, f"{folder}/{world_size}.pt"
+        )
     dist.destroy_process_group()
 
 
@@ -53,7 +65,9 @@ def _free_port() -> int:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_fifty_steps_of_several_workers_are_those_of_one(world_size: int, tmp_path: Path) -> None:
     changes: dict[str, object] = {"steps": 50, "diffusion": {"timestep_sampler": "loss_second_moment"}}
-    mp.start_processes(_one_rank, (world_size, _free_port(), str(tmp_path), changes), world_size, start_method="spawn")
+    mp.start_processes(
+        _one_rank, (world_size, _free_port(), str(tmp_path), changes), world_size, start_method="spawn"
+    )
     several = torch.load(tmp_path / f"{world_size}.pt", weights_only=True)
     config, spec = problem(**dict(changes))
     one, losses = run(config, spec)

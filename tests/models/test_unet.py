@@ -1,0 +1,107 @@
+"""The UNet: its structure is diffusers', its first output zero, its errors clear."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+
+from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
+from pipeline.errors import InputError
+from pipeline.models.diffusers import export_diffusers, unet_config
+from pipeline.models.unet import UNet, build, check_model
+
+PLAIN = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
+SMALL = ModelConfig(model_channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_resolutions=(4,))
+
+
+def randomised(spec: ModelSpec) -> UNet:
+    """A model with no zero weights left."""
+    torch.manual_seed(0)
+    model = build(spec).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_it_has_the_size_of_improved_diffusions_unet_of_that_shape() -> None:
+    ours = sum(p.numel() for p in build(PLAIN).parameters())
+    theirs = sum(p.numel() for p in UNet2DModel.from_config(unet_config(PLAIN)).parameters())
+    assert ours == theirs
+    assert 6.8e6 < ours < 7.0e6
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")])
+def test_the_first_output_is_zero(classes: tuple[str, ...]) -> None:
+    image = ImageConfig(8, 1, classes)
+    model = build(ModelSpec(SMALL, image, DiffusionConfig()))
+    assert torch.equal(model(torch.randn(2, 1, 8, 8), torch.tensor([0, 5])), torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (12, 4), (10, 3)])
+def test_any_channel_count_and_any_size_its_downsampling_divides(size: int, channels: int) -> None:
+    model = randomised(
+        ModelSpec(SMALL, ImageConfig(size, channels), DiffusionConfig(variance="learned_range"))
+    )
+    assert model(torch.randn(2, channels, size, size), torch.tensor([0, 5])).shape == (
+        2,
+        2 * channels,
+        size,
+        size,
+    )
+
+
+def test_a_size_it_can_not_take_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="28 or 32"):
+        check_model(ModelConfig(), ImageConfig(30, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_channels": 40}, "multiple of 32"),
+        ({"class_conditional": True}, "no labels"),
+        ({"head_channels": 24}, "24"),
+    ],
+)
+def test_settings_that_can_not_be_built_say_why(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        check_model(ModelConfig(**changes), ImageConfig(32, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")])
+def test_diffusers_loads_the_export_and_gives_the_same_epsilon(
+    classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = ModelConfig(
+        model_channels=32,
+        channel_multipliers=(1, 2, 2),
+        attention_resolutions=(8, 4),
+        class_conditional=bool(classes),
+    )
+    spec = ModelSpec(config, ImageConfig(16, 3, classes), DiffusionConfig(timesteps=10))
+    model = randomised(spec)
+    export_diffusers(model, spec, tmp_path)
+    theirs = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    x, t = torch.randn(4, 3, 16, 16), torch.tensor([0, 3, 500, 999])
+    labels = torch.tensor([0, 1, 2, 3]) if classes else None
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(x, t, labels), theirs(x, t, class_labels=labels).sample, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_diffusers_pipeline_samples_from_the_export(tmp_path: Path) -> None:
+    spec = ModelSpec(SMALL, ImageConfig(8, 3), DiffusionConfig(timesteps=10))
+    export_diffusers(randomised(spec), spec, tmp_path)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=10, output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+    assert torch.allclose(pipeline.scheduler.betas.double(), _betas(spec), atol=1e-6)
+
+
+def _betas(spec: ModelSpec) -> torch.Tensor:
+    from pipeline.diffusion.schedules import make_betas
+
+    return make_betas(spec.diffusion)
