@@ -13,7 +13,7 @@ from pipeline.data.shards import PrepareConfig, prepare
 def cluster() -> Iterator[None]:
     """A small Ray, unless one runs already."""
     mine = not ray.is_initialized()
-    connect(cpus=2)
+    connect()
     yield
     if mine:
         ray.shutdown()

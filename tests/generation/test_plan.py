@@ -1,0 +1,36 @@
+"""The chunk plan: arithmetic that covers every sample once."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.generation.plan import Piece, batches, file_name, missing, parse_name
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.sets(st.integers(0, 9), max_size=5))
+def test_what_is_there_and_what_is_missing_cover_every_sample_once(
+    count: int, rows: int, done: set[int]
+) -> None:
+    finished = [Piece(i * rows, (i + 1) * rows) for i in done]
+    todo = list(missing(count, rows, finished))
+    covered = sorted(i for piece in [*todo, *finished] for i in range(piece.start, piece.stop))
+    assert covered == sorted(set(covered))
+    assert set(range(count)) <= set(covered)
+    assert all(piece.stop <= count for piece in todo)
+    assert all(piece.start // rows == (piece.stop - 1) // rows for piece in todo)
+
+
+@given(st.integers(0, 200), st.integers(1, 100), st.integers(1, 20))
+def test_batches_are_whole_and_give_each_sample_of_a_piece_once(start: int, length: int, size: int) -> None:
+    piece = Piece(start, start + length)
+    got = []
+    for indices, mine in batches(piece, size):
+        assert len(indices) == size
+        assert indices.start % size == 0
+        got += list(indices)[mine]
+    assert got == list(range(piece.start, piece.stop))
+
+
+def test_names_say_what_is_in_a_file() -> None:
+    assert parse_name(file_name(Piece(1024, 2048), "parquet")) == Piece(1024, 2048)
+    assert parse_name("train-1-2.parquet") is None
+    assert parse_name("notes.txt") is None
