@@ -25,7 +25,7 @@ from pipeline.evaluation.work import Partial, Runner, choose, run_here
 from pipeline.rng import Purpose, uniform
 
 FEATURES = 64
-FIRST_WIDTH = 32
+FIRST_WIDTH, WIDTH = 32, 64
 NORM_GROUPS = 8
 SMALLEST_MAP = 4
 TRAINING_IMAGES = 60_000
@@ -35,7 +35,7 @@ FORMAT = "ray-ddpm-classifier"
 
 
 class Classifier(nn.Module):
-    """3x3 convolutions with group norm and ReLU, halving the image down to 4 pixels; the mean over pixels; logits.
+    """3x3 convolutions with group norm and ReLU, halving the image to 4 to 7 pixels; a layer of features; logits.
 
     Args:
         image: size and channels of the images, and the classes.
@@ -43,24 +43,20 @@ class Classifier(nn.Module):
 
     def __init__(self, image: ImageConfig) -> None:
         super().__init__()
-        halvings = max(1, int(math.log2(max(image.size / SMALLEST_MAP, 1))))
+        halvings = max(0, int(math.log2(image.size / SMALLEST_MAP)))
         layers, width = list[nn.Module](), image.channels
-        for out in [FIRST_WIDTH] + [FEATURES] * halvings:
-            layers += [
-                nn.Conv2d(width, out, 3, padding=1),
-                nn.GroupNorm(NORM_GROUPS, out),
-                nn.ReLU(),
-                nn.AvgPool2d(2),
-            ]
+        for level in range(halvings + 1):
+            out = WIDTH if level else FIRST_WIDTH
+            layers += [nn.MaxPool2d(2)] * (level > 0)
+            layers += [nn.Conv2d(width, out, 3, padding=1), nn.GroupNorm(NORM_GROUPS, out), nn.ReLU()]
             width = out
-        # The last map is not halved: its mean is taken.
-        self.body = nn.Sequential(*layers[:-1])
+        self.body = nn.Sequential(*layers)
+        self.embedding = nn.Linear(width * (image.size // 2**halvings) ** 2, FEATURES)
         self.logits = nn.Linear(FEATURES, len(image.classes))
 
     def features(self, images: Tensor) -> Tensor:
         """What stands before the logits: uint8 [N, C, H, W] to float32 [N, 64]."""
-        mean: Tensor = self.body(images.float() / 127.5 - 1).mean(dim=(2, 3))
-        return mean
+        return F.relu(self.embedding(self.body(images.float() / 127.5 - 1).flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [N, classes]."""
@@ -76,7 +72,7 @@ def fit(
     seed: int = 0,
     steps: int = 1000,
     batch_size: int = 128,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-3,
 ) -> Classifier:
     """Trains a classifier with Adam, the step size falling to zero as a half cosine.
 
