@@ -25,7 +25,7 @@ class DemoConfig:
 
     output: str = "demo"
     """Folder for the shards, the run, the samples and the pictures; it must not exist yet."""
-    steps: int = 450
+    steps: int = 300
     """Optimizer steps."""
     workers: int = 2
     """Data-parallel training workers."""
@@ -78,9 +78,9 @@ def training(config: DemoConfig, data: Path, output: Path) -> TrainConfig:
             class_conditional=True,
         ),
         diffusion=DiffusionConfig(schedule="cosine", timesteps=400),
-        optimizer=OptimizerConfig(learning_rate=1e-3, ema_decays=(0.99,)),
+        optimizer=OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,)),
         log_every=25,
-        checkpoint_every=200,
+        checkpoint_every=150,
         run_name="digits",
         register="digits",
     )
