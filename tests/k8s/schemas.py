@@ -1,0 +1,55 @@
+"""Objects against the Kubernetes schemas, strictly, and Ray's against KubeRay's published definitions."""
+
+from functools import lru_cache
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.k8s.render import ROOT, Object
+
+CRDS = ROOT.parent / "shared" / "kuberay-crds"
+KUBERNETES = "1.33"
+
+
+def check(thing: Object) -> None:
+    """Raises jsonschema's or kubernetes_validate's ValidationError; skips where the definitions are absent."""
+    if thing["apiVersion"].startswith("ray.io/"):
+        if not CRDS.is_dir():
+            pytest.skip(f"KubeRay's definitions are not at {CRDS}")
+        ray_validator(thing["kind"], thing["apiVersion"]).validate(thing)
+    else:
+        kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+
+
+@lru_cache
+def ray_validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
+    text = (CRDS / f"ray.io_{kind.lower()}s.yaml").read_text()
+    definition = yaml.load(text, yaml.CSafeLoader)["spec"]
+    (found,) = [v for v in definition["versions"] if f"ray.io/{v['name']}" == version]
+    schema = found["schema"]["openAPIV3Schema"]
+    # The API server itself knows these two.
+    schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}}
+    strict = _refuse_unknown(schema)
+    strict["properties"]["metadata"] = {"type": "object"}
+    return jsonschema.Draft202012Validator(strict)
+
+
+def _refuse_unknown(schema: Any) -> Any:
+    """The same schema, where an object has no other properties than those named."""
+    if isinstance(schema, list):
+        return [_refuse_unknown(child) for child in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: _refuse_unknown(child) for key, child in schema.items()}
+    # A property may itself be called "properties"; a schema's own is always a mapping of schemas.
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            strict.setdefault("additionalProperties", False)
+    return strict
+
+
+def path_of(thing: Object) -> str:
+    return f"{thing['kind']}/{thing['metadata']['name']}"

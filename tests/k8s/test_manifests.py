@@ -1,0 +1,254 @@
+"""Every overlay, as it would be applied: valid, complete, locked down; and a broken one is found out."""
+
+import copy
+import importlib
+import re
+import subprocess
+from typing import get_type_hints
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from pipeline import cli
+from pipeline.errors import InputError
+from tests.k8s import schemas
+from tests.k8s.references import containers, dangling, pod_templates
+from tests.k8s.render import K8S, ROOT, Object, real_command, render, render_little
+
+IMAGES = {"ray-ddpm", "ray-ddpm-gpu", "ray-ddpm-mlflow", "redis", "postgres", "minio"}
+ENTRYPOINTS = {"prepare", "train", "tune", "generate", "evaluate"}
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    """Everything of one overlay, as text to put mistakes into."""
+    overlay = K8S / "overlays" / "local"
+    return yaml.dump_all(render(overlay) + render(overlay / "jobs"), Dumper=yaml.CSafeDumper)
+
+
+def find(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
+    return found
+
+
+def job_spec(thing: Object) -> Object:
+    return thing["spec"]["jobTemplate"] if thing["kind"] == "RayCronJob" else thing["spec"]
+
+
+def expand(entrypoint: str) -> list[str]:
+    """The entry point's words, as the submitter's bash makes them."""
+    printed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {entrypoint}"], capture_output=True, text=True, check=True
+    )
+    return printed.stdout.split("\0")[:-1]
+
+
+def parse_entrypoint(entrypoint: str) -> object:
+    """By the job's own parser."""
+    python, script, *flags = expand(entrypoint)
+    job = re.fullmatch(r"/app/jobs/(\w+)\.py", script)
+    assert python == "python" and job, entrypoint
+    module = importlib.import_module(f"jobs.{job[1]}")
+    return cli.parse(get_type_hints(module.run)["config"], flags, job[1], module.__doc__ or "")
+
+
+def test_the_little_renderer_makes_what_kustomize_makes(overlay: str, standing: list, jobs: list) -> None:
+    if real_command() is None:
+        pytest.skip("neither kustomize nor kubectl is on PATH")
+    for name, real in ((overlay, standing), (f"{overlay}/jobs", jobs)):
+        little = render_little(K8S / "overlays" / name)
+        assert {schemas.path_of(o): o for o in little} == {schemas.path_of(o): o for o in real}
+        assert len(little) == len(real)
+
+
+def test_the_little_renderer_refuses_what_it_does_not_know(tmp_path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("namePrefix: a-\n")
+    with pytest.raises(NotImplementedError, match="namePrefix"):
+        render_little(tmp_path)
+
+
+def test_every_core_object_meets_the_kubernetes_schema(standing: list, secrets: list) -> None:
+    core = [o for o in standing if not o["apiVersion"].startswith("ray.io/")]
+    assert len(core) > 20
+    for thing in core + secrets:
+        schemas.check(thing)
+
+
+def test_every_ray_object_meets_kuberays_schema(standing: list, jobs: list) -> None:
+    ours = [o for o in standing + jobs if o["apiVersion"].startswith("ray.io/")]
+    assert sorted(o["kind"] for o in ours) == ["RayCluster", "RayCronJob"] + ["RayJob"] * 5
+    for thing in ours:
+        schemas.check(thing)
+
+
+def test_whatever_is_referred_to_exists(standing: list, jobs: list, secrets: list) -> None:
+    assert dangling(standing + jobs + secrets, IMAGES) == []
+
+
+def test_every_entry_point_parses_and_may_run_twice(jobs: list) -> None:
+    assert ENTRYPOINTS | {"nightly"} == {o["metadata"]["name"] for o in jobs}
+    for thing in jobs:
+        config = parse_entrypoint(job_spec(thing)["entrypoint"])
+        assert getattr(config, "resume", True), f"{schemas.path_of(thing)}: a second run would be refused"
+
+
+def test_jobs_have_both_retry_limits_and_clean_up(jobs: list) -> None:
+    for thing in jobs:
+        spec = job_spec(thing)
+        assert spec["backoffLimit"] > 0
+        assert spec["submitterConfig"]["backoffLimit"] > 0
+        assert spec["shutdownAfterJobFinishes"] is True
+
+
+def test_jobs_run_on_the_overlays_own_cluster(standing: list, jobs: list) -> None:
+    cluster = find(standing, "RayCluster", "ray-ddpm")["spec"]
+    assert all(job_spec(thing)["rayClusterSpec"] == cluster for thing in jobs)
+
+
+def test_the_cluster_survives_its_head_scales_and_asks_for_a_token(standing: list) -> None:
+    spec = find(standing, "RayCluster", "ray-ddpm")["spec"]
+    assert spec["enableInTreeAutoscaling"] and spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
+    assert spec["authOptions"] == {"mode": "token"}
+
+
+def test_one_version_of_ray(standing: list, jobs: list) -> None:
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    clusters = [find(standing, "RayCluster", "ray-ddpm")["spec"]]
+    clusters += [job_spec(thing)["rayClusterSpec"] for thing in jobs]
+    assert {spec["rayVersion"] for spec in clusters} == {pinned[1]}
+
+
+def test_the_image_is_built_from_the_pins_and_runs_as_no_root() -> None:
+    stages = re.split(r"^FROM ", (K8S / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    names = [re.match(r"\S+ AS (\S+)", stage)[1] for stage in stages]  # type: ignore[index]
+    assert {"cpu", "gpu", "mlflow"} <= set(names)
+    for name, stage in zip(names, stages, strict=True):
+        installs = [line for line in stage.splitlines() if "pip install" in line]
+        assert all("--constraint /tmp/constraints.txt" in line for line in installs)
+        assert name in ("base", "torch-cpu", "torch-gpu") or "\nUSER 1000:1000" in stage
+    assert re.search(r"^ARG PYTHON=3\.\d+\.\d+-slim", (K8S / "Dockerfile").read_text(), re.MULTILINE)
+
+
+def test_every_container_is_locked_down(standing: list, jobs: list) -> None:
+    checked = 0
+    for thing in standing + jobs:
+        for path, pod in pod_templates(thing):
+            where = f"{schemas.path_of(thing)}{path}"
+            context = pod["securityContext"]
+            assert context["runAsNonRoot"] and context["runAsUser"] > 0, where
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}, where
+            assert pod["automountServiceAccountToken"] is False, where
+            for container in containers(pod):
+                own = container["securityContext"]
+                assert own["readOnlyRootFilesystem"] and not own["allowPrivilegeEscalation"], where
+                assert own["capabilities"] == {"drop": ["ALL"]}, where
+                assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, where
+                assert "memory" in container["resources"]["limits"], where
+                checked += 1
+    assert checked > 20
+
+
+def test_long_lived_containers_have_probes(standing: list) -> None:
+    for thing in standing:
+        for path, pod in pod_templates(thing):
+            for container in pod["containers"]:
+                assert {"readinessProbe", "livenessProbe"} <= container.keys(), f"{thing['kind']}{path}"
+
+
+def test_nothing_talks_unless_allowed(standing: list) -> None:
+    deny = find(standing, "NetworkPolicy", "default-deny")["spec"]
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+def test_spot_workers_only_carry_elastic_training(jobs: list) -> None:
+    for thing in jobs:
+        groups = {g["groupName"]: g for g in job_spec(thing)["rayClusterSpec"]["workerGroupSpecs"]}
+        if "gpu-spot" not in groups:
+            continue
+        tolerated = {t["key"] for t in groups["gpu-spot"]["template"]["spec"]["tolerations"]}
+        assert "ray-ddpm/spot" in tolerated
+        if thing["metadata"]["name"] == "train":
+            config = parse_entrypoint(job_spec(thing)["entrypoint"])
+            first = groups["gpu"]["replicas"] + groups["gpu-spot"]["replicas"]
+            assert 0 < config.min_workers <= groups["gpu"]["replicas"]  # type: ignore[attr-defined]
+            assert config.workers <= first  # type: ignore[attr-defined]
+
+
+def test_no_secret_stands_in_the_tree(standing: list, jobs: list) -> None:
+    assert not [o for o in standing + jobs if o["kind"] == "Secret"]
+    for example in (K8S / "secrets").glob("*.env.example"):
+        assert all(line.startswith("#") or line.endswith("=") for line in example.read_text().splitlines())
+
+
+def test_prometheus_scrapes_ports_that_exist(standing: list) -> None:
+    (job,) = yaml.safe_load((K8S / "prometheus.yaml").read_text())["scrape_configs"]
+    kept = job["relabel_configs"][0]["regex"].split("|")
+    spec = find(standing, "RayCluster", "ray-ddpm")["spec"]
+    head = {
+        p["name"]: p["containerPort"]
+        for p in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    }
+    allowed = find(standing, "NetworkPolicy", "ray-metrics")["spec"]["ingress"][0]["ports"]
+    assert {head[name] for name in kept} == {p["port"] for p in allowed}
+    assert job["kubernetes_sd_configs"][0]["namespaces"]["names"] == ["ray-ddpm"]
+
+
+MUTATIONS = [
+    ("RayCluster", "ray-ddpm", ("spec", "headGroupSpecs"), {}),
+    ("RayCluster", "ray-ddpm", ("spec", "workerGroupSpecs", 0, "maxReplicas"), "four"),
+    ("RayCluster", "ray-ddpm", ("spec", "autoscalerOptions", "version"), "v3"),
+    ("RayCluster", "ray-ddpm", ("spec", "headGroupSpec", "template", "spec", "container"), []),
+    ("Deployment", "mlflow", ("spec", "replica"), 1),
+    ("Deployment", "mlflow", ("spec", "replicas"), "one"),
+    ("NetworkPolicy", "redis", ("spec", "ingress", 0, "port"), []),
+    ("Service", "postgres", ("spec", "ports", 0, "port"), "many"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "path", "value"), MUTATIONS)
+def test_a_wrong_field_or_type_is_refused(
+    kind: str, name: str, path: tuple, value: object, standing: list
+) -> None:
+    thing = copy.deepcopy(find(standing, kind, name))
+    schemas.check(thing)
+    node = thing
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        schemas.check(thing)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("name: ray-storage", "name: ray-store", "no Secret ray-store"),
+        ("key: password", "key: passwort", "Secret redis has no key passwort"),
+        (r"configMapRef:\s+name: mlflow-settings", "configMapRef: {name: settings}", "no ConfigMap settings"),
+        ("claimName: results", "claimName: result", "no PersistentVolumeClaim result"),
+        ("serviceAccountName: ray-worker", "serviceAccountName: worker", "no ServiceAccount worker"),
+        ("redisAddress: redis:6379", "redisAddress: redis:6380", "Service redis has no port 6380"),
+        ("http://mlflow:5000", "http://mlflows:5000", "no Service mlflows"),
+        ("image: redis:7.4.5-alpine", "image: redis", "image redis is not pinned"),
+        ("image: postgres:", "image: postgresql:", "no image postgresql"),
+        ("targetPort: http", "targetPort: web", "no pod has port web"),
+        (r"- mountPath: /results\s+name: results", "- {mountPath: /results, name: runs}", "no volume runs"),
+        ("port: agent", "port: agents", "no port agents"),
+        ("port: 5432\n", "port: 5433\n", "port 5433"),
+    ],
+)
+def test_a_dangling_name_is_found(old: str, new: str, complaint: str, whole: str, secrets: list) -> None:
+    broken, count = re.subn(old, new, whole)
+    assert count
+    objects = list(yaml.load_all(broken, yaml.CSafeLoader))
+    assert any(complaint in problem for problem in dangling(objects + secrets, IMAGES))
+
+
+@pytest.mark.parametrize("flags", ["--no-such-flag 1", "--steps many", ""])
+def test_a_wrong_entry_point_is_found(flags: str) -> None:
+    with pytest.raises(InputError):
+        parse_entrypoint(f"python /app/jobs/train.py --data a {flags}")
