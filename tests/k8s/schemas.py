@@ -45,9 +45,9 @@ def _refuse_unknown(schema: Any) -> Any:
         return schema
     strict = {key: _refuse_unknown(child) for key, child in schema.items()}
     # A property may itself be called "properties"; a schema's own is always a mapping of schemas.
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            strict.setdefault("additionalProperties", False)
+    described = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    if described and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        strict.setdefault("additionalProperties", False)
     return strict
 
 
