@@ -55,8 +55,12 @@ class Classifier(nn.Module):
         self.logits = nn.Linear(FEATURES, len(image.classes))
 
     def features(self, images: Tensor) -> Tensor:
-        """What stands before the logits: uint8 [N, C, H, W] to float32 [N, 64]."""
-        return F.relu(self.embedding(self.body(images.float() / 127.5 - 1).flatten(1)))
+        """What stands before the logits: uint8 [N, C, H, W] to float32 [N, 64].
+
+        Layer norm fixes their scale, so that distances do not grow with the length of the training.
+        """
+        maps = self.body(images.float() / 127.5 - 1)
+        return F.relu(F.layer_norm(self.embedding(maps.flatten(1)), (FEATURES,)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 [N, classes]."""
@@ -70,7 +74,7 @@ def fit(
     labels: Tensor,
     *,
     seed: int = 0,
-    steps: int = 1000,
+    steps: int = 500,
     batch_size: int = 128,
     learning_rate: float = 2e-3,
 ) -> Classifier:
@@ -136,7 +140,7 @@ class ClassifierWork:
 
 
 def train_classifier(
-    index: DatasetIndex, held_out: DatasetIndex, *, seed: int = 0, steps: int = 1000, run: Runner = run_here
+    index: DatasetIndex, held_out: DatasetIndex, *, seed: int = 0, steps: int = 500, run: Runner = run_here
 ) -> tuple[Classifier, float]:
     """Trains a classifier on labelled data.
 

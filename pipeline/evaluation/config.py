@@ -34,7 +34,7 @@ class EvaluateConfig:
     """Images per forward pass of the bound."""
     features: str = "classifier"
     """classifier (trained on the data), the folder of one, or a TorchScript file: a program, so only one you trust."""
-    classifier_steps: int = 1000
+    classifier_steps: int = 500
     """Optimizer steps of the classifier."""
     max_features: int = 10_000
     """Images a side for all but the Frechet distance, which takes every one; chosen by the seed, 0 = all."""

@@ -70,7 +70,7 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     worse = evaluate(config, "")
     assert worse["frechet_distance_real"] == pytest.approx(metrics["frechet_distance_real"], rel=1e-9)
     assert worse["frechet_distance"] > 20 * metrics["frechet_distance"]
-    assert worse["kernel_distance"] > 10 * worse["kernel_distance_stderr"]
+    assert worse["kernel_distance"] > 5 * worse["kernel_distance_stderr"]
     assert worse["precision"] < 0.2
     assert worse["knn_label_accuracy"] < 0.25
     assert "bits_per_dim" not in worse
