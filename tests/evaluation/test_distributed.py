@@ -39,5 +39,5 @@ def test_results_come_in_order_and_complete_when_an_actor_is_killed(cluster: Non
 
 
 def test_bad_input_in_an_actor_is_bad_input_here(cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="^an id over 100$"):
+    with pytest.raises(InputError, match=r"^an id over 100$"):
         list(ActorPool(1)(Squares(tmp_path / "killed"), [np.array([200])]))
