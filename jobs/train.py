@@ -30,5 +30,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def check(config: TrainConfig) -> None:
+    """Refuses what can't work, before a cluster is asked for anything."""
+    from pipeline.training.trainer import check as check_training
+
+    check_training(config)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main("train", __doc__ or "", TrainConfig, run, sys.argv[1:]))
+    sys.exit(cli.main("train", __doc__ or "", TrainConfig, run, sys.argv[1:], check=check))

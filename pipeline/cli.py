@@ -54,11 +54,13 @@ def main(
     run: Callable[[T], dict[str, Any]],
     arguments: list[str],
     *,
+    check: Callable[[T], object] = lambda config: None,
     ray: bool = True,
 ) -> int:
     """Runs a job: its result is the last line on stdout, everything else goes to stderr.
 
     Args:
+        check: raises InputError for what is known to be wrong before Ray is joined or started.
         ray: join or start Ray first.
 
     Returns:
@@ -69,6 +71,7 @@ def main(
         config = parse(cls, arguments, job, about)
         with result_stream() as stream:
             _quieten(verbose)
+            check(config)
             if ray:
                 connect(verbose, {"MLFLOW_TRACKING_URI": tracking.tracking_uri()})
             result = run(config)
