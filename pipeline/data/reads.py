@@ -1,5 +1,9 @@
-"""The plan as a Ray Data source. Free of torch: a reading process starts without the seconds that it takes."""
+"""The plan as a Ray Data source: read and decode, beside the trainer that asks for it.
 
+Free of torch: a reading process starts without the seconds that it takes.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,39 +11,94 @@ import pyarrow as pa
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from pipeline.data.index import DatasetIndex, read_rows
-from pipeline.data.plan import Plan, Window, window_rows
+from pipeline.config import ImageConfig
+from pipeline.data.images import DecodeError, decode
+from pipeline.data.index import DatasetIndex, Group, read_rows
+from pipeline.data.plan import Plan, Window, crop_place, window_rows
+
+BLOCK_BYTES = 16 * 2**20
+CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class Read:
-    """One read task: a rank's rows of one window."""
+    """One read task: a rank's rows of some windows that follow each other. Holds only what those need.
 
-    index: DatasetIndex
-    plan: Plan
-    window: Window
+    Attributes:
+        groups: the groups of the windows, by number, with the sample id of their first row.
+        seed: the plan's.
+        start, stop: the part of the stream that is asked for.
+    """
+
+    windows: tuple[Window, ...]
+    groups: dict[int, tuple[Group, int]]
+    image: ImageConfig
+    seed: int
     start: int
     stop: int
     rank: int
     world_size: int
+    random_crop: bool = False
 
-    def __call__(self) -> list[pa.Table]:
-        rows = window_rows(self.plan, self.window, self.start, self.stop, self.rank, self.world_size)
+    def __call__(self) -> Iterator[pa.Table]:
+        """Tables in the plan's order: pixels, label, id, epoch, and bad = why an image could not be decoded."""
+        step = max(1, BLOCK_BYTES // _pixel_bytes(self.image))
+        for window in self.windows:
+            encoded = self._encoded(window)
+            for first in range(0, encoded.num_rows, step):
+                yield self._decoded(encoded.slice(first, step))
+
+    def _encoded(self, window: Window) -> pa.Table:
+        rows = window_rows(self.seed, window, self.start, self.stop, self.rank, self.world_size)
         tables, places = [], []
-        for group in np.unique(rows.group):
-            here = np.flatnonzero(rows.group == group)
-            tables.append(read_rows(self.index.groups[group], rows.row[here]))
+        for number in np.unique(rows.group):
+            here = np.flatnonzero(rows.group == number)
+            group, first_id = self.groups[int(number)]
+            table = read_rows(group, rows.row[here])
+            tables.append(table.append_column("id", pa.array(first_id + rows.row[here])))
             places.append(here)
         if not tables:
-            return []
+            return pa.table({})
         table = pa.concat_tables(tables).take(np.argsort(np.concatenate(places)))
-        ids = self.plan.first_id[rows.group] + rows.row
-        epochs = np.full(len(ids), self.window.epoch, np.int64)
-        return [table.append_column("id", pa.array(ids)).append_column("epoch", pa.array(epochs))]
+        return table.append_column("epoch", pa.array(np.full(table.num_rows, window.epoch, np.int64)))
+
+    def _decoded(self, table: pa.Table) -> pa.Table:
+        image, count = self.image, table.num_rows
+        pixels = np.zeros((count, image.size, image.size, image.channels), np.uint8)
+        bad: list[str | None] = [None] * count
+        ids, epochs = table["id"].to_pylist(), table["epoch"].to_pylist()
+        for i, data in enumerate(table["bytes"].to_pylist()):
+            crop = crop_place(self.seed, epochs[i], ids[i]) if self.random_crop else CENTRE
+            try:
+                pixels[i] = decode(data, image.size, image.channels, crop=crop)
+            except DecodeError as error:
+                bad[i] = f"{table['path'][i].as_py()}: {error}"
+        kind = pa.binary(_pixel_bytes(image))
+        packed = pa.FixedSizeBinaryArray.from_buffers(kind, count, [None, pa.py_buffer(pixels)])
+        return (
+            table.select(["label", "id", "epoch"])
+            .append_column("pixels", packed)
+            .append_column("bad", pa.array(bad, pa.string()))
+        )
+
+
+def _pixel_bytes(image: ImageConfig) -> int:
+    return image.size * image.size * image.channels
+
+
+def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
+    """The images of a table that `Read` made: uint8 [N, H, W, C], not copied where it is one chunk."""
+    size = _pixel_bytes(image)
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
+        for chunk in table["pixels"].chunks
+    ]
+    pixels = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return pixels.reshape(-1, image.size, image.size, image.channels)
 
 
 class PlannedReads(Datasource):
-    """The plan as a Ray Data source: one read task a window, in the plan's order."""
+    """Read tasks in the plan's order."""
 
     def __init__(self, reads: list[Read]) -> None:
         self._reads = reads
@@ -50,3 +109,38 @@ class PlannedReads(Datasource):
     def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [ReadTask(read, unknown) for read in self._reads]
+
+
+def make_reads(
+    index: DatasetIndex,
+    plan: Plan,
+    windows: list[Window],
+    start: int,
+    stop: int,
+    rank: int,
+    world_size: int,
+    random_crop: bool,
+) -> list[Read]:
+    """Cuts a run of windows into read tasks, each of about a block, and of one window at least."""
+    size = _pixel_bytes(index.image)
+    reads, some, held = list[Read](), list[Window](), 0
+
+    def close() -> None:
+        groups = {g: (index.groups[g], int(plan.first_id[g])) for window in some for g in window.groups}
+        reads.append(
+            Read(tuple(some), groups, index.image, plan.seed, start, stop, rank, world_size, random_crop)
+        )
+
+    for window in windows:
+        rows = window.rows // world_size
+        if some and (held + rows > ROWS_PER_READ or (held + rows) * size > BLOCK_BYTES):
+            close()
+            some, held = [], 0
+        some.append(window)
+        held += rows
+    if some:
+        close()
+    return reads
+
+
+ROWS_PER_READ = 4096

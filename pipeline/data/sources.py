@@ -1,4 +1,4 @@
-"""What jobs/prepare.py reads: digits, IDX files, a folder tree, WebDataset tars, Hugging Face Parquet.
+"""What the project reads: digits, IDX files, a folder tree, WebDataset tars, Hugging Face Parquet.
 
 A source is cut into parts, small descriptions that any node can read alone, in an order that does not depend
 on the machine.
@@ -6,19 +6,21 @@ on the machine.
 
 import gzip
 import hashlib
+import io
 import json
 import posixpath
 import struct
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.data import storage
 from pipeline.data.images import encode_png
+from pipeline.data.parquet import class_names, read_row_group, row_counts
 from pipeline.errors import InputError
 
 Source = Literal["digits", "idx", "folder", "webdataset", "huggingface"]
@@ -40,7 +42,7 @@ class Part:
 
     Attributes:
         uris: the files of this part.
-        start, count: which of the images or row groups in them, where that needs saying.
+        start, count: which of the images, row groups or (of a tar) bytes in them; a count of 0 is all.
         classes: names of integer labels, where the source has them.
     """
 
@@ -86,6 +88,34 @@ def plan(source: Source, uri: str, images_per_part: int) -> Plan:
     return makers[source](uri, images_per_part)
 
 
+def find_source(uri: str) -> Source:
+    """What kind of source a folder is, by the names of its files.
+
+    Raises:
+        InputError: it is empty, or holds nothing that could be read.
+    """
+    names = [posixpath.basename(file).lower() for file in storage.list_files(uri)]
+    if not names:
+        raise InputError(f"--data {uri}: is empty: write shards with jobs/prepare.py first")
+    suffixes = {posixpath.splitext(name)[1] for name in names}
+    if ".parquet" in suffixes:
+        return "huggingface"
+    if ".tar" in suffixes:
+        return "webdataset"
+    if any(_is_idx(name) for name in names):
+        return "idx"
+    if suffixes & set(IMAGE_SUFFIXES):
+        return "folder"
+    raise InputError(f"--data {uri}: holds no prepared images, nor Parquet, tar, IDX or image files")
+
+
+def split_part(part: Part, images: int) -> Iterator[Part]:
+    """Cuts a part that is one whole tar into parts of so many images; the others are small from the start."""
+    if part.source == "webdataset" and not part.count:
+        return _split_tar(part, images)
+    return iter((part,))
+
+
 def read_part(part: Part) -> Iterator[Item]:
     """The images of a part, in order; an image that is damaged is still an item, with the bytes there are."""
     readers = {
@@ -107,6 +137,11 @@ def _read_digits(part: Part) -> Iterator[Item]:
         yield Item(f"digits/{i:04d}.png", encode_png(pixels), str(label))
 
 
+def _is_idx(name: str) -> bool:
+    return "images" in name and "idx3" in name
+
+
+@lru_cache(maxsize=2)
 def _open_idx(uri: str) -> bytes:
     data = storage.read_bytes(uri)
     try:
@@ -128,7 +163,7 @@ def _idx_header(uri: str) -> tuple[int, int, int, int]:
 
 def _plan_idx(uri: str, images_per_part: int) -> Plan:
     files = storage.list_files(uri)
-    images = [f for f in files if "images" in posixpath.basename(f) and "idx3" in posixpath.basename(f)]
+    images = [file for file in files if _is_idx(posixpath.basename(file))]
     if not images:
         raise InputError(f"--input {uri}: no IDX image files (…-images-idx3-ubyte, gzipped or not)")
     parts, size, classes = list[Part](), 0, set[int]()
@@ -191,7 +226,7 @@ def _read_folder(part: Part) -> Iterator[Item]:
         parent = posixpath.dirname(name)
         try:
             data = storage.read_bytes(uri)
-        except OSError:
+        except (FileNotFoundError, PermissionError):  # any other error is the storage's: not an image's fault
             data = b""
         yield Item(name, data, parent or None)
 
@@ -204,28 +239,90 @@ def _plan_tars(uri: str, images_per_part: int) -> Plan:
 
 
 def _read_tar(part: Part) -> Iterator[Item]:
-    """Groups members by key, the name up to the first dot, as WebDataset does. Nothing is unpacked to disk."""
     (uri,) = part.uris
     fs, path = storage.open_fs(uri)
-    tar_name, key, found = posixpath.basename(uri), "", dict[str, bytes]()
-    try:
-        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                name = f"{folder}/{stem}" if folder else stem
-                if name != key:
-                    yield from _tar_item(tar_name, key, found)
-                    key, found = name, {}
-                content = tar.extractfile(member)
-                found[suffix.lower()] = content.read() if content is not None else b""
-    except (tarfile.TarError, EOFError, OSError) as error:
-        yield from _tar_item(tar_name, key, found)
-        yield Item(f"{tar_name}: damaged after {key or 'its beginning'} ({type(error).__name__})", b"", None)
-        return
-    yield from _tar_item(tar_name, key, found)
+    size = part.count or int(fs.size(path))
+    content = fs.cat_file(path, start=part.start, end=part.start + size) if part.count else None
+    with fs.open(path, "rb") if content is None else io.BytesIO(content) as file:
+        for _, item in _tar_samples(posixpath.basename(uri), file, size):
+            yield item
+
+
+def _split_tar(part: Part, images: int) -> Iterator[Part]:
+    (uri,) = part.uris
+    fs, path = storage.open_fs(uri)
+    size, start, held = int(fs.size(path)), 0, 0
+    with fs.open(path, "rb") as file:
+        for offset, _ in _tar_samples(posixpath.basename(uri), file, size):
+            if held >= images and start < offset < size:
+                yield Part("webdataset", part.uris, start, offset - start)
+                start, held = offset, 0
+            held += 1
+    if held:
+        yield Part("webdataset", part.uris, start, size - start)
+
+
+def _tar_samples(tar_name: str, file: IO[bytes], size: int) -> Iterator[tuple[int, Item]]:
+    """Groups members by key, the name up to the first dot, as WebDataset does. Nothing is unpacked to disk.
+
+    Returns:
+        images, each with the byte at which the first member of its group begins; for damage, an item without bytes.
+    """
+    key, found, first = "", dict[str, bytes](), 0
+    for begins, name, content in _tar_members(file, size):
+        folder, _, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        its_key = f"{folder}/{stem}" if folder else stem
+        if its_key != key:
+            yield from ((first, item) for item in _tar_item(tar_name, key, found))
+            key, found, first = its_key, {}, begins
+        if content is None:
+            yield begins, Item(f"{tar_name}: damaged at byte {begins}", b"", None)
+        else:
+            found[suffix.lower()] = content
+    yield from ((first, item) for item in _tar_item(tar_name, key, found))
+
+
+def _tar_members(file: IO[bytes], size: int) -> Iterator[tuple[int, str, bytes | None]]:
+    """First byte, name and content of every file in a tar; no name and no content where bytes make no sense.
+
+    tarfile ends without a word at the first damaged header: here it looks for the next good one.
+    """
+    here = 0
+    while here < size:
+        file.seek(here)
+        try:
+            with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep a note of every member
+                    if _any_bytes(file, here, member.offset):
+                        yield here, "", None
+                    begins = member.offset
+                    here = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    if member.isfile():
+                        if member.offset_data + member.size > size:
+                            raise tarfile.ReadError("cut short")
+                        content = tar.extractfile(member)
+                        yield begins, member.name, content.read() if content is not None else b""
+                if _any_bytes(file, here, size):
+                    yield here, "", None
+                return
+        except Exception as error:  # tarfile raises anything on damaged headers
+            if storage.is_storage_error(error):
+                raise
+            yield here, "", None
+            here += tarfile.BLOCKSIZE
+
+
+def _any_bytes(file: IO[bytes], start: int, stop: int) -> bool:
+    """Whether there is anything but padding."""
+    if start >= stop:
+        return False
+    place = file.tell()
+    file.seek(start)
+    found = any(file.read(min(2**20, stop - at)).strip(b"\0") for at in range(start, stop, 2**20))
+    file.seek(place)
+    return found
 
 
 def _tar_item(tar_name: str, key: str, found: dict[str, bytes]) -> Iterator[Item]:
@@ -246,21 +343,14 @@ def _tar_item(tar_name: str, key: str, found: dict[str, bytes]) -> Iterator[Item
 def _plan_parquet(uri: str, images_per_part: int) -> Plan:
     parts, classes = list[Part](), tuple[str, ...]()
     for file in storage.list_files(uri, (".parquet",)):
-        fs, path = storage.open_fs(file)
-        try:
-            with fs.open(path, "rb") as handle:
-                parquet = pq.ParquetFile(handle)
-                schema, groups = parquet.schema_arrow, parquet.num_row_groups
-                rows = [parquet.metadata.row_group(i).num_rows for i in range(groups)]
-        except Exception as error:  # pyarrow raises anything on a damaged footer
-            raise InputError(f"{file}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
-        if "image" not in schema.names:
-            raise InputError(f"{file}: no column `image`; it has {', '.join(schema.names)}")
-        classes = classes or _class_names(schema.metadata)
+        rows = row_counts(file)
+        classes = classes or class_names(file)
         start = 0
-        while start < groups:
+        while start < len(rows):
             count, images = 0, 0
-            while start + count < groups and (not count or images + rows[start + count] <= images_per_part):
+            while start + count < len(rows) and (
+                not count or images + rows[start + count] <= images_per_part
+            ):
                 images += rows[start + count]
                 count += 1
             parts.append(Part("huggingface", (file,), start, count, classes))
@@ -270,35 +360,13 @@ def _plan_parquet(uri: str, images_per_part: int) -> Plan:
     return Plan(tuple(parts), classes=classes)
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
-    try:
-        features: dict[str, Any] = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features["label"]["names"])
-    except (KeyError, ValueError, TypeError):
-        return ()
-
-
 def _read_parquet(part: Part) -> Iterator[Item]:
     (uri,) = part.uris
-    fs, path = storage.open_fs(uri)
-    with fs.open(path, "rb") as handle:
-        parquet = pq.ParquetFile(handle)
-        columns = [name for name in ("image", "label") if name in parquet.schema_arrow.names]
-        for group in range(part.start, part.start + part.count):
-            try:
-                rows = parquet.read_row_group(group, columns=columns).to_pylist()
-            except Exception as error:  # a damaged page; the other row groups are still good
-                yield Item(f"{posixpath.basename(uri)}/{group}: {type(error).__name__}", b"", None)
-                continue
-            for i, row in enumerate(rows):
-                image = row["image"] or {}
-                data = image.get("bytes") if isinstance(image, dict) else image
-                label = row.get("label")
-                if isinstance(label, int) and 0 <= label < len(part.classes):
-                    label = part.classes[label]
-                name = (image.get("path") if isinstance(image, dict) else None) or f"{i:06d}"
-                yield Item(
-                    f"{posixpath.basename(uri)}/{group}/{name}",
-                    data or b"",
-                    None if label is None else str(label),
-                )
+    for group in range(part.start, part.start + part.count):
+        table = read_row_group(uri, group)
+        columns = (table[name].to_pylist() for name in ("bytes", "label", "path"))
+        for data, label, name in zip(*columns, strict=True):
+            if isinstance(label, int) and 0 <= label < len(part.classes):
+                label = part.classes[label]
+            path = f"{posixpath.basename(uri)}/{group}/{posixpath.basename(name)}"
+            yield Item(path, data or b"", None if label is None else str(label))

@@ -53,7 +53,7 @@ def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int 
     first, last = start * config.batch_size, config.steps * config.batch_size
     steps = list[int]()
     for window in windows_between(plan, first, last):
-        rows = window_rows(plan, window, first, last, rank, world_size)
+        rows = window_rows(plan.seed, window, first, last, rank, world_size)
         ids += (plan.first_id[rows.group] + rows.row).tolist()
         epochs += [window.epoch] * len(rows.row)
         steps += (rows.position // config.batch_size).tolist()

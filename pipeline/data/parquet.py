@@ -1,0 +1,88 @@
+"""Images in Parquet files of the Hugging Face convention: a column `image` of {bytes, path}, a column `label`."""
+
+import json
+import posixpath
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data import storage
+from pipeline.errors import InputError
+
+OPEN_FILES = 64
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """An open file: its footer is read once in a process, not once a row group."""
+    fs, path = storage.open_fs(uri)
+    return pq.ParquetFile(fs.open(path, "rb"))
+
+
+def row_counts(uri: str) -> list[int]:
+    """Rows of each row group.
+
+    Raises:
+        InputError: not a Parquet file, or one without a column `image`.
+    """
+    fs, path = storage.open_fs(uri)
+    with fs.open(path, "rb") as handle:
+        try:
+            file = pq.ParquetFile(handle)
+        except Exception as error:
+            if storage.is_storage_error(error):
+                raise
+            raise InputError(f"{uri}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+        names, metadata = file.schema_arrow.names, file.metadata
+        if "image" not in names:
+            raise InputError(f"{uri}: no column `image`; it has {', '.join(names)}")
+        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+def class_names(uri: str) -> tuple[str, ...]:
+    """Names of integer labels, where the file gives them as `datasets` does."""
+    try:
+        metadata = open_parquet(uri).schema_arrow.metadata or {}
+        features: dict[str, Any] = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return tuple(features["label"]["names"])
+    except (KeyError, ValueError, TypeError):
+        return ()
+
+
+def read_row_group(uri: str, number: int) -> pa.Table:
+    """The images of one row group, still encoded.
+
+    Returns:
+        columns bytes (binary), label (as in the file, or null) and path (string). Rows that damage makes unreadable
+        are there, with no bytes.
+    """
+    file = open_parquet(uri)
+    count, prefix = file.metadata.row_group(number).num_rows, f"{posixpath.basename(uri)}/{number}"
+    columns = [name for name in ("image", "label") if name in file.schema_arrow.names]
+    try:
+        table = file.read_row_group(number, columns=columns)
+        image = table["image"].combine_chunks()
+        struct = pa.types.is_struct(image.type)
+        data = (image.field("bytes") if struct else image).cast(pa.binary())
+        own = (
+            image.field("path").cast(pa.string())
+            if struct and image.type.get_field_index("path") >= 0
+            else None
+        )
+        label = table["label"] if "label" in columns else pa.nulls(count)
+    except Exception as error:
+        if storage.is_storage_error(error):
+            raise
+        data, label = pa.nulls(count, pa.binary()), pa.nulls(count)
+        own, prefix = None, f"{prefix} ({type(error).__name__})"
+    return pa.table({"bytes": data, "label": label, "path": _paths(own, prefix, count)})
+
+
+def _paths(own: pa.Array | None, prefix: str, count: int) -> pa.Array:
+    """The images' own names; where they have none, their place in the file."""
+    if own is not None and not own.null_count:
+        return own
+    names = own.to_pylist() if own is not None else [None] * count
+    return pa.array([name or f"{prefix}/{i:06d}" for i, name in enumerate(names)], pa.string())
