@@ -42,9 +42,13 @@ def row_counts(uri: str) -> list[int]:
 
 
 def class_names(uri: str) -> tuple[str, ...]:
-    """Names of integer labels, where the file gives them as `datasets` does."""
+    """The classes, where the file names them as `datasets` does or has labels that are text."""
+    schema = open_parquet(uri).schema_arrow
+    if "label" in schema.names and pa.types.is_string(schema.field("label").type):
+        labels = open_parquet(uri).read(columns=["label"])["label"]
+        return tuple(sorted(label for label in labels.unique().to_pylist() if label is not None))
     try:
-        metadata = open_parquet(uri).schema_arrow.metadata or {}
+        metadata = schema.metadata or {}
         features: dict[str, Any] = json.loads(metadata[b"huggingface"])["info"]["features"]
         return tuple(features["label"]["names"])
     except (KeyError, ValueError, TypeError):

@@ -41,7 +41,7 @@ class Read:
     random_crop: bool = False
 
     def __call__(self) -> Iterator[pa.Table]:
-        """Tables in the plan's order: pixels, label, id, epoch, and bad = why an image could not be decoded."""
+        """Tables in the plan's order: pixels, label, id, epoch, path, and bad = why it could not be decoded."""
         step = max(1, BLOCK_BYTES // _pixel_bytes(self.image))
         for window in self.windows:
             encoded = self._encoded(window)
@@ -72,11 +72,11 @@ class Read:
             try:
                 pixels[i] = decode(data, image.size, image.channels, crop=crop)
             except DecodeError as error:
-                bad[i] = f"{table['path'][i].as_py()}: {error}"
+                bad[i] = str(error)
         kind = pa.binary(_pixel_bytes(image))
         packed = pa.FixedSizeBinaryArray.from_buffers(kind, count, [None, pa.py_buffer(pixels)])
         return (
-            table.select(["label", "id", "epoch"])
+            table.select(["label", "id", "epoch", "path"])
             .append_column("pixels", packed)
             .append_column("bad", pa.array(bad, pa.string()))
         )

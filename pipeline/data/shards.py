@@ -7,6 +7,7 @@ it; a run that was killed goes on with the parts that have no note yet, and give
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -16,16 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
+from pipeline.cluster import spilled_bytes
 from pipeline.config import ImageConfig, to_dict
 from pipeline.data import storage
-from pipeline.data.images import DecodeError, decode, encode_png, open_image
-from pipeline.data.index import FORMAT, MANIFEST
+from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
+from pipeline.data.index import FORMAT, MANIFEST, SPLITS, UNFINISHED, held_out
+from pipeline.data.scan import name_classes
 from pipeline.data.sources import Part, Plan, Source, plan, read_part
+from pipeline.display import Display
 from pipeline.errors import InputError
 
-SPLITS = ("train", "validation")
 QUARANTINE = "quarantine.jsonl"
 NAMED_BAD_IMAGES = 5
+MOST_UNNAMED_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class PrepareConfig:
     """Images in one row group, the unit of reading and shuffling."""
     max_bad_fraction: float = 0.01
     """Share of undecodable images at which the job stops."""
+    crop: Literal["centre", "none"] = "centre"
+    """Cut a square out of the middle, or keep all of the longer side (then training can crop at random)."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent images, red green blue in 0..255."""
 
@@ -114,6 +120,8 @@ def prepare(config: PrepareConfig) -> Manifest:
         if not storage.exists(_note(output, number))
     ]
     if tasks:
+        display = Display("prepare", len(source.parts), "parts")
+        images = finished = 0
         parts = ray.put(source.parts)
         done = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
             _write_part,
@@ -127,8 +135,14 @@ def prepare(config: PrepareConfig) -> Manifest:
             # Fractions let it run beside whatever holds the CPUs of a small machine.
             num_cpus=0.5,
         )
-        for _ in done.iter_rows():
-            pass
+        try:
+            for row in done.iter_rows():
+                finished, images = finished + 1, images + row["images"]
+                display.update(len(source.parts) - len(tasks) + finished, f"{images} images")
+        finally:
+            display.close()
+        if spilled := spilled_bytes():
+            print(f"Ray's object store spilled {spilled:,} bytes to disk", file=sys.stderr, flush=True)
     notes = [json.loads(storage.read_bytes(_note(output, n))) for n in range(len(source.parts))]
     return _finish(config, image, notes, output, settings)
 
@@ -153,7 +167,7 @@ def _image(config: PrepareConfig, source: Plan) -> ImageConfig:
 
 def _claim(output: str, settings: dict[str, Any]) -> None:
     """A folder belongs to one set of settings, from the first part on."""
-    place = storage.join(output, "parts", "settings.json")
+    place = storage.join(output, UNFINISHED)
     if storage.exists(place):
         before = json.loads(storage.read_bytes(place))
         changed = [key for key in settings if before.get(key) != settings[key]]
@@ -192,10 +206,10 @@ def _write_part(
             bad.append({"path": item.path, "reason": str(error)})
             continue
         digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
-        held_out = int.from_bytes(digest[:8], "big") < config.validation_fraction * 2**64
-        split = SPLITS[held_out]
+        validates = held_out(digest, config.validation_fraction)
+        split = SPLITS[validates]
         writers[split].add(encode_png(pixels), item.path, label)
-        totals.add(pixels, digest, train=not held_out)
+        totals.add(pixels, digest, label, train=not validates)
     shards = {}
     for split, writer in writers.items():
         if writer.rows:
@@ -206,12 +220,14 @@ def _write_part(
             shards[split] = asdict(Shard(name, writer.rows, writer.row_groups, len(data), digest_hex))
     note = {"shards": shards, "bad": bad, **totals.to_dict()}
     storage.write_atomic(_note(output, number), json.dumps(note).encode())
-    return {"part": number}
+    return {"part": number, "images": sum(shard["rows"] for shard in shards.values())}
 
 
 def _pixels(data: bytes, image: ImageConfig, config: PrepareConfig) -> np.ndarray:
     if config.image_size == 0 and open_image(data).size != (image.size, image.size):
         raise DecodeError(f"not {image.size}x{image.size}")
+    if config.crop == "none":
+        return fit(data, image.size, image.channels, config.background)
     return decode(data, image.size, image.channels, background=config.background)
 
 
@@ -235,7 +251,8 @@ class _Totals:
         self._count, self._hash, self._top = 0, 0, -1
         self._sum, self._squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
 
-    def add(self, pixels: np.ndarray, digest: bytes, train: bool) -> None:
+    def add(self, pixels: np.ndarray, digest: bytes, label: int | None, train: bool) -> None:
+        self._top = max(self._top, -1 if label is None else label)
         self._hash = (self._hash + int.from_bytes(digest, "big")) % 2**256
         if train:
             values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
@@ -249,6 +266,7 @@ class _Totals:
             "sum": self._sum.tolist(),
             "squares": self._squares.tolist(),
             "hash": f"{self._hash:064x}",
+            "top_label": self._top,
         }
 
 
@@ -324,11 +342,14 @@ def _finish(
     pixels = max(1, sum(note["pixels"] for note in notes))
     mean = np.sum([note["sum"] for note in notes], axis=0) / pixels / 255
     square = np.sum([note["squares"] for note in notes], axis=0) / pixels / 255**2
+    top = max(note["top_label"] for note in notes)
+    # Numbers that nothing names are classes, unless they are so many that they must be something else.
+    classes = image.classes or (name_classes({str(top)}) if 0 <= top < MOST_UNNAMED_CLASSES else ())
     fingerprint = sum(int(note["hash"], 16) for note in notes) % 2**256
     manifest = Manifest(
         format=FORMAT,
         version=1,
-        image={"size": image.size, "channels": image.channels, "classes": list(image.classes)},
+        image={"size": image.size, "channels": image.channels, "classes": list(classes)},
         splits=splits,
         fingerprint=f"{fingerprint:064x}",
         mean=mean.tolist(),

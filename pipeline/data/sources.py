@@ -341,22 +341,20 @@ def _tar_item(tar_name: str, key: str, found: dict[str, bytes]) -> Iterator[Item
 
 
 def _plan_parquet(uri: str, images_per_part: int) -> Plan:
-    parts, classes = list[Part](), tuple[str, ...]()
+    parts, names = list[Part](), dict[str, tuple[str, ...]]()
     for file in storage.list_files(uri, (".parquet",)):
         rows = row_counts(file)
-        classes = classes or class_names(file)
-        start = 0
-        while start < len(rows):
-            count, images = 0, 0
-            while start + count < len(rows) and (
-                not count or images + rows[start + count] <= images_per_part
-            ):
-                images += rows[start + count]
-                count += 1
-            parts.append(Part("huggingface", (file,), start, count, classes))
-            start += count
+        names[file] = class_names(file)
+        start = count = images = 0
+        for group, more in enumerate([*rows, images_per_part]):
+            if count and images + more > images_per_part:
+                parts.append(Part("huggingface", (file,), start, count, names[file]))
+                start, count, images = group, 0, 0
+            count, images = count + 1, images + more
     if not parts:
         raise InputError(f"--input {uri}: no .parquet files with images in it")
+    different = set(names.values())
+    classes = different.pop() if len(different) == 1 else tuple(sorted(set[str]().union(*different)))
     return Plan(tuple(parts), classes=classes)
 
 

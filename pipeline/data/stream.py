@@ -8,10 +8,11 @@ execution spans many epochs, since each start of one costs seconds.
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
@@ -38,7 +39,7 @@ class Batch:
         ids: sample ids, int64 [N].
         epochs: the epoch of each sample, int64 [N].
         weights: float32 [N]; 0 for an image that could not be decoded, else 1.
-        bad: "path: reason" of each image that could not be decoded.
+        bad: path and reason of each image that could not be decoded.
     """
 
     images: Tensor
@@ -46,7 +47,7 @@ class Batch:
     ids: Tensor
     epochs: Tensor
     weights: Tensor
-    bad: tuple[str, ...] = ()
+    bad: dict[str, str] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, for copies to a GPU that overlap with compute."""
@@ -71,9 +72,19 @@ class RankStream:
     random_crop: bool = False
 
     def batches(
-        self, start_step: int, stop_step: int, prefetch: int = 2, pin: bool = False
+        self,
+        start_step: int,
+        stop_step: int,
+        prefetch: int = 2,
+        pin: bool = False,
+        on_bad: Callable[[dict[str, str]], object] = lambda bad: None,
     ) -> Iterator[Batch]:
-        """This rank's part of the global batches [start_step, stop_step), `prefetch` of them made ahead."""
+        """This rank's part of the global batches [start_step, stop_step), `prefetch` of them made ahead.
+
+        Args:
+            pin: in page-locked memory.
+            on_bad: is told which images could not be decoded, and why.
+        """
 
         def produce() -> Iterator[Batch]:
             tables = self._tables(start_step * self.plan.batch_size, stop_step * self.plan.batch_size)
@@ -81,6 +92,8 @@ class RankStream:
             sizes = (local_batch_size(self.plan, step, self.rank, self.world_size) for step in steps)
             for pieces in _rebatch(tables, sizes):
                 batch = _batch(pieces, self.index.image)
+                if batch.bad:
+                    on_bad(batch.bad)
                 yield batch.pin_memory() if pin else batch
 
         return _ahead(produce, prefetch)
@@ -120,13 +133,14 @@ def _batch(pieces: list[pa.Table], image: ImageConfig) -> Batch:
     labels, ids, epochs = (
         torch.from_numpy(table[name].to_numpy().copy()) for name in ("label", "id", "epoch")
     )
+    failed = table.filter(pc.is_valid(table["bad"]))
     return Batch(
         images=images.permute(0, 3, 1, 2),
         labels=labels,
         ids=ids,
         epochs=epochs,
         weights=torch.from_numpy(table["bad"].is_null().to_numpy().astype("float32")),
-        bad=tuple(sorted(table["bad"].drop_null().to_pylist())),
+        bad=dict(zip(failed["path"].to_pylist(), failed["bad"].to_pylist(), strict=True)),
     )
 
 

@@ -37,7 +37,7 @@ class Batch(Protocol):
     ids: Tensor
     epochs: Tensor
     weights: Tensor
-    bad: tuple[str, ...]
+    bad: dict[str, str]
 
 
 @dataclass
@@ -241,7 +241,7 @@ class Meter:
         self._waited += waited
         self._seen += len(batch.ids)
         self._bad += len(batch.bad)
-        self._named = (self._named + list(batch.bad))[:5]
+        self._named = (self._named + [f"{path} ({reason})" for path, reason in batch.bad.items()])[:5]
         if self._seen >= BAD_IMAGES_BEFORE_JUDGING and self._bad > self._config.max_bad_fraction * self._seen:
             raise InputError(
                 f"{self._bad} of {self._seen} images could not be decoded, more than --max-bad-fraction "

@@ -4,6 +4,8 @@
 Rank 0 posts without waiting, the driver writes what it finds to MLflow and to the terminal.
 """
 
+import json
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -12,6 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.data import storage
 from pipeline.display import Display
 
 Point = tuple[int, int, dict[str, float]]
@@ -25,6 +28,14 @@ class Mailbox:
     def __init__(self) -> None:
         self._points: list[Point] = []
         self._reason = ""
+        self._quarantined: dict[str, str] = {}
+
+    def quarantine(self, bad: dict[str, str]) -> None:
+        """Notes images that could not be decoded, and why: from any rank, the same one perhaps again and again."""
+        self._quarantined |= bad
+
+    def quarantined(self) -> dict[str, str]:
+        return self._quarantined
 
     def stop(self, reason: str) -> None:
         """Says that the run can't go on, however often the worker group is restarted."""
@@ -45,6 +56,26 @@ def open_mailbox() -> Any:
     """A mailbox on the driver's own node: it lives as long as the driver, whatever happens to other nodes."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class Quarantine:
+    """Keeps a file with the images that could not be decoded, like that of jobs/prepare.py."""
+
+    def __init__(self, uri: str, mailbox: Any) -> None:
+        self._uri, self._mailbox, self._written = uri, mailbox, 0
+
+    def write(self) -> None:
+        """Brings the file up to date, and says so."""
+        try:
+            bad: dict[str, str] = ray.get(self._mailbox.quarantined.remote(), timeout=10)
+        except (ray.exceptions.RayError, ConnectionError):
+            return
+        if len(bad) == self._written:
+            return
+        lines = [json.dumps({"path": path, "reason": bad[path]}, ensure_ascii=False) for path in sorted(bad)]
+        storage.write_atomic(self._uri, "".join(line + "\n" for line in lines).encode())
+        self._written = len(bad)
+        print(f"{len(bad)} images can't be decoded: listed in {self._uri}", file=sys.stderr, flush=True)
 
 
 class Courier:

@@ -11,10 +11,11 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import __version__, tracking
+from pipeline.cluster import spilled_bytes
 from pipeline.config import ModelSpec, TrainConfig, to_dict
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.plan import Plan
-from pipeline.data.storage import check_writable
+from pipeline.data.storage import check_writable, join
 from pipeline.data.stream import RankStream
 from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
@@ -23,25 +24,29 @@ from pipeline.models.ema import power_gamma
 from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
-from pipeline.training.progress import Courier, open_mailbox
+from pipeline.training.progress import Courier, Quarantine, open_mailbox
 
 RAY_FOLDER = "checkpoints"
 RUN_FILE = "run.json"
 SNAPSHOTS = "snapshots"
+QUARANTINE = "quarantine.jsonl"
 
 
 class PlannedData(DataConfig):
     """Hands each rank its part of the plan, anew at every start or resize of the worker group."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, readers: int, random_crop: bool) -> None:
         super().__init__()
-        self._plan = plan
+        self._plan, self._readers, self._random_crop = plan, readers, random_crop
 
     def configure(
         self, datasets: dict[str, Any], world_size: int, *_: object, **__: object
     ) -> list[dict[str, Any]]:
         return [
-            {name: RankStream(index, self._plan, rank, world_size) for name, index in datasets.items()}
+            {
+                name: RankStream(index, self._plan, rank, world_size, self._readers, self._random_crop)
+                for name, index in datasets.items()
+            }
             for rank in range(world_size)
         ]
 
@@ -82,7 +87,16 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
     Raises:
         InputError: in one line, what to change.
     """
-    for name in ("steps", "workers", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+    positive = (
+        "steps",
+        "workers",
+        "batch_size",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "readers",
+    )
+    for name in positive:
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     if config.batch_size < config.workers:
@@ -96,7 +110,7 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
         )
     for length in config.optimizer.ema_lengths:
         power_gamma(length)
-    index = open_dataset(config.data)
+    index = open_dataset(config.data, image_size=config.image_size)
     spec = make_spec(config, index)
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)
@@ -139,12 +153,17 @@ def train(config: TrainConfig) -> Trained:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         datasets={"train": lambda: index},
-        dataset_config=PlannedData(plan),
+        dataset_config=PlannedData(plan, config.readers, config.random_crop),
     )
     display = Display("train", config.steps, "steps")
 
+    quarantine = Quarantine(join(str(output), QUARANTINE), mailbox)
+
     def deliver(points: list[Any]) -> None:
-        tracking.log_points(run, [point for point in points if point[1] > run.last_step])
+        spilled = {"spilled_bytes": float(spilled_bytes())}
+        new = [(time, step, values | spilled) for time, step, values in points if step > run.last_step]
+        tracking.log_points(run, new)
+        quarantine.write()
 
     try:
         with Courier(mailbox, display, deliver) as courier:
@@ -155,6 +174,7 @@ def train(config: TrainConfig) -> Trained:
         tracking.end_run(run, "FAILED")
         raise
     finally:
+        quarantine.write()
         ray.kill(mailbox)
     folder = _export(result.checkpoint, spec, output)
     model = tracking.log_model(run, folder, config.register, config.alias)
@@ -186,7 +206,7 @@ def _open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output:
         settings,
         {"ray_ddpm.version": __version__, "ray_ddpm.output": str(output)},
     )
-    tracking.log_dataset(run, config.data, index.fingerprint, index.rows)
+    tracking.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
     tracking.log_config(run, settings)
     output.mkdir(parents=True, exist_ok=True)
     content = {"run_id": run.id, "fixed": _fixed(config, spec, index), "config": settings}
@@ -200,6 +220,7 @@ def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[st
     """What can't change between a run and its resume without making it another run."""
     return {
         "data_fingerprint": index.fingerprint,
+        "image": to_dict(spec.image),
         "model": to_dict(spec.model),
         "diffusion": to_dict(spec.diffusion),
         "batch_size": config.batch_size,

@@ -52,7 +52,12 @@ def _run(settings: dict[str, Any]) -> None:
         checkpoint.restore(state, saved)
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
-    batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
+    batches = stream.batches(
+        state.step,
+        config.steps,
+        pin=device.type == "cuda",
+        on_bad=lambda bad: settings["mailbox"].quarantine.remote(bad),
+    )
     model: nn.Module = state.model
     if config.compile:
         model = torch.compile(model)  # type: ignore[assignment]

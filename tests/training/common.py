@@ -1,7 +1,7 @@
 """A tiny training problem in memory, in the order of the real plan, without Ray."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class MemoryBatch:
     ids: Tensor
     epochs: Tensor
     weights: Tensor
-    bad: tuple[str, ...] = ()
+    bad: dict[str, str] = field(default_factory=dict)
 
 
 def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
