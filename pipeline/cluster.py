@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import secrets
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,6 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
             "runtime_env": {"env_vars": _worker_environment(environment or {})},
         }
         if not address:
-            # Ray's own processes listen on every interface: without the token nobody gets an answer.
-            if "RAY_AUTH_MODE" not in os.environ:
-                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             options |= {"address": "local", "include_dashboard": False}
         try:
             ray.init(**options)

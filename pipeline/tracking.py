@@ -68,9 +68,10 @@ def start_run(experiment: str, name: str, params: dict[str, Any], tags: dict[str
     """
     try:
         client = _client()
+        shown = {key: redact(value) for key, value in tags.items()}
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment)
-        run = client.create_run(experiment_id, run_name=name or None, tags=tags)
+        run = client.create_run(experiment_id, run_name=name or None, tags=shown)
         values = [Param(key, redact(str(value))[:6000]) for key, value in sorted(_flat(params).items())]
         for i in range(0, len(values), _PARAMS_A_CALL):
             client.log_batch(run.info.run_id, params=values[i : i + _PARAMS_A_CALL])
@@ -111,7 +112,9 @@ def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
     from mlflow.entities import DatasetInput, InputTag
 
     dataset = MetaDataset(
-        CodeDatasetSource({"uri": uri}), name=uri.rstrip("/").rpartition("/")[2], digest=fingerprint[:32]
+        CodeDatasetSource({"uri": redact(uri)}),
+        name=uri.rstrip("/").rpartition("/")[2],
+        digest=fingerprint[:32],
     )
     tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]
     _client().log_inputs(run.id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
@@ -126,7 +129,7 @@ def log_config(run: Run, config: dict[str, Any]) -> None:
     """Keeps the whole configuration as `config.yaml`; `--config` takes it as it is."""
     import yaml
 
-    _client().log_text(run.id, yaml.safe_dump(config, sort_keys=False), "config.yaml")
+    _client().log_text(run.id, redact(yaml.safe_dump(config, sort_keys=False)), "config.yaml")
 
 
 def log_model(run: Run, folder: Path, name: str = "", alias: str = "") -> str:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,10 +118,17 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_for(what: str, ready: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+def wait_for(
+    what: str,
+    ready: Callable[[], bool],
+    seconds: float = START_SECONDS,
+    needed: Iterable[subprocess.Popen[bytes]] = (),
+) -> None:
+    """Waits until something is so; gives up early when one of the processes that it needs has ended."""
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, f"{what} took more than {seconds} s"
+        assert all(process.poll() is None for process in needed), f"{what}: a process ended too early"
         time.sleep(0.2)
 
 
@@ -138,12 +145,13 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
     home = Path(tempfile.mkdtemp(prefix="rd-", dir="/tmp"))
     started: list[subprocess.Popen[bytes]] = []
     token, secret = secrets.token_hex(32), f"planted/{secrets.token_hex(16)}"
-    jobs, gcs, mlflow, s3 = free_ports(4)
+    jobs, gcs, client, mlflow, s3 = free_ports(5)
     base = user_environment() | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     inside = base | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",
         "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{mlflow}",
         "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{s3}",
         "AWS_ACCESS_KEY_ID": "user",
@@ -182,7 +190,7 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         start("s3", base, "moto_server", "-H", LOOPBACK, "-p", s3)
         head = ray_start(
             "head", "--head", f"--port={gcs}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={jobs}",
-            "--num-cpus=0", f"--temp-dir={home}/ray",
+            "--num-cpus=0", f"--temp-dir={home}/ray", f"--ray-client-server-port={client}",
         )  # fmt: skip
         cluster = Served(
             home, token, secret, f"http://{LOOPBACK}:{jobs}", inside["MLFLOW_TRACKING_URI"],
@@ -191,17 +199,19 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         wait_for("the S3 server", lambda: answers(cluster.s3))
         assert requests.put(f"{cluster.s3}/{BUCKET}", timeout=10).ok
         bearer = {"Authorization": f"Bearer {token}"}
-        wait_for("Ray's head", lambda: answers(f"{cluster.jobs}/api/version", **bearer))
+        wait_for("Ray's head", lambda: answers(f"{cluster.jobs}/api/version", **bearer), needed=started)
         cluster.nodes = [
             ray_start(f"node{i}", f"--address={LOOPBACK}:{gcs}", f"--num-cpus={cpus}") for i in range(nodes)
         ]
         alive = f"{cluster.jobs}/nodes?view=summary"
 
         def all_there() -> bool:
-            summary = requests.get(alive, headers=bearer, timeout=5).json()["data"]["summary"]
-            return len([one for one in summary if one["raylet"].get("state") == "ALIVE"]) == nodes + 1
+            with contextlib.suppress(requests.RequestException):
+                summary = requests.get(alive, headers=bearer, timeout=10).json()["data"]["summary"]
+                return len([one for one in summary if one["raylet"].get("state") == "ALIVE"]) == nodes + 1
+            return False
 
-        wait_for("the nodes", all_there)
+        wait_for("the nodes", all_there, needed=started)
         wait_for("MLflow", lambda: answers(f"{cluster.mlflow}/health"))
         yield cluster
     except BaseException:
