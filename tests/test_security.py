@@ -232,7 +232,10 @@ def test_what_is_installed_is_what_is_pinned() -> None:
     assert all(pins.values()), "every line pins one version"
     # Not all of sys.path: Ray adds packages of its own to it.
     place = [sysconfig.get_path("purelib")]
-    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions(path=place)}
+    installed = {
+        canonicalize_name(d.metadata["Name"]): d.version.partition("+")[0]
+        for d in metadata.distributions(path=place)
+    }
     unpinned = set(installed) - set(pins) - {"ray-ddpm", "pip", "setuptools", "wheel"}
     assert unpinned == set()
     assert {name: v for name, v in installed.items() if pins.get(name, v) != v} == {}
