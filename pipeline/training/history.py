@@ -29,12 +29,14 @@ class History:
     Args:
         folder: URI of Ray Train's folder in the run's output.
         validate: whether the checkpoint of a step is to be validated.
+        also: writes whatever else is kept of a checkpoint.
     """
 
     folder: str
     rank: int
     mailbox: Any
     validate: Callable[[int], bool]
+    also: Callable[[checkpoint.Saved], None] = lambda saved: None
     # One upload at a time: a storage slower than the steps holds training up, rather than filling the memory.
     _idle: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
 
@@ -95,6 +97,7 @@ class History:
     def _write(self, name: str, saved: checkpoint.Saved, extra: dict[str, Any]) -> None:
         uri = storage.join(self.folder, name)
         try:
+            self.also(saved)
             checkpoint.write(uri, saved, extra)
         except OSError as error:
             storage.remove_folder(uri)

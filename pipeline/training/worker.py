@@ -11,12 +11,14 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from safetensors.torch import save as pack
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data import storage
 from pipeline.errors import InputError
+from pipeline.models import ema
 from pipeline.training import checkpoint, loop
 from pipeline.training.agreement import Agreement
 from pipeline.training.history import CHECKPOINTS, History
@@ -24,6 +26,7 @@ from pipeline.training.meter import Meter
 from pipeline.training.progress import Point
 
 RUN_FILE = "run.json"
+SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,11 @@ def _run(task: Task) -> None:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
     history = History(
-        storage.join(task.output, CHECKPOINTS), rank, mailbox, lambda step: is_validated(config, step)
+        storage.join(task.output, CHECKPOINTS),
+        rank,
+        mailbox,
+        validate=lambda step: is_validated(config, step),
+        also=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
     )
     state = loop.new_state(config, spec, device)
     meter = Meter(config, world_size, device)
@@ -158,6 +165,14 @@ def is_validated(config: TrainConfig, step: int) -> bool:
     if not config.validate_every:
         return False
     return step == config.steps or step % (config.validate_every * config.checkpoint_every) == 0
+
+
+def keep_snapshots(folder: str, config: TrainConfig, saved: checkpoint.Saved) -> None:
+    """Writes the power-function averages where no checkpoint's removal takes them (see `models.ema`)."""
+    options = config.optimizer
+    lengths = saved.averages[len(options.ema_decays) :]
+    for length, average in zip(options.ema_lengths, lengths, strict=True):
+        storage.write_atomic(storage.join(folder, ema.Snapshot(saved.step, length).name), pack(average))
 
 
 def position(config: TrainConfig, step: int, rows: int) -> dict[str, int]:
