@@ -79,7 +79,7 @@ class Validator:
 
     def _post(self, model: UNet, step: int, figures: dict[str, float]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            picture = draw_samples(model, self.spec, Path(folder) / "grid.png", seed=self.config.seed)
+            picture = draw_samples(model, self.spec, Path(folder) / "grid.png", rows=4, seed=self.config.seed)
             path = f"samples/step-{step:09d}.png"
             self.mailbox.post_file.remote(path, picture.read_bytes())
         ray.get(self.mailbox.post.remote([(int(time.time() * 1000), step, figures)]))
