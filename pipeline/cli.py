@@ -15,7 +15,7 @@ import tyro
 from pipeline import tracking
 from pipeline.cluster import connect
 from pipeline.config import from_dict, load_yaml
-from pipeline.errors import InputError, JobFailed
+from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.redact import redact, refuse_secrets
 
 T = TypeVar("T")
@@ -66,8 +66,8 @@ def main(
         ray: join or start Ray first.
 
     Returns:
-        the exit code: 0; 2 on bad input; 1 after any other error, whose traceback is shown without secrets;
-        a submitted job's own.
+        the exit code: 0; 2 on bad input; 128 + its number after a signal; a submitted job's own; 1 after any
+        other error, whose traceback is shown without secrets.
     """
     arguments, verbose = _take_switch(arguments, "--verbose")
     try:
@@ -83,9 +83,9 @@ def main(
     except InputError as error:
         print(f"{job}: {' '.join(redact(str(error)).split())}", file=sys.stderr)
         return 2
-    except JobFailed as failure:
-        print(f"{job}: {redact(str(failure))}", file=sys.stderr)
-        return failure.code
+    except (Interrupted, JobFailed) as error:
+        print(f"{job}: {redact(str(error))}", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print(f"{job}: interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""How a job ends that did not succeed."""
+"""The exceptions that are told to the user in one line."""
 
 
 class InputError(ValueError):
@@ -19,3 +19,15 @@ class JobFailed(RuntimeError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the job before its work was done; what is done is kept.
+
+    Attributes:
+        code: the job's exit code, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal_number
