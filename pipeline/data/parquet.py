@@ -14,11 +14,40 @@ from pipeline.errors import InputError
 OPEN_FILES = 64
 
 
-@lru_cache(maxsize=OPEN_FILES)
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """An open file: its footer is read once in a process, not once a row group."""
+    """A file from outside, opened so that nothing in it is run.
+
+    A file may ask for a type that Python classes read. One of Ray's holds pickles: whoever looks at a value runs
+    what the file's author wrote.
+
+    Raises:
+        InputError: not a Parquet file, or a column of such a type.
+    """
     fs, path = storage.open_fs(uri)
-    return pq.ParquetFile(fs.open(path, "rb"))
+    handle = fs.open(path, "rb")
+    try:
+        file = pq.ParquetFile(handle)
+    except Exception as error:  # pyarrow raises anything on a damaged footer
+        handle.close()
+        if storage.is_storage_error(error):
+            raise
+        raise InputError(f"{uri}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+    for column in file.schema_arrow:
+        if _has_python_type(column.type):
+            raise InputError(f"{uri}: column {column.name} is {column.type}, not plain data: refused")
+    return file
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _kept_open(uri: str) -> pq.ParquetFile:
+    """A reading process reads a file's footer once, not once a row group."""
+    return open_parquet(uri)
+
+
+def _has_python_type(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.ExtensionType):
+        return True
+    return any(_has_python_type(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def row_counts(uri: str) -> list[int]:
@@ -27,25 +56,18 @@ def row_counts(uri: str) -> list[int]:
     Raises:
         InputError: not a Parquet file, or one without a column `image`.
     """
-    fs, path = storage.open_fs(uri)
-    with fs.open(path, "rb") as handle:
-        try:
-            file = pq.ParquetFile(handle)
-        except Exception as error:
-            if storage.is_storage_error(error):
-                raise
-            raise InputError(f"{uri}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
-        names, metadata = file.schema_arrow.names, file.metadata
-        if "image" not in names:
-            raise InputError(f"{uri}: no column `image`; it has {', '.join(names)}")
-        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    file = open_parquet(uri)
+    if "image" not in file.schema_arrow.names:
+        raise InputError(f"{uri}: no column `image`; it has {', '.join(file.schema_arrow.names)}")
+    return [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
 
 
 def class_names(uri: str) -> tuple[str, ...]:
     """The classes, where the file names them as `datasets` does or has labels that are text."""
-    schema = open_parquet(uri).schema_arrow
+    file = open_parquet(uri)
+    schema = file.schema_arrow
     if "label" in schema.names and pa.types.is_string(schema.field("label").type):
-        labels = open_parquet(uri).read(columns=["label"])["label"]
+        labels = file.read(columns=["label"])["label"]
         return tuple(sorted(label for label in labels.unique().to_pylist() if label is not None))
     try:
         metadata = schema.metadata or {}
@@ -62,7 +84,7 @@ def read_row_group(uri: str, number: int) -> pa.Table:
         columns bytes (binary), label (as in the file, or null) and path (string). Rows that damage makes unreadable
         are there, with no bytes.
     """
-    file = open_parquet(uri)
+    file = _kept_open(uri)
     count, prefix = file.metadata.row_group(number).num_rows, f"{posixpath.basename(uri)}/{number}"
     columns = [name for name in ("image", "label") if name in file.schema_arrow.names]
     try:

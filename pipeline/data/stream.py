@@ -16,8 +16,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
-from ray.data import ExecutionResources
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.data import ExecutionResources, TaskPoolStrategy
 from torch import Tensor
 
 from pipeline.config import ImageConfig
@@ -26,7 +25,7 @@ from pipeline.data.plan import Plan, local_batch_size, windows_between
 from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixels_of
 
 WINDOWS_PER_EXECUTION = 4096
-BLOCKS_IN_FLIGHT = 16
+IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class RankStream:
 
     Attributes:
         readers: processes that read and decode beside the rank.
+        in_flight: bytes of decoded images that may wait in the object store.
         random_crop: cut the square out of an image's longer side at random, not in its centre.
     """
 
@@ -70,6 +70,7 @@ class RankStream:
     world_size: int
     readers: int = 2
     random_crop: bool = False
+    in_flight: int = IN_FLIGHT_BYTES
 
     def batches(
         self,
@@ -99,7 +100,7 @@ class RankStream:
         return _ahead(produce, prefetch)
 
     def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         windows = windows_between(self.plan, start, stop)
         while some := list(islice(windows, WINDOWS_PER_EXECUTION)):
             reads = make_reads(
@@ -108,16 +109,15 @@ class RankStream:
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
             dataset = ray.data.read_datasource(
                 PlannedReads(reads),
-                ray_remote_args={"num_cpus": 0, "scheduling_strategy": here},
-                concurrency=self.readers,
+                num_cpus=0,
+                label_selector=here,
+                compute=TaskPoolStrategy(size=self.readers),
             )
             context = dataset.context
             context.enable_progress_bars = False
             context.target_max_block_size = BLOCK_BYTES
             context.execution_options.preserve_order = True
-            context.execution_options.resource_limits = ExecutionResources(
-                object_store_memory=BLOCKS_IN_FLIGHT * BLOCK_BYTES
-            )
+            context.execution_options.resource_limits = ExecutionResources(object_store_memory=self.in_flight)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
