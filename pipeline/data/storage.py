@@ -62,11 +62,20 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or a folder."""
+    """Whether there is a file or a folder.
+
+    Raises:
+        InputError: the storage can't say.
+    """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
     try:
-        return bool(fs.glob(path)) if has_magic(path) else bool(fs.exists(path))
+        if has_magic(path):
+            return bool(fs.glob(path))
+        fs.info(path)  # its `exists` takes every failure for a no
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
         raise InputError(f"{uri}: can't be read: {_line(error)}") from None
 
