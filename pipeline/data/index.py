@@ -10,8 +10,9 @@ import pyarrow as pa
 from pipeline.config import ImageConfig
 from pipeline.data import storage
 from pipeline.data.parquet import read_row_group
+from pipeline.data.parts import Part, Source
 from pipeline.data.scan import Scan, scan
-from pipeline.data.sources import Part, Source, find_source, read_part
+from pipeline.data.sources import find_source, read_part
 from pipeline.errors import InputError
 
 MANIFEST = "manifest.json"

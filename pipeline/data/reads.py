@@ -17,6 +17,7 @@ from pipeline.data.index import DatasetIndex, Group, read_rows
 from pipeline.data.plan import Plan, Window, crop_place, window_rows
 
 BLOCK_BYTES = 16 * 2**20
+ROWS_PER_READ = 4096
 CENTRE = (0.5, 0.5)
 
 
@@ -141,6 +142,3 @@ def make_reads(
     if some:
         close()
     return reads
-
-
-ROWS_PER_READ = 4096

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipeline.data.sources import Part, Source, plan, read_part, split_part
+from pipeline.data.parts import Part, Source
+from pipeline.data.sources import plan, read_part, split_part
 
 IMAGES_PER_PART = 64
 THREADS = 8

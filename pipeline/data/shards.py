@@ -5,7 +5,6 @@ it; a run that was killed goes on with the parts that have no note yet, and give
 """
 
 import hashlib
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from pipeline.cluster import spilled_bytes
@@ -22,8 +19,10 @@ from pipeline.config import ImageConfig, to_dict
 from pipeline.data import storage
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import FORMAT, MANIFEST, SPLITS, UNFINISHED, held_out
+from pipeline.data.parts import Part, Plan, Source
 from pipeline.data.scan import name_classes
-from pipeline.data.sources import Part, Plan, Source, plan, read_part
+from pipeline.data.shard_writer import ShardWriter, Totals
+from pipeline.data.sources import plan, read_part
 from pipeline.display import Display
 from pipeline.errors import InputError
 
@@ -195,9 +194,9 @@ def _write_part(
     """Decodes one part and writes its shards, then its note."""
     number = int(row["part"])
     all_parts: tuple[Part, ...] = ray.get(parts) if isinstance(parts, ray.ObjectRef) else parts
-    writers = {split: _ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
+    writers = {split: ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
     bad: list[dict[str, str]] = []
-    totals = _Totals(image.channels)
+    totals = Totals(image.channels)
     for item in read_part(all_parts[number]):
         try:
             pixels = _pixels(item.data, image, config)
@@ -242,79 +241,6 @@ def _label(label: str | None, classes: tuple[str, ...]) -> int | None:
     if not label.isdecimal():
         raise DecodeError(f"label {label!r} is not a class number")
     return int(label)
-
-
-class _Totals:
-    """Sums over a part that merge exactly: integers, whatever the order."""
-
-    def __init__(self, channels: int) -> None:
-        self._count, self._hash, self._top = 0, 0, -1
-        self._sum, self._squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
-
-    def add(self, pixels: np.ndarray, digest: bytes, label: int | None, train: bool) -> None:
-        self._top = max(self._top, -1 if label is None else label)
-        self._hash = (self._hash + int.from_bytes(digest, "big")) % 2**256
-        if train:
-            values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
-            self._count += len(values)
-            self._sum += values.sum(0)
-            self._squares += (values**2).sum(0)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "pixels": self._count,
-            "sum": self._sum.tolist(),
-            "squares": self._squares.tolist(),
-            "hash": f"{self._hash:064x}",
-            "top_label": self._top,
-        }
-
-
-class _ShardWriter:
-    """Rows to the bytes of a Parquet file, row group by row group."""
-
-    def __init__(self, image: ImageConfig, classes: tuple[str, ...], rows_per_group: int) -> None:
-        self._schema = huggingface_schema(classes)
-        self._buffer = io.BytesIO()
-        self._writer = pq.ParquetWriter(
-            self._buffer, self._schema, compression="none", write_statistics=False
-        )
-        self._rows: list[dict[str, Any]] = []
-        self._limit = rows_per_group
-        self.row_groups: list[int] = []
-
-    @property
-    def rows(self) -> int:
-        return sum(self.row_groups) + len(self._rows)
-
-    def add(self, data: bytes, path: str, label: int | None) -> None:
-        self._rows.append({"image": {"bytes": data, "path": path}, "label": label})
-        if len(self._rows) == self._limit:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(
-                pa.Table.from_pylist(self._rows, self._schema), row_group_size=self._limit
-            )
-            self.row_groups.append(len(self._rows))
-            self._rows = []
-
-    def close(self) -> bytes:
-        self._flush()
-        self._writer.close()
-        return self._buffer.getvalue()
-
-
-def huggingface_schema(classes: tuple[str, ...]) -> pa.Schema:
-    """image {bytes, path} and label, with the metadata that makes `datasets` give PIL images and class names."""
-    label = (
-        {"names": list(classes), "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
-    )
-    features = {"image": {"_type": "Image"}, "label": label}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema([("image", image), ("label", pa.int64())], metadata=metadata)
 
 
 def _finish(

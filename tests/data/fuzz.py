@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from pipeline.data import parquet
 from pipeline.data.images import DecodeError, decode
-from pipeline.data.sources import Item, plan, read_part
+from pipeline.data.parts import Item
+from pipeline.data.sources import plan, read_part
 from pipeline.errors import InputError
 from tests.data.common import encode, encoded, picture, tar_bytes, write_parquet
 

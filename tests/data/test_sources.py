@@ -14,7 +14,8 @@ import webdataset
 
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset, read_rows
-from pipeline.data.sources import Item, Source, find_source, plan, read_part
+from pipeline.data.parts import Item, Source
+from pipeline.data.sources import find_source, plan, read_part
 from pipeline.errors import InputError
 from tests.data.common import (
     CLASSES,
