@@ -41,6 +41,11 @@ class Read:
     world_size: int
     random_crop: bool = False
 
+    @property
+    def decoded_bytes(self) -> int:
+        """About what its tables hold."""
+        return sum(window.rows for window in self.windows) // self.world_size * _pixel_bytes(self.image)
+
     def __call__(self) -> Iterator[pa.Table]:
         """Tables in the plan's order: pixels, label, id, epoch, path, and bad = why it could not be decoded."""
         step = max(1, BLOCK_BYTES // _pixel_bytes(self.image))

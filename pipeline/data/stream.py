@@ -60,7 +60,7 @@ class RankStream:
 
     Attributes:
         readers: processes that read and decode beside the rank.
-        in_flight: bytes of decoded images that may wait in the object store.
+        in_flight: bytes of decoded images that may wait in the object store; more where a window is larger.
         random_crop: cut the square out of an image's longer side at random, not in its centre.
     """
 
@@ -106,6 +106,8 @@ class RankStream:
             reads = make_reads(
                 self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
             )
+            # A later window must not take the room that an earlier one, which is waited for, needs.
+            largest = max(read.decoded_bytes for read in reads)
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
             dataset = ray.data.read_datasource(
                 PlannedReads(reads),
@@ -117,7 +119,9 @@ class RankStream:
             context.enable_progress_bars = False
             context.target_max_block_size = BLOCK_BYTES
             context.execution_options.preserve_order = True
-            context.execution_options.resource_limits = ExecutionResources(object_store_memory=self.in_flight)
+            context.execution_options.resource_limits = ExecutionResources(
+                object_store_memory=max(self.in_flight, (self.readers + 1) * largest)
+            )
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
