@@ -18,6 +18,7 @@ import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from pipeline.cluster import submitted_settings
 from pipeline.errors import InputError
 from pipeline.redact import redact
 
@@ -39,12 +40,25 @@ class Run:
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory.
+
+    Raises:
+        InputError: that directory is a submitted job's own, which goes away.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if "working_dir" in submitted_settings():
+        raise InputError(
+            "MLFLOW_TRACKING_URI is not set on the cluster: set it where its nodes are started, or submit with "
+            "--forward MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
 def environment() -> dict[str, str]:
     """What workers on other nodes need of it, without secrets: those belong to the nodes' own environment."""
+    if "MLFLOW_TRACKING_URI" not in os.environ and submitted_settings():
+        return {}
     uri = tracking_uri()
     return {"MLFLOW_TRACKING_URI": uri} if redact(uri) == uri else {}
 
