@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.generation.plan import Piece, batches, file_name, missing, parse_name
+from pipeline.generation.plan import Piece, batches, file_name, gaps, parse_name, pieces, tasks
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.sets(st.integers(0, 9), max_size=5))
@@ -11,7 +11,7 @@ def test_what_is_there_and_what_is_missing_cover_every_sample_once(
     count: int, rows: int, done: set[int]
 ) -> None:
     finished = [Piece(i * rows, (i + 1) * rows) for i in done]
-    todo = list(missing(count, rows, finished))
+    todo = [p for gap in gaps(count, finished) for p in pieces(gap, rows)]
     covered = sorted(i for piece in [*todo, *finished] for i in range(piece.start, piece.stop))
     assert covered == sorted(set(covered))
     assert set(range(count)) <= set(covered)
