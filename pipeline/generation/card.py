@@ -16,7 +16,6 @@ from PIL import Image
 from pipeline import __version__
 from pipeline.config import ModelSpec
 from pipeline.data import storage
-from pipeline.data.images import decode
 from pipeline.generation import ledger, writers
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import Note
@@ -60,10 +59,7 @@ def describe(
     # One file a line, and no list of them all: there may be a hundred thousand.
     manifest = json.dumps(head, indent=1)[:-2] + ',\n "files": [\n  ' + ",\n  ".join(files) + "\n ]\n}\n"
     storage.write_atomic(storage.join(output, ledger.MANIFEST), manifest.encode())
-    images = [
-        decode(data, spec.image.size, spec.image.channels)
-        for data in first_images(output, config.format, list(whole), SHEET_COLUMNS * SHEET_ROWS)
-    ]
+    images = first_images(output, config.format, list(whole), SHEET_COLUMNS * SHEET_ROWS, spec.image)
     storage.write_atomic(storage.join(output, SHEET), _sheet(images))
     storage.write_atomic(storage.join(output, ledger.CARD), card(head, spec, config).encode())
 
@@ -76,23 +72,11 @@ def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig) -> s
         "png": ["data/**/*.png", "data/metadata.parquet"],
     }[config.format]
     paths = "".join(f"    - {path}\n" for path in files)
-    label = "dtype: int64"
-    if spec.image.classes:
-        names = "".join(
-            f"          '{number}': {json.dumps(name, ensure_ascii=False)}\n"
-            for number, name in enumerate(spec.image.classes)
-        )
-        label = f"dtype:\n      class_label:\n        names:\n{names}".rstrip()
-    features = (
-        "dataset_info:\n  features:\n  - name: image\n    dtype: image\n"
-        f"  - name: label\n    {label}\n"
-        "  - name: index\n    dtype: int64\n  - name: seed\n    dtype: int64\n"
-    )
     size, rows = spec.image.size, {**manifest["settings"], **manifest["trained_on"]}
     table = "".join(f"| {key} | {str(value).replace('|', '/')} |\n" for key, value in rows.items())
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path:\n{paths}"
-        f"{features if config.format == 'png' else ''}tags: [synthetic, ddpm]\n---\n\n"
+        "tags: [synthetic, ddpm]\n---\n\n"
         f"# {manifest['count']:,} generated images of {size}x{size} pixels\n\n"
         f"![The first of them]({SHEET})\n\n"
         f"Sampled by ray-ddpm {manifest['code']['ray-ddpm']} from `{manifest['model']}`. Sample *i* is a function of "
@@ -116,13 +100,13 @@ def _sheet(images: list[np.ndarray]) -> bytes:
 
 def _png_metadata(config: GenerateConfig, spec: ModelSpec, whole: dict[Piece, Note]) -> bytes:
     """Rows for every image: label, index and seed are arithmetic, so nothing has to be read."""
-    buffer, folders = io.BytesIO(), writers.class_folders(spec.image.classes)
-    with pq.ParquetWriter(buffer, writers.png_metadata([], [], 0, folders).schema) as writer:
+    buffer, classes = io.BytesIO(), spec.image.classes
+    with pq.ParquetWriter(buffer, writers.png_metadata([], [], 0, classes).schema) as writer:
         for span in _spans(whole):
             ids = torch.arange(span.start, span.stop)
             labels = sample_labels(config, spec, ids)
             values = labels_or_none(labels, len(ids))
-            writer.write_table(writers.png_metadata(ids.tolist(), values, config.seed, folders))
+            writer.write_table(writers.png_metadata(ids.tolist(), values, config.seed, classes))
     return buffer.getvalue()
 
 

@@ -28,7 +28,9 @@ def model_to_use(config: GenerateConfig) -> str:
     return config.model
 
 
-def generate(config: GenerateConfig, model_folder: str, model_name: str) -> dict[str, Any]:
+def generate(
+    config: GenerateConfig, model_folder: str, model_name: str, run: pool.Runner = pool.run
+) -> dict[str, Any]:
     """Makes what is missing of a dataset, or verifies one.
 
     Args:
@@ -53,9 +55,9 @@ def generate(config: GenerateConfig, model_folder: str, model_name: str) -> dict
             ledger.claim(output, wanted, model)
             whole = ledger.finished(output, config.format, setup.settings)
             if config.verify:
-                return _result(config, whole, verify(setup, whole))
+                return _result(config, whole, verify(setup, whole, run))
             distance = RunningDistance(reference.moments) if reference else None
-            metrics = _make(setup, whole, distance)
+            metrics = _make(setup, whole, distance, run)
             whole = ledger.finished(output, config.format, setup.settings)
             _finish(config, output, whole)
             saved = ledger.saved_settings(output) or model
@@ -78,7 +80,9 @@ def _result(config: GenerateConfig, whole: dict[Piece, Note], metrics: dict[str,
     }
 
 
-def _make(setup: Setup, whole: dict[Piece, Note], distance: RunningDistance | None) -> dict[str, float]:
+def _make(
+    setup: Setup, whole: dict[Piece, Note], distance: RunningDistance | None, run: pool.Runner
+) -> dict[str, float]:
     """Runs the actor pool over what is missing; says what was made."""
     config = setup.config
     kept = sum(note.rows for note in whole.values())
@@ -91,7 +95,7 @@ def _make(setup: Setup, whole: dict[Piece, Note], distance: RunningDistance | No
         rows = [span._asdict() for span in tasks(spans, config.rows_per_file, pool.MOST_TASKS)]
         display = Display("generate", total, "images")
         try:
-            for row in pool.run(Sampler, rows, setup, config):
+            for row in run(Sampler, rows, setup):
                 done, made, bad = done + row["stop"] - row["start"], made + row["made"], bad + row["bad"]
                 _refuse_bad(bad, kept + total, config)
                 note = f"{made / (time.monotonic() - began):.1f} images/s"

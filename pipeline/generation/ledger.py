@@ -101,12 +101,7 @@ def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
     """
     before = saved_settings(output)
     if before is None:
-        notes = storage.join(output, NOTES)
-        for name in (DATA, MANIFEST, CARD):
-            if not storage.exists(notes) and storage.exists(storage.join(output, name)):
-                raise InputError(
-                    f"--output {output} holds {name}, which is not of this job: choose another folder"
-                )
+        _check_unclaimed(output, digest(wanted))
         content = json.dumps({**wanted, **model}, indent=1).encode()
         storage.write_atomic(storage.join(output, SETTINGS), content)
         return
@@ -117,6 +112,27 @@ def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
                 f"--output {output} holds samples made with {key} = {before.get(key)}{hint}, now it is {value}: "
                 "keep it, or choose another folder"
             )
+
+
+def _check_unclaimed(output: str, settings: str) -> None:
+    """Whether an output without readable settings is new, or was begun with these."""
+    notes = list(storage.sizes(storage.join(output, NOTES)))
+    if any(_other_settings(data, settings) for data in storage.read_many(notes[:1]).values()):
+        raise InputError(
+            f"--output {output}: {SETTINGS} is lost or damaged, and its samples were made with other settings than "
+            "these: repeat the command that they were made with, or choose another folder"
+        )
+    for name in (DATA, MANIFEST, CARD):
+        if not notes and storage.exists(storage.join(output, name)):
+            raise InputError(
+                f"--output {output} holds {name}, which is not of this job: choose another folder"
+            )
+
+
+def _other_settings(note: bytes, settings: str) -> bool:
+    with contextlib.suppress(ValueError, TypeError):
+        return Note(**json.loads(note)).settings != settings
+    return False
 
 
 def finished(output: str, form: str, settings: str) -> dict[Piece, Note]:

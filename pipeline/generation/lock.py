@@ -46,6 +46,10 @@ def _local(output: str, place: str) -> Iterator[None]:
     file = _open_locked(output, place)
     try:
         _refuse_if_alive(output, file.read().encode(), elsewhere_only=True)
+    except InputError:
+        file.close()
+        raise
+    try:
 
         def beat() -> None:
             # In place: a new file under this name would not be the one that the kernel has locked.
@@ -57,8 +61,9 @@ def _local(output: str, place: str) -> Iterator[None]:
 
         with _beating(beat):
             yield
-        Path(place).unlink(missing_ok=True)
     finally:
+        # While it is still locked, so that nobody else's can be meant.
+        Path(place).unlink(missing_ok=True)
         file.close()
 
 

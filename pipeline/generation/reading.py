@@ -5,20 +5,37 @@ import tarfile
 from collections.abc import Iterator
 from itertools import islice
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import ImageConfig
 from pipeline.data import storage
+from pipeline.data.images import DecodeError, decode
+from pipeline.errors import InputError
 from pipeline.generation import ledger
 from pipeline.generation.plan import Piece
 
 
-def first_images(output: str, form: str, pieces: list[Piece], count: int) -> list[bytes]:
-    """The encoded images of the first samples of a dataset, at most `count`.
+def first_images(
+    output: str, form: str, pieces: list[Piece], count: int, image: ImageConfig
+) -> list[np.ndarray]:
+    """The first samples of a dataset, at most `count`: uint8 [H, W, C] each.
 
     Args:
         pieces: its files, in order.
+
+    Raises:
+        InputError: a file is damaged, though its length is right.
     """
-    return list(islice(_images(output, form, pieces, count), count))
+    try:
+        encoded = islice(_images(output, form, pieces, count), count)
+        return [decode(data, image.size, image.channels) for data in encoded]
+    except (DecodeError, pa.ArrowInvalid, tarfile.TarError) as error:
+        raise InputError(
+            f"--output {output}: a file is damaged ({' '.join(str(error).split())[:100]}): run the same command with "
+            "--verify, then as before"
+        ) from None
 
 
 def _images(output: str, form: str, pieces: list[Piece], count: int) -> Iterator[bytes]:

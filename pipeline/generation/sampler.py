@@ -1,10 +1,9 @@
-"""The actor that turns pieces of the plan into files."""
+"""What turns pieces of the plan into files, in an actor or anywhere else."""
 
 import hashlib
 from dataclasses import dataclass
 from typing import Any, cast
 
-import ray
 import torch
 from torch import Tensor
 
@@ -130,53 +129,40 @@ class Renderer:
 
 
 class Sampler:
-    """Called by Ray Data's actor pool with spans of samples; writes their files.
+    """Called with spans of samples; writes their files.
 
-    Args:
-        setup: one reference to a `Setup`. In a list, since Ray would put a bare reference's value into the
-            actor's own arguments, which a restarted actor can't find again.
+    Raises:
+        InputError: see `Renderer`.
     """
 
-    def __init__(self, setup: list[Any]) -> None:
-        self._setup: Setup = ray.get(setup[0])
-        self._error = ""
-        try:
-            self._renderer = Renderer(self._setup)
-            self._embed = self._setup.extractor and self._setup.extractor.load(self._renderer.device)
-        except InputError as error:
-            self._error = str(error)
+    def __init__(self, setup: Setup) -> None:
+        self._setup, self._renderer = setup, Renderer(setup)
+        self._embed = setup.extractor and setup.extractor.load(self._renderer.device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Makes what of a span is not made yet.
 
         Returns:
-            counts; an error that the user can mend, or ""; the moments of the new images' features, or b"".
+            the span, how many images were made and how many are bad, and the moments of the new ones' features or b"".
+
+        Raises:
+            InputError: the output can't be written.
         """
-        span, config = Piece(int(row["start"]), int(row["stop"])), self._setup.config
-        result: dict[str, Any] = {
-            "start": span.start,
-            "stop": span.stop,
-            "made": 0,
-            "bad": 0,
-            "moments": b"",
-            "error": "",
-        }
-        if self._error:
-            return result | {"error": self._error}
-        moments = list[Moments]()
+        span, made, bad, moments = Piece(int(row["start"]), int(row["stop"])), 0, 0, list[Moments]()
         try:
-            for piece in pieces(span, config.rows_per_file):
+            for piece in pieces(span, self._setup.config.rows_per_file):
                 # A killed actor's span comes again, and what it had finished is kept.
-                note = ledger.read_note(self._setup.output, piece, config.format, self._setup.settings)
+                note = ledger.read_note(
+                    self._setup.output, piece, self._setup.config.format, self._setup.settings
+                )
                 if note is None:
                     note = self._make(piece, moments)
-                    result["made"] += note.rows
-                result["bad"] += note.blank + note.nonfinite
+                    made += note.rows
+                bad += note.blank + note.nonfinite
         except OSError as error:
-            return result | {"error": unwritable(self._setup.output, error)}
-        if moments:
-            result["moments"] = moments_to_bytes(merge_moments(moments))
-        return result
+            raise InputError(unwritable(self._setup.output, error)) from None
+        merged = moments_to_bytes(merge_moments(moments)) if moments else b""
+        return {"start": span.start, "stop": span.stop, "made": made, "bad": bad, "moments": merged}
 
     def _make(self, piece: Piece, moments: list[Moments]) -> Note:
         renderer, output, config = self._renderer, self._setup.output, self._setup.config

@@ -5,8 +5,6 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-import ray
-
 from pipeline.data import storage
 from pipeline.display import Display
 from pipeline.errors import InputError
@@ -21,7 +19,7 @@ NAMED = 5
 DAMAGED, DIFFERENT = "damaged", "sound, but made again with other bytes"
 
 
-def verify(setup: Setup, whole: dict[Piece, Note]) -> dict[str, float]:
+def verify(setup: Setup, whole: dict[Piece, Note], run: pool.Runner) -> dict[str, float]:
     """Reads every file, and makes a random share of them again.
 
     Args:
@@ -47,7 +45,7 @@ def verify(setup: Setup, whole: dict[Piece, Note]) -> dict[str, float]:
     ]
     display, checked, wrong = Display("verify", len(rows), "files"), 0, dict[str, list[Piece]]()
     try:
-        for row in pool.run(Verifier, rows, setup, config):
+        for row in run(Verifier, rows, setup):
             checked += 1
             display.update(checked, f"{sum(map(len, wrong.values()))} wrong")
             if row["wrong"]:
@@ -73,21 +71,14 @@ def _names(pieces: list[Piece], config: GenerateConfig) -> str:
 
 
 class Verifier:
-    """Called by Ray Data's actor pool with pieces; see `sampler.Sampler`."""
+    """Called with pieces; see `sampler.Sampler`."""
 
-    def __init__(self, setup: list[Any]) -> None:
-        self._setup: Setup = ray.get(setup[0])
-        self._error = ""
-        try:
-            self._renderer = Renderer(self._setup)
-        except InputError as error:
-            self._error = str(error)
+    def __init__(self, setup: Setup) -> None:
+        self._setup, self._renderer = setup, Renderer(setup)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Says what is wrong with a piece's file, or ""."""
-        result = {"start": row["start"], "stop": row["stop"], "wrong": "", "error": self._error}
-        if self._error:
-            return result
+        result = {"start": row["start"], "stop": row["stop"], "wrong": ""}
         piece, renderer = Piece(int(row["start"]), int(row["stop"])), self._renderer
         try:
             stored = _sha256(map(storage.read_bytes, renderer.places(self._setup.output, piece)))

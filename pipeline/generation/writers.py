@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,15 +25,10 @@ class Row:
 
 def parquet(rows: list[Row], classes: tuple[str, ...]) -> bytes:
     """A Parquet file in the Hugging Face image convention, with the columns index and seed beside it."""
-    label = (
-        {"names": list(classes), "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
-    )
-    integer = {"dtype": "int64", "_type": "Value"}
-    features = {"image": {"_type": "Image"}, "label": label, "index": integer, "seed": integer}
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema(
         [("image", image), ("label", pa.int64()), ("index", pa.int64()), ("seed", pa.int64())],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+        metadata=_huggingface({"image": {"_type": "Image"}}, classes),
     )
     images = pa.StructArray.from_arrays(
         [
@@ -86,10 +82,12 @@ def png_place(index: int, label: int | None, folders: list[str]) -> str:
     return f"{'images' if label is None else folders[label]}/{png_name(index)}"
 
 
-def png_metadata(indices: list[int], labels: list[int | None], seed: int, folders: list[str]) -> pa.Table:
+def png_metadata(
+    indices: list[int], labels: list[int | None], seed: int, classes: tuple[str, ...]
+) -> pa.Table:
     """Rows of the metadata.parquet that `datasets` joins to a folder of images."""
-    pairs = zip(indices, labels, strict=True)
-    return pa.table(
+    folders, pairs = class_folders(classes), zip(indices, labels, strict=True)
+    table = pa.table(
         {
             "file_name": pa.array([png_place(*pair, folders) for pair in pairs], pa.string()),
             "label": pa.array(labels, pa.int64()),
@@ -97,3 +95,13 @@ def png_metadata(indices: list[int], labels: list[int | None], seed: int, folder
             "seed": pa.array([seed] * len(indices), pa.int64()),
         }
     )
+    name = {"file_name": {"dtype": "string", "_type": "Value"}}
+    return table.replace_schema_metadata(_huggingface(name, classes))
+
+
+def _huggingface(first: dict[str, Any], classes: tuple[str, ...]) -> dict[str, str]:
+    """The metadata by which `datasets` gives images and class names: of a column, then label, index and seed."""
+    integer = {"dtype": "int64", "_type": "Value"}
+    label = {"names": list(classes), "_type": "ClassLabel"} if classes else integer
+    features = {**first, "label": label, "index": integer, "seed": integer}
+    return {"huggingface": json.dumps({"info": {"features": features}})}
