@@ -3,8 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import Any
+
+import datasets
 
 from pipeline.generation import pool
 from pipeline.generation.config import GenerateConfig
@@ -43,3 +46,9 @@ def manifest(output: Path) -> dict[str, Any]:
     """The manifest."""
     content: dict[str, Any] = json.loads((output / "manifest.json").read_text())
     return content
+
+
+def opened(output: Path) -> datasets.Dataset:
+    """As Hugging Face datasets opens it, with a cache of its own: the usual one is shared by all tests."""
+    cache = output.parent / f"cache-{uuid.uuid4().hex}"
+    return datasets.load_dataset(str(output), split="train", cache_dir=str(cache))

@@ -4,12 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import datasets
 import pytest
 
 from pipeline.errors import InputError
 from pipeline.generation.ledger import Note
-from tests.generation.common import config, digests, make, manifest, times
+from tests.generation.common import config, digests, make, manifest, opened, times
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_foreign_files_are_moved_aside_and_never_read_as_samples(
     assert digests(copy) == digests(whole)
     assert "2 files that are not of this dataset are now in" in capfd.readouterr().err
     assert b"mine" in [path.read_bytes() for path in (copy / "foreign").iterdir()]
-    assert len(datasets.load_dataset(str(copy), split="train")) == 40
+    assert len(opened(copy)) == 40
 
 
 def test_foreign_images_among_png_folders_are_moved_aside(model: Path, tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_a_smaller_count_is_a_prefix_and_raising_it_only_adds(
     first = times(tmp_path)
     assert make(config(tmp_path), model)["metrics"]["kept"] == 21
     assert first.items() <= times(tmp_path).items()
-    rows = [datasets.load_dataset(str(path), split="train").sort("index") for path in (tmp_path, whole)]
+    rows = [opened(path).sort("index") for path in (tmp_path, whole)]
     assert [row["image"].tobytes() for row in rows[0]] == [row["image"].tobytes() for row in rows[1]]
     assert list(rows[0]["label"]) == list(rows[1]["label"])
 

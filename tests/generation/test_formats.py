@@ -2,24 +2,23 @@
 
 from pathlib import Path
 
-import datasets
 import pytest
 import webdataset
 from PIL import Image
 
 from pipeline.generation.writers import class_folders
-from tests.generation.common import config, digests, make, manifest
+from tests.generation.common import config, digests, make, manifest, opened
 
 
 @pytest.fixture(scope="module")
 def pixels(whole: Path) -> list[bytes]:
     """Of the samples in order, from the Parquet files."""
-    rows = datasets.load_dataset(str(whole), split="train").sort("index")
+    rows = opened(whole).sort("index")
     return [row["image"].tobytes() for row in rows]
 
 
 def test_huggingface_datasets_opens_parquet(whole: Path) -> None:
-    data = datasets.load_dataset(str(whole), split="train")
+    data = opened(whole)
     assert data.column_names == ["image", "label", "index", "seed"]
     assert list(data["index"]) == list(range(40))
     assert set(data["seed"]) == {3}
@@ -30,7 +29,7 @@ def test_huggingface_datasets_opens_parquet(whole: Path) -> None:
 
 def test_huggingface_datasets_opens_png_folders(model: Path, tmp_path: Path, pixels: list[bytes]) -> None:
     make(config(tmp_path, format="png"), model)
-    data = datasets.load_dataset(str(tmp_path), split="train").sort("index")
+    data = opened(tmp_path).sort("index")
     assert set(data.column_names) == {"image", "label", "index", "seed"}
     assert data.features["label"].names == ["a", "b", "c"]
     assert [row["image"].tobytes() for row in data] == pixels
@@ -49,16 +48,16 @@ def test_webdataset_and_huggingface_datasets_open_tars(
     assert [sample["json"]["index"] for sample in samples] == list(range(40))
     assert [sample["png"].convert("L").tobytes() for sample in samples] == pixels
     assert all(s["json"] == {"index": i, "label": s["cls"], "seed": 3} for i, s in enumerate(samples))
-    data = datasets.load_dataset(str(tmp_path / "one"), split="train")
+    data = opened(tmp_path / "one")
     assert [row["png"].tobytes() for row in data] == pixels
     assert [row["json"]["index"] for row in data] == list(range(40))
 
 
 def test_samples_of_an_unconditional_model_have_no_label(unconditional: Path, tmp_path: Path) -> None:
     make(config(tmp_path / "a", guidance=1.0, count=8), unconditional)
-    assert list(datasets.load_dataset(str(tmp_path / "a"), split="train")["label"]) == [None] * 8
+    assert list(opened(tmp_path / "a")["label"]) == [None] * 8
     make(config(tmp_path / "b", guidance=1.0, count=8, format="png"), unconditional)
-    assert list(datasets.load_dataset(str(tmp_path / "b"), split="train")["label"]) == [None] * 8
+    assert list(opened(tmp_path / "b")["label"]) == [None] * 8
 
 
 def test_the_manifest_says_where_the_samples_came_from(whole: Path) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,7 +11,7 @@ from pipeline.config import ImageConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.classifier import Classifier, save_classifier
 from pipeline.evaluation.frechet import moments_of, moments_to_bytes
-from tests.generation.common import config, make
+from tests.generation.common import config, make, opened
 
 IMAGE = ImageConfig(8, 1, ("a", "b", "c"))
 
@@ -34,7 +33,7 @@ def test_the_figure_is_the_distance_of_the_images_in_the_files(
 ) -> None:
     folder, net, real = reference
     shown = make(config(tmp_path, reference=str(folder)), model)["metrics"]["frechet_distance"]
-    rows = datasets.load_dataset(str(tmp_path), split="train")
+    rows = opened(tmp_path)
     pixels = torch.from_numpy(np.stack([np.asarray(row["image"]) for row in rows]))[:, None]
     with torch.no_grad():
         fake = net.features(pixels).double().numpy()
