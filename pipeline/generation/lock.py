@@ -102,11 +102,13 @@ def _remote(output: str, place: str) -> Iterator[None]:
         lock = _parsed(storage.read_bytes(place))
         if lock.get("owner") != owner:
             raise _refusal(output, lock)
-    with _beating(beat):
-        yield
-    with contextlib.suppress(FileNotFoundError):
-        if _parsed(storage.read_bytes(place)).get("owner") == owner:
-            storage.remove(place)
+    try:
+        with _beating(beat):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if _parsed(storage.read_bytes(place)).get("owner") == owner:
+                storage.remove(place)
 
 
 def _refuse_if_alive(output: str, content: bytes, *, elsewhere_only: bool) -> None:
