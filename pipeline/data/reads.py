@@ -6,7 +6,7 @@ Free of torch: a reading process starts without the seconds that it takes.
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -147,14 +147,13 @@ def make_reads(
     random_crop: bool,
 ) -> list[Read]:
     """Cuts a run of windows into read tasks, each of about a block, and of one window at least."""
-    size = _pixel_bytes(index.image)
+    image = replace(index.image, classes=())  # thousands of tasks would carry thousands of names
+    size = _pixel_bytes(image)
     reads, some, held = list[Read](), list[Window](), 0
 
     def close() -> None:
         groups = {g: (index.groups[g], int(plan.first_id[g])) for window in some for g in window.groups}
-        reads.append(
-            Read(tuple(some), groups, index.image, plan.seed, start, stop, rank, world_size, random_crop)
-        )
+        reads.append(Read(tuple(some), groups, image, plan.seed, start, stop, rank, world_size, random_crop))
 
     for window in windows:
         rows = window.rows // world_size

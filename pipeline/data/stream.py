@@ -24,7 +24,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import Plan, local_batch_size, windows_between
 from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixels_of
 
-WINDOWS_PER_EXECUTION = 4096
+WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 
 
