@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.data import storage
 from pipeline.display import Display
 
 # Milliseconds since 1970, step, values; the first value names the curve.
@@ -37,10 +38,10 @@ class Post:
 class Mailbox:
     """What workers have posted and the driver has not yet taken; what the driver asks of the workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad: dict[str, str]) -> None:
         self._post = Post()
         self._reason = ""
-        self._bad: dict[str, str] = {}
+        self._bad = dict(bad)
         self._running = False
         self._stop = asyncio.Event()
 
@@ -91,10 +92,21 @@ class Mailbox:
         return post
 
 
-def open_mailbox() -> Any:
-    """A mailbox on the driver's own node: it lives as long as the driver, whatever happens to other nodes."""
+def read_quarantine(output: str) -> dict[str, str]:
+    """The images that a run could not decode before it was resumed, and why."""
+    uri = storage.join(output, QUARANTINE)
+    lines = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
+    return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def open_mailbox(bad: dict[str, str]) -> Any:
+    """A mailbox on the driver's own node: it lives as long as the driver, whatever happens to other nodes.
+
+    Args:
+        bad: images that are known to be undecodable, and why.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Mailbox.options(scheduling_strategy=here).remote(bad)  # type: ignore[attr-defined]
 
 
 class Courier:

@@ -28,7 +28,7 @@ from pipeline.models.ema import power_gamma
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
 from pipeline.training.history import CHECKPOINTS, mend, sweep
-from pipeline.training.progress import Courier, Point, open_mailbox
+from pipeline.training.progress import Courier, Point, open_mailbox, read_quarantine
 from pipeline.training.signals import run_until_signal
 from pipeline.training.validation import Validator, save_model_at
 from pipeline.training.worker import RUN_FILE
@@ -160,7 +160,7 @@ def train(
     run = _open_run(config, spec, index, output)
     folder = storage.join(output, CHECKPOINTS)
     mend(folder)
-    mailbox = open_mailbox()
+    mailbox = open_mailbox(read_quarantine(output))
     trainer = _trainer(config, spec, index, output, run, mailbox, callbacks)
     display = Display("train", config.steps, "steps")
 
