@@ -283,11 +283,17 @@ def decays(config: TrainConfig, step: int) -> list[float]:
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward pass runs in bf16."""
+    """Whether the forward pass runs in bf16: as told, or where the hardware multiplies bf16 itself.
+
+    Elsewhere bf16 is emulated, and several times slower than fp32.
+    """
     if config.precision != "auto":
         return config.precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        instructions = torch.cpu.get_capabilities()
+        return any(bool(instructions.get(name)) for name in ("amx_bf16", "avx512_bf16"))
     return False
 
 
