@@ -99,7 +99,8 @@ class OptimizerConfig:
     ema_decays: tuple[float, ...] = (0.999,)
     """Decay rates of the weight averages; the first one is the model that is exported."""
     ema_lengths: tuple[float, ...] = ()
-    """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; snapshots go with checkpoints."""
+    """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; OUTPUT/snapshots keeps each as it
+    stood at every checkpoint, and jobs/evaluate.py makes any other length of them (0.05 and 0.1 serve well)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,12 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
+    validate_every: int = 0
+    """Checkpoints between two validations beside the training: held-out bits/dim and a sample grid; 0 = none."""
+    validation_images: int = 256
+    """Held-out images of each validation; 0 = all."""
+    validation_terms: int = 20
+    """Terms of the bound evaluated for each of them, stratified over t; 0 = all T."""
     max_failures: int = 10
     """Restarts of the worker group before the run is given up."""
     max_bad_fraction: float = 0.01

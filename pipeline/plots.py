@@ -78,11 +78,18 @@ def save_schedules(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path)
     _finish(figure, path)
 
 
-def save_bound_terms(terms: np.ndarray, path: Path) -> None:
-    """L_{t-1} in bits/dim over t, logarithmic; `terms` is [T], the first being L_0."""
+def save_bound_terms(terms: np.ndarray, path: Path, steps: np.ndarray | None = None) -> None:
+    """L_{t-1} in bits/dim over t, both axes logarithmic.
+
+    Args:
+        terms: [N], the first being L_0.
+        steps: the paper's t of each; None = 1 to N.
+    """
     figure, axis = plt.subplots(figsize=(6, 4))
-    axis.semilogy(np.arange(1, len(terms) + 1), np.maximum(terms, 1e-12))
+    at = np.arange(1, len(terms) + 1) if steps is None else steps
+    axis.loglog(at, np.maximum(terms, 1e-12), marker="." if len(at) < 100 else "")
     axis.set(xlabel="t", ylabel="bits/dim", title=r"terms of the bound, $L_{t-1}$")
+    axis.grid(alpha=0.3)
     _finish(figure, path)
 
 
