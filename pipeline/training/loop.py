@@ -25,6 +25,7 @@ from pipeline.models import ema
 from pipeline.models.unet import UNet, build
 from pipeline.rng import Purpose, normal, uniform
 from pipeline.training.meter import Meter
+from pipeline.training.network import uses_bf16
 
 
 class Batch(Protocol):
@@ -257,21 +258,6 @@ def decays(config: TrainConfig, step: int) -> list[float]:
     # A young average would be mostly the first weights: its decay rises as (1 + step) / (10 + step) at first.
     standard = [min(decay, (1 + step) / (10 + step)) for decay in options.ema_decays]
     return standard + [ema.power_decay(length, step) for length in options.ema_lengths]
-
-
-def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward pass runs in bf16: as told, or where the hardware multiplies bf16 itself.
-
-    Elsewhere bf16 is emulated, and several times slower than fp32.
-    """
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        instructions = torch.cpu.get_capabilities()
-        return any(bool(instructions.get(name)) for name in ("amx_bf16", "avx512_bf16"))
-    return False
 
 
 def gather_by_id(

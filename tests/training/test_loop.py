@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.training import checkpoint, loop
 from pipeline.training.loop import NonFinite, new_state, train
+from pipeline.training.network import wrap
 from tests.training.common import MemoryBatch, batches, problem
 
 CPU = torch.device("cpu")
@@ -21,9 +21,7 @@ CPU = torch.device("cpu")
 def run(config, spec, state=None, rank: int = 0, world_size: int = 1):  # type: ignore[no-untyped-def]
     """Trains to the end; returns the state and the logged losses."""
     state = state or new_state(config, spec, CPU)
-    model = state.model
-    if world_size > 1:
-        model = DistributedDataParallel(model)
+    model = wrap(config, state.model, world_size)
     losses: dict[int, float] = {}
     stream = batches(config, rank, world_size, state.step)
     train(
@@ -62,14 +60,20 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_fifty_steps_of_several_workers_are_those_of_one(world_size: int, tmp_path: Path) -> None:
-    changes: dict[str, object] = {"steps": 50, "diffusion": {"timestep_sampler": "loss_second_moment"}}
+@pytest.mark.parametrize(("world_size", "microbatch"), [(2, 2), (4, 0)])
+def test_fifty_steps_of_several_workers_are_those_of_one(
+    world_size: int, microbatch: int, tmp_path: Path
+) -> None:
+    changes: dict[str, object] = {
+        "steps": 50,
+        "microbatch": microbatch,
+        "diffusion": {"timestep_sampler": "loss_second_moment"},
+    }
     mp.start_processes(
         _one_rank, (world_size, _free_port(), str(tmp_path), changes), world_size, start_method="spawn"
     )
     several = torch.load(tmp_path / f"{world_size}.pt", weights_only=True)
-    config, spec = problem(**dict(changes))
+    config, spec = problem(**changes | {"microbatch": 0})
     one, losses = run(config, spec)
     assert (several["weights"] - flat(one)).norm() < 1e-4 * flat(one).norm()
     assert several["losses"] == pytest.approx(losses, rel=1e-4)

@@ -1,12 +1,15 @@
-"""Arithmetic: bf16 is chosen only where hardware multiplies it, and trains and resumes as fp32 does."""
+"""bf16 only where hardware multiplies it; it trains and resumes as fp32 does; so does a compiled model."""
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.training import checkpoint
-from pipeline.training.loop import new_state, uses_bf16
+from pipeline.training.loop import new_state
+from pipeline.training.network import uses_bf16, wrap
 from tests.training.common import problem
 from tests.training.test_loop import CPU, flat, run
 
@@ -48,3 +51,31 @@ def test_a_resume_in_bf16_is_bitwise_the_uninterrupted_run() -> None:
     checkpoint.restore(resumed, checkpoint.capture(half))
     resumed, _ = run(config, spec, resumed)
     assert torch.equal(flat(straight), flat(resumed))
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache for compiled programs; torch forgets all programs of its own afterwards."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))
+    torch._dynamo.reset()
+    yield tmp_path / "programs"
+    torch._dynamo.reset()
+
+
+def test_compiled_steps_are_the_eager_ones_and_leave_a_program_for_the_next_start(compiler: Path) -> None:
+    config, spec = problem(steps=6)
+    eager, losses = run(config, spec)
+    compiled_config = dataclasses.replace(config, compile=True)
+    compiled, compiled_losses = run(compiled_config, spec)
+    assert compiled_losses == pytest.approx(losses, rel=1e-4)
+    assert (flat(compiled) - flat(eager)).norm() < 1e-4 * flat(eager).norm()
+    # A checkpoint of one goes into the other: compiling changes no name.
+    assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+    # Another process, here one that has forgotten everything, finds the program on disk.
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    state = new_state(compiled_config, spec, CPU)
+    wrap(compiled_config, state.model, 1)(torch.zeros(10, 1, 8, 8), torch.zeros(10, dtype=torch.int64), None)
+    found = torch._dynamo.utils.counters["inductor"]
+    assert found["fxgraph_cache_hit"] == 1
+    assert found["fxgraph_cache_miss"] == 0
