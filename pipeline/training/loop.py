@@ -103,7 +103,7 @@ def prepare(
     config: TrainConfig, spec: ModelSpec, sampler: dict[str, Tensor], batch: Batch, device: torch.device
 ) -> Prepared:
     """Draws timesteps, noise, label drops and flips by each sample's own counters."""
-    ids, epochs = batch.ids.to(device), batch.epochs.to(device)
+    ids, epochs = (values.to(device, non_blocking=True) for values in (batch.ids, batch.epochs))
 
     def draw(purpose: Purpose) -> Tensor:
         return uniform(config.seed, epochs, ids, purpose)[:, 0]
@@ -115,7 +115,7 @@ def prepare(
     labels = None
     if spec.model.class_conditional:
         null = len(spec.image.classes)
-        labels = batch.labels.to(device)
+        labels = batch.labels.to(device, non_blocking=True)
         hidden = (draw(Purpose.LABEL_DROP) < config.class_dropout) | (labels < 0)
         labels = torch.where(hidden, null, labels)
     return Prepared(
@@ -123,7 +123,7 @@ def prepare(
         t=t,
         noise=normal(config.seed, epochs, ids, Purpose.NOISE, tuple(x_0.shape[1:])),
         labels=labels,
-        weights=weight.float() * batch.weights.to(device),
+        weights=weight.float() * batch.weights.to(device, non_blocking=True),
     )
 
 
