@@ -117,6 +117,8 @@ class TrainConfig:
     """Data-parallel workers; the most that are used where --min-workers is given."""
     min_workers: int = 0
     """Elastic training: go on with as few as this many workers while nodes are missing; 0 = not elastic."""
+    resize_seconds: float = 60.0
+    """Elastic training: seconds between two looks at whether there is room for more workers."""
     batch_size: int = 128
     """Global batch size in images: split over the workers, never multiplied by them."""
     microbatch: int = 0

@@ -40,8 +40,18 @@ class History:
     # One upload at a time: a storage slower than the steps holds training up, rather than filling the memory.
     _idle: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
 
-    def save(self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any]) -> None:
-        """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step."""
+    def save(
+        self,
+        capture: Callable[[], checkpoint.Saved],
+        step: int,
+        extra: dict[str, Any],
+        done: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step.
+
+        Args:
+            done: called, on rank 0, when it is written.
+        """
         target, upload = None, None
         if self.rank == 0:
             # Ray Train skips a report while a node is being preempted, and then nothing ever releases.
@@ -52,11 +62,17 @@ class History:
             def upload(_: Checkpoint, name: str) -> Checkpoint:
                 try:
                     self._write(name, saved, extra)
+                    done()
                 finally:
                     self._idle.release()
                 return self._registered_as(name)
 
         self._report(target, step, upload, CheckpointUploadMode.ASYNC)
+
+    def flush(self) -> None:
+        """Waits for what is being written."""
+        if self._idle.acquire(timeout=60):
+            self._idle.release()
 
     def restore(self) -> tuple[checkpoint.Saved, dict[str, Any]] | None:
         """The newest checkpoint whose bytes are as written, the same for every worker; None where there is none.

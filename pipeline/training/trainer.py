@@ -27,6 +27,7 @@ from pipeline.models.ema import power_gamma
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
 from pipeline.training.history import CHECKPOINTS, mend, sweep
+from pipeline.training.leaving import SaveBeforeLeaving
 from pipeline.training.progress import Courier, Point, open_mailbox
 from pipeline.training.signals import run_until_signal
 from pipeline.training.validation import Validator, save_model_at
@@ -216,6 +217,7 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
             use_gpu=gpu,
+            elastic_resize_monitor_interval_s=config.resize_seconds,
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": int(gpu)},
         ),
         run_config=RunConfig(
@@ -225,7 +227,7 @@ def _trainer(
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=list(callbacks),
+            callbacks=[SaveBeforeLeaving(mailbox), *callbacks],
         ),
         datasets={"train": lambda: index},
         dataset_config=PlannedData(plan),

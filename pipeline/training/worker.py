@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.models import ema
 from pipeline.training import checkpoint, loop
-from pipeline.training.agreement import Agreement
+from pipeline.training.agreement import Agreement, Ask
 from pipeline.training.history import CHECKPOINTS, History
 from pipeline.training.meter import Meter
 from pipeline.training.progress import Point
@@ -104,7 +105,7 @@ def _run(task: Task) -> None:
         static = not config.microbatch
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
 
-    asked = mailbox.asked_to_stop.remote() if rank == 0 else None
+    asked = Asked(mailbox) if rank == 0 else None
     agreement = Agreement(world_size)
     last_saved = state.step
 
@@ -113,7 +114,7 @@ def _run(task: Task) -> None:
             points.append((int(time.time() * 1000), step, metrics | {"workers": world_size}))
             mailbox.post.remote(points[-1:])
 
-    def on_checkpoint(current: loop.TrainState) -> None:
+    def on_checkpoint(current: loop.TrainState, done: Callable[[], object] = lambda: None) -> None:
         nonlocal last_saved
         extra = {
             "run_id": task.run_id,
@@ -122,20 +123,25 @@ def _run(task: Task) -> None:
             "meter": meter.state(),
             "points": list(points),
         }
-        history.save(lambda: checkpoint.capture(current), current.step, extra)
+        history.save(lambda: checkpoint.capture(current), current.step, extra, done)
         points.clear()
         last_saved = current.step
 
     def should_stop() -> bool:
-        return agreement(asked is not None and bool(ray.wait([asked], timeout=0)[0]))
+        ask = agreement(asked() if asked else Ask.NOTHING)
+        if ask == Ask.SAVE:
+            if state.step != last_saved:
+                on_checkpoint(state, mailbox.saved.remote)
+            elif rank == 0:
+                history.flush()
+                mailbox.saved.remote()
+        return ask == Ask.STOP
 
     def on_skip(error: loop.NonFinite) -> None:
         if rank == 0:
             mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
             mailbox.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
 
-    if rank == 0:
-        mailbox.set_running.remote(True)
     try:
         with contextlib.closing(batches):
             loop.train(
@@ -152,12 +158,28 @@ def _run(task: Task) -> None:
                 should_stop,
                 on_skip,
             )
-    except loop.NonFinite as error:
-        if rank == 0:
+    except (InputError, loop.NonFinite) as error:
+        history.flush()  # what was good until here
+        if rank == 0 and isinstance(error, loop.NonFinite):
             ray.get(mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
         raise
     if state.step != last_saved:  # asked to stop
         on_checkpoint(state)
+
+
+class Asked:
+    """What the driver asks, as rank 0 hears of it without waiting."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._next = mailbox.asked.remote(ray.get(mailbox.begin.remote()))
+
+    def __call__(self) -> Ask:
+        if not ray.wait([self._next], timeout=0)[0]:
+            return Ask.NOTHING
+        ask, seen = ray.get(self._next)
+        self._next = self._mailbox.asked.remote(seen)
+        return Ask(ask)
 
 
 def is_validated(config: TrainConfig, step: int) -> bool:
