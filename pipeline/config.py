@@ -144,6 +144,8 @@ class TrainConfig:
     """Train on GPUs; left out = when the cluster has one for every worker."""
     cpus_per_worker: float = 1.0
     """CPUs (and CPU threads) that each worker reserves."""
+    peak_tflops: float = 0.0
+    """TFLOP/s of a worker's device that the MFU curve is a share of; 0 = its matrix product, measured at the start."""
     log_every: int = 50
     """Steps between two points of the MLflow curves."""
     checkpoint_every: int = 1000

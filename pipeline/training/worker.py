@@ -20,7 +20,7 @@ from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.models import ema
-from pipeline.training import checkpoint, loop
+from pipeline.training import checkpoint, flops, loop
 from pipeline.training.agreement import Agreement, Ask
 from pipeline.training.history import CHECKPOINTS, History
 from pipeline.training.meter import Meter
@@ -87,7 +87,8 @@ def _run(task: Task) -> None:
         also=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
     )
     state = loop.new_state(config, spec, device)
-    meter = Meter(config, world_size, device)
+    peak = config.peak_tflops * 1e12 or flops.peak_flops(device, loop.uses_bf16(config, device))
+    meter = Meter(config, world_size, device, flops.flops_per_image(spec), peak)
     points: list[Point] = []
     if found := history.restore():
         saved, kept = found

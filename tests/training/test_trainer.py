@@ -72,6 +72,7 @@ def settings(home: Path, output: str, **changes: Any) -> TrainConfig:
             model_channels=32, channel_multipliers=(1,), res_blocks=1, attention_resolutions=()
         ),
         diffusion=DiffusionConfig(timesteps=20, timestep_sampler="loss_second_moment"),
+        precision="fp32",
         **(options | changes),
     )
 
