@@ -184,9 +184,10 @@ def train(
         ray.kill(mailbox)
         if status != "RUNNING":
             tracking.end_run(run, status)
-    exported = save_model_at(storage.join(output, "model"), weights, spec)
+    place = storage.join(output, "model")
+    exported = save_model_at(place, weights, spec)
     name = tracking.log_model(run, exported, config.register, config.alias)
-    return Trained(run, exported, spec, name if config.register else str(exported), courier.latest)
+    return Trained(run, exported, spec, name if config.register else place, courier.latest)
 
 
 def _trainer(

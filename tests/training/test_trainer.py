@@ -145,8 +145,8 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(home: Path, stra
     bits = curve(trained, "bits_per_dim")
     best = json.loads(storage.read_bytes(f"{output}/best/config.json"))["provenance"]
     assert (best["steps"], best["bits_per_dim"]) == min(bits.items(), key=lambda item: item[1])
-    assert storage.exists(f"{output}/model/model.safetensors")
-    assert load_model(trained.folder)[1].provenance["steps"] == 18
+    assert trained.model == f"{output}/model"
+    assert load_model(tracking.resolve_model(trained.model)[0])[1].provenance["steps"] == 18
     artifacts = tracking._client().list_artifacts(trained.run.id, "samples")
     assert [artifact.path for artifact in artifacts] == [
         f"samples/step-{step:09d}.png" for step in (6, 10, 12, 18)
