@@ -45,13 +45,8 @@ class History:
         capture: Callable[[], checkpoint.Saved],
         step: int,
         extra: dict[str, Any],
-        done: Callable[[], object] = lambda: None,
     ) -> None:
-        """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step.
-
-        Args:
-            done: called, on rank 0, when it is written.
-        """
+        """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step."""
         target, upload = None, None
         if self.rank == 0:
             # Ray Train skips a report while a node is being preempted, and then nothing ever releases.
@@ -62,12 +57,17 @@ class History:
             def upload(_: Checkpoint, name: str) -> Checkpoint:
                 try:
                     self._write(name, saved, extra)
-                    done()
                 finally:
                     self._idle.release()
                 return self._registered_as(name)
 
         self._report(target, step, upload, CheckpointUploadMode.ASYNC)
+
+    def save_apart(self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any]) -> None:
+        """Writes at once and without Ray Train, which is about to end this group and no longer listens."""
+        if self.rank == 0:
+            self._write(checkpoint.new_name(step), capture(), extra)
+            self.mailbox.saved.remote()
 
     def flush(self) -> None:
         """Waits for what is being written."""

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,27 +114,28 @@ def _run(task: Task) -> None:
             points.append((int(time.time() * 1000), step, metrics | {"workers": world_size}))
             mailbox.post.remote(points[-1:])
 
-    def on_checkpoint(current: loop.TrainState, done: Callable[[], object] = lambda: None) -> None:
-        nonlocal last_saved
-        extra = {
+    def capture() -> checkpoint.Saved:
+        return checkpoint.capture(state)
+
+    def facts() -> dict[str, Any]:
+        return {
             "run_id": task.run_id,
-            "position": position(config, current.step, task.rows),
-            "learning_rate": loop.learning_rate(config, current.step),
+            "position": position(config, state.step, task.rows),
+            "learning_rate": loop.learning_rate(config, state.step),
             "meter": meter.state(),
             "points": list(points),
         }
-        history.save(lambda: checkpoint.capture(current), current.step, extra, done)
+
+    def on_checkpoint(_: loop.TrainState) -> None:
+        nonlocal last_saved
+        history.save(capture, state.step, facts())
         points.clear()
-        last_saved = current.step
+        last_saved = state.step
 
     def should_stop() -> bool:
         ask = agreement(asked() if asked else Ask.NOTHING)
         if ask == Ask.SAVE:
-            if state.step != last_saved:
-                on_checkpoint(state, mailbox.saved.remote)
-            elif rank == 0:
-                history.flush()
-                mailbox.saved.remote()
+            history.save_apart(capture, state.step, facts())
         return ask == Ask.STOP
 
     def on_skip(error: loop.NonFinite) -> None:
