@@ -110,7 +110,7 @@ class TrainConfig:
     data: str
     """Dataset to train on: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     output: str
-    """Where the run lives: checkpoints, configuration, exported model (URI; all nodes must see it)."""
+    """Where the run lives: checkpoints, configuration, models (a folder that all nodes see, or s3://, gs://…)."""
     steps: int = 10_000
     """Optimizer steps in all, whatever was done before a resume."""
     workers: int = 1
@@ -126,7 +126,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the order of the data, of timesteps, noise, augmentation and of the first weights."""
     resume: bool = False
-    """Go on from the newest complete checkpoint in --output."""
+    """Go on from the newest complete checkpoint in --output; start a new run where there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

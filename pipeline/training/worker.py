@@ -22,10 +22,10 @@ from pipeline.models import ema
 from pipeline.training import checkpoint, flops, loop
 from pipeline.training.agreement import Agreement, Ask
 from pipeline.training.history import CHECKPOINTS, History
+from pipeline.training.identity import RUN_FILE
 from pipeline.training.meter import Meter
 from pipeline.training.progress import Point
 
-RUN_FILE = "run.json"
 SNAPSHOTS = "snapshots"
 
 
