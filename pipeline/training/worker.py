@@ -92,7 +92,7 @@ def _run(task: Task) -> None:
     if found := history.restore():
         saved, kept = found
         checkpoint.restore(state, saved)
-        meter.restore(kept["meter"], rank)
+        meter.restore(kept, rank)
         if rank == 0:  # the driver may have been killed before it had delivered them
             mailbox.post.remote([tuple(point) for point in kept["points"]])
     # From here on images are read and decoded, while the model is made ready.
@@ -122,7 +122,7 @@ def _run(task: Task) -> None:
             "run_id": task.run_id,
             "position": position(config, state.step, task.rows),
             "learning_rate": loop.learning_rate(config, state.step),
-            "meter": meter.state(),
+            **meter.state(),
             "points": list(points),
         }
 

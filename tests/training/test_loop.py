@@ -57,7 +57,7 @@ def _one_rank(
     if start:
         saved, kept = checkpoint.read(start)
         checkpoint.restore(state, saved)
-        meter.restore(kept["meter"], rank)
+        meter.restore(kept, rank)
     state, losses = run(config, spec, state, rank, world_size, meter)
     seen = meter.state()["seen"]
     if rank == 0:
@@ -112,7 +112,7 @@ def test_another_number_of_workers_goes_on_with_the_same_run(tmp_path: Path) -> 
         config, spec, half, half.model, batches(config), CPU, 1, lambda *_: None, lambda _: None, meter,
         lambda: next(stop),
     )  # fmt: skip
-    checkpoint.write(str(tmp_path / "c"), checkpoint.capture(half), {"meter": meter.state()})
+    checkpoint.write(str(tmp_path / "c"), checkpoint.capture(half), meter.state())
     several = several_workers(2, tmp_path, {"steps": 37}, str(tmp_path / "c"))
     assert (several["weights"] - flat(straight)).norm() < 1e-4 * flat(straight).norm()
     assert several["losses"] == pytest.approx({s: v for s, v in losses.items() if s > 18}, rel=1e-4)
