@@ -79,7 +79,7 @@ def _run(task: Task) -> None:
         also=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
     )
     state = loop.new_state(config, spec, device)
-    peak = config.peak_tflops * 1e12 or flops.peak_flops(device, loop.uses_bf16(config, device))
+    peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
     meter = Meter(config, world_size, device, flops.flops_per_image(spec), peak)
     points: list[Point] = []
     if found := history.restore():
