@@ -111,6 +111,7 @@ class RankStream:
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
             dataset = ray.data.read_datasource(
                 PlannedReads(reads),
+                override_num_blocks=len(reads),  # or Ray Data cuts what a task reads into small blocks
                 num_cpus=0,
                 label_selector=here,
                 compute=TaskPoolStrategy(size=self.readers),
