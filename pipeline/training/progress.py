@@ -53,8 +53,10 @@ class Mailbox:
     async def reason_to_give_up(self) -> str:
         return self._reason
 
-    async def begin(self) -> int:
+    async def begin(self, step: int, workers: int) -> int:
         """A worker group begins its steps; returns how much was asked before."""
+        if self._running:
+            self._post.notices.append(f"the workers were started again: {workers} go on from step {step}")
         self._running = True
         return len(self._asked)
 
