@@ -19,7 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.display import Display
 from pipeline.training.agreement import Ask
 
-# Milliseconds since 1970, step, values; the first value names the curve.
+# The value by which a point is known as one of a curve: of the training, and of the validation.
+CURVES = ("loss", "bits_per_dim")
+# Milliseconds since 1970, step, values.
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 60
@@ -165,7 +167,7 @@ class Courier:
 
     def _is_new(self, point: Point) -> bool:
         _, step, values = point
-        curve = next(iter(values))
+        curve = next(name for name in CURVES if name in values)
         if step <= self._last.get(curve, -1):
             return False
         self._last[curve] = step
