@@ -57,7 +57,7 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     model = ModelConfig(32, (1, 2), attention_resolutions=(4,), class_conditional=True)
     spec = ModelSpec(model, IMAGE, DiffusionConfig(schedule="cosine", timesteps=400))
     optimizer = OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,))
-    config = TrainConfig("", "", steps=200, batch_size=128, model=model, optimizer=optimizer)
+    config = TrainConfig("", "", steps=250, batch_size=128, model=model, optimizer=optimizer)
     cpu = torch.device("cpu")
     state = loop.new_state(config, spec, cpu)
     loop.train(
