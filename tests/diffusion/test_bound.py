@@ -46,7 +46,7 @@ def closed_terms(chain: Chain, data: GaussianData, sigma2: np.ndarray) -> np.nda
     """E KL(q(x_{t-1} | x_t, x_0) || N(mu*, sigma_t^2)), bits/dim, for t >= 1 (0-based)."""
     coefficient = np.sqrt(chain.alpha_bar_prev) * chain.beta / (1 - chain.alpha_bar)
     mismatch = coefficient[:, None] ** 2 * data.posterior_variance(chain.alpha_bar)
-    ratio = (chain.beta_tilde / sigma2)[1:, None]
+    ratio = (chain.beta_tilde[1:] / sigma2[1:])[:, None]
     kl = 0.5 * (ratio - 1 - np.log(ratio) + mismatch[1:] / sigma2[1:, None])
     return kl.mean(axis=1) / LN2
 
@@ -118,7 +118,7 @@ def test_fixed_large_is_optimal_for_unit_gaussian_data() -> None:
     assert (large < small).all()
     # q(x_{t-1} | x_t) is normal with variance beta: what is left is how much x_0 tells beyond x_t.
     chain = Chain(mild("fixed_large").beta.numpy())
-    np.testing.assert_allclose(large, 0.5 * np.log2(chain.beta / chain.beta_tilde)[1:], rtol=1e-8)
+    np.testing.assert_allclose(large, 0.5 * np.log2(chain.beta[1:] / chain.beta_tilde[1:]), rtol=1e-8)
     learned = mild("learned_range")
     np.testing.assert_allclose(terms_of(learned, data, v=1.0), large, rtol=1e-9)
     for v in (0.9, 1.1):
