@@ -93,7 +93,7 @@ def _run(task: Task) -> None:
     batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
     model = network.wrap(config, state.model, world_size)
 
-    asked = Asked(mailbox) if rank == 0 else None
+    asked = Asked(mailbox, state.step, world_size) if rank == 0 else None
     agreement = Agreement(world_size)
     last_saved = state.step
 
@@ -159,9 +159,9 @@ def _run(task: Task) -> None:
 class Asked:
     """What the driver asks, as rank 0 hears of it without waiting."""
 
-    def __init__(self, mailbox: Any) -> None:
+    def __init__(self, mailbox: Any, step: int, workers: int) -> None:
         self._mailbox = mailbox
-        self._next = mailbox.asked.remote(ray.get(mailbox.begin.remote()))
+        self._next = mailbox.asked.remote(ray.get(mailbox.begin.remote(step, workers)))
 
     def __call__(self) -> Ask:
         if not ray.wait([self._next], timeout=0)[0]:
