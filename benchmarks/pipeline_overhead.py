@@ -51,7 +51,7 @@ def bare_alone(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
 
 def main(smoke: bool, threads: int, folder: Path) -> dict[str, object]:
     """Runs all; returns what is printed."""
-    steps, every = (4, 2) if smoke else (20, 5)
+    steps, every = (4, 2) if smoke else (16, 4)
     model = ModelConfig(32, (1, 2), res_blocks=1, attention_resolutions=()) if smoke else UNET.model
     spec = ModelSpec(model, ImageConfig(8, 3) if smoke else UNET.image, UNET.diffusion)
     config = TrainConfig(

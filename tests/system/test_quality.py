@@ -117,8 +117,8 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     assert yardstick > 0.95
     assert accuracy > 0.95
     assert distance["samples"] < 0.3 * distance["noise"]
-    # What pixels cost without any knowledge of them.
-    assert bits.mean() < 8
+    # 8 is what pixels cost without any knowledge of them.
+    assert bits.mean() < 6
 
 
 @pytest.mark.system
