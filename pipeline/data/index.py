@@ -159,7 +159,9 @@ def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
     """
     places = rows if group.kept is None else np.asarray(group.kept)[rows]
     if group.part.source == "huggingface":
-        table = read_row_group(group.part.uris[0], group.part.start).take(places)
+        (uri,), first = group.part.uris, group.part.start
+        numbers = range(first, first + group.part.count)
+        table = pa.concat_tables([read_row_group(uri, number) for number in numbers]).take(places)
     else:
         items = list(read_part(group.part))
         chosen = [items[place] for place in places]

@@ -114,7 +114,7 @@ class RankStream:
                 override_num_blocks=len(reads),  # or Ray Data cuts what a task reads into small blocks
                 num_cpus=0,
                 label_selector=here,
-                compute=TaskPoolStrategy(size=self.readers),
+                compute=TaskPoolStrategy(size=min(self.readers, len(reads))),
             )
             context = dataset.context
             context.enable_progress_bars = False

@@ -62,7 +62,7 @@ def write_tars(root: Path, images: list[bytes], per_tar: int = 100) -> Path:
     return root
 
 
-def write_parquet(root: Path, images: list[bytes], rows_per_group: int = 40, files: int = 2) -> Path:
+def write_parquet(root: Path, images: list[bytes], rows_per_group: int = 25, files: int = 2) -> Path:
     """As `datasets` writes it: the reference is the library itself."""
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
