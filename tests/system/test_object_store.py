@@ -21,6 +21,38 @@ def s3() -> Iterator[str]:
 
 
 @pytest.mark.system
+def test_training_reads_a_folder_as_it_is(tmp_path: Path) -> None:
+    """No preparing: images of any shape, one of them broken, which is counted and named."""
+    folder = write_folder(tmp_path / "in", encoded(300, 20, 12))
+    broken = [folder / "cat" / f"bad-{i}.png" for i in range(2)]
+    for i, path in enumerate(broken):
+        path.write_bytes(b"\x89PNG nothing %d" % i)
+    flags = (
+        "--data",
+        folder,
+        "--output",
+        tmp_path / "run",
+        "--image-size",
+        8,
+        "--random-crop",
+        "--random-flip",
+    )
+    done = run_job(
+        "train", *flags, "--batch-size", 16, "--steps", 20, "--log-every", 20, *SMALL, home=tmp_path
+    )
+    assert done.code == 0, done.stderr
+    named = (tmp_path / "run" / "quarantine.jsonl").read_text()
+    assert done.result["metrics"]["undecodable_images"] >= named.count("bad-") > 0
+    assert "UnidentifiedImageError" in named
+    assert "can't be decoded" in done.stderr
+    over = run_job(
+        "train", *flags, "--max-bad-fraction", 0.001, *SMALL, "--output", tmp_path / "over", home=tmp_path
+    )
+    assert over.code == 2
+    assert "--max-bad-fraction" in over.stderr
+
+
+@pytest.mark.system
 def test_prepare_train_resume_generate(s3: str, tmp_path: Path) -> None:
     for path in write_folder(tmp_path / "in", encoded(150)).rglob("*.png"):
         storage.write_atomic(f"{s3}/in/{path.relative_to(tmp_path / 'in')}", path.read_bytes())
@@ -63,35 +95,3 @@ def test_prepare_train_resume_generate(s3: str, tmp_path: Path) -> None:
     assert made.result.get("count") == 40, made.stderr
     assert open_dataset(f"{s3}/samples", image_size=8).rows > 20
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["in", "mlruns"]
-
-
-@pytest.mark.system
-def test_training_reads_a_folder_as_it_is(tmp_path: Path) -> None:
-    """No preparing: images of any shape, one of them broken, which is counted and named."""
-    folder = write_folder(tmp_path / "in", encoded(300, 20, 12))
-    broken = [folder / "cat" / f"bad-{i}.png" for i in range(2)]
-    for i, path in enumerate(broken):
-        path.write_bytes(b"\x89PNG nothing %d" % i)
-    flags = (
-        "--data",
-        folder,
-        "--output",
-        tmp_path / "run",
-        "--image-size",
-        8,
-        "--random-crop",
-        "--random-flip",
-    )
-    done = run_job(
-        "train", *flags, "--batch-size", 16, "--steps", 20, "--log-every", 20, *SMALL, home=tmp_path
-    )
-    assert done.code == 0, done.stderr
-    named = (tmp_path / "run" / "quarantine.jsonl").read_text()
-    assert done.result["metrics"]["undecodable_images"] >= named.count("bad-") > 0
-    assert "UnidentifiedImageError" in named
-    assert "can't be decoded" in done.stderr
-    over = run_job(
-        "train", *flags, "--max-bad-fraction", 0.001, *SMALL, "--output", tmp_path / "over", home=tmp_path
-    )
-    assert over.code == 2
-    assert "--max-bad-fraction" in over.stderr
