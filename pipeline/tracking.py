@@ -140,7 +140,7 @@ def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> Non
         _client().log_batch(run.id, metrics=metrics[i : i + _METRICS_A_CALL])
 
 
-def log_dataset(run: Run, uri: str, fingerprint: str, rows: int, quarantined: int) -> None:
+def log_dataset(run: Run, uri: str, fingerprint: str, rows: int, quarantined: int = 0) -> None:
     """Names the training data in the run, by place and content fingerprint, and counts what was left out of it."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
