@@ -128,7 +128,11 @@ MEGABYTE = 2**20
 def store_bytes() -> int:
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    return int(get_memory_info_reply(get_state_from_address()).store_stats.object_store_bytes_used)
+    return int(
+        get_memory_info_reply(
+            get_state_from_address(ray.get_runtime_context().gcs_address)
+        ).store_stats.object_store_bytes_used
+    )
 
 
 def family() -> Iterator[psutil.Process]:
