@@ -86,10 +86,12 @@ def measure(job: int, reader: int, kills: int) -> dict[str, float]:
 
 def drive(writer: int) -> None:
     """The training job, which writes each new point's step to a pipe."""
+    from pipeline import tracking
     from pipeline.cluster import connect
     from pipeline.config import DiffusionConfig, ModelConfig, TrainConfig
     from pipeline.training.trainer import train
 
+    tracking.quieten()
     connect()
     config = TrainConfig(
         data="digits",
