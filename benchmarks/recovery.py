@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT_EVERY = 20
+CHECKPOINT_EVERY = 10
 
 
 def training_workers(job: int) -> list[int]:
@@ -98,8 +98,10 @@ def drive(writer: int) -> None:
         output="run",
         steps=1_000_000,
         workers=2,
-        batch_size=64,
-        model=ModelConfig(model_channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,)),
+        batch_size=32,
+        model=ModelConfig(
+            model_channels=32, channel_multipliers=(1,), res_blocks=1, attention_resolutions=()
+        ),
         diffusion=DiffusionConfig(timesteps=100),
         log_every=1,
         checkpoint_every=CHECKPOINT_EVERY,
