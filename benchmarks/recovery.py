@@ -37,6 +37,7 @@ def training_workers(job: int) -> list[int]:
 
 def main(smoke: bool) -> None:
     kills = 1 if smoke else 3
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the job below is ended in any case
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
