@@ -9,9 +9,9 @@ from pipeline.config import ModelSpec, TrainConfig, to_dict
 from pipeline.data import storage
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
+from pipeline.training.progress import CURVES
 
 RUN_FILE = "run.json"
-CURVES = ("loss", "bits_per_dim")
 
 
 def open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str) -> tracking.Run:

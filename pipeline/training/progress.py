@@ -19,7 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.display import Display
 from pipeline.training.agreement import Ask
 
-# Milliseconds since 1970, step, values; the first value names the curve.
+# The value by which a point is known as one of a curve: of the training, and of the validation.
+CURVES = ("loss", "bits_per_dim")
+# Milliseconds since 1970, step, values.
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 60
@@ -53,8 +55,10 @@ class Mailbox:
     async def reason_to_give_up(self) -> str:
         return self._reason
 
-    async def begin(self) -> int:
+    async def begin(self, step: int, workers: int) -> int:
         """A worker group begins its steps; returns how much was asked before."""
+        if self._running:
+            self._post.notices.append(f"the workers were started again: {workers} go on from step {step}")
         self._running = True
         return len(self._asked)
 
@@ -163,7 +167,7 @@ class Courier:
 
     def _is_new(self, point: Point) -> bool:
         _, step, values = point
-        curve = next(iter(values))
+        curve = next(name for name in CURVES if name in values)
         if step <= self._last.get(curve, -1):
             return False
         self._last[curve] = step

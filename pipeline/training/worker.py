@@ -10,16 +10,13 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from safetensors.torch import save as pack
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.models import ema
-from pipeline.training import checkpoint, flops, loop
+from pipeline.training import checkpoint, flops, loop, network
 from pipeline.training.agreement import Agreement, Ask
 from pipeline.training.history import CHECKPOINTS, History
 from pipeline.training.identity import RUN_FILE
@@ -72,11 +69,7 @@ def _run(task: Task) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     _check_shared(task)
     device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    else:
-        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    network.prepare_device(config, device)
 
     history = History(
         storage.join(task.output, CHECKPOINTS),
@@ -86,8 +79,9 @@ def _run(task: Task) -> None:
         also=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
     )
     state = loop.new_state(config, spec, device)
-    peak = config.peak_tflops * 1e12 or flops.peak_flops(device, loop.uses_bf16(config, device))
-    meter = Meter(config, world_size, device, flops.flops_per_image(spec), peak)
+    peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
+    per_image = flops.flops_per_image(spec) if rank == 0 else 0  # rank 0 posts the curve
+    meter = Meter(config, world_size, device, per_image, peak)
     points: list[Point] = []
     if found := history.restore():
         saved, kept = found
@@ -98,14 +92,9 @@ def _run(task: Task) -> None:
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
     batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
-    model: nn.Module = state.model
-    if config.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
-    if world_size > 1:
-        static = not config.microbatch
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
+    model = network.wrap(config, state.model, world_size)
 
-    asked = Asked(mailbox) if rank == 0 else None
+    asked = Asked(mailbox, state.step, world_size) if rank == 0 else None
     agreement = Agreement(world_size)
     last_saved = state.step
 
@@ -171,9 +160,9 @@ def _run(task: Task) -> None:
 class Asked:
     """What the driver asks, as rank 0 hears of it without waiting."""
 
-    def __init__(self, mailbox: Any) -> None:
+    def __init__(self, mailbox: Any, step: int, workers: int) -> None:
         self._mailbox = mailbox
-        self._next = mailbox.asked.remote(ray.get(mailbox.begin.remote()))
+        self._next = mailbox.asked.remote(ray.get(mailbox.begin.remote(step, workers)))
 
     def __call__(self) -> Ask:
         if not ray.wait([self._next], timeout=0)[0]:

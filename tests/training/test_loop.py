@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.training import checkpoint, loop
 from pipeline.training.loop import NonFinite, new_state, train
 from pipeline.training.meter import Meter, samples_digest
+from pipeline.training.network import wrap
 from tests.training.common import MemoryBatch, batches, problem
 
 CPU = torch.device("cpu")
@@ -23,9 +23,7 @@ CPU = torch.device("cpu")
 def run(config, spec, state=None, rank: int = 0, world_size: int = 1, meter=None):  # type: ignore[no-untyped-def]
     """Trains to the end; returns the state and the logged losses."""
     state = state or new_state(config, spec, CPU)
-    model = state.model
-    if world_size > 1:
-        model = DistributedDataParallel(model)
+    model = wrap(config, state.model, world_size)
     losses: dict[int, float] = {}
     stream = batches(config, rank, world_size, state.step)
     train(
@@ -90,9 +88,12 @@ def epochs_digest(epochs: int, rows: int = 37) -> str:
     return f"{samples_digest(np.repeat(np.arange(epochs), rows), ids):016x}"
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_fifty_steps_of_several_workers_are_those_of_one(world_size: int, tmp_path: Path) -> None:
-    several = several_workers(world_size, tmp_path, {"steps": 50, "diffusion": dict(SAMPLER)})
+@pytest.mark.parametrize(("world_size", "microbatch"), [(2, 2), (4, 0)])
+def test_fifty_steps_of_several_workers_are_those_of_one(
+    world_size: int, microbatch: int, tmp_path: Path
+) -> None:
+    changes = {"steps": 50, "microbatch": microbatch, "diffusion": dict(SAMPLER)}
+    several = several_workers(world_size, tmp_path, changes)
     config, spec = problem(steps=50, diffusion=dict(SAMPLER))
     meter = Meter(config, 1, CPU)
     one, losses = run(config, spec, meter=meter)
