@@ -61,7 +61,9 @@ def save_process_strip(
                 axis = axes[top + row][column]
                 axis.imshow(frame[row].squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 if row == 0:
-                    axis.set_title(f"${name}$\nt = {step}" if column == 0 else f"t = {step}", fontsize=8)
+                    axis.set_title(f"t = {step}", fontsize=8)
+                if column == 0:
+                    axis.text(-0.15, 0.5, f"${name}$", rotation=90, va="center", transform=axis.transAxes)
     _finish(figure, path)
 
 

@@ -80,7 +80,8 @@ def _run(task: Task) -> None:
     )
     state = loop.new_state(config, spec, device)
     peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
-    meter = Meter(config, world_size, device, flops.flops_per_image(spec), peak)
+    per_image = flops.flops_per_image(spec) if rank == 0 else 0  # rank 0 posts the curve
+    meter = Meter(config, world_size, device, per_image, peak)
     points: list[Point] = []
     if found := history.restore():
         saved, kept = found
