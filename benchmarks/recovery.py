@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT_EVERY = 20
+CHECKPOINT_EVERY = 10
 
 
 def training_workers(job: int) -> list[int]:
@@ -37,6 +37,7 @@ def training_workers(job: int) -> list[int]:
 
 def main(smoke: bool) -> None:
     kills = 1 if smoke else 3
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the job below is ended in any case
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
@@ -86,18 +87,22 @@ def measure(job: int, reader: int, kills: int) -> dict[str, float]:
 
 def drive(writer: int) -> None:
     """The training job, which writes each new point's step to a pipe."""
+    from pipeline import tracking
     from pipeline.cluster import connect
     from pipeline.config import DiffusionConfig, ModelConfig, TrainConfig
     from pipeline.training.trainer import train
 
+    tracking.quieten()
     connect()
     config = TrainConfig(
         data="digits",
         output="run",
         steps=1_000_000,
         workers=2,
-        batch_size=64,
-        model=ModelConfig(model_channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,)),
+        batch_size=32,
+        model=ModelConfig(
+            model_channels=32, channel_multipliers=(1,), res_blocks=1, attention_resolutions=()
+        ),
         diffusion=DiffusionConfig(timesteps=100),
         log_every=1,
         checkpoint_every=CHECKPOINT_EVERY,

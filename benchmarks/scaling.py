@@ -45,7 +45,7 @@ def start_up(config: TrainConfig, clock: Clock) -> None:
     clock("imports")
     trainer.check(config)
     clock("checks of data and settings")
-    opened = trainer._open_run
+    opened = trainer.open_run
     reported: list[float] = []
 
     def open_run(*arguments: Any) -> Any:
@@ -61,10 +61,10 @@ def start_up(config: TrainConfig, clock: Clock) -> None:
                 [at / 1000, values["data_wait_share"], config.batch_size / values["images_per_second"]]
             )
 
-    trainer._open_run = open_run
+    trainer.open_run = open_run
     log_points, tracking.log_points = tracking.log_points, deliver
     trainer.train(config)
-    trainer._open_run, tracking.log_points = opened, log_points
+    trainer.open_run, tracking.log_points = opened, log_points
     ended, share, seconds = reported
     clock("Ray Train: controller, worker, its imports, the model", ended - seconds)
     clock("Ray Data: first batch", ended - seconds + share * seconds)

@@ -1,12 +1,12 @@
 """Our training step against the same step around diffusers' UNet2DModel: ratios and a roofline from one run.
 
-    python benchmarks/train_step.py [--compile] [--smoke]
+    python benchmarks/train_step.py [--compile ours|both] [--smoke]
 
 The network has improved-diffusion's shape (64 channels, multipliers 1,2,2, two residual blocks, attention at 16x16,
 6.95 M parameters), which diffusers' UNet2DModel of that configuration shares weight for weight; 32x32x3, batch 32.
 Each step draws timesteps and noise, goes forward and backward, clips, and updates Adam and the weight average. All
 contenders take turns, medians are compared. Besides fp32 (and bf16, where the hardware multiplies it), each is
-measured at its best: the machine's own precision, channels_last, and torch.compile with --compile.
+measured at its best: the machine's own precision, channels_last, and torch.compile with --compile (of ours, or of both).
 
 `share_of_convolution_peak` sets the UNet's convolutions and products (counted on diffusers' graph, forward and
 backward) against what a 3x3 convolution of 128 channels at 32x32 reaches here, at the precision that is our best.
@@ -96,7 +96,7 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> Iterator[float
         yield repeats * flops / (time.perf_counter() - began)
 
 
-def main(smoke: bool, compiled: bool) -> dict[str, object]:
+def main(smoke: bool, compiled: str) -> dict[str, object]:
     """Runs all; returns what is printed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, rounds, warm_ups = (4, 1, 1) if smoke else (32, 5, 2)
@@ -116,6 +116,7 @@ def main(smoke: bool, compiled: bool) -> dict[str, object]:
     steps["diffusers_channels_last"] = stepper(settings("auto"), spec, device, theirs(channels_last=True))
     if compiled:
         steps["ours_compiled"] = stepper(settings("auto", True), spec, device, None)
+    if compiled == "both":
         steps["diffusers_compiled"] = stepper(
             settings("auto", True), spec, device, theirs(channels_last=True)
         )
@@ -156,7 +157,10 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--compile", action="store_true", help="measure torch.compile too (a minute or more to build)"
+        "--compile",
+        choices=["", "ours", "both"],
+        default="",
+        help="torch.compile too; minutes the first time",
     )
     parser.add_argument("--smoke", action="store_true", help="a small network and one round: does it run?")
     options = parser.parse_args()

@@ -35,8 +35,8 @@ def test_auto_is_bf16_on_a_cpu_that_multiplies_it(
 
 
 def test_bf16_follows_fp32_and_keeps_weights_in_fp32() -> None:
-    single, exact = run(*problem(precision="fp32"))
-    half, rough = run(*problem(precision="bf16"))
+    single, exact = run(*problem(precision="fp32", steps=10))
+    half, rough = run(*problem(precision="bf16", steps=10))
     assert rough == pytest.approx(exact, rel=0.02)
     assert rough != exact
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
@@ -45,9 +45,9 @@ def test_bf16_follows_fp32_and_keeps_weights_in_fp32() -> None:
 
 
 def test_a_resume_in_bf16_is_bitwise_the_uninterrupted_run() -> None:
-    config, spec = problem(precision="bf16")
+    config, spec = problem(precision="bf16", steps=6)
     straight, _ = run(config, spec)
-    half, _ = run(dataclasses.replace(config, steps=10), spec)
+    half, _ = run(dataclasses.replace(config, steps=3), spec)
     resumed = new_state(config, spec, CPU)
     checkpoint.restore(resumed, checkpoint.capture(half))
     resumed, _ = run(config, spec, resumed)
