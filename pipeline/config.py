@@ -29,6 +29,14 @@ class DiffusionConfig:
     """Noise schedule: linear, quadratic, cosine, sigmoid, constant, or the path of a file with a list of betas."""
     timesteps: int = 1000
     """T, the number of diffusion steps."""
+    beta_start: float = 1e-4
+    """First beta of linear and quadratic at T = 1000; other T rescale it."""
+    beta_end: float = 0.02
+    """Last beta of linear and quadratic at T = 1000; other T rescale it."""
+    cosine_offset: float = 0.008
+    """s of the cosine schedule: keeps the first betas from being too small."""
+    sigmoid_temperature: float = 1.0
+    """Temperature of the sigmoid schedule: lower ones fall more steeply in the middle."""
     variance: Variance = "fixed_large"
     """Reverse-process variance: beta, beta-tilde, or learned between the two in log space."""
     loss: LossKind = "simple"

@@ -206,11 +206,15 @@ def train(
     on_checkpoint: Callable[[TrainState], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Steps until `config.steps`, calling back at each logging and checkpoint interval (on every worker)."""
+    """Steps until `config.steps`, calling back at each logging and checkpoint interval (on every worker).
+
+    Args:
+        should_stop: asked before each step and after the last one; all workers must answer alike.
+    """
     process = make_process(spec.diffusion).to(device)
     meter = Meter(config, world_size, device)
     state.model.train()
-    while state.step < config.steps and not should_stop():
+    while not should_stop() and state.step < config.steps:
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began

@@ -100,7 +100,7 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
     return index, spec
 
 
-def train(config: TrainConfig) -> Trained:
+def train(config: TrainConfig, hooks: worker.Hooks = worker.Hooks()) -> Trained:  # noqa: B008  (frozen)
     """Trains, or goes on training, and exports the averaged model to `OUTPUT/model`.
 
     Raises:
@@ -108,13 +108,19 @@ def train(config: TrainConfig) -> Trained:
     """
     index, spec = check(config)
     output = Path(config.output).absolute()
-    run = _open_run(config, spec, index, output)
+    run = _open_run(config, spec, index, output, hooks.run_id)
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     mailbox = open_mailbox()
     gpu = _use_gpu(config)
     trainer = TorchTrainer(
         worker.run,
-        train_loop_config={"config": config, "spec": spec, "mailbox": mailbox, "run_id": run.id},
+        train_loop_config={
+            "config": config,
+            "spec": spec,
+            "mailbox": mailbox,
+            "run_id": run.id,
+            "hooks": hooks,
+        },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
@@ -147,11 +153,16 @@ def train(config: TrainConfig) -> Trained:
     finally:
         ray.kill(mailbox)
     folder = _export(result.checkpoint, spec, output)
-    model = tracking.log_model(run, folder, config.register, config.alias)
-    return Trained(run, folder, spec, model if config.register else str(folder), courier.latest)
+    model = str(folder)
+    if hooks.log_model:
+        logged = tracking.log_model(run, folder, config.register, config.alias)
+        model = logged if config.register else model
+    return Trained(run, folder, spec, model, courier.latest)
 
 
-def _open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: Path) -> tracking.Run:
+def _open_run(
+    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: Path, run_id: str
+) -> tracking.Run:
     """One MLflow run for one output folder, whatever number of restarts."""
     note = output / RUN_FILE
     settings = to_dict(replace(config, resume=False))
@@ -168,9 +179,9 @@ def _open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output:
                     f"--resume: {key} was {before} in {config.output} and is {now} now; keep it, or train in "
                     "another folder"
                 )
-        if run := tracking.reopen_run(old["run_id"], "loss"):
+        if run := tracking.reopen_run(run_id or old["run_id"], "loss"):
             return run
-    run = tracking.start_run(
+    run = (tracking.reopen_run(run_id, "loss") if run_id else None) or tracking.start_run(
         config.experiment,
         config.run_name,
         settings,

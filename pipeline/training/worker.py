@@ -3,8 +3,9 @@
 import contextlib
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -19,8 +20,32 @@ from pipeline.errors import InputError
 from pipeline.training import checkpoint, loop
 
 
+class Watch(Protocol):
+    """Looks at the training state between two steps, on every worker; travels to it by pickle, within the job."""
+
+    def __call__(self, state: loop.TrainState, rank: int, world_size: int) -> bool:
+        """Whether the run ends here, as it would after its last step; all workers must answer alike."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a caller of `trainer.train` may add to a run (see pipeline.tuning).
+
+    Attributes:
+        watch: asked before each step and after the last one.
+        start_from: folder of a checkpoint that a run without one of its own starts from.
+        run_id: MLflow run to log to, opened by the caller; empty = the run opens its own.
+        log_model: log the exported model to MLflow.
+    """
+
+    watch: Watch | None = None
+    start_from: str = ""
+    run_id: str = ""
+    log_model: bool = True
+
+
 def run(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: `settings` has config, spec and mailbox (see trainer.py)."""
+    """What every Ray Train worker runs: `settings` has config, spec, mailbox, run_id and hooks (see trainer.py)."""
     mailbox = settings["mailbox"]
     # Ray Train restarts the group after any error; where a restart can't help, it ends here instead.
     if ray.get(mailbox.reason_to_stop.remote()):
@@ -45,8 +70,11 @@ def _run(settings: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
     state = loop.new_state(config, spec, device)
+    hooks: Hooks = settings["hooks"]
     if saved := newest_good_checkpoint():
         checkpoint.restore(state, saved)
+    elif hooks.start_from:
+        checkpoint.restore(state, checkpoint.read(Path(hooks.start_from))[0])
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
     batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
@@ -66,8 +94,13 @@ def _run(settings: dict[str, Any]) -> None:
     def on_checkpoint(current: loop.TrainState) -> None:
         save(current, rank, {"run_id": settings["run_id"]})
 
+    def should_stop() -> bool:
+        return hooks.watch is not None and hooks.watch(state, rank, world_size)
+
     with contextlib.closing(batches):
-        loop.train(config, spec, state, model, batches, device, world_size, on_log, on_checkpoint)
+        loop.train(
+            config, spec, state, model, batches, device, world_size, on_log, on_checkpoint, should_stop
+        )
 
 
 def save(state: loop.TrainState, rank: int, extra: dict[str, Any]) -> None:
