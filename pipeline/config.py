@@ -218,13 +218,13 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
         raise InputError(f"{where}: {error}") from None
 
 
-def load_yaml(path: str) -> dict[str, Any]:
+def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     """A YAML (or JSON) file as a dict; raises InputError when it can't be read or isn't a mapping."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--config {path}: {reason}") from None
+        raise InputError(f"{flag} {path}: {reason}") from None
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: expected settings as 'name: value' lines")
+        raise InputError(f"{flag} {path}: expected settings as 'name: value' lines")
     return values

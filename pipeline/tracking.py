@@ -53,8 +53,13 @@ def _client() -> mlflow.MlflowClient:
     return mlflow.MlflowClient()
 
 
-def start_run(experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]) -> Run:
+def start_run(
+    experiment: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str = ""
+) -> Run:
     """Opens a new run.
+
+    Args:
+        parent: id of the run that this one is shown under.
 
     Raises:
         InputError: the server or the database can't be reached.
@@ -63,7 +68,8 @@ def start_run(experiment: str, name: str, params: dict[str, Any], tags: dict[str
         client = _client()
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment)
-        run = client.create_run(experiment_id, run_name=name or None, tags=tags)
+        nested = {"mlflow.parentRunId": parent} if parent else {}
+        run = client.create_run(experiment_id, run_name=name or None, tags=tags | nested)
         values = [Param(key, str(value)[:6000]) for key, value in sorted(_flat(params).items())]
         for i in range(0, len(values), _PARAMS_A_CALL):
             client.log_batch(run.info.run_id, params=values[i : i + _PARAMS_A_CALL])
@@ -83,8 +89,10 @@ def reopen_run(run_id: str, metric: str) -> Run | None:
     return Run(run_id, max((point.step for point in history), default=-1))
 
 
-def end_run(run: Run, status: str = "FINISHED") -> None:
-    """Closes a run as FINISHED, FAILED or KILLED."""
+def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
+    """Closes a run as FINISHED, FAILED or KILLED; why is kept as a tag."""
+    if reason:
+        _client().set_tag(run.id, "ray_ddpm.reason", reason)
     _client().set_terminated(run.id, status)
 
 
