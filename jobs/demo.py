@@ -56,7 +56,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         ),
     )
     timed("plot", lambda: plot.run(plot.PlotConfig(model, str(data), str(pictures))))
-    say(f"pictures   {pictures}/samples.png, process.png, schedules.png, nearest.png")
+    say(f"pictures   {pictures}/samples.png, process.png, schedules.png, bound.png, nearest.png")
     say(f"dataset    {samples}  ({generated['count']} samples)")
     say(f"model      {trained['model']}  (also the folder {root / 'run' / 'model'})")
     say(f"MLflow     {tracking.ui_command()}")

@@ -1,4 +1,4 @@
-"""Draw a model: sample grid, forward and reverse process, schedules, samples beside their nearest images."""
+"""Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images."""
 
 import sys
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ def run(config: PlotConfig) -> dict[str, Any]:
         pictures.sample_grid(folder, output / "samples.png", seed=config.seed),
         pictures.process_strip(folder, config.data, output / "process.png", seed=config.seed),
         pictures.schedule_curves(spec, output / "schedules.png"),
+        pictures.bound_terms(folder, config.data, output / "bound.png", seed=config.seed),
         pictures.nearest_neighbours(folder, config.data, output / "nearest.png", seed=config.seed),
     ]
     return {"output": config.output, "model": pinned, "count": len(paths)}

@@ -107,7 +107,8 @@ class OptimizerConfig:
     ema_decays: tuple[float, ...] = (0.999,)
     """Decay rates of the weight averages; the first one is the model that is exported."""
     ema_lengths: tuple[float, ...] = ()
-    """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; snapshots go with checkpoints."""
+    """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; OUTPUT/snapshots keeps each as it
+    stood at every checkpoint, and jobs/evaluate.py makes any other length of them (0.05 and 0.1 serve well)."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pipeline import plots
 from pipeline.config import DiffusionConfig, ModelSpec
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset, read_rows
+from pipeline.diffusion.losses import vlb_term
 from pipeline.diffusion.process import make_process, q_sample, snr
 from pipeline.diffusion.samplers import sample
 from pipeline.models.export import load_model
@@ -18,6 +19,7 @@ from pipeline.sampling import sample_images, to_uint8
 
 NAMED_SCHEDULES = ("linear", "quadratic", "cosine", "sigmoid", "constant")
 STRIP_COLUMNS = 9
+BOUND_POINTS = 64
 
 
 def sample_grid(model_folder: Path, path: Path, *, rows: int = 8, steps: int = 25, seed: int = 0) -> Path:
@@ -81,6 +83,25 @@ def schedule_curves(spec: ModelSpec, path: Path) -> Path:
     }
     curves[f"this model ({spec.diffusion.schedule})"] = own
     plots.save_schedules({k: (p.alpha_bar.numpy(), snr(p).numpy()) for k, p in curves.items()}, path)
+    return path
+
+
+def bound_terms(model_folder: Path, data: str, path: Path, *, examples: int = 8, seed: int = 0) -> Path:
+    """L_{t-1} over t of a few real images, at up to `BOUND_POINTS` of the T steps."""
+    model, spec = load_model(model_folder)
+    images, labels = real_images(open_dataset(data, "validation"), examples)
+    x_0, ids = images.float() / 127.5 - 1, torch.arange(len(images))
+    process = make_process(spec.diffusion)
+    known = torch.where(labels < 0, len(spec.image.classes), labels) if spec.model.class_conditional else None
+    # Where the terms change fastest, at small t, the points lie close.
+    steps = sorted({int(t) for t in np.geomspace(1, len(process), BOUND_POINTS).round()})
+    terms = []
+    for step in steps:
+        t = torch.full((len(ids),), step - 1)
+        x_t = q_sample(process, x_0, t, normal(seed, step - 1, ids, Purpose.EVALUATION, tuple(x_0.shape[1:])))
+        with torch.inference_mode():
+            terms.append(vlb_term(process, model(x_t, t, known), x_0, x_t, t, clip=True).mean().item())
+    plots.save_bound_terms(np.array(terms), path, np.array(steps))
     return path
 
 

@@ -26,6 +26,10 @@ class EvaluateConfig:
     """Held-out split: bits/dim is measured on it, and it is the real yardstick beside the samples."""
     reference_split: str = "train"
     """Split that samples are compared with, and that the classifier is trained on."""
+    ema_lengths: tuple[float, ...] = ()
+    """Lengths of EDM2 averages to compare by bits/dim, made of --snapshots; each is written as a model to --output."""
+    snapshots: str = ""
+    """Snapshots of a run trained with --ema-lengths: its output's folder `snapshots` (URI)."""
     terms: int = 0
     """Terms of the bound evaluated for each image, an even number: an estimate; 0 = every one, exactly."""
     max_images: int = 1000
@@ -65,5 +69,9 @@ def check(config: EvaluateConfig) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} must be at least {value}, got {getattr(config, name)}"
             )
+    if bool(config.ema_lengths) != bool(config.snapshots):
+        raise InputError("--ema-lengths and --snapshots go together: give both, or neither")
+    if config.ema_lengths and "bits" not in config.metrics:
+        raise InputError("--ema-lengths are compared by bits/dim: add bits to --metrics")
     if not config.samples and "bits" not in config.metrics:
         raise InputError(f"--metrics {' '.join(config.metrics)}: nothing to measure without --samples")

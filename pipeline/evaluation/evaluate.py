@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.evaluation.features import (
 from pipeline.evaluation.frechet import frechet_distance, moments_to_bytes
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
 from pipeline.evaluation.knn import knn_label_accuracy
+from pipeline.evaluation.lengths import reconstruct_models, write_model
 from pipeline.evaluation.manifold import precision_recall
 from pipeline.evaluation.reading import open_samples
 from pipeline.evaluation.work import Runner, choose
@@ -63,18 +65,30 @@ def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
 def _bits(config: EvaluateConfig, model_folder: str, held_out: DatasetIndex, run: Runner) -> dict[str, float]:
     model, spec = load_model(Path(model_folder))
     ids = choose(held_out.rows, config.max_images, config.seed)
-    bits = held_out_bits(
-        model,
-        spec,
-        held_out,
-        ids,
-        terms=config.terms,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        run=run,
-    )
+    averages = reconstruct_models(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
+
+    def bound() -> BitsPerDim:
+        return held_out_bits(
+            model,
+            spec,
+            held_out,
+            ids,
+            terms=config.terms,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            run=run,
+        )
+
+    bits = bound()
     _write_bits(config, bits)
-    return {
+    sweep: dict[str, float] = {}
+    for length, weights in zip(config.ema_lengths, averages, strict=True):
+        model.load_state_dict(weights)
+        sweep[f"bits_per_dim_ema_{length:g}"] = bound().bits_per_dim
+        if config.output:
+            about = replace(spec, provenance=spec.provenance | {"ema_length": length})
+            write_model(storage.join(storage.absolute(config.output), f"ema-{length:g}"), weights, about)
+    return sweep | {
         "bits_per_dim": bits.bits_per_dim,
         "bits_per_dim_stderr": bits.stderr,
         "bits_per_dim_terms_stderr": bits.terms_stderr,

@@ -19,6 +19,7 @@ from pipeline.data.stream import RankStream
 from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError
+from pipeline.models.ema import power_gamma
 from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
@@ -26,6 +27,7 @@ from pipeline.training.progress import Courier, open_mailbox
 
 RAY_FOLDER = "checkpoints"
 RUN_FILE = "run.json"
+SNAPSHOTS = "snapshots"
 
 
 class PlannedData(DataConfig):
@@ -92,6 +94,8 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
         raise InputError(
             "--ema-decays needs at least one value: the first average is the model that is exported"
         )
+    for length in config.optimizer.ema_lengths:
+        power_gamma(length)
     index = open_dataset(config.data)
     spec = make_spec(config, index)
     make_betas(spec.diffusion)
@@ -120,6 +124,7 @@ def train(config: TrainConfig, hooks: worker.Hooks = worker.Hooks()) -> Trained:
             "mailbox": mailbox,
             "run_id": run.id,
             "hooks": hooks,
+            "snapshots": str(output / SNAPSHOTS),
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -172,8 +177,8 @@ def _open_run(
             raise InputError(
                 f"--output {config.output} already holds a run: pass --resume, or another folder"
             )
-        for key in ("data_fingerprint", "model", "diffusion", "batch_size", "seed", "groups_per_window"):
-            before, now = old["fixed"].get(key), _fixed(config, spec, index)[key]
+        for key, now in _fixed(config, spec, index).items():
+            before = old["fixed"].get(key)
             if before != now:
                 raise InputError(
                     f"--resume: {key} was {before} in {config.output} and is {now} now; keep it, or train in "
@@ -206,6 +211,8 @@ def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[st
         "batch_size": config.batch_size,
         "seed": config.seed,
         "groups_per_window": config.groups_per_window,
+        "ema_decays": list(config.optimizer.ema_decays),
+        "ema_lengths": list(config.optimizer.ema_lengths),
     }
 
 

@@ -12,11 +12,14 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
+from safetensors.torch import save as pack
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ModelSpec, TrainConfig
+from pipeline.data import storage
 from pipeline.errors import InputError
+from pipeline.models import ema
 from pipeline.training import checkpoint, loop
 
 
@@ -92,7 +95,10 @@ def _run(settings: dict[str, Any]) -> None:
             mailbox.post.remote((int(time.time() * 1000), step, metrics | {"workers": world_size}))
 
     def on_checkpoint(current: loop.TrainState) -> None:
-        save(current, rank, {"run_id": settings["run_id"]})
+        saved = checkpoint.capture(current) if rank == 0 else None
+        if saved:
+            keep_snapshots(settings["snapshots"], config, saved)
+        save(current.step, saved, {"run_id": settings["run_id"]})
 
     def should_stop() -> bool:
         return hooks.watch is not None and hooks.watch(state, rank, world_size)
@@ -103,17 +109,29 @@ def _run(settings: dict[str, Any]) -> None:
         )
 
 
-def save(state: loop.TrainState, rank: int, extra: dict[str, Any]) -> None:
-    """Hands a checkpoint to Ray Train, which uploads it in the background and registers it when whole."""
+def keep_snapshots(folder: str, config: TrainConfig, saved: checkpoint.Saved) -> None:
+    """Writes the power-function averages where no checkpoint's removal takes them (see `models.ema`)."""
+    options = config.optimizer
+    lengths = saved.averages[len(options.ema_decays) :]
+    for length, average in zip(options.ema_lengths, lengths, strict=True):
+        storage.write_atomic(storage.join(folder, ema.Snapshot(saved.step, length).name), pack(average))
+
+
+def save(step: int, saved: checkpoint.Saved | None, extra: dict[str, Any]) -> None:
+    """Hands a checkpoint to Ray Train, which uploads it in the background and registers it when whole.
+
+    Args:
+        saved: on rank 0; None elsewhere.
+    """
     written = None
-    if rank == 0:
+    if saved:
         folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-checkpoint-"))
-        checkpoint.write(folder, checkpoint.capture(state), extra)
+        checkpoint.write(folder, saved, extra)
         written = Checkpoint.from_directory(str(folder))
     ray.train.report(
-        {"step": state.step},
+        {"step": step},
         checkpoint=written,
-        checkpoint_dir_name=f"step-{state.step:09d}",
+        checkpoint_dir_name=f"step-{step:09d}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )

@@ -122,7 +122,8 @@ def pareto_front(records: list[Record], metrics: tuple[str, ...]) -> list[Record
 
     def dominated(mine: list[float]) -> bool:
         return any(
-            all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in values.values()
+            all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine
+            for other in values.values()
         )
 
     front = [record for record in done if not dominated(values[record.number])]

@@ -166,9 +166,7 @@ def _extractor(config: TuneConfig) -> Extractor:
     if storage.exists(storage.join(features, CONFIG)):
         net, image, _ = load_classifier(features)
         if image != open_dataset(config.data).image:
-            raise InputError(
-                f"--features {features}: trained on images of another size or other classes"
-            )
+            raise InputError(f"--features {features}: trained on images of another size or other classes")
         return ClassifierExtractor(net)
     return read_torchscript(features)
 

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import optuna
+from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-
-from ray import tune
 
 from pipeline.errors import InputError
 from pipeline.tuning import ledger
@@ -30,9 +29,7 @@ class Proposals(Searcher):  # type: ignore[misc]
     def __init__(self, config: TuneConfig, space: Space, records: list[Record]) -> None:
         metrics = list(config.metrics)
         one = len(metrics) == 1
-        super().__init__(
-            metric=metrics[0] if one else metrics, mode="min" if one else ["min"] * len(metrics)
-        )
+        super().__init__(metric=metrics[0] if one else metrics, mode="min" if one else ["min"] * len(metrics))
         self.names: dict[str, str] = {}
         self._config, self._space = config, space
         self._unfinished = [record for record in records if not record.over]
@@ -140,7 +137,11 @@ def _sampler(config: TuneConfig, before: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=seed)
     start = max(3, min(10, config.trials // 3))
     return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=start, multivariate=True, constant_liar=True, warn_independent_sampling=False
+        seed=seed,
+        n_startup_trials=start,
+        multivariate=True,
+        constant_liar=True,
+        warn_independent_sampling=False,
     )
 
 

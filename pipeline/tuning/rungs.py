@@ -79,9 +79,7 @@ class RungWatch:
         if rank == 0:
             if self.keep:
                 self._keep(state)
-            rung = Rung(
-                self.rungs[state.step], state.step, time.time(), measured.metrics, measured.per_image
-            )
+            rung = Rung(self.rungs[state.step], state.step, time.time(), measured.metrics, measured.per_image)
             go_on = ray.get(self.exchange.ask.remote(rung))
         if world_size > 1:
             go_on = broadcast_from_rank_zero(go_on)

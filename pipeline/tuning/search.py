@@ -24,7 +24,6 @@ from pipeline.data import storage
 from pipeline.data.index import open_dataset
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.training import trainer
 from pipeline.tuning import ledger, report
 from pipeline.tuning.config import TuneConfig, base, check, finished
 from pipeline.tuning.ledger import Record
@@ -188,7 +187,8 @@ def _open(config: TuneConfig, space: Space) -> tracking.Run:
 
 
 def _fixed(config: TuneConfig, space: Space) -> dict[str, Any]:
-    names = "objective scheduler images rungs reduction terms max_images samples sampling_steps seed".split()
+    names = ("objective", "scheduler", "images", "rungs", "reduction", "terms", "max_images", "samples")
+    names += ("sampling_steps", "seed")
     entries = {name: str(entry) for name, entry in space.entries.items()}
     return {
         "data": open_dataset(config.data).fingerprint,
@@ -227,7 +227,9 @@ class _Progress(tune.Callback):  # type: ignore[misc]
         self._config = config
         self._display = Display("tune", config.trials, "trials")
 
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
         self._show(str(trial), result)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
@@ -238,5 +240,7 @@ class _Progress(tune.Callback):  # type: ignore[misc]
 
     def _show(self, name: str, result: dict[str, Any]) -> None:
         over = sum(record.over for record in ledger.read_all(self._config.output))
-        values = "  ".join(f"{metric} {result.get(metric, float('nan')):.4f}" for metric in self._config.metrics)
+        values = "  ".join(
+            f"{metric} {result.get(metric, float('nan')):.4f}" for metric in self._config.metrics
+        )
         self._display.update(over, f"trial {name} after {result.get('images', 0)} images: {values}")

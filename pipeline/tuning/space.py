@@ -25,7 +25,18 @@ from pipeline.errors import InputError
 DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
 # What the search itself decides, the same way for every trial.
 RESERVED = frozenset(
-    "data output steps resume experiment run_name register alias log_every checkpoint_every".split()
+    [
+        "data",
+        "output",
+        "steps",
+        "resume",
+        "experiment",
+        "run_name",
+        "register",
+        "alias",
+        "log_every",
+        "checkpoint_every",
+    ]
 )
 # What can change under a model that is half trained: what population based training may mutate.
 MUTABLE = frozenset(
@@ -207,7 +218,9 @@ def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
     if kind not in (int, float):
         raise InputError(f"{where}: {flag} is no number: give a list of values")
     if unknown := set(value) - {"low", "high", "log", "step"}:
-        raise InputError(f"{where}: {flag}: unknown key {min(map(str, unknown))!r}; known: low, high, log, step")
+        raise InputError(
+            f"{where}: {flag}: unknown key {min(map(str, unknown))!r}; known: low, high, log, step"
+        )
     try:
         low, high = kind(value["low"]), kind(value["high"])
         log, step = bool(value.get("log", False)), value.get("step")

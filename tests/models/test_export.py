@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelSpec
 from pipeline.errors import InputError
-from pipeline.models import ema
 from pipeline.models.export import load_model, model_fingerprint, save_model
 from tests.models.test_unet import PLAIN, SMALL, randomised
 
@@ -51,42 +49,3 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     save_model(folder, randomised(PLAIN).state_dict(), SPEC)
     with pytest.raises(InputError, match="damaged"):
         load_model(folder)
-
-
-def test_averages_follow_their_decays() -> None:
-    values = np.random.default_rng(0).normal(size=50)
-    averages = ema.init([torch.tensor([values[0]])], 2)
-    expected = [values[0], values[0]]
-    for value in values[1:]:
-        ema.update_(averages, [torch.tensor([value])], [0.9, 0.99])
-        expected = [0.9 * expected[0] + 0.1 * value, 0.99 * expected[1] + 0.01 * value]
-    assert [float(a[0]) for a in averages] == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_power_average_weighs_the_past_by_its_profile() -> None:
-    steps, length = 400, 0.1
-    gamma = ema.power_gamma(length)
-    values = np.sin(np.arange(1, steps + 1) / 40)
-    averages = ema.init([torch.zeros(1, dtype=torch.float64)], 1)
-    for step, value in enumerate(values, 1):
-        ema.update_(averages, [torch.tensor([value])], [ema.power_decay(length, step)])
-    tau = np.arange(1, steps + 1)
-    profile = tau ** (gamma + 1.0) - (tau - 1) ** (gamma + 1.0)
-    assert float(averages[0][0]) == pytest.approx(float((profile * values).sum() / profile.sum()), rel=1e-9)
-    center = (gamma + 1) / (gamma + 2)
-    assert length == pytest.approx(np.sqrt((gamma + 1) / (gamma + 3) - center**2), rel=1e-9)
-
-
-def test_another_length_is_reconstructed_from_snapshots() -> None:
-    steps, lengths, wanted = 2000, (0.05, 0.1), 0.075
-    averages = ema.init([torch.zeros(1, dtype=torch.float64)], 3)
-    stored, at, of = list[float](), list[int](), list[float]()
-    for step in range(1, steps + 1):
-        value = torch.tensor([np.sin(step / 300) + step / steps])
-        ema.update_(averages, [value], [ema.power_decay(r, step) for r in (*lengths, wanted)])
-        if step % 200 == 0:
-            stored += [float(averages[0][0]), float(averages[1][0])]
-            at, of = at + [step] * 2, of + list(lengths)
-    weights = ema.reconstruction_weights(at, of, steps, wanted)
-    assert float(np.dot(weights, stored)) == pytest.approx(float(averages[2][0]), rel=1e-3)
-    assert sum(weights) == pytest.approx(1.0, abs=1e-3)
