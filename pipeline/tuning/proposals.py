@@ -23,7 +23,7 @@ from pipeline.tuning.trial import FAILED, IMAGES
 _STUDY = "search"
 
 
-class Proposals(Searcher):  # type: ignore[misc]
+class Proposals(Searcher):
     """Numbers the trials and writes them into the ledger as they are proposed."""
 
     def __init__(self, config: TuneConfig, space: Space, records: list[Record]) -> None:
@@ -161,13 +161,13 @@ def _domain(entry: optuna.distributions.BaseDistribution) -> Any:
         import json
 
         return [json.loads(value) for value in entry.choices]
-    low, high = entry.low, entry.high  # type: ignore[attr-defined]
-    return tune.loguniform(low, high) if entry.log else tune.uniform(low, high)  # type: ignore[attr-defined]
+    low, high = entry.low, entry.high
+    return tune.loguniform(low, high) if entry.log else tune.uniform(low, high)
 
 
 def _inside(flags: dict[str, Any], space: Space) -> dict[str, Any]:
     """Perturbed numbers stay within the ranges of the space."""
     for name, entry in space.mutable().items():
         if not isinstance(entry, optuna.distributions.CategoricalDistribution):
-            flags[name] = min(max(flags[name], entry.low), entry.high)  # type: ignore[attr-defined]
+            flags[name] = min(max(flags[name], entry.low), entry.high)
     return flags

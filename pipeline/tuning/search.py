@@ -187,13 +187,12 @@ def _open(config: TuneConfig, space: Space) -> tracking.Run:
 
 
 def _fixed(config: TuneConfig, space: Space) -> dict[str, Any]:
-    names = ("objective", "scheduler", "images", "rungs", "reduction", "terms", "max_images", "samples")
-    names += ("sampling_steps", "seed")
+    names = "objective scheduler images rungs reduction terms max_images samples sampling_steps seed"
     entries = {name: str(entry) for name, entry in space.entries.items()}
     return {
         "data": open_dataset(config.data).fingerprint,
         "space": space.fixed | entries,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in names.split()},
     }
 
 
@@ -220,7 +219,7 @@ def _concurrent(config: TuneConfig) -> int:
     return min(config.concurrent or fit, config.trials)
 
 
-class _Progress(tune.Callback):  # type: ignore[misc]
+class _Progress(tune.Callback):
     """A line for each measurement and each trial that ends."""
 
     def __init__(self, config: TuneConfig) -> None:

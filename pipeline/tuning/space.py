@@ -191,11 +191,13 @@ def _flags() -> dict[str, Any]:
 
 
 def _defaults(cls: Any) -> dict[str, Any]:
-    return {
-        field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(cls)
-        if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-    }
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        if field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+    return defaults
 
 
 def _check_value(flag: str, value: Any, where: str) -> None:
