@@ -14,7 +14,7 @@ import tyro
 from pipeline import tracking
 from pipeline.cluster import connect
 from pipeline.config import from_dict, load_yaml
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Interrupted
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def main(
         ray: join or start Ray first.
 
     Returns:
-        the exit code: 0, or 2 on bad input; any other error is raised.
+        the exit code: 0, 2 on bad input, 128 + its number after a signal; any other error is raised.
     """
     arguments, verbose = _take_switch(arguments, "--verbose")
     try:
@@ -79,6 +79,9 @@ def main(
     except InputError as error:
         print(f"{job}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(f"{job}: {error}", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print(f"{job}: interrupted", file=sys.stderr)
         return 130

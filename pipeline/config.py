@@ -156,6 +156,12 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
+    validate_every: int = 0
+    """Checkpoints between two validations beside the training: held-out bits/dim and a sample grid; 0 = none."""
+    validation_images: int = 256
+    """Held-out images of each validation; 0 = all."""
+    validation_terms: int = 20
+    """Terms of the bound evaluated for each of them, stratified over t; 0 = all T."""
     max_failures: int = 10
     """Restarts of the worker group before the run is given up."""
     max_bad_fraction: float = 0.01

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that are told to the user in one line."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,15 @@ class InputError(ValueError):
     Its message is one line that says what is wrong and what to do about it. Every job prints it as it is
     (no traceback) and exits with code 2.
     """
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the job before its work was done; what is done is kept.
+
+    Attributes:
+        code: the job's exit code, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal_number

@@ -14,6 +14,7 @@ from pipeline.diffusion.losses import vlb_term
 from pipeline.diffusion.process import make_process, q_sample, snr
 from pipeline.diffusion.samplers import sample
 from pipeline.models.export import load_model
+from pipeline.models.unet import UNet
 from pipeline.rng import Purpose, normal
 from pipeline.sampling import sample_images, to_uint8
 
@@ -23,14 +24,20 @@ BOUND_POINTS = 64
 
 
 def sample_grid(model_folder: Path, path: Path, *, rows: int = 8, steps: int = 25, seed: int = 0) -> Path:
+    """`draw_samples` of an exported model."""
+    return draw_samples(*load_model(model_folder), path, rows=rows, steps=steps, seed=seed)
+
+
+def draw_samples(
+    model: UNet, spec: ModelSpec, path: Path, *, rows: int = 8, steps: int = 25, seed: int = 0
+) -> Path:
     """A grid of DDIM samples; for a class-conditional model each column is one class."""
-    model, spec = load_model(model_folder)
     columns = min(len(spec.image.classes), 16) if spec.model.class_conditional else rows
-    ids = torch.arange(rows * columns)
+    ids = torch.arange(rows * columns, device=next(model.parameters()).device)
     labels = ids % columns if spec.model.class_conditional else None
     steps = min(steps, spec.diffusion.timesteps)
     images = sample_images(model, spec, ids, sampler="ddim", sampling_steps=steps, labels=labels, seed=seed)
-    plots.save_grid(as_pixels(images), path, columns)
+    plots.save_grid(as_pixels(images.cpu()), path, columns)
     return path
 
 

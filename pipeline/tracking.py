@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ class Run:
     """An open MLflow run.
 
     Attributes:
-        last_step: the last step whose metrics are already in the curves; -1 for a new run.
+        last_steps: the last step that is already in each of the curves asked for.
     """
 
     id: str
-    last_step: int = -1
+    last_steps: dict[str, int] = field(default_factory=dict)
 
 
 def tracking_uri() -> str:
@@ -78,15 +78,15 @@ def start_run(
     return Run(run.info.run_id)
 
 
-def reopen_run(run_id: str, metric: str) -> Run | None:
+def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
     """Goes on with a run after a restart; None when MLflow no longer has it."""
     client = _client()
     try:
-        history = client.get_metric_history(run_id, metric)
+        histories = {curve: client.get_metric_history(run_id, curve) for curve in curves}
         client.update_run(run_id, status="RUNNING")
     except MlflowException:
         return None
-    return Run(run_id, max((point.step for point in history), default=-1))
+    return Run(run_id, {c: max((p.step for p in history), default=-1) for c, history in histories.items()})
 
 
 def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
@@ -121,6 +121,14 @@ def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
 def log_file(run: Run, path: Path, folder: str = "") -> None:
     """Uploads one file as an artifact."""
     _client().log_artifact(run.id, str(path), folder or None)
+
+
+def log_bytes(run: Run, path: str, content: bytes) -> None:
+    """Uploads an artifact to its path in the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / Path(path).name
+        file.write_bytes(content)
+        log_file(run, file, str(Path(path).parent))
 
 
 def log_config(run: Run, config: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ import contextlib
 import os
 import posixpath
 import uuid
+from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError
@@ -30,15 +32,26 @@ def join(uri: str, *parts: str) -> str:
     return posixpath.join(uri.rstrip("/") or "/", *parts)
 
 
+def name(uri: str) -> str:
+    """The last part of a URI."""
+    return posixpath.basename(uri.rstrip("/"))
+
+
 def absolute(uri: str) -> str:
     """A local path made absolute, so that workers elsewhere on the machine find it; other URIs as they are."""
     fs, path = open_fs(uri)
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
+def is_local(uri: str) -> bool:
+    """Whether a URI is a path on this machine's file systems (shared ones among them)."""
+    return isinstance(open_fs(uri)[0], LocalFileSystem)
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file or a folder."""
     fs, path = open_fs(uri)
+    fs.invalidate_cache()  # others write there too
     return bool(fs.exists(path))
 
 
@@ -62,6 +75,13 @@ def remove(uri: str) -> None:
     """Deletes one file."""
     fs, path = open_fs(uri)
     fs.rm_file(path)
+
+
+def remove_folder(uri: str) -> None:
+    """Deletes a folder and all that is in it; one that isn't there is fine."""
+    fs, path = open_fs(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
 
 
 def write_atomic(uri: str, data: bytes) -> None:
@@ -91,6 +111,7 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
         InputError: there is no such folder, or it can't be read.
     """
     fs, path = open_fs(uri)
+    fs.invalidate_cache()  # others write there too
     try:
         if not fs.exists(path):
             raise InputError(f"{uri}: no such file or folder")
@@ -99,6 +120,35 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
         raise InputError(f"{uri}: can't be read: {error}") from None
     wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]
     return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
+
+
+def put_folder(folder: Path, uri: str) -> None:
+    """Copies the files of a local folder to an object store."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        write_atomic(join(uri, file.relative_to(folder).as_posix()), file.read_bytes())
+
+
+def arrow_fs(uri: str) -> tuple[Any, str]:
+    """The same file system for those who want pyarrow's interface, and the path in it."""
+    fs, path = open_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pyarrow.fs.LocalFileSystem(), path
+    options = {**fs.storage_options, "use_listings_cache": False}
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(type(fs)(**options))), path
+
+
+def list_folders(uri: str, prefix: str) -> list[str]:
+    """The folders straight below one whose names begin with `prefix`, sorted."""
+    fs, path = open_fs(uri)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    found = [
+        posixpath.basename(e["name"].rstrip("/"))
+        for e in fs.ls(path, detail=True)
+        if e["type"] == "directory"
+    ]
+    return [join(uri, folder) for folder in sorted(found) if folder.startswith(prefix)]
 
 
 def check_writable(uri: str) -> None:

@@ -1,23 +1,30 @@
 """Checkpoints: all of `TrainState` as safetensors and JSON, checked against their own digests on reading.
 
-A checkpoint is a folder. `state.json` is written last and holds the SHA-256 of every other file, so that a
-half-written or damaged checkpoint is told from a good one before anything of it is used.
+A checkpoint is a folder on any storage (see data/storage.py). `state.json` is written last and holds the SHA-256
+of every file, itself included: a half-written or damaged checkpoint is told from a good one before anything of it
+is used. The storage is the only record of which checkpoints there are: no list of them can disagree with it.
 """
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
+from pipeline.data import storage
+from pipeline.errors import InputError
 from pipeline.training.loop import TrainState
 
-FORMAT = 1
+FORMAT = 2
+STATE = "state.json"
+WEIGHTS, AVERAGES, OPTIMIZER, SAMPLER = (
+    f"{part}.safetensors" for part in ("weights", "averages", "optimizer", "sampler")
+)
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -85,60 +92,114 @@ def restore(state: TrainState, saved: Saved) -> None:
     state.step = saved.step
 
 
-def write(folder: Path, saved: Saved, extra: dict[str, Any]) -> None:
-    """Writes a checkpoint into an existing folder; `extra` is JSON kept beside it."""
+def new_name(step: int) -> str:
+    """A folder name that sorts by step, then by when it was written: a step that is done again gets another one."""
+    return f"step-{step:09d}-{time.time_ns() // 1_000_000:013d}"
+
+
+def complete(folder: str) -> list[str]:
+    """The URIs of the checkpoints in a folder that were written to their end, the newest first."""
+    if not storage.exists(folder):
+        return []
+    states = storage.list_files(folder, (STATE,))
+    return sorted((uri.rpartition("/")[0] for uri in states), key=storage.name, reverse=True)
+
+
+def write(uri: str, saved: Saved, extra: dict[str, Any]) -> None:
+    """Writes a checkpoint; `extra` is JSON kept beside it."""
     files = {
-        "weights.safetensors": saved.weights,
-        "averages.safetensors": {
+        WEIGHTS: saved.weights,
+        AVERAGES: {
             f"{i}/{name}": tensor
             for i, average in enumerate(saved.averages)
             for name, tensor in average.items()
         },
-        "optimizer.safetensors": saved.optimizer,
-        "sampler.safetensors": saved.sampler,
+        OPTIMIZER: saved.optimizer,
+        SAMPLER: saved.sampler,
     }
+    digests = {}
     for name, tensors in files.items():
-        save_file(tensors, folder / name)
+        data = save(tensors)
+        storage.write_atomic(storage.join(uri, name), data)
+        digests[name] = _digest(data)
     state = {
         "format": FORMAT,
         "step": saved.step,
         "averages": len(saved.averages),
-        "sha256": {name: _digest(folder / name) for name in files},
+        "sha256": digests,
         **extra,
     }
-    (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
+    content = {"sha256": _digest(_canonical(state)), "state": state}
+    storage.write_atomic(storage.join(uri, STATE), json.dumps(content, indent=1, sort_keys=True).encode())
 
 
-def read(folder: Path) -> tuple[Saved, dict[str, Any]]:
+def read(uri: str) -> tuple[Saved, dict[str, Any]]:
     """Reads a checkpoint and verifies every byte of it.
 
     Returns:
-        the contents, and all of `state.json`.
+        the contents, and all that `state.json` says.
 
     Raises:
         DamagedCheckpoint: a file is missing, cut short or altered.
     """
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        for name, digest in state["sha256"].items():
-            if _digest(folder / name) != digest:
-                raise DamagedCheckpoint(f"{folder.name}: {name} is damaged")
-        flat = load_file(folder / "averages.safetensors")
-        saved = Saved(
-            step=state["step"],
-            weights=load_file(folder / "weights.safetensors"),
-            averages=[
-                {name.partition("/")[2]: t for name, t in flat.items() if name.startswith(f"{i}/")}
-                for i in range(state["averages"])
-            ],
-            optimizer=load_file(folder / "optimizer.safetensors"),
-            sampler=load_file(folder / "sampler.safetensors"),
-        )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"{folder.name}: {type(error).__name__}: {error}") from error
+    state = _read_state(uri)
+    saved = Saved(
+        step=state["step"],
+        weights=_read_tensors(uri, state, WEIGHTS),
+        averages=_read_averages(uri, state),
+        optimizer=_read_tensors(uri, state, OPTIMIZER),
+        sampler=_read_tensors(uri, state, SAMPLER),
+    )
     return saved, state
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_model(uri: str) -> tuple[dict[str, Tensor], int]:
+    """The weights with the first average in the place of the parameters (the model that is exported), and the step.
+
+    Raises:
+        DamagedCheckpoint: see `read`.
+    """
+    state = _read_state(uri)
+    return _read_tensors(uri, state, WEIGHTS) | _read_averages(uri, state)[0], state["step"]
+
+
+def _read_state(uri: str) -> dict[str, Any]:
+    try:
+        content = json.loads(storage.read_bytes(storage.join(uri, STATE)))
+        state: dict[str, Any] = content["state"]
+        if _digest(_canonical(state)) != content["sha256"]:
+            raise DamagedCheckpoint(f"{storage.name(uri)}: {STATE} is damaged")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{storage.name(uri)}: {STATE}: {type(error).__name__}: {error}") from error
+    if state["format"] != FORMAT:
+        raise InputError(
+            f"{uri}: written by another version of this program (format {state['format']}, this one reads {FORMAT})"
+        )
+    return state
+
+
+def _read_tensors(uri: str, state: dict[str, Any], name: str) -> dict[str, Tensor]:
+    try:
+        data = storage.read_bytes(storage.join(uri, name))
+        if _digest(data) != state["sha256"][name]:
+            raise DamagedCheckpoint(f"{storage.name(uri)}: {name} is damaged")
+        tensors: dict[str, Tensor] = load(data)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{storage.name(uri)}: {name}: {error}") from error
+    return tensors
+
+
+def _read_averages(uri: str, state: dict[str, Any]) -> list[dict[str, Tensor]]:
+    flat = _read_tensors(uri, state, AVERAGES)
+    return [
+        {name.partition("/")[2]: tensor for name, tensor in flat.items() if name.startswith(f"{i}/")}
+        for i in range(state["averages"])
+    ]
+
+
+def _canonical(state: dict[str, Any]) -> bytes:
+    return json.dumps(state, sort_keys=True).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

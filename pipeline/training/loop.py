@@ -21,12 +21,10 @@ from pipeline.config import ModelSpec, TrainConfig
 from pipeline.diffusion import timesteps
 from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.process import Process, make_process
-from pipeline.errors import InputError
 from pipeline.models import ema
 from pipeline.models.unet import UNet, build
 from pipeline.rng import Purpose, normal, uniform
-
-BAD_IMAGES_BEFORE_JUDGING = 100
+from pipeline.training.meter import Meter
 
 
 class Batch(Protocol):
@@ -69,7 +67,16 @@ class Prepared:
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient of a step is infinite or not a number."""
+    """The loss or the gradient of a step is infinite or not a number; the training state is that before the step.
+
+    Attributes:
+        samples: of the global batch, in the order of the ids: id, epoch, timestep and loss of each.
+    """
+
+    def __init__(self, step: int, samples: list[dict[str, float]]) -> None:
+        ids = ", ".join(str(sample["id"]) for sample in samples[:8])
+        super().__init__(f"step {step}: the loss or its gradient is not finite (samples {ids}, …)")
+        self.step, self.samples = step, samples
 
 
 def new_state(config: TrainConfig, spec: ModelSpec, device: torch.device) -> TrainState:
@@ -162,7 +169,7 @@ def train_step(
         the local part of the global mean loss, and the global gradient norm before clipping.
 
     Raises:
-        NonFinite: unless `skip_nonfinite`; the weights are those before the step.
+        NonFinite: on every worker alike.
     """
     options = config.optimizer
     if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
@@ -175,20 +182,17 @@ def train_step(
     # Every worker has the same summed gradient, so all decide alike.
     if not bool(norm.isfinite()):
         state.optimizer.zero_grad(set_to_none=True)
-        if not config.skip_nonfinite:
-            ids = ", ".join(map(str, batch.ids[:8].tolist()))
-            raise NonFinite(
-                f"step {state.step + 1}: the loss or its gradient is not finite (samples {ids}, …); the last "
-                "checkpoint is good: resume with a smaller --learning-rate, or pass --skip-nonfinite"
-            )
-    else:
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        ema.update_(state.averages, list(state.model.parameters()), decays(config, state.step + 1))
+        ids, epochs, t, all_losses = gather_by_id(batch.ids, batch.epochs, data.t, losses, world_size)
+        keys = ("id", "epoch", "timestep", "loss")
+        rows = zip(ids.tolist(), epochs.tolist(), t.tolist(), all_losses.tolist(), strict=True)
+        raise NonFinite(state.step + 1, [dict(zip(keys, row, strict=True)) for row in rows])
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    ema.update_(state.averages, list(state.model.parameters()), decays(config, state.step + 1))
     if spec.diffusion.timestep_sampler != "uniform":
-        t, all_losses = gather_by_id(batch.ids, data.t, losses, world_size)
+        _, _, t, all_losses = gather_by_id(batch.ids, batch.epochs, data.t, losses, world_size)
         state.sampler = timesteps.update(state.sampler, t, all_losses)
     state.step += 1
     return (losses * data.weights).sum() / config.batch_size, norm
@@ -204,72 +208,41 @@ def train(
     world_size: int,
     on_log: Callable[[int, dict[str, float]], None],
     on_checkpoint: Callable[[TrainState], None],
+    meter: Meter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_skip: Callable[[NonFinite], None] = lambda error: None,
 ) -> None:
     """Steps until `config.steps`, calling back at each logging and checkpoint interval (on every worker).
 
     Args:
-        should_stop: asked before each step and after the last one; all workers must answer alike.
+        meter: where another left off; a new one otherwise.
+        should_stop: asked before each step and after the last one, with the same answer on every worker.
+        on_skip: told of each step that was skipped because it was not finite.
+
+    Raises:
+        NonFinite: unless `skip_nonfinite`.
     """
     process = make_process(spec.diffusion).to(device)
-    meter = Meter(config, world_size, device)
+    meter = meter or Meter(config, world_size, device)
     state.model.train()
     while not should_stop() and state.step < config.steps:
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began
-        loss, norm = train_step(config, spec, process, state, model, batch, device, world_size)
-        meter.add(loss, norm, waited, batch)
+        try:
+            loss, norm = train_step(config, spec, process, state, model, batch, device, world_size)
+        except NonFinite as error:
+            if not config.skip_nonfinite:
+                raise
+            on_skip(error)
+            state.step += 1
+            meter.add_skipped(waited, batch)
+        else:
+            meter.add(loss, norm, waited, batch)
         if state.step % config.log_every == 0 or state.step == config.steps:
             on_log(state.step, meter.read(learning_rate(config, state.step - 1)))
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
             on_checkpoint(state)
-
-
-class Meter:
-    """Averages over a logging interval, over all workers."""
-
-    def __init__(self, config: TrainConfig, world_size: int, device: torch.device) -> None:
-        self._config, self._world_size, self._device = config, world_size, device
-        self._seen, self._bad, self._named = 0, 0, list[str]()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._norm, self._steps, self._waited, self._began = 0.0, 0, 0.0, time.perf_counter()
-
-    def add(self, loss: Tensor, norm: Tensor, waited: float, batch: Batch) -> None:
-        self._loss += loss
-        self._norm += float(norm)
-        self._steps += 1
-        self._waited += waited
-        self._seen += len(batch.ids)
-        self._bad += len(batch.bad)
-        self._named = (self._named + list(batch.bad))[:5]
-        if self._seen >= BAD_IMAGES_BEFORE_JUDGING and self._bad > self._config.max_bad_fraction * self._seen:
-            raise InputError(
-                f"{self._bad} of {self._seen} images could not be decoded, more than --max-bad-fraction "
-                f"{self._config.max_bad_fraction:g} allows: {'; '.join(self._named)}"
-            )
-
-    def read(self, rate: float) -> dict[str, float]:
-        seconds = time.perf_counter() - self._began
-        values = torch.stack(
-            [self._loss, self._loss.new_tensor(self._waited), self._loss.new_tensor(self._bad)]
-        )
-        if self._world_size > 1:
-            dist.all_reduce(values)
-        loss, waited, bad = values.tolist()
-        result = {
-            "loss": loss / self._steps,
-            "gradient_norm": self._norm / self._steps,
-            "learning_rate": rate,
-            "images_per_second": self._steps * self._config.batch_size / seconds,
-            "data_wait_share": waited / self._world_size / seconds,
-            "undecodable_images": bad,
-        }
-        self._reset()
-        return result
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -295,18 +268,23 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     return False
 
 
-def gather_by_id(ids: Tensor, t: Tensor, losses: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
-    """Every worker's (t, loss) pairs in the order of the sample ids: alike on all workers, for any number."""
-    rows = torch.stack([ids.to(losses.device).double(), t.double(), losses.double()])
+def gather_by_id(
+    ids: Tensor, epochs: Tensor, t: Tensor, losses: Tensor, world_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every worker's samples in the order of their ids: alike on all workers, for any number of them."""
+    columns = (ids.to(losses.device), epochs.to(losses.device), t, losses)
+    rows = torch.stack([column.double() for column in columns])
     if world_size > 1:
         size = torch.tensor(rows.shape[1], device=rows.device)
         sizes = [torch.zeros_like(size) for _ in range(world_size)]
         dist.all_gather(sizes, size)
         longest = int(max(int(s) for s in sizes))
-        padded = rows.new_zeros(3, longest)
+        padded = rows.new_zeros(len(rows), longest)
         padded[:, : rows.shape[1]] = rows
         parts = [torch.empty_like(padded) for _ in range(world_size)]
         dist.all_gather(parts, padded)
         rows = torch.cat([p[:, : int(s)] for p, s in zip(parts, sizes, strict=True)], dim=1)
+    # Small batches can hold a sample of two epochs.
+    rows = rows[:, rows[1].argsort(stable=True)]
     rows = rows[:, rows[0].argsort(stable=True)]
-    return rows[1].long(), rows[2].float()
+    return rows[0].long(), rows[1].long(), rows[2].long(), rows[3].float()

@@ -1,11 +1,14 @@
-"""The way of numbers from rank 0 to the driver: a mailbox actor that the driver empties.
+"""The way from the workers to the driver, and back: a mailbox actor that the driver empties.
 
 `ray.train.report` is a barrier that waits for the controller's next poll; a curve's point should cost nothing.
-Rank 0 posts without waiting, the driver writes what it finds to MLflow and to the terminal.
+Workers post without waiting; the driver writes what it finds to MLflow, to the output and to the terminal.
 """
 
+import asyncio
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -14,31 +17,61 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.display import Display
 
+# Milliseconds since 1970, step, values; the first value names the curve.
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
 
 
+@dataclass
+class Post:
+    """What was posted: points of curves, files by their path in the run's output, lines for the user."""
+
+    points: list[Point] = field(default_factory=list)
+    files: list[tuple[str, bytes]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
 @ray.remote(num_cpus=0, max_restarts=-1)
 class Mailbox:
-    """Points that rank 0 has posted and the driver has not yet taken."""
+    """What workers have posted and the driver has not yet taken; what the driver asks of the workers."""
 
     def __init__(self) -> None:
-        self._points: list[Point] = []
+        self._post = Post()
         self._reason = ""
+        self._running = False
+        self._stop = asyncio.Event()
 
-    def stop(self, reason: str) -> None:
+    async def give_up(self, reason: str) -> None:
         """Says that the run can't go on, however often the worker group is restarted."""
         self._reason = self._reason or reason
 
-    def reason_to_stop(self) -> str:
+    async def reason_to_give_up(self) -> str:
         return self._reason
 
-    def post(self, point: Point) -> None:
-        self._points.append(point)
+    async def ask_to_stop(self) -> bool:
+        """Asks the workers to save and end; returns whether there are any."""
+        self._stop.set()
+        return self._running
 
-    def take(self) -> list[Point]:
-        points, self._points = self._points, []
-        return points
+    async def asked_to_stop(self) -> None:
+        """Returns when the driver asks."""
+        await self._stop.wait()
+
+    async def set_running(self, running: bool) -> None:
+        self._running = running
+
+    async def post(self, points: list[Point]) -> None:
+        self._post.points += points
+
+    async def post_file(self, path: str, content: bytes) -> None:
+        self._post.files.append((path, content))
+
+    async def notice(self, line: str) -> None:
+        self._post.notices.append(line)
+
+    async def take(self) -> Post:
+        post, self._post = self._post, Post()
+        return post
 
 
 def open_mailbox() -> Any:
@@ -48,10 +81,26 @@ def open_mailbox() -> Any:
 
 
 class Courier:
-    """Empties the mailbox in a thread of the driver, until the `with` block ends."""
+    """Empties the mailbox in a thread of the driver, until the `with` block ends.
 
-    def __init__(self, mailbox: Any, display: Display, deliver: Callable[[list[Point]], None]) -> None:
-        self._mailbox, self._display, self._deliver = mailbox, display, deliver
+    A worker group that restarts makes some steps again, and posts their points again: each point of a curve is
+    delivered once.
+
+    Args:
+        last_steps: by curve, the last step that it already has.
+        deliver: takes new points and files; what it could not take (it raised) is offered again.
+    """
+
+    def __init__(
+        self,
+        mailbox: Any,
+        display: Display,
+        last_steps: dict[str, int],
+        deliver: Callable[[list[Point], list[tuple[str, bytes]]], None],
+        on_point: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self._mailbox, self._display, self._deliver, self._on_point = mailbox, display, deliver, on_point
+        self._last, self._kept, self._error = dict(last_steps), Post(), ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="metrics-courier")
         self.latest: dict[str, float] = {}
@@ -62,16 +111,38 @@ class Courier:
 
     def _round(self) -> None:
         try:
-            points: list[Point] = ray.get(self._mailbox.take.remote(), timeout=10)
+            post: Post = ray.get(self._mailbox.take.remote(), timeout=10)
         except (ray.exceptions.RayError, ConnectionError):
             return  # the node is busy or going down; the next round asks again
-        if not points:
+        for line in post.notices:
+            self._display.note(line)
+        fresh = [point for point in post.points if self._is_new(point)]
+        for _, step, values in fresh:
+            self._on_point(step, values)
+            self.latest |= values
+            if "loss" in values:
+                note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+                self._display.update(step, note)
+        self._kept.points += fresh
+        self._kept.files += post.files
+        if not (self._kept.points or self._kept.files):
             return
-        _, step, self.latest = points[-1]
-        self._display.update(
-            step, f"loss {self.latest['loss']:.4f}  {self.latest['images_per_second']:.0f} images/s"
-        )
-        self._deliver(points)
+        try:
+            self._deliver(self._kept.points, self._kept.files)
+        except Exception as error:  # whatever the server is down with: training goes on, nothing is lost
+            if not self._error:
+                self._error = " ".join(str(error).split())[:200]
+                self._display.note(f"the curves wait until MLflow takes them: {self._error}")
+        else:
+            self._kept, self._error = Post(), ""
+
+    def _is_new(self, point: Point) -> bool:
+        _, step, values = point
+        curve = next(iter(values))
+        if step <= self._last.get(curve, -1):
+            return False
+        self._last[curve] = step
+        return True
 
     def __enter__(self) -> "Courier":
         self._thread.start()
@@ -81,6 +152,8 @@ class Courier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        self._thread.join(timeout=30)
+        self._thread.join()
         self._round()
         self._display.close()
+        if self._error:
+            print(f"MLflow did not take the last points: {self._error}", file=sys.stderr, flush=True)

@@ -1,6 +1,9 @@
 """A training run from the driver's side: checks, MLflow, Ray Train, the exported model."""
 
+import contextlib
 import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,25 +12,27 @@ import ray
 import ray.train
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.validation_config import ValidationConfig
 
 from pipeline import __version__, tracking
 from pipeline.config import ModelSpec, TrainConfig, to_dict
+from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.plan import Plan
-from pipeline.data.storage import check_writable
 from pipeline.data.stream import RankStream
 from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Interrupted
 from pipeline.models.ema import power_gamma
-from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
-from pipeline.training.progress import Courier, open_mailbox
+from pipeline.training.history import CHECKPOINTS, mend, sweep
+from pipeline.training.progress import Courier, Point, open_mailbox
+from pipeline.training.signals import run_until_signal
+from pipeline.training.validation import Validator, save_model_at
+from pipeline.training.worker import RUN_FILE
 
-RAY_FOLDER = "checkpoints"
-RUN_FILE = "run.json"
-SNAPSHOTS = "snapshots"
+CURVES = ("loss", "bits_per_dim")
 
 
 class PlannedData(DataConfig):
@@ -48,7 +53,12 @@ class PlannedData(DataConfig):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves behind."""
+    """What a run leaves behind.
+
+    Attributes:
+        folder: the exported model, on this machine.
+        model: its name for the other jobs.
+    """
 
     run: tracking.Run
     folder: Path
@@ -85,6 +95,8 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
     for name in ("steps", "workers", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if config.min_workers > config.workers:
+        raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
     if config.batch_size < config.workers:
         raise InputError(
             f"--batch-size {config.batch_size} is the global batch and is split over --workers {config.workers}: "
@@ -100,32 +112,112 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
     spec = make_spec(config, index)
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)
-    check_writable(config.output)
+    if config.validate_every:
+        held_out = open_dataset(config.data, "validation")
+        if held_out.rows < 2 or config.validation_images == 1:
+            raise InputError("--validate-every needs at least two held-out images")
+        if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
+            raise InputError(
+                f"--validation-terms {config.validation_terms}: give an even number, or 0 for every term"
+            )
+    storage.check_writable(config.output)
     return index, spec
 
 
-def train(config: TrainConfig, hooks: worker.Hooks = worker.Hooks()) -> Trained:  # noqa: B008  (frozen)
+def train(
+    config: TrainConfig,
+    *,
+    callbacks: Sequence[Any] = (),
+    on_point: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    hooks: worker.Hooks = worker.Hooks(),  # noqa: B008  (frozen)
+) -> Trained:
     """Trains, or goes on training, and exports the averaged model to `OUTPUT/model`.
+
+    Args:
+        callbacks: `ray.train.UserCallback`s for Ray Train's controller.
+        on_point: told, in a thread of this process, each new point of the curves once: its step and values. Those of
+            the training hold `loss`, those of the validation `bits_per_dim`.
+        hooks: see there.
 
     Raises:
         InputError: see `check`; also a run in `output` that was not to be resumed, or with other settings.
+        Interrupted: a signal ended the run; it was saved first.
     """
     index, spec = check(config)
-    output = Path(config.output).absolute()
+    config = replace(config, data=storage.absolute(config.data))
+    output = storage.absolute(config.output)
     run = _open_run(config, spec, index, output, hooks.run_id)
-    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
+    folder = storage.join(output, CHECKPOINTS)
+    mend(folder)
     mailbox = open_mailbox()
+    trainer = _trainer(config, spec, index, output, run, mailbox, callbacks, hooks)
+    display = Display("train", config.steps, "steps")
+
+    def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
+        tracking.log_points(run, points)
+        for path, content in files:
+            storage.write_atomic(storage.join(output, path), content)
+            tracking.log_bytes(run, path, content)
+
+    status = "FAILED"
+    try:
+        with Courier(mailbox, display, run.last_steps, deliver, on_point) as courier:
+            result, signal_number = run_until_signal(trainer.fit, mailbox, display.note)
+            if reason := ray.get(mailbox.reason_to_give_up.remote()):
+                raise InputError(reason)
+        sweep(folder, [entry for entry, _ in result.best_checkpoints or []])
+        weights, step = _newest_model(folder)
+        if signal_number and step < config.steps:
+            status = "KILLED"
+            raise Interrupted(
+                f"stopped at step {step} of {config.steps}, which is saved; go on with --resume",
+                signal_number,
+            )
+        if step < config.steps and hooks.watch is None:
+            raise InputError(
+                f"the checkpoint of step {config.steps} in {folder} is damaged: go on with --resume"
+            )
+        status = "RUNNING"
+    except Interrupted:
+        status = "KILLED"
+        raise
+    finally:
+        ray.kill(mailbox)
+        if status != "RUNNING":
+            tracking.end_run(run, status)
+    exported = save_model_at(storage.join(output, "model"), weights, spec)
+    name = str(exported)
+    if hooks.log_model:
+        logged = tracking.log_model(run, exported, config.register, config.alias)
+        name = logged if config.register else name
+    return Trained(run, exported, spec, name, courier.latest)
+
+
+def _trainer(
+    config: TrainConfig,
+    spec: ModelSpec,
+    index: DatasetIndex,
+    output: str,
+    run: tracking.Run,
+    mailbox: Any,
+    callbacks: Sequence[Any],
+    hooks: worker.Hooks,
+) -> TorchTrainer:
+    # How long a dead worker goes unnoticed, and a finished one is waited for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     gpu = _use_gpu(config)
-    trainer = TorchTrainer(
+    filesystem, path = storage.arrow_fs(output)
+    validation = None
+    if config.validate_every:
+        held_out = open_dataset(config.data, "validation")
+        validation = ValidationConfig(
+            Validator(config, spec, held_out, output, mailbox),
+            ray_remote_kwargs=_validation_resources(config, gpu),
+        )
+    return TorchTrainer(
         worker.run,
-        train_loop_config={
-            "config": config,
-            "spec": spec,
-            "mailbox": mailbox,
-            "run_id": run.id,
-            "hooks": hooks,
-            "snapshots": str(output / SNAPSHOTS),
-        },
+        train_loop_config={"task": worker.Task(config, spec, output, mailbox, run.id, index.rows, hooks)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
@@ -133,46 +225,38 @@ def train(config: TrainConfig, hooks: worker.Hooks = worker.Hooks()) -> Trained:
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": int(gpu)},
         ),
         run_config=RunConfig(
-            name=RAY_FOLDER,
-            storage_path=str(output),
+            name=CHECKPOINTS,
+            storage_path=path,
+            storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=list(callbacks),
         ),
         datasets={"train": lambda: index},
         dataset_config=PlannedData(plan),
+        validation_config=validation,
     )
-    display = Display("train", config.steps, "steps")
 
-    def deliver(points: list[Any]) -> None:
-        tracking.log_points(run, [point for point in points if point[1] > run.last_step])
 
-    try:
-        with Courier(mailbox, display, deliver) as courier:
-            result = trainer.fit()
-            if reason := ray.get(mailbox.reason_to_stop.remote()):
-                raise InputError(reason)
-    except (ray.train.TrainingFailedError, InputError):
-        tracking.end_run(run, "FAILED")
-        raise
-    finally:
-        ray.kill(mailbox)
-    folder = _export(result.checkpoint, spec, output)
-    model = str(folder)
-    if hooks.log_model:
-        logged = tracking.log_model(run, folder, config.register, config.alias)
-        model = logged if config.register else model
-    return Trained(run, folder, spec, model, courier.latest)
+def _validation_resources(config: TrainConfig, gpu: bool) -> dict[str, Any]:
+    """What the workers leave of the cluster; no CPU at all where they leave none: it must not wait for their end."""
+    total = ray.cluster_resources()
+    spare_cpus = total.get("CPU", 0) - config.workers * config.cpus_per_worker
+    spare_gpus = total.get("GPU", 0) - config.workers if gpu else 0
+    # An environment of its own gives it processes of its own, whose low priority no other task inherits.
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+    return {"num_cpus": int(spare_cpus >= 1), "num_gpus": int(spare_gpus >= 1), "runtime_env": environment}
 
 
 def _open_run(
-    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: Path, run_id: str
+    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run_id: str
 ) -> tracking.Run:
     """One MLflow run for one output folder, whatever number of restarts."""
-    note = output / RUN_FILE
+    note = storage.join(output, RUN_FILE)
     settings = to_dict(replace(config, resume=False))
-    if note.exists():
-        old = json.loads(note.read_text())
+    if storage.exists(note):
+        old = json.loads(storage.read_bytes(note))
         if not config.resume:
             raise InputError(
                 f"--output {config.output} already holds a run: pass --resume, or another folder"
@@ -184,21 +268,18 @@ def _open_run(
                     f"--resume: {key} was {before} in {config.output} and is {now} now; keep it, or train in "
                     "another folder"
                 )
-        if run := tracking.reopen_run(run_id or old["run_id"], "loss"):
+        if run := tracking.reopen_run(run_id or old["run_id"], CURVES):
             return run
-    run = (tracking.reopen_run(run_id, "loss") if run_id else None) or tracking.start_run(
+    run = (tracking.reopen_run(run_id, CURVES) if run_id else None) or tracking.start_run(
         config.experiment,
         config.run_name,
         settings,
-        {"ray_ddpm.version": __version__, "ray_ddpm.output": str(output)},
+        {"ray_ddpm.version": __version__, "ray_ddpm.output": output},
     )
     tracking.log_dataset(run, config.data, index.fingerprint, index.rows)
     tracking.log_config(run, settings)
-    output.mkdir(parents=True, exist_ok=True)
     content = {"run_id": run.id, "fixed": _fixed(config, spec, index), "config": settings}
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(note)
+    storage.write_atomic(note, json.dumps(content, indent=1).encode())
     return run
 
 
@@ -216,11 +297,12 @@ def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[st
     }
 
 
-def _export(newest: Any, spec: ModelSpec, output: Path) -> Path:
-    with newest.as_directory() as folder:
-        saved, _ = checkpoint.read(Path(folder))
-    weights = saved.weights | saved.averages[0]
-    return save_model(output / "model", weights, spec)
+def _newest_model(folder: str) -> tuple[dict[str, Any], int]:
+    """The averaged model of the newest checkpoint, and its step."""
+    for uri in checkpoint.complete(folder):
+        with contextlib.suppress(checkpoint.DamagedCheckpoint):
+            return checkpoint.read_model(uri)
+    return {}, 0
 
 
 def _use_gpu(config: TrainConfig) -> bool:

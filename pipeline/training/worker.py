@@ -1,17 +1,16 @@
 """The training loop inside a Ray Train worker: process group, stream, checkpoints."""
 
 import contextlib
-import tempfile
+import json
+import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode
 from safetensors.torch import save as pack
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,13 @@ from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.models import ema
 from pipeline.training import checkpoint, loop
+from pipeline.training.agreement import Agreement
+from pipeline.training.history import CHECKPOINTS, History
+from pipeline.training.meter import Meter
+from pipeline.training.progress import Point
+
+RUN_FILE = "run.json"
+SNAPSHOTS = "snapshots"
 
 
 class Watch(Protocol):
@@ -47,24 +53,49 @@ class Hooks:
     log_model: bool = True
 
 
-def run(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: `settings` has config, spec, mailbox, run_id and hooks (see trainer.py)."""
-    mailbox = settings["mailbox"]
+@dataclass(frozen=True)
+class Task:
+    """What the driver gives every worker.
+
+    Args:
+        output: URI of the run.
+        mailbox: see progress.py.
+        run_id: of the MLflow run.
+        rows: samples in an epoch.
+    """
+
+    config: TrainConfig
+    spec: ModelSpec
+    output: str
+    mailbox: Any
+    run_id: str
+    rows: int
+    hooks: Hooks
+
+
+def run(settings: dict[str, Task]) -> None:
+    """What Ray Train runs on every worker."""
+    task = settings["task"]
     # Ray Train restarts the group after any error; where a restart can't help, it ends here instead.
-    if ray.get(mailbox.reason_to_stop.remote()):
+    if ray.get(task.mailbox.reason_to_give_up.remote()):
         return
     try:
-        _run(settings)
-    except (InputError, loop.NonFinite) as error:
-        ray.get(mailbox.stop.remote(str(error)))
+        _run(task)
+    except InputError as error:
+        ray.get(task.mailbox.give_up.remote(str(error)))
+        raise
+    except loop.NonFinite as error:
+        reason = f"{error}; their ids are in {_nonfinite_file(error)} of the output, and the last checkpoint is good"
+        advice = "resume with a smaller --learning-rate, or pass --skip-nonfinite"
+        ray.get(task.mailbox.give_up.remote(f"{reason}: {advice}"))
         raise
 
 
-def _run(settings: dict[str, Any]) -> None:
-    config: TrainConfig = settings["config"]
-    spec: ModelSpec = settings["spec"]
+def _run(task: Task) -> None:
+    config, spec, mailbox = task.config, task.spec, task.mailbox
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    _check_shared(task)
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -72,12 +103,24 @@ def _run(settings: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
+    history = History(
+        storage.join(task.output, CHECKPOINTS),
+        rank,
+        mailbox,
+        validate=lambda step: is_validated(config, step),
+        also=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
+    )
     state = loop.new_state(config, spec, device)
-    hooks: Hooks = settings["hooks"]
-    if saved := newest_good_checkpoint():
+    meter = Meter(config, world_size, device)
+    points: list[Point] = []
+    if found := history.restore():
+        saved, kept = found
         checkpoint.restore(state, saved)
-    elif hooks.start_from:
-        checkpoint.restore(state, checkpoint.read(Path(hooks.start_from))[0])
+        meter.restore(kept["meter"], rank)
+        if rank == 0:  # the driver may have been killed before it had delivered them
+            mailbox.post.remote([tuple(point) for point in kept["points"]])
+    elif task.hooks.start_from:
+        checkpoint.restore(state, checkpoint.read(task.hooks.start_from)[0])
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
     batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
@@ -88,25 +131,69 @@ def _run(settings: dict[str, Any]) -> None:
         static = not config.microbatch
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
 
-    mailbox = settings["mailbox"]
+    asked = mailbox.asked_to_stop.remote() if rank == 0 else None
+    agreement = Agreement(world_size)
+    last_saved = state.step
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
         if rank == 0:
-            mailbox.post.remote((int(time.time() * 1000), step, metrics | {"workers": world_size}))
+            points.append((int(time.time() * 1000), step, metrics | {"workers": world_size}))
+            mailbox.post.remote(points[-1:])
 
     def on_checkpoint(current: loop.TrainState) -> None:
-        saved = checkpoint.capture(current) if rank == 0 else None
-        if saved:
-            keep_snapshots(settings["snapshots"], config, saved)
-        save(current.step, saved, {"run_id": settings["run_id"]})
+        nonlocal last_saved
+        extra = {
+            "run_id": task.run_id,
+            "position": position(config, current.step, task.rows),
+            "learning_rate": loop.learning_rate(config, current.step),
+            "meter": meter.state(),
+            "points": list(points),
+        }
+        history.save(lambda: checkpoint.capture(current), current.step, extra)
+        points.clear()
+        last_saved = current.step
 
     def should_stop() -> bool:
-        return hooks.watch is not None and hooks.watch(state, rank, world_size)
+        if task.hooks.watch is not None and task.hooks.watch(state, rank, world_size):
+            return True
+        return agreement(asked is not None and bool(ray.wait([asked], timeout=0)[0]))
 
-    with contextlib.closing(batches):
-        loop.train(
-            config, spec, state, model, batches, device, world_size, on_log, on_checkpoint, should_stop
-        )
+    def on_skip(error: loop.NonFinite) -> None:
+        if rank == 0:
+            mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
+            mailbox.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
+
+    if rank == 0:
+        mailbox.set_running.remote(True)
+    try:
+        with contextlib.closing(batches):
+            loop.train(
+                config,
+                spec,
+                state,
+                model,
+                batches,
+                device,
+                world_size,
+                on_log,
+                on_checkpoint,
+                meter,
+                should_stop,
+                on_skip,
+            )
+    except loop.NonFinite as error:
+        if rank == 0:
+            ray.get(mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
+        raise
+    if state.step != last_saved:  # asked to stop
+        on_checkpoint(state)
+
+
+def is_validated(config: TrainConfig, step: int) -> bool:
+    """Whether the checkpoint at a step is validated: every `validate_every`-th, and the last one."""
+    if not config.validate_every:
+        return False
+    return step == config.steps or step % (config.validate_every * config.checkpoint_every) == 0
 
 
 def keep_snapshots(folder: str, config: TrainConfig, saved: checkpoint.Saved) -> None:
@@ -117,37 +204,33 @@ def keep_snapshots(folder: str, config: TrainConfig, saved: checkpoint.Saved) ->
         storage.write_atomic(storage.join(folder, ema.Snapshot(saved.step, length).name), pack(average))
 
 
-def save(step: int, saved: checkpoint.Saved | None, extra: dict[str, Any]) -> None:
-    """Hands a checkpoint to Ray Train, which uploads it in the background and registers it when whole.
-
-    Args:
-        saved: on rank 0; None elsewhere.
-    """
-    written = None
-    if saved:
-        folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-checkpoint-"))
-        checkpoint.write(folder, saved, extra)
-        written = Checkpoint.from_directory(str(folder))
-    ray.train.report(
-        {"step": step},
-        checkpoint=written,
-        checkpoint_dir_name=f"step-{step:09d}",
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+def position(config: TrainConfig, step: int, rows: int) -> dict[str, int]:
+    """Where a run is in its data after a number of steps."""
+    samples = step * config.batch_size
+    return {"samples": samples, "epoch": samples // rows, "row": samples % rows}
 
 
-def newest_good_checkpoint() -> checkpoint.Saved | None:
-    """The newest registered checkpoint whose bytes are as written; a damaged one is reported and passed over."""
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        return None
-    reported = [entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()]
-    candidates = {str(c.path): c for c in [*reported, newest]}
-    for candidate in reversed(list(candidates.values())):
-        try:
-            with candidate.as_directory() as folder:
-                return checkpoint.read(Path(folder))[0]
-        except (checkpoint.DamagedCheckpoint, OSError) as error:
-            print(f"checkpoint passed over: {error}", flush=True)
-    return None
+def _check_shared(task: Task) -> None:
+    node = ray.util.get_node_ip_address()
+    if not storage.exists(storage.join(task.output, RUN_FILE)):
+        raise InputError(
+            f"--output {task.output}: the node {node} does not see what the driver wrote there: give a folder that all "
+            "nodes share, or an object store (s3://…)"
+        )
+    if not storage.exists(task.config.data):
+        raise InputError(
+            f"--data {task.config.data}: the node {node} does not see it: give a folder that all nodes share, or an "
+            "object store (s3://…)"
+        )
+
+
+def _nonfinite_file(error: loop.NonFinite) -> str:
+    return f"nonfinite/step-{error.step:09d}.json"
+
+
+def _nonfinite_record(error: loop.NonFinite) -> bytes:
+    """JSON, which has no word for NaN."""
+    samples = [
+        {**s, "loss": s["loss"] if math.isfinite(s["loss"]) else str(s["loss"])} for s in error.samples
+    ]
+    return json.dumps({"step": error.step, "samples": samples}, indent=1).encode()

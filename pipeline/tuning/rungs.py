@@ -90,7 +90,7 @@ class RungWatch:
         newest = Path(self.keep)
         partial = newest.with_name(f".{newest.name}-{uuid.uuid4().hex}")
         partial.mkdir(parents=True)
-        checkpoint.write(partial, checkpoint.capture(state), {})
+        checkpoint.write(str(partial), checkpoint.capture(state), {})
         shutil.rmtree(newest, ignore_errors=True)
         partial.replace(newest)
 

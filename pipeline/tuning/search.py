@@ -177,7 +177,7 @@ def _open(config: TuneConfig, space: Space) -> tracking.Run:
                     f"--resume: {key} was {old['fixed'].get(key)} in {config.output} and is {now} now; keep it, or "
                     "search in another folder"
                 )
-        run = tracking.reopen_run(old["run_id"], config.metrics[0])
+        run = tracking.reopen_run(old["run_id"], config.metrics)
     if run is None:
         params = to_dict(config) | {"search": fixed["space"]}
         tags = {"ray_ddpm.search": config.output}

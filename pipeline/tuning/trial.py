@@ -1,6 +1,5 @@
 """A trial: one Ray Train run, as a Ray Tune trainable whose steps are the rungs."""
 
-import json
 import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from pipeline import tracking
 from pipeline.cluster import connect
 from pipeline.config import TrainConfig, to_dict
 from pipeline.errors import InputError
-from pipeline.training import trainer
+from pipeline.training import checkpoint, trainer
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger, space
 from pipeline.tuning.config import TuneConfig, base, finished, rung_steps
@@ -141,16 +140,16 @@ class TrainTrial(Trial):
         shutil.copytree(self._start_folder(None), checkpoint_dir, dirs_exist_ok=True)
         (Path(checkpoint_dir) / "trial").write_text(self.record.name)
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
+    def load_checkpoint(self, saved: Any) -> None:
         """For population based training: a new leg, from a trial's weights (or its own), with changed flags.
 
         Also a trial that goes on where it was gets a new folder: its old workers may still be on their way out.
         """
-        donor, leg = (Path(checkpoint) / "trial").read_text(), self.record.leg + 1
+        donor, leg = (Path(saved) / "trial").read_text(), self.record.leg + 1
         start = self._start_folder(leg)
         shutil.rmtree(start, ignore_errors=True)
-        shutil.copytree(checkpoint, start)
-        step = json.loads((start / "state.json").read_text())["step"]
+        shutil.copytree(saved, start)
+        _, step = checkpoint.read_model(str(start))
         history = self.record.history
         if donor != self.record.name:
             changed = {k: v for k, v in self.config.items() if self.record.flags.get(k) != v}
@@ -166,7 +165,7 @@ class TrainTrial(Trial):
 
     def _start(self) -> None:
         config = training(self.job, self.record)
-        if not self.record.run_id or tracking.reopen_run(self.record.run_id, "loss") is None:
+        if not self.record.run_id or tracking.reopen_run(self.record.run_id, ("loss",)) is None:
             run = tracking.start_run(
                 config.experiment,
                 config.run_name,
@@ -178,7 +177,7 @@ class TrainTrial(Trial):
             self.keep(run_id=run.id)
         _, spec = trainer.check(config)
         start = self._start_folder(self.record.leg)
-        begun = json.loads((start / "state.json").read_text())["step"] if start.exists() else -1
+        begun = checkpoint.read_model(str(start))[1] if start.exists() else -1
         behind = max([begun, *(rung.step for rung in self.record.rungs)])
         rungs = {k: v for k, v in rung_steps(self.job, config.batch_size).items() if k > behind}
         self._exchange = Exchange.remote()  # type: ignore[attr-defined]
@@ -191,7 +190,7 @@ class TrainTrial(Trial):
             log_model=False,
         )
         pool = ThreadPoolExecutor(1, thread_name_prefix="training")
-        self._future = pool.submit(trainer.train, config, hooks)
+        self._future = pool.submit(trainer.train, config, hooks=hooks)
         pool.shutdown(wait=False)
 
     def _start_folder(self, leg: int | None) -> Path:

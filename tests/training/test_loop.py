@@ -87,10 +87,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(sampler: str, tmp_path: 
     config, spec = problem(diffusion={"timestep_sampler": sampler})
     straight, losses = run(config, spec)
     half, _ = run(dataclasses.replace(config, steps=10), spec)
-    checkpoint.write(tmp_path, checkpoint.capture(half), {})
+    checkpoint.write(str(tmp_path), checkpoint.capture(half), {})
     torch.randn(100)  # hidden generator state differs after a restart; nothing may depend on it
     resumed = new_state(config, spec, CPU)
-    checkpoint.restore(resumed, checkpoint.read(tmp_path)[0])
+    checkpoint.restore(resumed, checkpoint.read(str(tmp_path))[0])
     resumed, tail = run(config, spec, resumed)
     assert torch.equal(flat(straight), flat(resumed))
     assert all(

@@ -1,0 +1,135 @@
+"""What a run says of itself: averages over a logging interval, and a record of the samples that it has seen.
+
+Both are carried by checkpoints, so that a curve's point and the record are those of a run that nothing stopped.
+"""
+
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config import TrainConfig
+from pipeline.errors import InputError
+
+BAD_IMAGES_BEFORE_JUDGING = 100
+
+
+class SeenBatch(Protocol):
+    """What is counted of a batch."""
+
+    ids: Tensor
+    epochs: Tensor
+    bad: tuple[str, ...]
+
+
+def samples_digest(epochs: np.ndarray, ids: np.ndarray) -> int:
+    """A number for a multiset of (epoch, sample id) pairs: equal for equal multisets, whatever their order.
+
+    The sum, modulo 2^64, of a hash of each pair (the finalizer of SplitMix64: Steele et al. 2014): a pair that is
+    missing, or there twice, changes it, but for a chance of 2^-64. Sums of parts are the whole's.
+    """
+    z = ids.astype(np.uint64) + (epochs.astype(np.uint64) << np.uint64(40))
+    z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+class Meter:
+    """Sums of this worker since the last logged point, and of the samples seen since the run's first step."""
+
+    def __init__(self, config: TrainConfig, world_size: int, device: torch.device) -> None:
+        self._config, self._world_size, self._device = config, world_size, device
+        self._named: list[str] = []
+        # [samples, their digest, undecodable ones], since the run's first step, int64 (the digest wraps around).
+        self._seen = np.zeros(3, np.int64)
+        self._new_interval()
+
+    def _new_interval(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._norm, self._steps, self._skipped, self._bad = 0.0, 0, 0, 0
+        self._here, self._waited, self._began = 0, 0.0, time.perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor, waited: float, batch: SeenBatch) -> None:
+        """Counts a step: its local part of the mean loss, and the global gradient norm."""
+        self._loss += loss
+        self._norm += float(norm)
+        self._steps += 1
+        self._count(waited, batch)
+
+    def add_skipped(self, waited: float, batch: SeenBatch) -> None:
+        """Counts a step that was not made."""
+        self._skipped += 1
+        self._count(waited, batch)
+
+    def _count(self, waited: float, batch: SeenBatch) -> None:
+        self._here += 1
+        self._waited += waited
+        digest = np.uint64(samples_digest(batch.epochs.numpy(), batch.ids.numpy())).astype(np.int64)
+        self._seen += np.array([len(batch.ids), digest, len(batch.bad)])
+        self._bad += len(batch.bad)
+        self._named = (self._named + list(batch.bad))[:5]
+        seen, _, bad = self._seen
+        if seen >= BAD_IMAGES_BEFORE_JUDGING and bad > self._config.max_bad_fraction * seen:
+            raise InputError(
+                f"{bad} of {seen} images could not be decoded, more than --max-bad-fraction "
+                f"{self._config.max_bad_fraction:g} allows: {'; '.join(self._named)}"
+            )
+
+    def read(self, rate: float) -> dict[str, float]:
+        """The interval's averages over all workers; a new interval begins. A collective call."""
+        seconds = time.perf_counter() - self._began
+        loss, waited, bad = self._total(self._loss, self._waited, self._bad)
+        result = {
+            "loss": loss / max(self._steps, 1),
+            "gradient_norm": self._norm / max(self._steps, 1),
+            "learning_rate": rate,
+            "images_per_second": self._here * self._config.batch_size / seconds,
+            "data_wait_share": waited / self._world_size / seconds,
+            "undecodable_images": bad,
+            "skipped_steps": self._skipped,
+        }
+        self._new_interval()
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON: the sums over all workers. A collective call."""
+        loss, bad = self._total(self._loss, self._bad)
+        seen = torch.from_numpy(self._seen.copy()).to(self._device)
+        if self._world_size > 1:
+            dist.all_reduce(seen)
+        samples, digest, undecodable = seen.tolist()
+        return {
+            "interval": {
+                "loss": loss,
+                "norm": self._norm,
+                "steps": self._steps,
+                "skipped": self._skipped,
+                "bad": bad,
+            },
+            "seen": {
+                "samples": samples,
+                "digest": f"{digest % 2**64:016x}",
+                "undecodable": undecodable,
+            },
+        }
+
+    def restore(self, state: dict[str, Any], rank: int) -> None:
+        """Goes on from `state`, whose sums over all workers become those of rank 0."""
+        interval, seen = state["interval"], state["seen"]
+        self._norm, self._steps, self._skipped = interval["norm"], interval["steps"], interval["skipped"]
+        if rank == 0:
+            self._loss += interval["loss"]
+            self._bad = int(interval["bad"])
+            digest = np.uint64(int(seen["digest"], 16)).astype(np.int64)
+            self._seen = np.array([seen["samples"], digest, seen["undecodable"]], np.int64)
+
+    def _total(self, *values: Tensor | float) -> list[float]:
+        """Each value summed over the workers."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self._device) for v in values])
+        if self._world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()

@@ -1,0 +1,104 @@
+"""Validation beside the training: held-out bits/dim and a sample grid of the averaged weights at a checkpoint.
+
+Ray Train runs it as a task of its own for checkpoints that are reported with `validation`, one at a time; the steps
+don't wait for it. The held-out images, the terms of the bound and all noise are the same for every checkpoint.
+"""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from pipeline.config import ModelSpec, TrainConfig
+from pipeline.data import storage
+from pipeline.data.index import DatasetIndex
+from pipeline.evaluation.bits import held_out_bits
+from pipeline.evaluation.work import choose
+from pipeline.models.export import CONFIG, save_model
+from pipeline.models.unet import UNet, build
+from pipeline.pictures import draw_samples
+from pipeline.training import checkpoint
+from pipeline.training.history import CHECKPOINTS
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Validator:
+    """The function that Ray Train calls with a checkpoint.
+
+    Args:
+        output: URI of the run.
+        held_out: the images to validate on.
+    """
+
+    config: TrainConfig
+    spec: ModelSpec
+    held_out: DatasetIndex
+    output: str
+    mailbox: Any
+
+    def __call__(self, reported: ray.train.Checkpoint, *, step: int) -> dict[str, Any]:
+        """Posts the figures to the curve and the grid to the run; keeps the best model in `OUTPUT/best`."""
+        try:
+            return self._validate(storage.name(reported.path), step)
+        except Exception as error:  # Ray Train goes on without it, and says so only in its own logs
+            self.mailbox.notice.remote(f"step {step} could not be validated: {type(error).__name__}: {error}")
+            raise
+
+    def _validate(self, name: str, step: int) -> dict[str, Any]:
+        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        if device.type == "cpu":  # only what the training leaves
+            os.setpriority(os.PRIO_PROCESS, 0, 19)
+            torch.set_num_threads(1)
+        model = build(self.spec)
+        weights, _ = checkpoint.read_model(storage.join(self.output, CHECKPOINTS, name))
+        model.load_state_dict(weights)
+        model = model.eval().requires_grad_(False)
+        config = self.config
+        bits = held_out_bits(
+            model,
+            self.spec,
+            self.held_out,
+            choose(self.held_out.rows, config.validation_images, config.seed),
+            terms=min(config.validation_terms, self.spec.diffusion.timesteps),
+            seed=config.seed,
+            run=lambda work, tasks, title="": map(work.start(device), tasks),
+        )
+        figures = {"bits_per_dim": bits.bits_per_dim, "bits_per_dim_stderr": bits.stderr}
+        self._post(model.to(device), step, figures)
+        self._keep_best(weights, step, bits.bits_per_dim)
+        return figures
+
+    def _post(self, model: UNet, step: int, figures: dict[str, float]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            picture = draw_samples(model, self.spec, Path(folder) / "grid.png", rows=4, seed=self.config.seed)
+            path = f"samples/step-{step:09d}.png"
+            self.mailbox.post_file.remote(path, picture.read_bytes())
+        ray.get(self.mailbox.post.remote([(int(time.time() * 1000), step, figures)]))
+
+    def _keep_best(self, weights: dict[str, torch.Tensor], step: int, bits: float) -> None:
+        place = storage.join(self.output, BEST)
+        note = storage.join(place, CONFIG)
+        if storage.exists(note):
+            best = json.loads(storage.read_bytes(note))["provenance"]
+            if best["bits_per_dim"] <= bits:
+                return
+        facts = {**self.spec.provenance, "steps": step, "bits_per_dim": bits}
+        save_model_at(place, weights, replace(self.spec, provenance=facts))
+
+
+def save_model_at(uri: str, weights: dict[str, torch.Tensor], spec: ModelSpec) -> Path:
+    """`save_model` on any storage; returns a folder on this machine that holds the model."""
+    if storage.is_local(uri):
+        return save_model(Path(uri), weights, spec)
+    folder = save_model(Path(tempfile.mkdtemp(prefix="ray-ddpm-model-")) / "model", weights, spec)
+    storage.put_folder(folder, uri)
+    return folder
