@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
@@ -14,7 +15,8 @@ import tyro
 from pipeline import tracking
 from pipeline.cluster import connect
 from pipeline.config import from_dict, load_yaml
-from pipeline.errors import InputError, Interrupted
+from pipeline.errors import InputError, Interrupted, JobFailed
+from pipeline.redact import redact, refuse_secrets
 
 T = TypeVar("T")
 
@@ -64,27 +66,32 @@ def main(
         ray: join or start Ray first.
 
     Returns:
-        the exit code: 0, 2 on bad input, 128 + its number after a signal; any other error is raised.
+        the exit code: 0; 2 on bad input; 128 + its number after a signal; a submitted job's own; 1 after any
+        other error, whose traceback is shown without secrets.
     """
     arguments, verbose = _take_switch(arguments, "--verbose")
     try:
         config = parse(cls, arguments, job, about)
+        refuse_secrets(config)
         with result_stream() as stream:
             _quieten(verbose)
             check(config)
             if ray:
-                connect(verbose, {"MLFLOW_TRACKING_URI": tracking.tracking_uri()})
+                connect(verbose, tracking.environment())
             result = run(config)
             print(json.dumps(result), file=stream, flush=True)
     except InputError as error:
-        print(f"{job}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{job}: {' '.join(redact(str(error)).split())}", file=sys.stderr)
         return 2
-    except Interrupted as error:
-        print(f"{job}: {error}", file=sys.stderr)
+    except (Interrupted, JobFailed) as error:
+        print(f"{job}: {redact(str(error))}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print(f"{job}: interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
     return 0
 
 

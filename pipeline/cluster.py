@@ -1,5 +1,6 @@
 """Joining or starting Ray, quietly."""
 
+import json
 import logging
 import os
 import warnings
@@ -38,14 +39,11 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        # Workers import this package from wherever the driver does, also where it isn't installed.
-        root = str(Path(__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         options: dict[str, Any] = {
             "log_to_driver": verbose,
             "logging_level": logging.INFO if verbose else logging.ERROR,
             "configure_logging": True,
-            "runtime_env": {"env_vars": {"PYTHONPATH": path, **(environment or {})}},
+            "runtime_env": {"env_vars": _worker_environment(environment or {})},
         }
         if not address:
             options |= {"address": "local", "include_dashboard": False}
@@ -61,3 +59,16 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False
         context.print_on_execution_start = False
+
+
+def _worker_environment(environment: dict[str, str]) -> dict[str, str]:
+    """What workers get beside their nodes' own environment."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    # A submitted job's tree is on every node already, and Ray refuses to be told a variable twice.
+    if "working_dir" not in job:
+        root = str(Path(__file__).parents[1])
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            **environment,
+        }
+    return {name: value for name, value in environment.items() if name not in job.get("env_vars", {})}

@@ -9,6 +9,18 @@ class InputError(ValueError):
     """
 
 
+class JobFailed(RuntimeError):
+    """A job that ran elsewhere failed; its output has been shown.
+
+    Attributes:
+        code: what to exit with, between 1 and 255.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Interrupted(RuntimeError):
     """A signal ended the job before its work was done; what is done is kept.
 

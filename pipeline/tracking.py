@@ -19,6 +19,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import InputError
+from pipeline.redact import redact
 
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
@@ -40,6 +41,12 @@ class Run:
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def environment() -> dict[str, str]:
+    """What workers on other nodes need of it, without secrets: those belong to the nodes' own environment."""
+    uri = tracking_uri()
+    return {"MLFLOW_TRACKING_URI": uri} if redact(uri) == uri else {}
 
 
 def quieten() -> None:
@@ -66,15 +73,16 @@ def start_run(
     """
     try:
         client = _client()
+        shown = {key: redact(value) for key, value in tags.items()}
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment)
         nested = {"mlflow.parentRunId": parent} if parent else {}
-        run = client.create_run(experiment_id, run_name=name or None, tags=tags | nested)
-        values = [Param(key, str(value)[:6000]) for key, value in sorted(_flat(params).items())]
+        run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
+        values = [Param(key, redact(str(value))[:6000]) for key, value in sorted(_flat(params).items())]
         for i in range(0, len(values), _PARAMS_A_CALL):
             client.log_batch(run.info.run_id, params=values[i : i + _PARAMS_A_CALL])
     except (MlflowException, OSError) as error:
-        raise InputError(f"MLflow at {_shown(tracking_uri())}: {_line(error)}") from None
+        raise InputError(f"MLflow at {redact(tracking_uri())}: {_line(error)}") from None
     return Run(run.info.run_id)
 
 
@@ -92,7 +100,7 @@ def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
 def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
     """Closes a run as FINISHED, FAILED or KILLED; why is kept as a tag."""
     if reason:
-        _client().set_tag(run.id, "ray_ddpm.reason", reason)
+        _client().set_tag(run.id, "ray_ddpm.reason", redact(reason))
     _client().set_terminated(run.id, status)
 
 
@@ -112,7 +120,9 @@ def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
     from mlflow.entities import DatasetInput, InputTag
 
     dataset = MetaDataset(
-        CodeDatasetSource({"uri": uri}), name=uri.rstrip("/").rpartition("/")[2], digest=fingerprint[:32]
+        CodeDatasetSource({"uri": redact(uri)}),
+        name=uri.rstrip("/").rpartition("/")[2],
+        digest=fingerprint[:32],
     )
     tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]
     _client().log_inputs(run.id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
@@ -135,7 +145,7 @@ def log_config(run: Run, config: dict[str, Any]) -> None:
     """Keeps the whole configuration as `config.yaml`; `--config` takes it as it is."""
     import yaml
 
-    _client().log_text(run.id, yaml.safe_dump(config, sort_keys=False), "config.yaml")
+    _client().log_text(run.id, redact(yaml.safe_dump(config, sort_keys=False)), "config.yaml")
 
 
 def log_model(run: Run, folder: Path, name: str = "", alias: str = "") -> str:
@@ -199,7 +209,7 @@ def resolve_model(model: str) -> tuple[Path, str]:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target))
     except (MlflowException, OSError) as error:
         raise InputError(
-            f"--model {model}: not found in MLflow at {_shown(tracking_uri())}: {_line(error)}"
+            f"--model {model}: not found in MLflow at {redact(tracking_uri())}: {_line(error)}"
         ) from None
     # pyfunc keeps artifacts under their key, or under the folder's own name.
     for config in sorted(local.rglob("config.json")):
@@ -210,7 +220,7 @@ def resolve_model(model: str) -> tuple[Path, str]:
 
 def ui_command() -> str:
     """The one command that shows the runs in a browser, on this machine only."""
-    return f"mlflow ui --backend-store-uri {tracking_uri()} --host 127.0.0.1"
+    return f"mlflow ui --backend-store-uri {redact(tracking_uri())} --host 127.0.0.1"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -220,10 +230,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(uri: str) -> str:
-    """A URI without the password in it."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
-
-
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return redact(" ".join(str(error).split()))[:300]

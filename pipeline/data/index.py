@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import ImageConfig
 from pipeline.data import storage
+from pipeline.data.parquet import open_parquet
 from pipeline.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -111,4 +112,4 @@ def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
 def _parquet(uri: str) -> pq.ParquetFile:
     """An open shard: its footer is read once in a process, not once a group."""
     fs, path = storage.open_fs(uri)
-    return pq.ParquetFile(fs.open(path, "rb"))
+    return open_parquet(fs.open(path, "rb"), uri)

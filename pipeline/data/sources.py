@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.data import storage
 from pipeline.data.images import encode_png
+from pipeline.data.parquet import open_parquet
 from pipeline.errors import InputError
 
 Source = Literal["digits", "idx", "folder", "webdataset", "huggingface"]
@@ -249,9 +249,11 @@ def _plan_parquet(uri: str, images_per_part: int) -> Plan:
         fs, path = storage.open_fs(file)
         try:
             with fs.open(path, "rb") as handle:
-                parquet = pq.ParquetFile(handle)
+                parquet = open_parquet(handle, file)
                 schema, groups = parquet.schema_arrow, parquet.num_row_groups
                 rows = [parquet.metadata.row_group(i).num_rows for i in range(groups)]
+        except InputError:
+            raise
         except Exception as error:  # pyarrow raises anything on a damaged footer
             raise InputError(f"{file}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
         if "image" not in schema.names:
@@ -282,7 +284,7 @@ def _read_parquet(part: Part) -> Iterator[Item]:
     (uri,) = part.uris
     fs, path = storage.open_fs(uri)
     with fs.open(path, "rb") as handle:
-        parquet = pq.ParquetFile(handle)
+        parquet = open_parquet(handle, uri)
         columns = [name for name in ("image", "label") if name in parquet.schema_arrow.names]
         for group in range(part.start, part.start + part.count):
             try:

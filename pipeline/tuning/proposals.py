@@ -21,6 +21,8 @@ from pipeline.tuning.space import Space
 from pipeline.tuning.trial import FAILED, IMAGES
 
 _STUDY = "search"
+# Random choices that are made until one is new; in a space that is used up none is.
+ATTEMPTS = 500
 
 
 class Proposals(Searcher):
@@ -31,18 +33,22 @@ class Proposals(Searcher):
         one = len(metrics) == 1
         super().__init__(metric=metrics[0] if one else metrics, mode="min" if one else ["min"] * len(metrics))
         self.names: dict[str, str] = {}
+        self._asked: dict[str, str] = {}
+        self._proposed = [record.parameters for record in records]
         self._config, self._space = config, space
         self._unfinished = [record for record in records if not record.over]
         self._next = max((record.number for record in records), default=-1) + 1
         storage = optuna.storages.InMemoryStorage()
-        study = optuna.create_study(
-            storage=storage, study_name=_STUDY, directions=["minimize"] * len(metrics)
-        )
+        directions = ["minimize"] * len(metrics)
+        study = optuna.create_study(storage=storage, study_name=_STUDY, directions=directions)
         for record in records:
             if record.over:
                 study.add_trial(_told(record, config, space))
             else:
                 study.enqueue_trial(record.parameters)
+        self._study = study
+        chance = optuna.samplers.RandomSampler(seed=config.seed * 100_003 + len(records) + 1)
+        self._chance = optuna.create_study(sampler=chance)
         self._inner = OptunaSearch(
             space.entries,
             metric=self.metric,
@@ -54,17 +60,38 @@ class Proposals(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The flags of the next trial (see Ray Tune's Searcher)."""
-        parameters = self._inner.suggest(trial_id)
-        if parameters is None:
-            return None
         if self._unfinished:
+            self._inner.suggest(trial_id)
             record = self._unfinished.pop(0)
         else:
+            parameters = self._new_parameters(trial_id)
+            if parameters is None:
+                return Searcher.FINISHED
             record = Record(self._next, parameters, self._space.decode(parameters))
             self._next += 1
             ledger.write(self._config.output, record)
         self.names[trial_id] = record.name
         return dict(record.flags)
+
+    def _new_parameters(self, trial_id: str) -> dict[str, Any] | None:
+        """What no trial has had, since the same settings train to the same model; None where that is all there is.
+
+        Optuna proposes the best it knows of again and again; then a random choice stands in for it.
+        """
+        if self._taken(parameters := self._inner.suggest(trial_id)):
+            self._inner.on_trial_complete(trial_id, None, True)
+            choices = (self._chance.ask(self._space.entries).params for _ in range(ATTEMPTS))
+            parameters = next((choice for choice in choices if not self._taken(choice)), None)
+            if parameters is None:
+                return None
+            self._study.enqueue_trial(parameters)
+            self._asked[trial_id] = f"{trial_id}-again"
+            self._inner.suggest(self._asked[trial_id])
+        self._proposed.append(parameters)
+        return parameters
+
+    def _taken(self, parameters: dict[str, Any]) -> bool:
+        return parameters in self._proposed
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Optuna is told the last result alone."""
@@ -74,7 +101,7 @@ class Proposals(Searcher):
     ) -> None:
         """Tells Optuna how a trial ended."""
         failed = error or not result or bool(result.get(FAILED))
-        self._inner.on_trial_complete(trial_id, None if failed else result, failed)
+        self._inner.on_trial_complete(self._asked.get(trial_id, trial_id), None if failed else result, failed)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the state."""

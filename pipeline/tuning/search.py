@@ -106,6 +106,7 @@ def _run(
         tune_config=tune.TuneConfig(
             num_samples=left,
             max_concurrent_trials=at_a_time,
+            reuse_actors=config.scheduler != "pbt",
             search_alg=proposals,
             scheduler=make_scheduler(config, space, records),
             trial_name_creator=lambda one: names[one.trial_id],
@@ -115,6 +116,8 @@ def _run(
             name=session,
             storage_path=config.output,
             verbose=0,
+            # Trials have checkpoints of their own; the scheduler asks for one where it needs it.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
             callbacks=[_Progress(config)],
         ),

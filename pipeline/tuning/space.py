@@ -118,7 +118,10 @@ def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
         elif isinstance(value, list):
             for item in value:
                 _check_value(flag, item, where)
-            entries[flag] = _choice([json.dumps(item) for item in value], flag, where)
+            if len(value) == 1:
+                fixed[flag] = value[0]
+            else:
+                entries[flag] = _choice([json.dumps(item) for item in value], flag, where)
         else:
             _check_value(flag, value, where)
             fixed[flag] = value

@@ -71,6 +71,12 @@ class Trial(tune.Trainable):
         if self.record.status == "running" and self.stopped_early():
             self.keep(status="stopped")
 
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial in the same process, which saves the seconds of a start; see Ray Tune's reuse_actors."""
+        self.cleanup()
+        self.record = ledger.read(self.job.output, self.trial_name)
+        return True
+
     def keep(self, **changes: Any) -> None:
         """Changes the trial's record, in memory and on disk."""
         self.record = replace(self.record, **changes)
@@ -121,7 +127,8 @@ class TrainTrial(Trial):
         """See `Trial`."""
         self._answer(True)
         assert self._future is not None
-        self._future.result()
+        future, self._future = self._future, None
+        future.result()
         tracking.end_run(tracking.Run(self.record.run_id))
 
     def stopped_early(self) -> bool:
@@ -129,7 +136,8 @@ class TrainTrial(Trial):
         if self._future is None:
             return False
         self._answer(False)
-        self._future.result()
+        future, self._future = self._future, None
+        future.result()
         if self.job.scheduler == "pbt":
             return False
         tracking.end_run(tracking.Run(self.record.run_id), reason="stopped by the scheduler")
@@ -160,6 +168,7 @@ class TrainTrial(Trial):
 
     def failed(self) -> None:
         """See `Trial`."""
+        self._future, self._asked = None, None
         if self.record.run_id:
             tracking.end_run(tracking.Run(self.record.run_id), "FAILED", reason=self.record.reason)
 

@@ -33,14 +33,20 @@ def command(job: str, *flags: object) -> list[str]:
 
 def run_job(job: str, *flags: object, home: Path, timeout: float = 300, **extra: str) -> Outcome:
     """Runs `jobs/JOB.py FLAGS` in `home` to its end."""
-    done = subprocess.run(
-        command(job, *flags),
-        cwd=home,
-        env=environment(home, **extra),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+    return outcome(
+        subprocess.run(
+            command(job, *flags),
+            cwd=home,
+            env=environment(home, **extra),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     )
+
+
+def outcome(done: subprocess.CompletedProcess[str]) -> Outcome:
+    """What a job that has ended left behind; its result is the last line on stdout."""
     lines = done.stdout.strip().splitlines()
     result = json.loads(lines[-1]) if done.returncode == 0 and lines else {}
     return Outcome(done.returncode, result, done.stdout, done.stderr)

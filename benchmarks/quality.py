@@ -1,0 +1,180 @@
+"""What a class-conditional model learns: the pipeline from data to samples, judged beside real images.
+
+    python benchmarks/quality.py [--data mnist] [--mnist FOLDER] [--output FOLDER] [--smoke]
+
+prepare, train, generate, evaluate on digits (8x8), or on MNIST padded to 32x32 (gzipped IDX files in --mnist). Run
+again with the same --output it goes on where it was ended. The ratios are those of the samples to as many real
+held-out images; the training's cost is the CPU time of its worker, of this call alone.
+"""
+
+import argparse
+import gzip
+import json
+import struct
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from jobs import evaluate, generate, prepare, train
+from pipeline import cli, tracking
+from pipeline.cluster import connect
+from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.data.shards import PrepareConfig
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.generation.config import GenerateConfig
+
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+PADDING = 2
+SAMPLES = {"digits": 360, "mnist": 600}
+"""As many as there are real images held out."""
+
+
+class CpuTime:
+    """The CPU seconds of this run's training workers, read every second while they live."""
+
+    def __init__(self) -> None:
+        self._seconds = dict[int, float]()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "CpuTime":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(1):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        used = process.cpu_times()
+                        self._seconds[process.pid] = used.user + used.system
+                except psutil.Error:
+                    continue
+
+    def total(self) -> float:
+        return sum(self._seconds.values())
+
+
+def pad_mnist(source: Path, output: Path) -> None:
+    """The training set's IDX files with `PADDING` black pixels on every side."""
+    output.mkdir(parents=True, exist_ok=True)
+    data = gzip.decompress((source / "train-images-idx3-ubyte.gz").read_bytes())
+    magic, count, rows, columns = struct.unpack(">IIII", data[:16])
+    pixels = np.frombuffer(data, np.uint8, offset=16).reshape(count, rows, columns)
+    padded = np.pad(pixels, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
+    header = struct.pack(">IIII", magic, count, *padded.shape[1:])
+    (output / "train-images-idx3-ubyte").write_bytes(header + padded.tobytes())
+    labels = gzip.decompress((source / "train-labels-idx1-ubyte.gz").read_bytes())
+    (output / "train-labels-idx1-ubyte").write_bytes(labels)
+
+
+def prepared(name: str, mnist: Path, root: Path) -> PrepareConfig:
+    if name == "digits":
+        return PrepareConfig(output=str(root / "data"), validation_fraction=0.2)
+    if not (root / "padded" / "train-labels-idx1-ubyte").exists():
+        pad_mnist(mnist, root / "padded")
+    return PrepareConfig(
+        output=str(root / "data"), source="idx", input=str(root / "padded"), validation_fraction=0.01
+    )
+
+
+def training(name: str, root: Path, steps: int) -> TrainConfig:
+    common: dict[str, Any] = {
+        "data": str(root / "data"),
+        "output": str(root / "run"),
+        "resume": (root / "run" / "run.json").exists(),
+        "cpus_per_worker": 2,
+        "diffusion": DiffusionConfig(schedule="cosine", timesteps=400),
+        "log_every": 10,
+        "experiment": "quality",
+    }
+    if name == "digits":
+        return TrainConfig(
+            **common,
+            steps=steps or 600,
+            model=ModelConfig(32, (1, 2), attention_resolutions=(4,), class_conditional=True),
+            optimizer=OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,)),
+            checkpoint_every=200,
+        )
+    return TrainConfig(
+        **common,
+        steps=steps or 1500,
+        batch_size=64,
+        model=ModelConfig(32, (1, 1, 2, 2), res_blocks=1, attention_resolutions=(), class_conditional=True),
+        optimizer=OptimizerConfig(learning_rate=1e-3, ema_decays=(0.99,)),
+        checkpoint_every=50,
+    )
+
+
+def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Runs the jobs; returns what is printed."""
+    name, smoke = arguments.data, arguments.smoke
+    connect(environment={"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
+    prepare.run(prepared(name, Path(arguments.mnist), root))
+    began = time.perf_counter()
+    with CpuTime() as cpu:
+        trained = train.run(training(name, root, 4 if smoke else arguments.steps))
+    result = {
+        "data": name,
+        "steps": trained["count"],
+        "training_cpu_minutes": round(cpu.total() / 60, 2),
+        "training_wall_minutes": round((time.perf_counter() - began) / 60, 2),
+    }
+    model, samples = str(root / "run" / "model"), str(root / f"samples-{trained['count']}")
+    generate.run(
+        GenerateConfig(
+            model,
+            samples,
+            count=64 if smoke else SAMPLES[name],
+            sampler="dpm_solver",
+            sampling_steps=2 if smoke else 25,
+            guidance=arguments.guidance,
+        )
+    )
+    measured = evaluate.run(
+        EvaluateConfig(
+            model,
+            str(root / "data"),
+            samples,
+            str(root / "evaluation"),
+            terms=2 if smoke else 0 if name == "digits" else 20,
+            max_images=8 if smoke else 360,
+            classifier_steps=10 if smoke else 500,
+        )
+    )["metrics"]
+    for key in ("knn_label_accuracy", "knn_label_accuracy_real", "frechet_distance", "frechet_distance_real"):
+        result[key] = round(measured[key], 4)
+    for key in ("precision", "recall", "bits_per_dim", "bits_per_dim_stderr"):
+        result[key] = round(measured[key], 4)
+    ratio = measured["frechet_distance"] / max(measured["frechet_distance_real"], 1e-9)
+    accuracy = measured["knn_label_accuracy"] / measured["knn_label_accuracy_real"]
+    return result | {"ratio_frechet": round(ratio, 3), "ratio_accuracy": round(accuracy, 4)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", choices=list(SAMPLES), default="digits")
+    parser.add_argument("--mnist", default=str(MNIST), help="folder of MNIST's gzipped IDX files")
+    parser.add_argument("--output", default="", help="kept afterwards; empty = a folder that is removed")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; 0 = as long as is sensible")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--smoke", action="store_true", help="a few steps: does it run?")
+    options = parser.parse_args()
+    with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
+        tracking.quieten()
+        where = Path(options.output or temporary).absolute()
+        print(json.dumps(main(options, where)), file=stream, flush=True)

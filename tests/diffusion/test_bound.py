@@ -1,0 +1,276 @@
+"""The variational bound against closed forms: L_T + sum of L_{t-1} + L_0, each a KL or a log-likelihood."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from pipeline.config import DiffusionConfig, Variance
+from pipeline.diffusion.losses import (
+    Model,
+    discretized_gaussian_log_likelihood,
+    normal_kl,
+    prior_bits_per_dim,
+    stratified_vlb,
+    training_loss,
+    vlb_terms,
+)
+from pipeline.diffusion.process import Process
+from pipeline.errors import InputError
+from tests.diffusion.common import Chain, GaussianData, gaussian, joint, mild, pixels, process_of
+
+LN2 = math.log(2)
+
+
+def terms_of(process: Process, data: GaussianData, v: float | Tensor | None = None) -> np.ndarray:
+    """L_{t-1} of the optimal epsilon, in bits/dim, exact for t >= 1 (L_0 isn't quadratic: left out)."""
+    x_0, (noise,) = joint(data, 1)
+    optimal = data.optimal_eps(process)
+
+    def model(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        eps = optimal(x_t, t, labels)
+        if v is None:
+            return eps
+        return torch.cat(
+            [eps, (torch.as_tensor(v).expand(len(process))[t]).reshape(-1, 1, 1, 1) + 0 * eps], 1
+        )
+
+    terms, _ = vlb_terms(process, model, x_0, lambda t: noise, clip=False)
+    return terms.mean(0).numpy()[1:]
+
+
+def closed_terms(chain: Chain, data: GaussianData, sigma2: np.ndarray) -> np.ndarray:
+    """E KL(q(x_{t-1} | x_t, x_0) || N(mu*, sigma_t^2)), bits/dim, for t >= 1 (0-based)."""
+    coefficient = np.sqrt(chain.alpha_bar_prev) * chain.beta / (1 - chain.alpha_bar)
+    mismatch = coefficient[:, None] ** 2 * data.posterior_variance(chain.alpha_bar)
+    ratio = (chain.beta_tilde / sigma2)[1:, None]
+    kl = 0.5 * (ratio - 1 - np.log(ratio) + mismatch[1:] / sigma2[1:, None])
+    return kl.mean(axis=1) / LN2
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_every_term_for_gaussian_data_is_the_closed_form(variance: Variance) -> None:
+    data, process = gaussian(), process_of(timesteps=50, variance=variance)
+    chain = Chain(process.beta.numpy())
+    sigma2 = chain.beta if variance == "fixed_large" else chain.beta_tilde
+    np.testing.assert_allclose(terms_of(process, data), closed_terms(chain, data, sigma2), rtol=1e-8)
+
+
+def test_the_terms_of_a_learned_variance_are_the_closed_form_too() -> None:
+    data, process = gaussian(), process_of(timesteps=50, variance="learned_range")
+    chain = Chain(process.beta.numpy())
+    between = np.concatenate([[1.0], chain.beta_tilde[1:] ** 0.35 * chain.beta[1:] ** 0.65])
+    np.testing.assert_allclose(terms_of(process, data, v=0.3), closed_terms(chain, data, between), rtol=1e-8)
+
+
+def test_the_prior_term_for_gaussian_data_is_the_closed_form() -> None:
+    data = gaussian()
+    x_0, _ = joint(data, 0)
+    mean = data.along_axes(data.mean[None])[0].numpy()
+    for process in (process_of(timesteps=10), process_of(timesteps=1000, schedule="cosine")):
+        abar = Chain(process.beta.numpy()).alpha_bar[-1]
+        power = data.variances.numpy() + mean**2
+        closed = 0.5 * (abar * power - abar - np.log1p(-abar)).mean() / LN2
+        assert prior_bits_per_dim(process, x_0).mean().item() == pytest.approx(closed, rel=1e-8)
+
+
+def test_bits_per_dim_of_gaussian_data_is_the_closed_form() -> None:
+    """The sum of all terms; L_0 by scipy: the rest of x_0 given x_1 is normal with a known variance."""
+    data = GaussianData(
+        torch.tensor([0.1, -0.2], dtype=torch.float64),
+        torch.tensor([0.002, 0.02], dtype=torch.float64),
+        torch.eye(2, dtype=torch.float64),
+    )
+    process = process_of(timesteps=25, variance="fixed_large")
+    chain = Chain(process.beta.numpy())
+    sigma = math.sqrt(chain.beta_tilde[1])
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    # In the lower tail, where the difference of two masses is exact.
+    rest = -np.abs(nodes[:, None]) * np.sqrt(data.posterior_variance(chain.alpha_bar)[0])
+    mass = norm.cdf(rest + 1 / 255, scale=sigma) - norm.cdf(rest - 1 / 255, scale=sigma)
+    decoder = (weights[:, None] / weights.sum() * -np.log2(mass)).sum(0).mean()
+
+    z = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4000, 2)))
+    x_0, noise = data.x_t(z[0], 1.0), z[1][:, :, None, None]
+    terms, prior = vlb_terms(process, data.optimal_eps(process), x_0, lambda t: noise, clip=False)
+    measured = terms[:, 0]
+    error = measured.std().item() / math.sqrt(len(measured))
+    assert abs(measured.mean().item() - decoder) < 4 * error
+    assert error < 0.05 * decoder
+
+    total = terms_of(process, data).sum() + measured.mean().item()
+    closed = closed_terms(chain, data, chain.beta).sum() + decoder
+    exact_prior = prior_bits_per_dim(process, joint(data, 0)[0]).mean().item()
+    assert total == pytest.approx(closed, abs=4 * error)
+    # All in all an upper bound of the entropy of the pixels, and a near one.
+    entropy = 0.5 * np.log2(2 * math.pi * math.e * data.variances.numpy()).mean() - math.log2(2 / 255)
+    assert entropy < closed + exact_prior < 1.5 * entropy
+    assert (terms.sum(1) + prior).mean().item() == pytest.approx(closed + exact_prior, rel=0.02)
+
+
+def test_fixed_large_is_optimal_for_unit_gaussian_data() -> None:
+    data = GaussianData(*(torch.tensor(v, dtype=torch.float64) for v in ([0.0], [1.0], [[1.0]])))
+    large = terms_of(mild("fixed_large"), data)
+    small = terms_of(mild("fixed_small"), data)
+    assert (large < small).all()
+    # q(x_{t-1} | x_t) is normal with variance beta: what is left is how much x_0 tells beyond x_t.
+    chain = Chain(mild("fixed_large").beta.numpy())
+    np.testing.assert_allclose(large, 0.5 * np.log2(chain.beta / chain.beta_tilde)[1:], rtol=1e-8)
+    learned = mild("learned_range")
+    np.testing.assert_allclose(terms_of(learned, data, v=1.0), large, rtol=1e-9)
+    for v in (0.9, 1.1):
+        assert (terms_of(learned, data, v=v) > large).all()
+
+
+def test_fixed_small_is_optimal_for_a_point() -> None:
+    data = GaussianData(*(torch.tensor(v, dtype=torch.float64) for v in ([0.3], [0.0], [[1.0]])))
+    small = terms_of(mild("fixed_small"), data)
+    np.testing.assert_allclose(small, 0, atol=1e-12)
+    assert (terms_of(mild("fixed_large"), data) > 1e-4).all()
+    learned = mild("learned_range")
+    np.testing.assert_allclose(terms_of(learned, data, v=-1.0), 0, atol=1e-12)
+    for v in (-0.9, -1.1):
+        assert (terms_of(learned, data, v=v) > 1e-6).all()
+
+
+@pytest.mark.parametrize(("variance", "best"), [(1.0, 1.0), (0.0, -1.0)])
+def test_a_learned_variance_finds_the_better_of_both_by_gradient_descent(
+    variance: float, best: float
+) -> None:
+    data = GaussianData(*(torch.tensor(v, dtype=torch.float64) for v in ([0.3], [variance], [[1.0]])))
+    process = mild("learned_range")
+    x_0, (noise,) = joint(data, 1)
+    optimal = data.optimal_eps(process)
+    v = torch.zeros(len(process), dtype=torch.float64, requires_grad=True)
+
+    def model(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return torch.cat([optimal(x_t, t, labels), v[t].reshape(-1, 1, 1, 1) + 0 * x_t], dim=1)
+
+    steps = torch.arange(1, len(process)).repeat_interleave(len(x_0))
+    images, noises = (part.repeat(len(process) - 1, 1, 1, 1) for part in (x_0, noise))
+    config = DiffusionConfig(variance="learned_range", loss="hybrid", vlb_weight=1.0)
+    optimizer = torch.optim.LBFGS([v], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = training_loss(process, config, model, images, steps, noises).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    np.testing.assert_allclose(v.detach()[1:], best, atol=0.02)
+
+
+def test_the_bins_of_the_decoder_sum_to_one() -> None:
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean in (-1.3, -1.0, -0.5, 0.0, 0.123, 0.99, 1.0, 1.5):
+        for log_scale in (-6.0, -4.0, -2.0, 0.0, 1.0):
+            at = torch.full_like(levels, mean)
+            mass = discretized_gaussian_log_likelihood(levels, at, torch.full_like(levels, log_scale)).exp()
+            assert mass.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_the_decoder_is_the_mass_of_the_bin_and_stays_finite_far_away() -> None:
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    mean, scale = torch.full_like(levels, 0.2), torch.full_like(levels, math.log(0.3))
+    upper = np.where(levels > 0.999, np.inf, levels + 1 / 255)
+    lower = np.where(levels < -0.999, -np.inf, levels - 1 / 255)
+    expected = np.log(norm.cdf(upper, 0.2, 0.3) - norm.cdf(lower, 0.2, 0.3))
+    ours = discretized_gaussian_log_likelihood(levels, mean, scale)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9)
+    x = torch.tensor([-0.5, 0.0, 0.5])
+    far = torch.full_like(x, 0.9).requires_grad_()
+    likelihood = discretized_gaussian_log_likelihood(x, far, torch.full_like(x, -5.0))
+    likelihood.sum().backward()
+    assert likelihood.isfinite().all()
+    assert far.grad is not None
+    assert far.grad.isfinite().all()
+    assert (far.grad < 0).all()  # the mean is drawn towards the pixel, however far
+
+
+def test_the_divergence_of_normals_is_that_of_torch() -> None:
+    mean1, log1, mean2, log2 = torch.randn(
+        4, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    p, q = (torch.distributions.Normal(m, (v / 2).exp()) for m, v in ((mean1, log1), (mean2, log2)))
+    torch.testing.assert_close(normal_kl(mean1, log1, mean2, log2), torch.distributions.kl_divergence(p, q))
+
+
+PMF = np.zeros(256)
+PMF[[20, 21, 90, 100, 180, 181, 182, 240]] = [0.3, 0.05, 0.1, 0.2, 0.05, 0.15, 0.05, 0.1]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_the_bound_is_never_below_the_entropy_of_the_pixels(schedule: str, variance: Variance) -> None:
+    data, process = pixels(PMF, nodes=40), process_of(100, variance, schedule)
+    bits = {}
+    for name, model in {"optimal": data.optimal(process), "worse": worse(data.optimal(process))}.items():
+        terms, prior = vlb_terms(process, model, data.x_0, lambda t: data.noise)
+        bits[name] = data.mean(terms.sum(1) + prior)
+    assert data.entropy < bits["optimal"] < bits["worse"]
+    if variance == "learned_range":
+        assert bits["optimal"] < data.entropy + 1
+
+
+def worse(model: Model) -> Model:
+    """The same variance around a mean that is a tenth off."""
+
+    def wrapped(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        output = model(x_t, t, labels)
+        return torch.cat([0.9 * output[:, :1], output[:, 1:]], dim=1)
+
+    return wrapped
+
+
+def test_uniform_pixels_cost_at_least_eight_bits() -> None:
+    data, process = pixels(np.full(256, 1 / 256), nodes=12), process_of(25)
+    for model in (data.optimal(process), lambda x, t, labels: 0 * x):
+        terms, prior = vlb_terms(process, model, data.x_0, lambda t: data.noise)
+        assert data.mean(terms.sum(1) + prior) >= 8
+
+
+def test_the_prior_term_of_linear_with_1000_steps_is_negligible() -> None:
+    """7e-6 to 1e-5 bits/dim, for uniform pixels in [-1, 1] as for a real image's."""
+    x_0 = (torch.arange(256) / 127.5 - 1).reshape(256, 1, 1, 1)
+    prior = prior_bits_per_dim(process_of(timesteps=1000), x_0).mean().item()
+    assert 7e-6 < prior < 1e-5
+
+
+def test_the_stratified_estimate_is_unbiased_and_its_variance_is_what_it_says() -> None:
+    data, process = gaussian(), process_of(timesteps=11)
+    x_0 = joint(data, 0)[0][:1] * 0.1
+    noise = torch.full_like(x_0, 0.7)
+    terms, prior = vlb_terms(process, data.optimal_eps(process), x_0, lambda t: noise)
+    exact = (terms.sum() + prior).item()
+    u = torch.from_numpy(np.random.default_rng(0).uniform(size=(4000, 4)))
+    many = x_0.expand(len(u), -1, -1, -1)
+    estimates, variances = stratified_vlb(
+        process, data.optimal_eps(process), many, lambda t: noise.expand_as(many), u
+    )
+    spread = estimates.std().item()
+    assert abs(estimates.mean().item() - exact) < 4 * spread / math.sqrt(len(u))
+    assert variances.mean().item() == pytest.approx(spread**2, rel=0.1)
+
+
+def test_all_terms_as_an_estimate_are_the_exact_bound() -> None:
+    data, process = gaussian(), process_of(timesteps=10)
+    x_0, (noise,) = joint(data, 1)
+    terms, prior = vlb_terms(process, data.optimal_eps(process), x_0, lambda t: noise)
+    u = torch.from_numpy(np.random.default_rng(0).uniform(size=(len(x_0), 10)))
+    estimate, variance = stratified_vlb(process, data.optimal_eps(process), x_0, lambda t: noise, u)
+    torch.testing.assert_close(estimate, terms.sum(1) + prior)
+    assert (variance == 0).all()
+    for count in (3, 0, 12):
+        with pytest.raises(InputError, match="even number"):
+            stratified_vlb(
+                process,
+                data.optimal_eps(process),
+                x_0,
+                lambda t: noise,
+                u[:1].expand(4, -1).new_ones(4, count),
+            )

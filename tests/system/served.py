@@ -1,0 +1,224 @@
+"""A cluster as people meet it: nodes made with `ray start`, a token, an MLflow server, an S3 server; all on loopback.
+
+Every process is a child of this one, in a session of its own, and is ended by its id.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import requests
+
+from tests.jobs.common import Outcome, command, outcome
+
+LOOPBACK = "127.0.0.1"
+BUCKET = "ray-ddpm"
+BIN = Path(sys.executable).parent
+START_SECONDS = 120.0
+
+
+@dataclass
+class Served:
+    """Addresses, secrets and processes of the cluster.
+
+    Attributes:
+        home: of its logs, of MLflow's files, and a folder that all nodes see.
+        secret: planted: the password with which the nodes reach S3.
+    """
+
+    home: Path
+    token: str
+    secret: str
+    jobs: str
+    mlflow: str
+    s3: str
+    head: subprocess.Popen[bytes]
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def user(self) -> dict[str, str]:
+        """The environment of somebody outside: the token, and nothing of what the nodes know."""
+        return user_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def submit(self, *arguments: object, timeout: float = 240, **extra: str) -> Outcome:
+        """`jobs/submit.py` from outside."""
+        return outcome(
+            subprocess.run(
+                command("submit", "--address", self.jobs, *arguments),
+                cwd=self.home,
+                env=self.user | extra,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        )
+
+    def start_submit(self, *arguments: object) -> subprocess.Popen[str]:
+        """The same, in the background."""
+        return subprocess.Popen(
+            command("submit", "--address", self.jobs, *arguments),
+            cwd=self.home,
+            env=self.user,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def node_running(self, title: str) -> subprocess.Popen[bytes] | None:
+        """The node with a worker process of this title."""
+        for node in self.nodes:
+            for process in family(node):
+                with contextlib.suppress(psutil.Error):
+                    if title in " ".join(process.cmdline()):
+                        return node
+        return None
+
+    def kill_node(self, node: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to all of a node's processes, as when its machine loses power."""
+        kill(node)
+        self.nodes.remove(node)
+
+
+def user_environment() -> dict[str, str]:
+    """This process's environment without anything that points at a cluster, a server or a secret."""
+    ours = ("RAY_", "MLFLOW_", "AWS_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PYTHONWARNINGS": "ignore"}
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((LOOPBACK, 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A process that was started here, and everything below it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    for one in family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
+def wait_for(
+    what: str,
+    ready: Callable[[], bool],
+    seconds: float = START_SECONDS,
+    needed: Iterable[subprocess.Popen[bytes]] = (),
+) -> None:
+    """Waits until something is so; gives up early when one of the processes that it needs has ended."""
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, f"{what} took more than {seconds} s"
+        assert all(process.poll() is None for process in needed), f"{what}: a process ended too early"
+        time.sleep(0.2)
+
+
+def answers(url: str, **headers: str) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(url, headers=headers, timeout=5).ok
+    return False
+
+
+@contextlib.contextmanager
+def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
+    """Starts everything, and ends it again, whatever happens in between."""
+    # Ray's sockets lie below this folder, and their paths must be short.
+    home = Path(tempfile.mkdtemp(prefix="rd-", dir="/tmp"))
+    started: list[subprocess.Popen[bytes]] = []
+    token, secret = secrets.token_hex(32), f"planted/{secrets.token_hex(16)}"
+    jobs, gcs, client, mlflow, s3 = free_ports(5)
+    base = user_environment() | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    inside = base | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{mlflow}",
+        "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{s3}",
+        "AWS_ACCESS_KEY_ID": "user",
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
+    }
+
+    def start(name: str, environment: dict[str, str], *words: object) -> subprocess.Popen[bytes]:
+        with (home / f"{name}.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    [str(BIN / str(words[0])), *map(str, words[1:])],
+                    cwd=home,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        return started[-1]
+
+    def ray_start(name: str, *words: object) -> subprocess.Popen[bytes]:
+        agent, metrics = free_ports(2)
+        return start(
+            name, inside, "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
+            "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}",
+            f"--metrics-export-port={metrics}", f"--object-store-memory={200 * 2**20}", *words,
+        )  # fmt: skip
+
+    try:
+        start(
+            "mlflow", base, "mlflow", "server", f"--host={LOOPBACK}", f"--port={mlflow}", "--workers=1",
+            f"--backend-store-uri=sqlite:///{home}/mlflow.db", "--serve-artifacts",
+            f"--artifacts-destination={home}/artifacts",
+        )  # fmt: skip
+        start("s3", base, "moto_server", "-H", LOOPBACK, "-p", s3)
+        head = ray_start(
+            "head", "--head", f"--port={gcs}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={jobs}",
+            "--num-cpus=0", f"--temp-dir={home}/ray", f"--ray-client-server-port={client}",
+        )  # fmt: skip
+        cluster = Served(
+            home, token, secret, f"http://{LOOPBACK}:{jobs}", inside["MLFLOW_TRACKING_URI"],
+            inside["AWS_ENDPOINT_URL"], head,
+        )  # fmt: skip
+        wait_for("the S3 server", lambda: answers(cluster.s3))
+        assert requests.put(f"{cluster.s3}/{BUCKET}", timeout=10).ok
+        bearer = {"Authorization": f"Bearer {token}"}
+        wait_for("Ray's head", lambda: answers(f"{cluster.jobs}/api/version", **bearer), needed=started)
+        cluster.nodes = [
+            ray_start(f"node{i}", f"--address={LOOPBACK}:{gcs}", f"--num-cpus={cpus}") for i in range(nodes)
+        ]
+        alive = f"{cluster.jobs}/nodes?view=summary"
+
+        def all_there() -> bool:
+            with contextlib.suppress(requests.RequestException):
+                summary = requests.get(alive, headers=bearer, timeout=10).json()["data"]["summary"]
+                return len([one for one in summary if one["raylet"].get("state") == "ALIVE"]) == nodes + 1
+            return False
+
+        wait_for("the nodes", all_there, needed=started)
+        wait_for("MLflow", lambda: answers(f"{cluster.mlflow}/health"))
+        yield cluster
+    except BaseException:
+        for log in home.glob("*.log"):
+            print(f"--- {log.name}\n{log.read_text()[-2000:]}", file=sys.stderr)
+        raise
+    finally:
+        for process in reversed(started):
+            kill(process)
+        shutil.rmtree(home, ignore_errors=True)
