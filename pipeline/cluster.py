@@ -1,15 +1,21 @@
 """Joining or starting Ray, quietly."""
 
+import contextlib
 import json
 import logging
 import os
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # Ray reads these when it is imported or when its workers start.
 _QUIET = {
     "RAY_DEDUP_LOGS": "1",
+    # Ray Data's own actor pools make Ray's core print an error that is none.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -48,7 +54,8 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
         if not address:
             options |= {"address": "local", "include_dashboard": False}
         try:
-            ray.init(**options)
+            with contextlib.nullcontext() if verbose else _muted():
+                ray.init(**options)
         except ConnectionError as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}") from None
@@ -59,6 +66,29 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False
         context.print_on_execution_start = False
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Keeps stderr back, at descriptor level; it is shown only if what is inside fails.
+
+    Ray's core announces there, in a line that no setting stops, that it was told to be quiet.
+    """
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, ConnectionError):
+                kept.seek(0)
+                os.write(real, kept.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, 2)
+            os.close(real)
 
 
 def _worker_environment(environment: dict[str, str]) -> dict[str, str]:
