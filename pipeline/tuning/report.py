@@ -14,6 +14,7 @@ from pipeline import plots
 from pipeline.config import ModelSpec
 from pipeline.data import storage
 from pipeline.diffusion.process import make_process
+from pipeline.diffusion.schedules import resolve
 from pipeline.models.export import load_model
 from pipeline.sampling import sample_images
 from pipeline.tuning import ledger
@@ -124,7 +125,7 @@ def _draw(config: TuneConfig, records: list[Record], folder: Path) -> list[tuple
     pictures.append((folder / "objective.png", "The objective over images seen, measured at the rungs."))
     plots.save_objective(curves, metric, pictures[-1][0])
     bars = {
-        name: make_process(training(config, record).diffusion).alpha_bar.numpy()
+        name: make_process(resolve(training(config, record).diffusion)).alpha_bar.numpy()
         for name, record in zip(names, best, strict=True)
     }
     pictures.append(

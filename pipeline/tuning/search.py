@@ -94,6 +94,8 @@ def _run(
 ) -> None:
     """Runs `left` trials with Ray Tune."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Interrupted is not stopped by the scheduler: such trials go on after a resume.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     random.seed(config.seed)
     proposals = Proposals(config, space, records)
     names = proposals.names

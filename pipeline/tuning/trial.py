@@ -68,8 +68,14 @@ class Trial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Ends an unfinished trial at its last rung, if Ray Tune told it to stop."""
-        if self.record.status == "running" and self.stopped_early():
-            self.keep(status="stopped")
+        if self.record.status != "running":
+            return
+        try:
+            if self.stopped_early():
+                self.keep(status="stopped")
+        except Exception as error:  # what it was measured at stays; it only can't be used
+            self.keep(status="failed", reason=line(error))
+            self.failed()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process, which saves the seconds of a start; see Ray Tune's reuse_actors."""
