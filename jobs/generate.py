@@ -12,9 +12,9 @@ from pipeline.generation.config import GenerateConfig
 
 def run(config: GenerateConfig) -> dict[str, Any]:
     """Resolves the model once, then generates what is missing."""
-    from pipeline.generation.job import generate
+    from pipeline.generation.job import generate, model_to_use
 
-    folder, pinned = tracking.resolve_model(config.model)
+    folder, pinned = tracking.resolve_model(model_to_use(config))
     return {**generate(config, str(folder), pinned), "model": pinned}
 
 

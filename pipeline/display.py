@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +15,7 @@ class Display:
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self._total, self._unit, self._title, self._last = total, unit, title, 0.0
+        self._began: tuple[float, int] | None = None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -28,10 +30,15 @@ class Display:
             self._bar.start()
 
     def update(self, done: int, note: str) -> None:
+        now = time.monotonic()
+        began, first = self._began = self._began or (now, done)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
-        elif done >= self._total or time.monotonic() - self._last > PLAIN_LINE_SECONDS:
-            self._last = time.monotonic()
+        elif done >= self._total or now - self._last > PLAIN_LINE_SECONDS:
+            self._last = now
+            if first < done < self._total:
+                left = (now - began) * (self._total - done) / (done - first)
+                note = f"{note}  {timedelta(seconds=round(left))} left"
             print(f"{self._title}: {done}/{self._total} {self._unit}  {note}", file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:

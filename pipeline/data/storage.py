@@ -4,6 +4,7 @@ import contextlib
 import os
 import posixpath
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError
+
+_READ_TOGETHER = 32
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -62,19 +65,51 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
-def size(uri: str) -> int:
-    """Bytes of a file; -1 where there is none."""
+def read_many(uris: list[str]) -> dict[str, bytes]:
+    """Whole small files, many at a time; those that can't be read are left out."""
+
+    def read(uri: str) -> bytes | None:
+        try:
+            return read_bytes(uri)
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(_READ_TOGETHER) as pool:
+        return {uri: data for uri, data in zip(uris, pool.map(read, uris), strict=True) if data is not None}
+
+
+def sizes(uri: str) -> dict[str, int]:
+    """Bytes of every file below a folder, by URI, from one listing; nothing where there is no such folder."""
     fs, path = open_fs(uri)
-    try:
-        return int(fs.size(path))
-    except OSError:
-        return -1
+    fs.invalidate_cache()
+    found = fs.find(path, detail=True)
+    local = isinstance(fs, LocalFileSystem)
+    return {name if local else fs.unstrip_protocol(name): int(info["size"]) for name, info in found.items()}
 
 
 def remove(uri: str) -> None:
     """Deletes one file."""
     fs, path = open_fs(uri)
     fs.rm_file(path)
+
+
+def move(uri: str, to: str) -> None:
+    """Gives a file another name in the same store."""
+    fs, path = open_fs(uri)
+    target = open_fs(to)[1]
+    if isinstance(fs, LocalFileSystem):
+        fs.makedirs(posixpath.dirname(target), exist_ok=True)
+    fs.mv(path, target)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Writes a file only where there is none; whether it did. Atomic where the store can: S3 and GCS can."""
+    fs, path = open_fs(uri)
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
 
 
 def remove_folder(uri: str) -> None:

@@ -15,7 +15,7 @@ from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
-from pipeline.evaluation.classifier import CONFIG, load_classifier, save_classifier, train_classifier
+from pipeline.evaluation.classifier import save_classifier, train_classifier
 from pipeline.evaluation.config import EvaluateConfig, check
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import (
@@ -23,7 +23,7 @@ from pipeline.evaluation.features import (
     Extractor,
     FeatureSet,
     measure,
-    read_torchscript,
+    open_extractor,
 )
 from pipeline.evaluation.frechet import frechet_distance, moments_to_bytes
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
@@ -163,14 +163,8 @@ def _extractor(
         )
         if config.output:
             save_classifier(storage.join(config.output, "classifier"), net, reference.image, accuracy)
-    elif storage.exists(storage.join(config.features, CONFIG)):
-        net, image, accuracy = load_classifier(config.features)
-        if image != reference.image:
-            raise InputError(
-                f"--features {config.features}: trained on images of another size or other classes"
-            )
     else:
-        return read_torchscript(config.features), {}
+        return open_extractor(config.features, reference.image)
     return ClassifierExtractor(net), {"classifier_accuracy": accuracy}
 
 

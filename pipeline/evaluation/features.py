@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.config import ImageConfig
 from pipeline.data import storage
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
-from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.classifier import CONFIG, Classifier, load_classifier
 from pipeline.evaluation.frechet import Moments, merge_moments, moments_of
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import Partial, Runner, choose, cut, run_here
@@ -92,6 +93,20 @@ def read_torchscript(uri: str) -> TorchScriptExtractor:
         raise InputError(f"--features {uri}: can't be read: {' '.join(str(error).split())}") from None
     extractor.load(torch.device("cpu"))
     return extractor
+
+
+def open_extractor(uri: str, image: ImageConfig) -> tuple[Extractor, dict[str, float]]:
+    """What --features names: the folder of a classifier, or a TorchScript file; and what is to be said of it.
+
+    Raises:
+        InputError: it can't be used, or is of other images than `image`.
+    """
+    if not storage.exists(storage.join(uri, CONFIG)):
+        return read_torchscript(uri), {}
+    net, trained_on, accuracy = load_classifier(uri)
+    if trained_on != image:
+        raise InputError(f"--features {uri}: trained on images of another size or other classes")
+    return ClassifierExtractor(net), {"classifier_accuracy": accuracy}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class GenerateConfig:
     """What to sample from which model, and where it goes."""
 
     model: str
-    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
+    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS (pinned when the output is begun)."""
     output: str
     """Folder for the dataset (URI; all nodes must see it)."""
     count: int = 64
@@ -32,21 +32,40 @@ class GenerateConfig:
     guidance: float = 1.0
     """Classifier-free guidance; 1 = none (class-conditional models only)."""
     labels: tuple[int, ...] = ()
-    """Classes to sample, equally likely; empty = all (class-conditional models only)."""
+    """Classes to sample; empty = all (class-conditional models only)."""
+    label_weights: tuple[float, ...] = ()
+    """How often, relative to each other, those classes are drawn; empty = equally often."""
     seed: int = 0
     """Seed: sample i is a function of (model, sampler settings, seed, i)."""
     actors: int = 0
-    """Most sampler actors; 0 = one for every CPU (or GPU) of the cluster."""
+    """Sampler actors, exactly so many (short for equal --min-actors and --max-actors); 0 = as those two say."""
     min_actors: int = 1
-    """Actors to start with; Ray Data adds more up to --actors while work waits."""
+    """Fewest actors of the pool, which grows while work waits and shrinks when it runs out."""
+    max_actors: int = 0
+    """Most actors of the pool; 0 = one for every CPU (or GPU) of the cluster."""
     gpu: bool = False
     """One GPU for each actor."""
     precision: Precision = "fp32"
     """Arithmetic of the network; auto = bf16 on GPU."""
+    compile: bool = False
+    """Run the network through torch.compile (needs a C++ compiler where the actors run)."""
     format: Format = "parquet"
     """parquet (Hugging Face image convention), webdataset (tars), png (folders by label)."""
     max_blank_fraction: float = 0.01
-    """Share of blank or non-finite images at which the job stops."""
+    """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
+    reference: str = ""
+    """Show the Frechet distance to it while generating: the --output of an evaluation, or an .npz of moments (URI)."""
+    features: str = ""
+    """What --reference was measured with: a classifier folder or a TorchScript file; empty = as evaluated."""
+    verify: bool = False
+    """Generate nothing: check every file of --output, and that a random share of them comes out the same again."""
+    verify_share: float = 0.05
+    """The share of files that --verify generates again; at least one is."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the network computes in bfloat16."""
+        return self.precision == "bf16" or (self.precision == "auto" and self.gpu)
 
 
 def check(config: GenerateConfig, spec: ModelSpec) -> None:
@@ -58,6 +77,9 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     for name in ("count", "batch_size", "rows_per_file", "min_actors"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    for name in ("eta", "max_blank_fraction", "verify_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} is outside 0 to 1")
     if config.rows_per_file % config.batch_size:
         raise InputError(
             f"--rows-per-file {config.rows_per_file} is not a multiple of --batch-size {config.batch_size}"
@@ -65,12 +87,38 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     T = spec.diffusion.timesteps
     if not 0 <= config.sampling_steps <= T:
         raise InputError(f"--sampling-steps {config.sampling_steps} is outside 1 to the model's T = {T}")
-    if not 0 <= config.eta <= 1:
-        raise InputError(f"--eta {config.eta} is outside 0 to 1")
-    if not spec.model.class_conditional and (config.labels or config.guidance != 1):
-        raise InputError("--labels and --guidance need a class-conditional model, which this one is not")
-    if unknown := [label for label in config.labels if not 0 <= label < len(spec.image.classes)]:
-        raise InputError(f"--labels {unknown[0]}: the model has classes 0 to {len(spec.image.classes) - 1}")
+    if config.features and not config.reference:
+        raise InputError("--features does nothing without --reference")
+    _check_actors(config)
+    _check_labels(config, spec)
+
+
+def _check_actors(config: GenerateConfig) -> None:
+    if config.actors < 0 or config.max_actors < 0:
+        raise InputError("--actors and --max-actors must not be negative")
+    if config.actors and (config.min_actors > 1 or config.max_actors):
+        raise InputError(
+            "--actors is a fixed number: leave it out where --min-actors or --max-actors is given"
+        )
+    if 0 < config.max_actors < config.min_actors:
+        raise InputError(f"--max-actors {config.max_actors} is less than --min-actors {config.min_actors}")
+
+
+def _check_labels(config: GenerateConfig, spec: ModelSpec) -> None:
+    classes = len(spec.image.classes)
+    if not spec.model.class_conditional:
+        if config.labels or config.label_weights or config.guidance != 1:
+            raise InputError(
+                "--labels, --label-weights and --guidance need a class-conditional model, which this one is not"
+            )
+        return
+    if unknown := [label for label in config.labels if not 0 <= label < classes]:
+        raise InputError(f"--labels {unknown[0]}: the model has classes 0 to {classes - 1}")
+    weights, wanted = config.label_weights, len(config.labels) or classes
+    if weights and len(weights) != wanted:
+        raise InputError(f"--label-weights gives {len(weights)} weights for {wanted} classes")
+    if weights and not (all(0 <= weight < float("inf") for weight in weights) and sum(weights) > 0):
+        raise InputError("--label-weights must be numbers of at least 0, and not all 0")
 
 
 def identity(config: GenerateConfig, spec: ModelSpec, fingerprint: str) -> dict[str, Any]:
@@ -82,9 +130,12 @@ def identity(config: GenerateConfig, spec: ModelSpec, fingerprint: str) -> dict[
         "eta": config.eta,
         "guidance": config.guidance,
         "labels": list(config.labels),
+        "label_weights": list(config.label_weights),
         "seed": config.seed,
         "batch_size": config.batch_size,
         "rows_per_file": config.rows_per_file,
-        "precision": config.precision,
+        "device": "gpu" if config.gpu else "cpu",
+        "precision": "bf16" if config.bf16 else "fp32",
+        "compile": config.compile,
         "format": config.format,
     }

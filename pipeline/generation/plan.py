@@ -26,18 +26,31 @@ def file_name(piece: Piece, suffix: str) -> str:
 def parse_name(name: str) -> Piece | None:
     """The inverse of `file_name`; None for a foreign name."""
     match = _NAME.fullmatch(name)
-    return Piece(int(match[1]), int(match[2])) if match else None
+    return Piece(int(match[1]), int(match[2])) if match and int(match[1]) < int(match[2]) else None
 
 
-def missing(count: int, rows_per_file: int, finished: Iterable[Piece]) -> Iterator[Piece]:
-    """What is still to be made for the first `count` samples, in order."""
+def gaps(count: int, finished: Iterable[Piece]) -> Iterator[Piece]:
+    """What of the first `count` samples is in no finished piece, in order."""
     position = 0
     for piece in [*sorted(finished), Piece(count, count)]:
-        while position < min(piece.start, count):
-            stop = min((position // rows_per_file + 1) * rows_per_file, piece.start, count)
+        if position < (stop := min(piece.start, count)):
             yield Piece(position, stop)
-            position = stop
         position = max(position, piece.stop)
+
+
+def pieces(span: Piece, rows_per_file: int) -> Iterator[Piece]:
+    """The files that a span of samples is written as: cut where the chunks end."""
+    position = span.start
+    while position < span.stop:
+        stop = min((position // rows_per_file + 1) * rows_per_file, span.stop)
+        yield Piece(position, stop)
+        position = stop
+
+
+def tasks(spans: list[Piece], rows_per_file: int, most: int) -> list[Piece]:
+    """Spans cut into runs of whole files, one run a task: about `most` of them, whatever the number of files."""
+    files = sum(-(-(span.stop - span.start) // rows_per_file) for span in spans)
+    return [run for span in spans for run in pieces(span, rows_per_file * max(1, -(-files // most)))]
 
 
 def batches(piece: Piece, batch_size: int) -> Iterator[tuple[range, slice]]:

@@ -1,17 +1,18 @@
 """The chunk plan: arithmetic that covers every sample once."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.generation.plan import Piece, batches, file_name, missing, parse_name
+from pipeline.generation.plan import Piece, batches, file_name, gaps, parse_name, pieces, tasks
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 40), st.sets(st.integers(0, 9), max_size=5))
 def test_what_is_there_and_what_is_missing_cover_every_sample_once(
     count: int, rows: int, done: set[int]
 ) -> None:
     finished = [Piece(i * rows, (i + 1) * rows) for i in done]
-    todo = list(missing(count, rows, finished))
+    todo = [piece for gap in gaps(count, finished) for piece in pieces(gap, rows)]
     covered = sorted(i for piece in [*todo, *finished] for i in range(piece.start, piece.stop))
     assert covered == sorted(set(covered))
     assert set(range(count)) <= set(covered)
@@ -19,6 +20,24 @@ def test_what_is_there_and_what_is_missing_cover_every_sample_once(
     assert all(piece.start // rows == (piece.stop - 1) // rows for piece in todo)
 
 
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 20), st.sets(st.integers(0, 9), max_size=5), st.integers(1, 30))
+def test_tasks_are_few_and_are_written_as_the_same_files(
+    count: int, rows: int, done: set[int], most: int
+) -> None:
+    spans = list(gaps(count, [Piece(i * rows, (i + 1) * rows) for i in done]))
+    runs = tasks(spans, rows, most)
+    assert len(runs) <= most + len(spans)
+    assert [p for run in runs for p in pieces(run, rows)] == [p for span in spans for p in pieces(span, rows)]
+
+
+def test_a_plan_of_a_hundred_million_samples_is_a_few_thousand_tasks() -> None:
+    runs = tasks(list(gaps(100_000_000, [])), 1024, 4096)
+    assert len(runs) <= 4096
+    assert sum(run.stop - run.start for run in runs) == 100_000_000
+
+
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 100), st.integers(1, 20))
 def test_batches_are_whole_and_give_each_sample_of_a_piece_once(start: int, length: int, size: int) -> None:
     piece = Piece(start, start + length)
@@ -33,4 +52,5 @@ def test_batches_are_whole_and_give_each_sample_of_a_piece_once(start: int, leng
 def test_names_say_what_is_in_a_file() -> None:
     assert parse_name(file_name(Piece(1024, 2048), "parquet")) == Piece(1024, 2048)
     assert parse_name("train-1-2.parquet") is None
+    assert parse_name("train-000000000002-000000000002.parquet") is None
     assert parse_name("notes.txt") is None

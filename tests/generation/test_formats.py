@@ -1,0 +1,86 @@
+"""Every format opens as it is in the libraries that read it, and every row says what it is."""
+
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.generation.writers import class_folders
+from tests.generation.common import config, digests, make, manifest, opened
+
+
+@pytest.fixture(scope="module")
+def pixels(whole: Path) -> list[bytes]:
+    """Of the samples in order, from the Parquet files."""
+    rows = opened(whole).sort("index")
+    return [row["image"].tobytes() for row in rows]
+
+
+def test_huggingface_datasets_opens_parquet(whole: Path) -> None:
+    data = opened(whole)
+    assert data.column_names == ["image", "label", "index", "seed"]
+    assert list(data["index"]) == list(range(40))
+    assert set(data["seed"]) == {3}
+    assert data[0]["image"].size == (8, 8)
+    assert data.features["label"].names == ["a", "b", "c"]
+    assert len(set(data["label"])) == 3
+
+
+def test_huggingface_datasets_opens_png_folders(model: Path, tmp_path: Path, pixels: list[bytes]) -> None:
+    make(config(tmp_path, format="png"), model)
+    data = opened(tmp_path).sort("index")
+    assert set(data.column_names) == {"image", "label", "index", "seed"}
+    assert data.features["label"].names == ["a", "b", "c"]
+    assert [row["image"].tobytes() for row in data] == pixels
+    for row in data:
+        assert (tmp_path / "data" / "abc"[row["label"]] / f"{row['index']:012d}.png").exists()
+
+
+def test_webdataset_and_huggingface_datasets_open_tars(
+    model: Path, tmp_path: Path, pixels: list[bytes]
+) -> None:
+    for name in ("one", "two"):
+        make(config(tmp_path / name, format="webdataset"), model)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    tars = [str(path) for path in sorted((tmp_path / "one" / "data").iterdir())]
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil"))
+    assert [sample["json"]["index"] for sample in samples] == list(range(40))
+    assert [sample["png"].convert("L").tobytes() for sample in samples] == pixels
+    assert all(s["json"] == {"index": i, "label": s["cls"], "seed": 3} for i, s in enumerate(samples))
+    data = opened(tmp_path / "one")
+    assert [row["png"].tobytes() for row in data] == pixels
+    assert [row["json"]["index"] for row in data] == list(range(40))
+
+
+def test_samples_of_an_unconditional_model_have_no_label(unconditional: Path, tmp_path: Path) -> None:
+    make(config(tmp_path / "a", guidance=1.0, count=8), unconditional)
+    assert list(opened(tmp_path / "a")["label"]) == [None] * 8
+    make(config(tmp_path / "b", guidance=1.0, count=8, format="png"), unconditional)
+    assert list(opened(tmp_path / "b")["label"]) == [None] * 8
+
+
+def test_the_manifest_says_where_the_samples_came_from(whole: Path) -> None:
+    about = manifest(whole)
+    assert about["model"] == "models:/m/1"
+    assert len(about["settings"]["model_fingerprint"]) == 64
+    assert about["settings"]["seed"] == 3
+    assert about["settings"]["sampler"] == "ancestral"
+    assert about["trained_on"]["data_fingerprint"] == "f1f2"
+    assert about["code"]["ray-ddpm"]
+    assert (about["count"], about["blank"], about["nonfinite"]) == (40, 0, 0)
+    assert {entry["file"]: entry["sha256"] for entry in about["files"]} == digests(whole)
+
+
+def test_the_card_shows_the_first_samples(whole: Path, pixels: list[bytes]) -> None:
+    assert "![The first of them](contact-sheet.png)" in (whole / "README.md").read_text()
+    sheet = Image.open(whole / "contact-sheet.png")
+    assert sheet.size == (16 * 8, 3 * 8)
+    assert sheet.crop((8, 16, 16, 24)).tobytes() == pixels[33]
+
+
+def test_class_names_that_are_no_folder_names_get_safe_ones() -> None:
+    assert class_folders(("cat", "big dog")) == ["cat", "big dog"]
+    folders = class_folders(("../../etc", "a/b", "a_b", "..", ""))
+    assert len(set(folders)) == 5
+    assert not any("/" in folder or folder.startswith(".") or not folder for folder in folders)

@@ -1,0 +1,73 @@
+"""A sample's bytes depend on the model, the settings and its number alone; bad images are counted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import InputError
+from pipeline.generation.plan import Piece
+from pipeline.generation.sampler import Renderer, Setup
+from pipeline.models.export import load_model, pack_model, save_model
+from tests.generation.common import config, digests, make, manifest
+
+
+def renderer(model: Path, **changes: object) -> Renderer:
+    return Renderer(Setup(pack_model(model), config("unused", **changes), "unused", "", None))
+
+
+def test_a_sample_is_the_same_in_any_piece_and_in_any_order(model: Path) -> None:
+    made = renderer(model)
+    together = made.render(Piece(0, 24)).images
+    alone = [made.render(Piece(i, i + 1)).images for i in reversed(range(24))]
+    assert torch.equal(together, torch.cat(alone[::-1]))
+    assert torch.equal(together[5:19], renderer(model).render(Piece(5, 19)).images)
+
+
+def test_the_number_of_threads_of_the_process_changes_nothing(model: Path) -> None:
+    torch.set_num_threads(1)
+    one = renderer(model).render(Piece(0, 8)).images
+    torch.set_num_threads(4)
+    many = renderer(model).render(Piece(0, 8)).images
+    assert torch.equal(one, many)
+
+
+def test_bf16_is_close_to_fp32_and_not_the_same(model: Path) -> None:
+    full = renderer(model).render(Piece(0, 40))
+    half = renderer(model, precision="bf16").render(Piece(0, 40))
+    assert half.finite.all()
+    assert torch.equal(half.images, renderer(model, precision="bf16").render(Piece(0, 40)).images)
+    assert not torch.equal(half.images, full.images)
+    assert (half.images.float() - full.images.float()).abs().mean() < 4
+
+
+def test_a_compiled_network_makes_nearly_the_same_images_and_repeats_them(model: Path) -> None:
+    plain = renderer(model).render(Piece(0, 8)).images.float()
+    compiled = renderer(model, compile=True)
+    images = compiled.render(Piece(0, 8)).images
+    assert (images.float() - plain).abs().max() <= 1
+    assert torch.equal(images, compiled.render(Piece(0, 8)).images)
+
+
+def with_bias(model: Path, folder: Path, bias: float) -> Path:
+    """The model with a last layer that gives a constant."""
+    network, spec = load_model(model)
+    weights = network.state_dict()
+    weights["conv_out.weight"] = torch.zeros_like(weights["conv_out.weight"])
+    weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], bias)
+    return save_model(folder, weights, spec)
+
+
+@pytest.mark.parametrize(("bias", "named"), [(float("nan"), "nonfinite"), (1e6, "blank")])
+def test_bad_images_are_counted_and_refused_over_the_limit(
+    bias: float, named: str, model: Path, tmp_path: Path
+) -> None:
+    bad = with_bias(model, tmp_path / "bad", bias)
+    settings = config(tmp_path / "out", guidance=1.0)
+    for _ in range(2):  # what was refused is refused again, though its files are there
+        with pytest.raises(InputError, match="40 samples are blank or not finite, more than"):
+            make(settings, bad)
+    allowed = make(config(tmp_path / "out", guidance=1.0, max_blank_fraction=1.0), bad)
+    assert allowed["metrics"][named] == 40
+    assert manifest(tmp_path / "out")[named] == 40
+    assert len(digests(tmp_path / "out")) == 5

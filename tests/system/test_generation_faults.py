@@ -1,0 +1,203 @@
+"""Generation on a cluster whose parts are killed: the same command always ends with the same dataset."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
+from pipeline.generation.pool import run_here
+from pipeline.models.export import save_model
+from pipeline.models.unet import build
+from tests.generation.common import config, digests, make, manifest
+from tests.jobs.common import command, environment, run_job
+from tests.system.cluster import LocalCluster, local_cluster
+
+pytestmark = pytest.mark.system
+
+ACTOR = "_Actor"
+COUNT = 240
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster(1, 1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slow enough to be killed at its work: about half a second a file."""
+    spec = ModelSpec(
+        ModelConfig(model_channels=32, channel_multipliers=(1,), res_blocks=1, class_conditional=True),
+        ImageConfig(8, 1, ("a", "b", "c")),
+        DiffusionConfig(timesteps=40),
+    )
+    torch.manual_seed(0)
+    return save_model(tmp_path_factory.mktemp("faults") / "model", build(spec).state_dict(), spec)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    output = tmp_path_factory.mktemp("faults") / "undisturbed"
+    make(config(output, count=COUNT, max_blank_fraction=1.0), model, run_here)
+    torch.set_num_threads(threads)
+    return output
+
+
+def flags(model: Path, output: Path) -> list[object]:
+    return [
+        "--model", model, "--output", output, "--count", COUNT, "--batch-size", 4, "--rows-per-file", 8,
+        "--seed", 3, "--guidance", 1.5, "--max-blank-fraction", 1, "--min-actors", 1, "--max-actors", 2,
+    ]  # fmt: skip
+
+
+class Driver:
+    """A driver process on the cluster, working on an output."""
+
+    def __init__(self, cluster: LocalCluster, model: Path, output: Path, home: Path) -> None:
+        self.output, self.log = output, home / "driver.log"
+        self.process = subprocess.Popen(
+            command("generate", *flags(model, output)),
+            env=environment(home, RAY_ADDRESS=cluster.address),
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.open("a"),
+            start_new_session=True,
+        )
+
+    def wait_for_files(self, more: int) -> None:
+        """Waits until so many more files are finished."""
+        wanted = len(finished(self.output)) + more
+        deadline = time.monotonic() + 180
+        while len(finished(self.output)) < wanted:
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def drive(cluster: LocalCluster, model: Path, tmp_path: Path) -> Iterator[Callable[[Path], Driver]]:
+    drivers = list[Driver]()
+
+    def start(output: Path) -> Driver:
+        drivers.append(Driver(cluster, model, output, tmp_path))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.kill()
+
+
+def finished(output: Path) -> dict[str, int]:
+    """The files that have a note, and when they were written."""
+    names = [note.name.removesuffix(".json") for note in output.glob("notes/train-*.json")]
+    return {name: (output / "data" / name).stat().st_mtime_ns for name in names}
+
+
+def test_kills_of_actors_nodes_drivers_and_all_at_once_leave_the_undisturbed_dataset(
+    cluster: LocalCluster, model: Path, undisturbed: Path, tmp_path: Path, drive: Callable[[Path], Driver]
+) -> None:
+    output, moment = tmp_path / "samples", random.Random()
+    kept: dict[str, int] = {}
+
+    def after(driver: Driver, files: int) -> None:
+        driver.wait_for_files(files)
+        time.sleep(moment.uniform(0, 0.6))
+        kept.update(finished(output))
+
+    first = drive(output)
+    after(first, 2)
+    second = run_job("generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=cluster.address)
+    assert second.code == 2
+    assert f"is being written by process {first.process.pid}" in second.stderr
+    assert cluster.kill_workers(ACTOR, 1)
+    after(first, 2)
+    cluster.kill_node(moment.choice(cluster.nodes))
+    cluster.add_node(1)
+    after(first, 2)
+    first.kill()
+
+    both = drive(output)
+    after(both, 2)
+    both.kill()
+    cluster.kill_workers(ACTOR)
+    for node in list(cluster.nodes):
+        cluster.kill_node(node)
+    for _ in range(2):
+        cluster.add_node(1)
+
+    last = run_job("generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=cluster.address)
+    assert last.code == 0, last.stderr
+    assert last.result["count"] == COUNT
+    assert len(kept) >= 8
+    assert last.result["metrics"]["generated"] <= COUNT - 8 * len(kept)
+    assert {name: finished(output)[name] for name in kept} == kept
+    assert digests(output) == digests(undisturbed)
+    assert manifest(output)["sha256"] == manifest(undisturbed)["sha256"]
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
+    cluster: LocalCluster, model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "none", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        output = disk / "samples"
+        full = run_job("generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=cluster.address)
+        assert full.code == 2, full.stderr
+        assert "No space left on device: mend that and run the same command again" in full.stderr
+        kept = finished(output)
+        assert kept
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        done = run_job("generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=cluster.address)
+        assert done.code == 0, done.stderr
+        assert {name: finished(output)[name] for name in kept} == kept
+        assert digests(output) == digests(undisturbed)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_driver_that_plans_a_hundred_million_samples_stays_small(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "samples"
+    driver = subprocess.Popen(
+        command(
+            "generate", "--model", model, "--output", output, "--count", 100_000_000, "--batch-size", 256,
+            "--rows-per-file", 1024, "--sampler", "ddim", "--sampling-steps", 1, "--max-blank-fraction", 1,
+        ),
+        env=environment(tmp_path, RAY_ADDRESS=cluster.address),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 180
+        while len(list(output.glob("notes/*.json"))) < 4:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        status = Path(f"/proc/{driver.pid}/status").read_text()
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        shutil.rmtree(output)
+    peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    assert peak < 500 * 1024
