@@ -24,9 +24,8 @@ from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, measure, read_torchscript
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
 from pipeline.evaluation.work import Partial, Runner, Work, choose, cut
-from pipeline.generation.config import GenerateConfig
-from pipeline.generation.sampler import sample_batch
 from pipeline.models.unet import UNet
+from pipeline.sampling import sample_images
 from pipeline.tuning.config import BITS, FRECHET, TuneConfig
 
 IMAGES_PER_TASK = 64
@@ -80,14 +79,7 @@ class SampleFrechet:
 
     def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured:
         """See `Objective`."""
-        config = GenerateConfig(
-            model="",
-            output="",
-            sampler="ddim",
-            sampling_steps=min(self.steps, spec.diffusion.timesteps),
-            seed=self.seed,
-        )
-        work = _SampleWork(model, spec, config, self.extractor)
+        work = _SampleWork(model, spec, min(self.steps, spec.diffusion.timesteps), self.seed, self.extractor)
         parts = [
             Moments(int(part["count"][0]), part["mean"], part["m2"])
             for part in run(work, cut(np.arange(self.samples), IMAGES_PER_TASK))
@@ -101,7 +93,8 @@ class _SampleWork:
 
     model: UNet
     spec: ModelSpec
-    config: GenerateConfig
+    steps: int
+    seed: int
     extractor: Extractor
 
     def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
@@ -110,8 +103,17 @@ class _SampleWork:
 
         @torch.no_grad()
         def do(ids: np.ndarray) -> Partial:
-            numbers = range(int(ids[0]), int(ids[-1]) + 1)
-            images, _ = sample_batch(model, self.spec, self.config, numbers, device)
+            numbers = torch.from_numpy(ids).to(device)
+            labels = numbers % len(self.spec.image.classes) if self.spec.model.class_conditional else None
+            images = sample_images(
+                model,
+                self.spec,
+                numbers,
+                sampler="ddim",
+                sampling_steps=self.steps,
+                labels=labels,
+                seed=self.seed,
+            )
             moments = moments_of(embed(images).cpu().numpy())
             return {"count": np.array([moments.count]), "mean": moments.mean, "m2": moments.m2}
 
