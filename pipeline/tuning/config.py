@@ -40,8 +40,8 @@ class TuneConfig:
     """Measurements of a trial, the last one at its end."""
     reduction: int = 3
     """asha keeps one of so many trials at each rung, and each rung is so many times the images of the one before."""
-    concurrent: int = 0
-    """Trials at a time; 0 = as many as fit the cluster."""
+    concurrent: int = 64
+    """Most trials at a time; never more than fit the cluster."""
     workers: int = 1
     """Training workers of each trial."""
     cpus_per_worker: float = 1.0
@@ -85,7 +85,7 @@ def check(config: TuneConfig) -> None:
         )
     if config.objective not in OBJECTIVES:
         raise InputError(f"--objective {config.objective!r} is not one of {', '.join(OBJECTIVES)}")
-    least = {"trials": 1, "images": 1, "rungs": 1, "reduction": 2, "concurrent": 0, "workers": 1}
+    least = {"trials": 1, "images": 1, "rungs": 1, "reduction": 2, "concurrent": 1, "workers": 1}
     least |= {"terms": 0, "max_images": 0, "samples": 2, "sampling_steps": 1}
     for name, value in least.items():
         if getattr(config, name) < value:

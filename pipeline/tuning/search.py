@@ -221,7 +221,7 @@ def _concurrent(config: TuneConfig) -> int:
                 f"CPUs of the cluster's {have:g}: lower --cpus-per-worker or --trials"
             )
         return config.trials
-    return min(config.concurrent or fit, config.trials)
+    return min(config.concurrent, fit, config.trials)
 
 
 class _Progress(tune.Callback):

@@ -70,7 +70,7 @@ def records(output: Path) -> list[Record]:
 
 def flags_of(home: Path, name: str, space: dict[str, Any], *more: object) -> tuple[object, ...]:
     (home / f"{name}.yaml").write_text(yaml.safe_dump(TINY | space))
-    small = ("--max-images", 16, "--terms", 4, "--cpus-per-worker", 0.5)
+    small = ("--max-images", 16, "--terms", 4, "--cpus-per-worker", 0.5, "--concurrent", 2)
     return ("--data", home / "digits", "--space", home / f"{name}.yaml", *small, *more)
 
 
