@@ -76,7 +76,7 @@ def search(config: TuneConfig, trial: type[Trial] = TrainTrial) -> dict[str, Any
     try:
         if left > 0:
             _run(config, space, records, left, at_a_time, trial, objective, parent)
-        return _conclude(config, parent, trial)
+        return _conclude(config, parent)
     except InputError:
         tracking.end_run(parent, "FAILED")
         raise
@@ -136,7 +136,7 @@ def _run(
     shutil.rmtree(Path(config.output) / session, ignore_errors=True)
 
 
-def _conclude(config: TuneConfig, parent: tracking.Run, trial: type[Trial]) -> dict[str, Any]:
+def _conclude(config: TuneConfig, parent: tracking.Run) -> dict[str, Any]:
     """Table, report, winner."""
     records = ledger.read_all(config.output)
     best = ledger.ranked(records, config.metrics[0])

@@ -1,8 +1,9 @@
 """A trial: one Ray Train run, as a Ray Tune trainable whose steps are the rungs."""
 
+import contextlib
 import math
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.objective import Objective
 from pipeline.tuning.rungs import Exchange, RungWatch
 
-POLL_SECONDS = 1.0
+POLL_SECONDS, STOP_SECONDS = 1.0, 60.0
 IMAGES, FAILED = "images", "failed"
 
 
@@ -73,9 +74,11 @@ class Trial(tune.Trainable):
         try:
             if self.stopped_early():
                 self.keep(status="stopped")
-        except Exception as error:  # what it was measured at stays; it only can't be used
-            self.keep(status="failed", reason=line(error))
-            self.failed()
+        except Exception as error:
+            # Under population based training the record already is the next leg's.
+            if self.job.scheduler != "pbt":
+                self.keep(status="failed", reason=line(error))
+                self.failed()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process, which saves the seconds of a start; see Ray Tune's reuse_actors."""
@@ -174,6 +177,10 @@ class TrainTrial(Trial):
 
     def failed(self) -> None:
         """See `Trial`."""
+        if self._future is not None:  # no workers are left waiting at a rung
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._answer(False)
+            wait([self._future], timeout=STOP_SECONDS)
         self._future, self._asked = None, None
         if self.record.run_id:
             tracking.end_run(tracking.Run(self.record.run_id), "FAILED", reason=self.record.reason)
