@@ -68,6 +68,12 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
         context.print_on_execution_start = False
 
 
+def submitted_settings() -> dict[str, Any]:
+    """The runtime environment of the job that this process is the driver of; empty for one that nobody submitted."""
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env")
+    return settings or {}
+
+
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
     """Keeps stderr back, at descriptor level; it is shown only if what is inside fails.
@@ -93,7 +99,7 @@ def _muted() -> Iterator[None]:
 
 def _worker_environment(environment: dict[str, str]) -> dict[str, str]:
     """What workers get beside their nodes' own environment."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    job = submitted_settings()
     # A submitted job's tree is on every node already, and Ray refuses to be told a variable twice.
     if "working_dir" not in job:
         root = str(Path(__file__).parents[1])

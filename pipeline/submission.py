@@ -25,6 +25,8 @@ FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 # Enough of the end of a job's output to hold its result line and its last complaint.
 KEPT_CHARACTERS = 100_000
 LOST_SECONDS = 60.0
+# Of a job that is stopped, between the signal and its end: training saves a checkpoint first.
+STOP_SECONDS = "60"
 _SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential")
 
 
@@ -138,7 +140,7 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
 
 def _environment(names: tuple[str, ...]) -> dict[str, str]:
     """What a job gets of this environment: anyone who may ask the cluster about the job can read it."""
-    values = {}
+    values = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS}
     for name in names:
         value = os.environ.get(name)
         if value is None:

@@ -9,18 +9,22 @@ import io
 import os
 import re
 import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from pipeline.cluster import submitted_settings
 from pipeline.errors import InputError
 from pipeline.redact import redact
 
+T = TypeVar("T")
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
 MODEL_FOLDER = "model"
@@ -39,12 +43,25 @@ class Run:
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory.
+
+    Raises:
+        InputError: that directory is a submitted job's own, which goes away.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if "working_dir" in submitted_settings():
+        raise InputError(
+            "MLFLOW_TRACKING_URI is not set on the cluster: set it where its nodes are started, or submit with "
+            "--forward MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
 def environment() -> dict[str, str]:
     """What workers on other nodes need of it, without secrets: those belong to the nodes' own environment."""
+    if "MLFLOW_TRACKING_URI" not in os.environ and submitted_settings():
+        return {}
     uri = tracking_uri()
     return {"MLFLOW_TRACKING_URI": uri} if redact(uri) == uri else {}
 
@@ -74,9 +91,8 @@ def start_run(
     try:
         client = _client()
         shown = {key: redact(value) for key, value in tags.items()}
-        found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment)
         nested = {"mlflow.parentRunId": parent} if parent else {}
+        experiment_id = _raced(lambda: _experiment_id(client, experiment))
         run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
         values = [Param(key, redact(str(value))[:6000]) for key, value in sorted(_flat(params).items())]
         for i in range(0, len(values), _PARAMS_A_CALL):
@@ -84,6 +100,23 @@ def start_run(
     except (MlflowException, OSError) as error:
         raise InputError(f"MLflow at {redact(tracking_uri())}: {_line(error)}") from None
     return Run(run.info.run_id)
+
+
+def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id if found else client.create_experiment(name))
+
+
+def _raced(call: Callable[[], T]) -> T:
+    """Makes a call again that lost a race: MLflow looks for a row and then inserts it, and trials start together."""
+    for pause in (0.1, 0.5, 2.0):
+        try:
+            return call()
+        except MlflowException as error:
+            if not re.search("(?i)unique|duplicate|already exists", str(error)):
+                raise
+            time.sleep(pause)
+    return call()
 
 
 def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
@@ -125,7 +158,8 @@ def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
         digest=fingerprint[:32],
     )
     tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]
-    _client().log_inputs(run.id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+    inputs = [DatasetInput(dataset._to_mlflow_entity(), tags)]
+    _raced(lambda: _client().log_inputs(run.id, inputs))
 
 
 def log_file(run: Run, path: Path, folder: str = "") -> None:

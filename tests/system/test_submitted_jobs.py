@@ -1,0 +1,193 @@
+"""Every job, submitted from outside to a real cluster that asks for a token, with MLflow and S3 beside it."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import mlflow
+import pytest
+import requests
+
+from tests.jobs.common import Outcome
+from tests.system.served import BUCKET, Served, served_cluster, wait_for
+
+pytestmark = pytest.mark.system
+
+DATA, SAMPLES = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/samples"
+RUN = f"s3://{BUCKET}/runs/digits"
+SMALL = [
+    "--model-channels",
+    "32",
+    "--channel-multipliers",
+    "1",
+    "--res-blocks",
+    "1",
+    "--attention-resolutions",
+    "4",
+]
+STEPS = 240
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Served]:
+    with served_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def prepared(cluster: Served) -> Outcome:
+    return cluster.submit("--wait", "--id", "digits", "prepare", "--", "--output", DATA)
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Served, prepared: Outcome) -> dict[str, Any]:
+    """The result of a training run that lost a node on its way."""
+    job = cluster.start_submit(
+        "--wait", "--id", "run", "train", "--", "--data", DATA, "--output", RUN, "--steps", STEPS, *SMALL,
+        "--workers", 2, "--batch-size", 32, "--timesteps", 50, "--checkpoint-every", 20, "--log-every", 10,
+        "--register", "digits", "--resume",
+    )  # fmt: skip
+    wait_for(
+        "a checkpoint",
+        lambda: bool(listed(cluster, "runs/digits/checkpoints/")) or job.poll() is not None,
+        seconds=200,
+    )
+    assert job.poll() is None, job.communicate()
+    lost = cluster.node_running("RayTrainWorker")
+    assert lost is not None
+    cluster.kill_node(lost)
+    stdout, stderr = job.communicate(timeout=240)
+    assert job.returncode == 0, stderr
+    return json.loads(stdout.splitlines()[-1])
+
+
+def listed(cluster: Served, prefix: str) -> list[str]:
+    """Keys in the bucket."""
+    answer = requests.get(f"{cluster.s3}/{BUCKET}?list-type=2&prefix={prefix}", timeout=30)
+    return re.findall("<Key>(.*?)</Key>", answer.text)
+
+
+def test_requests_without_the_right_token_are_refused(cluster: Served) -> None:
+    jobs = f"{cluster.jobs}/api/jobs/"
+    assert requests.get(jobs, timeout=30).status_code == 401
+    assert requests.get(jobs, headers={"Authorization": f"Bearer {'x' * 64}"}, timeout=30).status_code == 403
+    for changed, complaint in (
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": "x" * 64}, "refuses the token: is RAY_AUTH_TOKEN that of this cluster?"),
+    ):
+        refused = cluster.submit("prepare", "--", "--output", DATA, **changed)
+        assert (refused.code, refused.stdout) == (2, "")
+        assert refused.stderr.count("\n") == 1 and complaint in refused.stderr
+    assert cluster.submit("list").result["count"] == 0
+
+
+def test_the_result_comes_back_and_the_same_id_is_the_same_job(cluster: Served, prepared: Outcome) -> None:
+    assert prepared.code == 0, prepared.stderr
+    assert prepared.result == {"output": DATA, "count": 1797, "id": "digits", "status": "SUCCEEDED"}
+    assert "digits/manifest.json" in listed(cluster, "digits/")
+    again = cluster.submit("--wait", "--id", "digits", "prepare", "--", "--output", DATA)
+    assert again.result == prepared.result
+    other = cluster.submit("--id", "digits", "prepare", "--", "--output", f"{DATA}-2")
+    assert other.code == 2 and "--id digits is another job" in other.stderr
+    assert list(cluster.submit("list").result["jobs"]) == ["digits"]
+
+
+def test_a_jobs_own_exit_code_and_last_line_come_back(cluster: Served) -> None:
+    failed = cluster.submit(
+        "--wait", "--id", "wrong", "train", "--", "--data", f"s3://{BUCKET}/nowhere", "--output", RUN
+    )
+    assert (failed.code, failed.stdout) == (2, "")
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("submit: job wrong failed: train: ") and "nowhere" in last
+    assert cluster.submit("status", "--id", "wrong").result["status"] == "FAILED"
+    logs = cluster.submit("logs", "--id", "wrong")
+    assert logs.code == 0 and "train: " in logs.stderr
+    assert cluster.submit("status", "--id", "nobody").code == 2
+
+
+def test_a_search_runs_on_the_cluster(cluster: Served, prepared: Outcome) -> None:
+    tuned = cluster.submit(
+        "--wait", "tune", "--", "--data", DATA, "--output", cluster.home / "search", "--trials", 2,
+        "--steps", 10, "--timesteps", 20, "--terms", 4, "--max-images", 16, "--batch-size", 32, *SMALL,
+    )  # fmt: skip
+    assert tuned.code == 0, tuned.stderr
+    assert tuned.result["count"] == 2
+    assert tuned.result["metrics"]["bits_per_dim"] > 0
+
+
+def test_training_outlives_a_node_with_one_run_and_one_curve(
+    cluster: Served, trained: dict[str, Any]
+) -> None:
+    assert trained["status"] == "SUCCEEDED" and trained["model"] == "models:/digits/1"
+    client = mlflow.MlflowClient(cluster.mlflow)
+    runs = client.search_runs([client.get_run(trained["run_id"]).info.experiment_id])
+    mine = [run for run in runs if run.data.params.get("output") == RUN]
+    assert [run.info.run_id for run in mine] == [trained["run_id"]]
+    points = client.get_metric_history(trained["run_id"], "loss")
+    assert [point.step for point in points] == list(range(10, STEPS + 1, 10))
+    assert client.get_model_version_by_alias("digits", "newest").version == "1"
+
+
+def test_generating_and_evaluating_go_through_registry_and_storage(
+    cluster: Served, trained: dict[str, Any]
+) -> None:
+    generated = cluster.submit(
+        "--wait", "generate", "--", "--model", "models:/digits@newest", "--output", SAMPLES, "--count", 64,
+        "--sampler", "ddim", "--sampling-steps", 5, "--actors", 1,
+    )  # fmt: skip
+    assert generated.code == 0, generated.stderr
+    assert (generated.result["count"], generated.result["model"]) == (64, "models:/digits/1")
+    evaluated = cluster.submit(
+        "--wait", "evaluate", "--", "--model", "models:/digits@newest", "--data", DATA, "--samples", SAMPLES,
+        "--output", f"s3://{BUCKET}/report", "--terms", 4, "--max-images", 16, "--max-features", 64,
+        "--classifier-steps", 20, "--metrics", "bits", "frechet", "--actors", 1,
+    )  # fmt: skip
+    assert evaluated.code == 0, evaluated.stderr
+    assert {"bits_per_dim", "frechet_distance"} <= evaluated.result["metrics"].keys()
+    assert "report/metrics.json" in listed(cluster, "report/")
+
+
+def test_a_job_is_stopped(cluster: Served, prepared: Outcome) -> None:
+    started = cluster.submit(
+        "--id",
+        "long",
+        "train",
+        "--",
+        "--data",
+        DATA,
+        "--output",
+        cluster.home / "long",
+        "--steps",
+        10**6,
+        *SMALL,
+    )
+    assert started.code == 0 and started.result["id"] == "long"
+    bearer = {"Authorization": f"Bearer {cluster.token}"}
+    state = f"{cluster.jobs}/api/jobs/long"
+    wait_for(
+        "its start", lambda: requests.get(state, headers=bearer, timeout=30).json()["status"] == "RUNNING"
+    )
+    assert cluster.submit("stop", "--wait", "--id", "long").result["status"] == "STOPPED"
+    joined = cluster.submit(
+        "--wait", "--id", "long", "train", "--", "--data", DATA, "--output", cluster.home / "long",
+        "--steps", 10**6, *SMALL,
+    )  # fmt: skip
+    assert joined.code not in (0, 2) and "long stopped" in joined.stderr
+
+
+def test_the_clusters_secrets_are_nowhere(cluster: Served, trained: dict[str, Any]) -> None:
+    """The S3 password and the token were in every node's environment, and in nothing that anyone can ask for."""
+    bearer = {"Authorization": f"Bearer {cluster.token}"}
+    shown = requests.get(f"{cluster.jobs}/api/jobs/", headers=bearer, timeout=30).text
+    shown += requests.get(f"{cluster.jobs}/api/v0/actors?detail=1", headers=bearer, timeout=30).text
+    for job in cluster.submit("list").result["jobs"]:
+        shown += cluster.submit("logs", "--id", job).stderr
+    stored = b"".join(
+        path.read_bytes()
+        for path in (cluster.home / "mlflow.db", *(cluster.home / "artifacts").rglob("*"))
+        if path.is_file()
+    )
+    assert "digits" in shown and b"runs/digits" in stored
+    for secret in (cluster.secret, cluster.token):
+        assert secret not in shown and secret.encode() not in stored
