@@ -67,26 +67,31 @@ class CpuTime:
         return sum(self._seconds.values())
 
 
-def pad_mnist(source: Path, output: Path) -> None:
-    """The training set's IDX files with `PADDING` black pixels on every side."""
+def pad_mnist(source: Path, output: Path, most: int) -> None:
+    """The training set's IDX files, `most` images of them, with `PADDING` black pixels on every side."""
     output.mkdir(parents=True, exist_ok=True)
     data = gzip.decompress((source / "train-images-idx3-ubyte.gz").read_bytes())
     magic, count, rows, columns = struct.unpack(">IIII", data[:16])
-    pixels = np.frombuffer(data, np.uint8, offset=16).reshape(count, rows, columns)
+    pixels = np.frombuffer(data, np.uint8, offset=16).reshape(count, rows, columns)[:most]
     padded = np.pad(pixels, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
-    header = struct.pack(">IIII", magic, count, *padded.shape[1:])
+    header = struct.pack(">IIII", magic, *padded.shape)
     (output / "train-images-idx3-ubyte").write_bytes(header + padded.tobytes())
     labels = gzip.decompress((source / "train-labels-idx1-ubyte.gz").read_bytes())
-    (output / "train-labels-idx1-ubyte").write_bytes(labels)
+    (output / "train-labels-idx1-ubyte").write_bytes(
+        labels[:4] + struct.pack(">I", len(padded)) + labels[8 : 8 + len(padded)]
+    )
 
 
-def prepared(name: str, mnist: Path, root: Path) -> PrepareConfig:
+def prepared(name: str, mnist: Path, root: Path, smoke: bool) -> PrepareConfig:
     if name == "digits":
         return PrepareConfig(output=str(root / "data"), validation_fraction=0.2)
     if not (root / "padded" / "train-labels-idx1-ubyte").exists():
-        pad_mnist(mnist, root / "padded")
+        pad_mnist(mnist, root / "padded", 2000 if smoke else 60_000)
     return PrepareConfig(
-        output=str(root / "data"), source="idx", input=str(root / "padded"), validation_fraction=0.01
+        output=str(root / "data"),
+        source="idx",
+        input=str(root / "padded"),
+        validation_fraction=0.05 if smoke else 0.01,
     )
 
 
@@ -122,7 +127,7 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Runs the jobs; returns what is printed."""
     name, smoke = arguments.data, arguments.smoke
     connect(environment={"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
-    prepare.run(prepared(name, Path(arguments.mnist), root))
+    prepare.run(prepared(name, Path(arguments.mnist), root, smoke))
     began = time.perf_counter()
     with CpuTime() as cpu:
         trained = train.run(training(name, root, 4 if smoke else arguments.steps))

@@ -1,4 +1,8 @@
-"""Train a diffusion model on image shards with Ray Train, tracked in MLflow."""
+"""Train a diffusion model on image shards with Ray Train, tracked in MLflow.
+
+SIGTERM and Ctrl-C save the run and end it with exit code 128 + the signal's number (143, 130); --resume goes on from the
+newest whole checkpoint in --output, and starts a new run where there is none.
+"""
 
 import sys
 import tempfile

@@ -118,13 +118,15 @@ class TrainConfig:
     data: str
     """Dataset to train on: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     output: str
-    """Where the run lives: checkpoints, configuration, exported model (URI; all nodes must see it)."""
+    """Where the run lives: checkpoints, configuration, models (a folder that all nodes see, or s3://, gs://…)."""
     steps: int = 10_000
     """Optimizer steps in all, whatever was done before a resume."""
     workers: int = 1
     """Data-parallel workers; the most that are used where --min-workers is given."""
     min_workers: int = 0
     """Elastic training: go on with as few as this many workers while nodes are missing; 0 = not elastic."""
+    resize_seconds: float = 60.0
+    """Elastic training: seconds between two looks at whether there is room for more workers."""
     batch_size: int = 128
     """Global batch size in images: split over the workers, never multiplied by them."""
     microbatch: int = 0
@@ -132,7 +134,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the order of the data, of timesteps, noise, augmentation and of the first weights."""
     resume: bool = False
-    """Go on from the newest complete checkpoint in --output."""
+    """Go on from the newest complete checkpoint in --output; start a new run where there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -150,6 +152,8 @@ class TrainConfig:
     """Train on GPUs; left out = when the cluster has one for every worker."""
     cpus_per_worker: float = 1.0
     """CPUs (and CPU threads) that each worker reserves."""
+    peak_tflops: float = 0.0
+    """TFLOP/s of a worker's device that the MFU curve is a share of; 0 = its matrix product, measured at the start."""
     log_every: int = 50
     """Steps between two points of the MLflow curves."""
     checkpoint_every: int = 1000

@@ -13,6 +13,7 @@ from pipeline.data.index import DatasetIndex, open_dataset, read_rows
 from pipeline.diffusion.losses import vlb_term
 from pipeline.diffusion.process import make_process, q_sample, snr
 from pipeline.diffusion.samplers import sample
+from pipeline.errors import InputError
 from pipeline.models.export import load_model
 from pipeline.models.unet import UNet
 from pipeline.rng import Purpose, normal
@@ -94,9 +95,13 @@ def schedule_curves(spec: ModelSpec, path: Path) -> Path:
 
 
 def bound_terms(model_folder: Path, data: str, path: Path, *, examples: int = 8, seed: int = 0) -> Path:
-    """L_{t-1} over t of a few real images, at up to `BOUND_POINTS` of the T steps."""
+    """L_{t-1} over t of a few real images, held out where any are, at up to `BOUND_POINTS` of the T steps."""
     model, spec = load_model(model_folder)
-    images, labels = real_images(open_dataset(data, "validation"), examples)
+    try:
+        index = open_dataset(data, "validation")
+    except InputError:
+        index = open_dataset(data)
+    images, labels = real_images(index, examples)
     x_0, ids = images.float() / 127.5 - 1, torch.arange(len(images))
     process = make_process(spec.diffusion)
     known = torch.where(labels < 0, len(spec.image.classes), labels) if spec.model.class_conditional else None

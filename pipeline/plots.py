@@ -49,7 +49,7 @@ def save_process_strip(
     """
     examples = len(forward[0])
     rows, columns = 2 * examples, max(len(forward), len(reverse))
-    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows + 0.6), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows + 0.8), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     halves = (
@@ -62,17 +62,23 @@ def save_process_strip(
                 axis = axes[top + row][column]
                 axis.imshow(frame[row].squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 if row == 0:
-                    axis.set_title(f"${name}$\nt = {step}" if column == 0 else f"t = {step}", fontsize=8)
+                    axis.set_title(f"t = {step}", fontsize=8)
+                if column == 0:
+                    axis.text(-0.15, 0.5, f"${name}$", rotation=90, va="center", transform=axis.transAxes)
     _finish(figure, path)
 
 
 def save_schedules(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """alpha_bar and log SNR over t / T, side by side; `curves` maps a name to (alpha_bar, snr), each [T]."""
+    """alpha_bar and log SNR over t / T, side by side; `curves` maps a name to (alpha_bar, snr), each [T].
+
+    The last curve is dashed: it may lie on another.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for name, (alpha_bar, snr) in curves.items():
         time = (np.arange(len(alpha_bar)) + 1) / len(alpha_bar)
-        left.plot(time, alpha_bar, label=name)
-        right.plot(time, np.log10(snr), label=name)
+        style = {"color": "black", "linestyle": "--"} if name == list(curves)[-1] else {}
+        left.plot(time, alpha_bar, label=name, **style)
+        right.plot(time, np.log10(snr), label=name, **style)
     left.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$", title="signal kept")
     right.set(xlabel="t / T", ylabel=r"$\log_{10}$ SNR", title="signal-to-noise ratio")
     left.legend()
@@ -210,6 +216,6 @@ def _rank_colour(rank: int, count: int) -> Any:
 
 
 def _finish(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
+    figure.tight_layout(h_pad=0.2)
     figure.savefig(path, dpi=110)
     plt.close(figure)

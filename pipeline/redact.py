@@ -20,7 +20,7 @@ _PASSWORD = re.compile(r"(?<=://)[^/\s@:'\"]*:(?!\d+(?:/|$))[^\s'\"]*@")
 # https://TOKEN@host; other schemes have names there (container@account, user@host).
 _WEB_USER = re.compile(r"(?:(?<=https://)|(?<=http://))[^/\s@'\"]+@")
 _QUERY = re.compile(
-    r"(?i)([?&][\w.-]*(?:token|secret|password|signature|credential|key|sig)[\w.-]*=)[^&\s'\"]+"
+    r"(?i)([?&](?:[\w.-]*(?:token|secret|password|signature|credential|key)[\w.-]*|sig)=)[^&\s'\"]+"
 )
 
 

@@ -21,6 +21,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from pipeline.cluster import submitted_settings
+from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.redact import redact
 
@@ -218,7 +219,7 @@ def resolve_model(model: str) -> tuple[Path, str]:
     """Turns a MODEL into a folder on this machine.
 
     Args:
-        model: a path to an exported model folder, `models:/NAME/VERSION`, `models:/NAME@ALIAS`.
+        model: a path or a URI of an exported model folder, `models:/NAME/VERSION`, `models:/NAME@ALIAS`.
 
     Returns:
         the folder, and the model's name with its alias pinned to the version it points at now.
@@ -227,6 +228,8 @@ def resolve_model(model: str) -> tuple[Path, str]:
         InputError: no such model.
     """
     if not model.startswith("models:/"):
+        if not storage.is_local(model):
+            return _fetch_model(model), model
         path = Path(model).expanduser()
         if not path.is_dir():
             raise InputError(
@@ -250,6 +253,15 @@ def resolve_model(model: str) -> tuple[Path, str]:
         if (config.parent / "model.safetensors").exists():
             return config.parent, pinned
     raise InputError(f"--model {model}: that model was not written by ray-ddpm (no model.safetensors in it)")
+
+
+def _fetch_model(uri: str) -> Path:
+    if not storage.exists(uri):
+        raise InputError(f"--model {uri}: no such folder")
+    folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-model-"))
+    for file in storage.list_files(uri):
+        (folder / storage.name(file)).write_bytes(storage.read_bytes(file))
+    return folder
 
 
 def ui_command() -> str:

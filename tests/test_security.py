@@ -133,6 +133,7 @@ def test_a_pickle_in_a_parquet_file_is_not_run(tmp_path: Path, mark: Path, colum
         (f"s3://AKIA:{SECRET}@bucket/a", "s3://***@bucket/a"),
         ("postgresql://mlflow:pa@ss@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
         ("https://hf_token123@host/x", "https://***@host/x"),
+        ("https://host/a?sv=1&sig=abc%2F", "https://host/a?sv=1&sig=***"),
         ("http://host/a?X-Amz-Signature=abc&x=1", "http://host/a?X-Amz-Signature=***&x=1"),
         (f"no such user {SECRET}!", "no such user ***!"),
     ],
@@ -147,7 +148,7 @@ def test_secrets_are_masked(text: str, shown: str, monkeypatch: pytest.MonkeyPat
     [
         "s3://bucket/a/b", "http://host:5000/a@b", "models:/digits@newest", "hf://datasets/a/b@main/x.parquet",
         "abfs://container@account.dfs.core.windows.net/x", "/home/me/a:b@c", "sqlite:////tmp/mlflow.db",
-        "see http://host:8265 (10:30)",
+        "see http://host:8265 (10:30)", "http://host/a?design=3",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_is_shown_as_it_is(text: str) -> None:
@@ -219,6 +220,12 @@ def test_workers_are_told_of_mlflow_only_what_others_may_read(monkeypatch: pytes
     assert tracking.environment() == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@mlflow:5000")
     assert tracking.environment() == {}
+
+
+def test_the_command_that_shows_the_runs_listens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:{SECRET}@db/mlflow")
+    shown = tracking.ui_command()
+    assert shown.endswith("--host 127.0.0.1") and SECRET not in shown
 
 
 def test_what_is_installed_is_what_is_pinned() -> None:

@@ -6,6 +6,7 @@ otherwise. `pipeline.diffusion.process` says how t counts: here L_0 is the term 
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -193,7 +194,8 @@ def stratified_vlb(
 ) -> tuple[Tensor, Tensor]:
     """An unbiased estimate of each image's bits/dim from n of the T terms.
 
-    The steps are cut into n / 2 strata of equal size; every image draws two different steps in each.
+    The steps are cut into n / 2 strata, and every image draws two different steps in each. The terms fall about as
+    1 / t, so the strata grow with t: the first ones hold two steps each, and are evaluated whole.
 
     Args:
         x_0: 8-bit images scaled to [-1, 1], [N, C, ...].
@@ -211,11 +213,9 @@ def stratified_vlb(
     count, timesteps = u.shape[1], len(process)
     if count % 2 or not 2 <= count <= timesteps:
         raise InputError(f"terms of the bound: {count} isn't an even number from 2 to {timesteps}")
-    strata = count // 2
     total = prior_bits_per_dim(process, x_0)
     variance = torch.zeros_like(total)
-    for stratum in range(strata):
-        start, end = (stratum * timesteps // strata, (stratum + 1) * timesteps // strata)
+    for stratum, (start, end) in enumerate(pairwise(_strata(timesteps, count // 2))):
         size = end - start
         first = (u[:, 2 * stratum] * size).long()
         second = (first + 1 + (u[:, 2 * stratum + 1] * (size - 1)).long()) % size
@@ -227,6 +227,15 @@ def stratified_vlb(
         # Two draws without replacement: s^2 / 2 with the finite-population correction, s^2 = (a - b)^2 / 2.
         variance = variance + size**2 * (1 - 2 / size) * (a - b).square() / 4
     return total, variance
+
+
+def _strata(timesteps: int, count: int) -> list[int]:
+    """Edges from 0 to T of `count` intervals, at least two steps long, that grow geometrically where they can."""
+    edges = [0]
+    for i in range(count):
+        wanted = round(2 * (timesteps / 2) ** (i / (count - 1))) if count > 1 else timesteps
+        edges.append(min(max(wanted, edges[-1] + 2), timesteps - 2 * (count - 1 - i)))
+    return edges
 
 
 def _term(

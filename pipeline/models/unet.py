@@ -251,15 +251,23 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a convolution."""
+    """Doubles the resolution: nearest neighbour, then a 3x3 convolution, as one transposed convolution.
+
+    Pixels of a doubled image come in equal pairs, so the taps that meet a pair add up beforehand: a 4x4 kernel
+    with stride 2, which does 4 products for every 9 and never holds the doubled input.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.taps: Tensor
+        taps = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+        self.register_buffer("taps", taps, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return result
+        kernel = torch.einsum("oikl,ka,lb->ioab", self.conv.weight, self.taps, self.taps)
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 _PASS = nn.Identity()

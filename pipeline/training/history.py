@@ -40,7 +40,12 @@ class History:
     # One upload at a time: a storage slower than the steps holds training up, rather than filling the memory.
     _idle: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
 
-    def save(self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any]) -> None:
+    def save(
+        self,
+        capture: Callable[[], checkpoint.Saved],
+        step: int,
+        extra: dict[str, Any],
+    ) -> None:
         """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step."""
         target, upload = None, None
         if self.rank == 0:
@@ -57,6 +62,17 @@ class History:
                 return self._registered_as(name)
 
         self._report(target, step, upload, CheckpointUploadMode.ASYNC)
+
+    def save_apart(self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any]) -> None:
+        """Writes at once and without Ray Train, which is about to end this group and no longer listens."""
+        if self.rank == 0:
+            self._write(checkpoint.new_name(step), capture(), extra)
+            self.mailbox.saved.remote()
+
+    def flush(self) -> None:
+        """Waits for what is being written."""
+        if self._idle.acquire(timeout=60):
+            self._idle.release()
 
     def restore(self) -> tuple[checkpoint.Saved, dict[str, Any]] | None:
         """The newest checkpoint whose bytes are as written, the same for every worker; None where there is none.

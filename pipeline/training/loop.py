@@ -25,6 +25,7 @@ from pipeline.models import ema
 from pipeline.models.unet import UNet, build
 from pipeline.rng import Purpose, normal, uniform
 from pipeline.training.meter import Meter
+from pipeline.training.network import uses_bf16
 
 
 class Batch(Protocol):
@@ -102,7 +103,7 @@ def prepare(
     config: TrainConfig, spec: ModelSpec, sampler: dict[str, Tensor], batch: Batch, device: torch.device
 ) -> Prepared:
     """Draws timesteps, noise, label drops and flips by each sample's own counters."""
-    ids, epochs = batch.ids.to(device), batch.epochs.to(device)
+    ids, epochs = (values.to(device, non_blocking=True) for values in (batch.ids, batch.epochs))
 
     def draw(purpose: Purpose) -> Tensor:
         return uniform(config.seed, epochs, ids, purpose)[:, 0]
@@ -114,7 +115,7 @@ def prepare(
     labels = None
     if spec.model.class_conditional:
         null = len(spec.image.classes)
-        labels = batch.labels.to(device)
+        labels = batch.labels.to(device, non_blocking=True)
         hidden = (draw(Purpose.LABEL_DROP) < config.class_dropout) | (labels < 0)
         labels = torch.where(hidden, null, labels)
     return Prepared(
@@ -122,7 +123,7 @@ def prepare(
         t=t,
         noise=normal(config.seed, epochs, ids, Purpose.NOISE, tuple(x_0.shape[1:])),
         labels=labels,
-        weights=weight.float() * batch.weights.to(device),
+        weights=weight.float() * batch.weights.to(device, non_blocking=True),
     )
 
 
@@ -257,15 +258,6 @@ def decays(config: TrainConfig, step: int) -> list[float]:
     # A young average would be mostly the first weights: its decay rises as (1 + step) / (10 + step) at first.
     standard = [min(decay, (1 + step) / (10 + step)) for decay in options.ema_decays]
     return standard + [ema.power_decay(length, step) for length in options.ema_lengths]
-
-
-def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward pass runs in bf16."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return False
 
 
 def gather_by_id(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
+from pipeline.training.system import utilisation
 
 BAD_IMAGES_BEFORE_JUDGING = 100
 
@@ -41,8 +42,22 @@ def samples_digest(epochs: np.ndarray, ids: np.ndarray) -> int:
 class Meter:
     """Sums of this worker since the last logged point, and of the samples seen since the run's first step."""
 
-    def __init__(self, config: TrainConfig, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        world_size: int,
+        device: torch.device,
+        flops_per_image: int = 0,
+        peak_flops: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            flops_per_image: of a training step.
+            peak_flops: what this worker could do a second; 0 leaves the model FLOPs utilisation out.
+        """
         self._config, self._world_size, self._device = config, world_size, device
+        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
+        utilisation(device)
         self._named: list[str] = []
         # [samples, their digest, undecodable ones], since the run's first step, int64 (the digest wraps around).
         self._seen = np.zeros(3, np.int64)
@@ -82,16 +97,23 @@ class Meter:
     def read(self, rate: float) -> dict[str, float]:
         """The interval's averages over all workers; a new interval begins. A collective call."""
         seconds = time.perf_counter() - self._began
-        loss, waited, bad = self._total(self._loss, self._waited, self._bad)
+        system = utilisation(self._device)
+        loss, waited, bad, peak, *means = self._total(
+            self._loss, self._waited, self._bad, self._peak_flops, *system.values()
+        )
+        rate_of_images = self._here * self._config.batch_size / seconds
         result = {
             "loss": loss / max(self._steps, 1),
             "gradient_norm": self._norm / max(self._steps, 1),
             "learning_rate": rate,
-            "images_per_second": self._here * self._config.batch_size / seconds,
+            "images_per_second": rate_of_images,
             "data_wait_share": waited / self._world_size / seconds,
             "undecodable_images": bad,
             "skipped_steps": self._skipped,
+            **{name: mean / self._world_size for name, mean in zip(system, means, strict=True)},
         }
+        if peak:
+            result["mfu"] = rate_of_images * self._flops_per_image / peak
         self._new_interval()
         return result
 

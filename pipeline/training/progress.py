@@ -5,6 +5,7 @@ Workers post without waiting; the driver writes what it finds to MLflow, to the 
 """
 
 import asyncio
+import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -16,10 +17,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.display import Display
+from pipeline.training.agreement import Ask
 
-# Milliseconds since 1970, step, values; the first value names the curve.
+# The value by which a point is known as one of a curve: of the training, and of the validation.
+CURVES = ("loss", "bits_per_dim")
+# Milliseconds since 1970, step, values.
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
+SAVE_SECONDS = 60
 
 
 @dataclass
@@ -39,7 +44,9 @@ class Mailbox:
         self._post = Post()
         self._reason = ""
         self._running = False
-        self._stop = asyncio.Event()
+        self._asked: list[Ask] = []
+        self._changed = asyncio.Condition()
+        self._saved = asyncio.Event()
 
     async def give_up(self, reason: str) -> None:
         """Says that the run can't go on, however often the worker group is restarted."""
@@ -48,17 +55,39 @@ class Mailbox:
     async def reason_to_give_up(self) -> str:
         return self._reason
 
+    async def begin(self, step: int, workers: int) -> int:
+        """A worker group begins its steps; returns how much was asked before."""
+        if self._running:
+            self._post.notices.append(f"the workers were started again: {workers} go on from step {step}")
+        self._running = True
+        return len(self._asked)
+
     async def ask_to_stop(self) -> bool:
         """Asks the workers to save and end; returns whether there are any."""
-        self._stop.set()
+        await self._ask(Ask.STOP)
         return self._running
 
-    async def asked_to_stop(self) -> None:
-        """Returns when the driver asks."""
-        await self._stop.wait()
+    async def save_now(self) -> None:
+        """Asks the workers to save and go on; returns when the checkpoint is whole, or after a minute."""
+        self._saved.clear()
+        await self._ask(Ask.SAVE)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._saved.wait(), SAVE_SECONDS)
 
-    async def set_running(self, running: bool) -> None:
-        self._running = running
+    async def saved(self) -> None:
+        """Says that what was asked for is saved."""
+        self._saved.set()
+
+    async def asked(self, seen: int) -> tuple[Ask, int]:
+        """Waits for something to be asked after the first `seen`; a stop is for all groups to come, too."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._asked) > seen or Ask.STOP in self._asked)
+        return max(self._asked[seen:], default=Ask.STOP), len(self._asked)
+
+    async def _ask(self, what: Ask) -> None:
+        async with self._changed:
+            self._asked.append(what)
+            self._changed.notify_all()
 
     async def post(self, points: list[Point]) -> None:
         self._post.points += points
@@ -138,7 +167,7 @@ class Courier:
 
     def _is_new(self, point: Point) -> bool:
         _, step, values = point
-        curve = next(iter(values))
+        curve = next(name for name in CURVES if name in values)
         if step <= self._last.get(curve, -1):
             return False
         self._last[curve] = step

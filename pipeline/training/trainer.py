@@ -1,7 +1,6 @@
 """A training run from the driver's side: checks, MLflow, Ray Train, the exported model."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.validation_config import ValidationConfig
 
 from pipeline import __version__, tracking
-from pipeline.config import ModelSpec, TrainConfig, to_dict
+from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.plan import Plan
@@ -27,12 +26,11 @@ from pipeline.models.ema import power_gamma
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
 from pipeline.training.history import CHECKPOINTS, mend, sweep
+from pipeline.training.identity import open_run
+from pipeline.training.leaving import SaveBeforeLeaving
 from pipeline.training.progress import Courier, Point, open_mailbox
 from pipeline.training.signals import run_until_signal
 from pipeline.training.validation import Validator, save_model_at
-from pipeline.training.worker import RUN_FILE
-
-CURVES = ("loss", "bits_per_dim")
 
 
 class PlannedData(DataConfig):
@@ -146,7 +144,7 @@ def train(
     index, spec = check(config)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
-    run = _open_run(config, spec, index, output, hooks.run_id)
+    run = open_run(config, spec, index, output, hooks.run_id)
     folder = storage.join(output, CHECKPOINTS)
     mend(folder)
     mailbox = open_mailbox()
@@ -185,8 +183,9 @@ def train(
         ray.kill(mailbox)
         if status != "RUNNING":
             tracking.end_run(run, status)
-    exported = save_model_at(storage.join(output, "model"), weights, spec)
-    name = str(exported)
+    place = storage.join(output, "model")
+    exported = save_model_at(place, weights, spec)
+    name = place
     if hooks.log_model:
         logged = tracking.log_model(run, exported, config.register, config.alias)
         name = logged if config.register else name
@@ -222,6 +221,7 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
             use_gpu=gpu,
+            elastic_resize_monitor_interval_s=config.resize_seconds,
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": int(gpu)},
         ),
         run_config=RunConfig(
@@ -231,7 +231,7 @@ def _trainer(
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=list(callbacks),
+            callbacks=[SaveBeforeLeaving(mailbox), *callbacks],
         ),
         datasets={"train": lambda: index},
         dataset_config=PlannedData(plan),
@@ -247,54 +247,6 @@ def _validation_resources(config: TrainConfig, gpu: bool) -> dict[str, Any]:
     # An environment of its own gives it processes of its own, whose low priority no other task inherits.
     environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     return {"num_cpus": int(spare_cpus >= 1), "num_gpus": int(spare_gpus >= 1), "runtime_env": environment}
-
-
-def _open_run(
-    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run_id: str
-) -> tracking.Run:
-    """One MLflow run for one output folder, whatever number of restarts."""
-    note = storage.join(output, RUN_FILE)
-    settings = to_dict(replace(config, resume=False))
-    if storage.exists(note):
-        old = json.loads(storage.read_bytes(note))
-        if not config.resume:
-            raise InputError(
-                f"--output {config.output} already holds a run: pass --resume, or another folder"
-            )
-        for key, now in _fixed(config, spec, index).items():
-            before = old["fixed"].get(key)
-            if before != now:
-                raise InputError(
-                    f"--resume: {key} was {before} in {config.output} and is {now} now; keep it, or train in "
-                    "another folder"
-                )
-        if run := tracking.reopen_run(run_id or old["run_id"], CURVES):
-            return run
-    run = (tracking.reopen_run(run_id, CURVES) if run_id else None) or tracking.start_run(
-        config.experiment,
-        config.run_name,
-        settings,
-        {"ray_ddpm.version": __version__, "ray_ddpm.output": output},
-    )
-    tracking.log_dataset(run, config.data, index.fingerprint, index.rows)
-    tracking.log_config(run, settings)
-    content = {"run_id": run.id, "fixed": _fixed(config, spec, index), "config": settings}
-    storage.write_atomic(note, json.dumps(content, indent=1).encode())
-    return run
-
-
-def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[str, Any]:
-    """What can't change between a run and its resume without making it another run."""
-    return {
-        "data_fingerprint": index.fingerprint,
-        "model": to_dict(spec.model),
-        "diffusion": to_dict(spec.diffusion),
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "groups_per_window": config.groups_per_window,
-        "ema_decays": list(config.optimizer.ema_decays),
-        "ema_lengths": list(config.optimizer.ema_lengths),
-    }
 
 
 def _newest_model(folder: str) -> tuple[dict[str, Any], int]:

@@ -23,7 +23,6 @@ from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.work import choose
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
-from pipeline.pictures import draw_samples
 from pipeline.training import checkpoint
 from pipeline.training.history import CHECKPOINTS
 
@@ -78,6 +77,9 @@ class Validator:
         return figures
 
     def _post(self, model: UNet, step: int, figures: dict[str, float]) -> None:
+        # Not before: the driver, which imports this module too, draws nothing.
+        from pipeline.pictures import draw_samples
+
         with tempfile.TemporaryDirectory() as folder:
             picture = draw_samples(model, self.spec, Path(folder) / "grid.png", rows=4, seed=self.config.seed)
             path = f"samples/step-{step:09d}.png"

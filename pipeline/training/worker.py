@@ -10,22 +10,19 @@ from typing import Any, Protocol
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from safetensors.torch import save as pack
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.models import ema
-from pipeline.training import checkpoint, loop
-from pipeline.training.agreement import Agreement
+from pipeline.training import checkpoint, flops, loop, network
+from pipeline.training.agreement import Agreement, Ask
 from pipeline.training.history import CHECKPOINTS, History
+from pipeline.training.identity import RUN_FILE
 from pipeline.training.meter import Meter
 from pipeline.training.progress import Point
 
-RUN_FILE = "run.json"
 SNAPSHOTS = "snapshots"
 
 
@@ -97,11 +94,7 @@ def _run(task: Task) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     _check_shared(task)
     device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    else:
-        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    network.prepare_device(config, device)
 
     history = History(
         storage.join(task.output, CHECKPOINTS),
@@ -111,12 +104,14 @@ def _run(task: Task) -> None:
         also=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
     )
     state = loop.new_state(config, spec, device)
-    meter = Meter(config, world_size, device)
+    peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
+    per_image = flops.flops_per_image(spec) if rank == 0 else 0  # rank 0 posts the curve
+    meter = Meter(config, world_size, device, per_image, peak)
     points: list[Point] = []
     if found := history.restore():
         saved, kept = found
         checkpoint.restore(state, saved)
-        meter.restore(kept["meter"], rank)
+        meter.restore(kept, rank)
         if rank == 0:  # the driver may have been killed before it had delivered them
             mailbox.post.remote([tuple(point) for point in kept["points"]])
     elif task.hooks.start_from:
@@ -124,14 +119,9 @@ def _run(task: Task) -> None:
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
     batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
-    model: nn.Module = state.model
-    if config.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
-    if world_size > 1:
-        static = not config.microbatch
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
+    model = network.wrap(config, state.model, world_size)
 
-    asked = mailbox.asked_to_stop.remote() if rank == 0 else None
+    asked = Asked(mailbox, state.step, world_size) if rank == 0 else None
     agreement = Agreement(world_size)
     last_saved = state.step
 
@@ -140,31 +130,37 @@ def _run(task: Task) -> None:
             points.append((int(time.time() * 1000), step, metrics | {"workers": world_size}))
             mailbox.post.remote(points[-1:])
 
-    def on_checkpoint(current: loop.TrainState) -> None:
-        nonlocal last_saved
-        extra = {
+    def capture() -> checkpoint.Saved:
+        return checkpoint.capture(state)
+
+    def facts() -> dict[str, Any]:
+        return {
             "run_id": task.run_id,
-            "position": position(config, current.step, task.rows),
-            "learning_rate": loop.learning_rate(config, current.step),
-            "meter": meter.state(),
+            "position": position(config, state.step, task.rows),
+            "learning_rate": loop.learning_rate(config, state.step),
+            **meter.state(),
             "points": list(points),
         }
-        history.save(lambda: checkpoint.capture(current), current.step, extra)
+
+    def on_checkpoint(_: loop.TrainState) -> None:
+        nonlocal last_saved
+        history.save(capture, state.step, facts())
         points.clear()
-        last_saved = current.step
+        last_saved = state.step
 
     def should_stop() -> bool:
         if task.hooks.watch is not None and task.hooks.watch(state, rank, world_size):
             return True
-        return agreement(asked is not None and bool(ray.wait([asked], timeout=0)[0]))
+        ask = agreement(asked() if asked else Ask.NOTHING)
+        if ask == Ask.SAVE:
+            history.save_apart(capture, state.step, facts())
+        return ask == Ask.STOP
 
     def on_skip(error: loop.NonFinite) -> None:
         if rank == 0:
             mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
             mailbox.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
 
-    if rank == 0:
-        mailbox.set_running.remote(True)
     try:
         with contextlib.closing(batches):
             loop.train(
@@ -181,12 +177,28 @@ def _run(task: Task) -> None:
                 should_stop,
                 on_skip,
             )
-    except loop.NonFinite as error:
-        if rank == 0:
+    except (InputError, loop.NonFinite) as error:
+        history.flush()  # what was good until here
+        if rank == 0 and isinstance(error, loop.NonFinite):
             ray.get(mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
         raise
     if state.step != last_saved:  # asked to stop
         on_checkpoint(state)
+
+
+class Asked:
+    """What the driver asks, as rank 0 hears of it without waiting."""
+
+    def __init__(self, mailbox: Any, step: int, workers: int) -> None:
+        self._mailbox = mailbox
+        self._next = mailbox.asked.remote(ray.get(mailbox.begin.remote(step, workers)))
+
+    def __call__(self) -> Ask:
+        if not ray.wait([self._next], timeout=0)[0]:
+            return Ask.NOTHING
+        ask, seen = ray.get(self._next)
+        self._next = self._mailbox.asked.remote(seen)
+        return Ask(ask)
 
 
 def is_validated(config: TrainConfig, step: int) -> bool:

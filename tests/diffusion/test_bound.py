@@ -46,7 +46,7 @@ def closed_terms(chain: Chain, data: GaussianData, sigma2: np.ndarray) -> np.nda
     """E KL(q(x_{t-1} | x_t, x_0) || N(mu*, sigma_t^2)), bits/dim, for t >= 1 (0-based)."""
     coefficient = np.sqrt(chain.alpha_bar_prev) * chain.beta / (1 - chain.alpha_bar)
     mismatch = coefficient[:, None] ** 2 * data.posterior_variance(chain.alpha_bar)
-    ratio = (chain.beta_tilde / sigma2)[1:, None]
+    ratio = (chain.beta_tilde[1:] / sigma2[1:])[:, None]
     kl = 0.5 * (ratio - 1 - np.log(ratio) + mismatch[1:] / sigma2[1:, None])
     return kl.mean(axis=1) / LN2
 
@@ -118,7 +118,7 @@ def test_fixed_large_is_optimal_for_unit_gaussian_data() -> None:
     assert (large < small).all()
     # q(x_{t-1} | x_t) is normal with variance beta: what is left is how much x_0 tells beyond x_t.
     chain = Chain(mild("fixed_large").beta.numpy())
-    np.testing.assert_allclose(large, 0.5 * np.log2(chain.beta / chain.beta_tilde)[1:], rtol=1e-8)
+    np.testing.assert_allclose(large, 0.5 * np.log2(chain.beta[1:] / chain.beta_tilde[1:]), rtol=1e-8)
     learned = mild("learned_range")
     np.testing.assert_allclose(terms_of(learned, data, v=1.0), large, rtol=1e-9)
     for v in (0.9, 1.1):
@@ -241,20 +241,40 @@ def test_the_prior_term_of_linear_with_1000_steps_is_negligible() -> None:
     assert 7e-6 < prior < 1e-5
 
 
-def test_the_stratified_estimate_is_unbiased_and_its_variance_is_what_it_says() -> None:
-    data, process = gaussian(), process_of(timesteps=11)
+@pytest.mark.parametrize(("timesteps", "count"), [(11, 4), (11, 10), (40, 2), (40, 12)])
+def test_the_stratified_estimate_is_unbiased_and_its_variance_is_what_it_says(
+    timesteps: int, count: int
+) -> None:
+    data, process = gaussian(), process_of(timesteps)
     x_0 = joint(data, 0)[0][:1] * 0.1
     noise = torch.full_like(x_0, 0.7)
     terms, prior = vlb_terms(process, data.optimal_eps(process), x_0, lambda t: noise)
     exact = (terms.sum() + prior).item()
-    u = torch.from_numpy(np.random.default_rng(0).uniform(size=(4000, 4)))
+    u = torch.from_numpy(np.random.default_rng(0).uniform(size=(4000, count)))
     many = x_0.expand(len(u), -1, -1, -1)
     estimates, variances = stratified_vlb(
         process, data.optimal_eps(process), many, lambda t: noise.expand_as(many), u
     )
     spread = estimates.std().item()
     assert abs(estimates.mean().item() - exact) < 4 * spread / math.sqrt(len(u))
-    assert variances.mean().item() == pytest.approx(spread**2, rel=0.1)
+    assert variances.mean().item() == pytest.approx(spread**2, rel=0.15)
+
+
+def test_the_estimate_is_precise_where_the_terms_are_large() -> None:
+    """A few of many terms: the first ones, which are most of the bound, are never left to chance."""
+    data, process = gaussian(), process_of(timesteps=1000, schedule="cosine")
+    x_0 = joint(data, 0)[0][:1] * 0.1
+    noise = torch.full_like(x_0, 0.7)
+    terms, prior = vlb_terms(process, data.optimal_eps(process), x_0, lambda t: noise)
+    u = torch.from_numpy(np.random.default_rng(0).uniform(size=(200, 20)))
+    many = x_0.expand(len(u), -1, -1, -1)
+    estimates, _ = stratified_vlb(
+        process, data.optimal_eps(process), many, lambda t: noise.expand_as(many), u
+    )
+    exact = (terms.sum() + prior).item()
+    spread = estimates.std().item()
+    assert abs(estimates.mean().item() - exact) < 4 * spread / math.sqrt(len(u))
+    assert spread < 0.1 * exact
 
 
 def test_all_terms_as_an_estimate_are_the_exact_bound() -> None:

@@ -9,7 +9,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.errors import InputError
 from pipeline.models.diffusers import export_diffusers, unet_config
-from pipeline.models.unet import UNet, build, check_model
+from pipeline.models.unet import UNet, Upsample, build, check_model
 
 PLAIN = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
 SMALL = ModelConfig(model_channels=32, channel_multipliers=(1, 2), res_blocks=1, attention_resolutions=(4,))
@@ -89,6 +89,21 @@ def test_diffusers_loads_the_export_and_gives_the_same_epsilon(
         torch.testing.assert_close(
             model(x, t, labels), theirs(x, t, class_labels=labels).sample, atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 3)])
+def test_upsampling_is_nearest_neighbour_then_a_convolution(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = Upsample(32).double()
+    x = torch.randn(2, 32, *size, dtype=torch.float64, requires_grad=True)
+    plain = layer.conv(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(layer(x), plain)
+    gradient = torch.randn_like(plain)
+    of = [x, *layer.conv.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(layer(x), of, gradient), torch.autograd.grad(plain, of, gradient), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_diffusers_pipeline_samples_from_the_export(tmp_path: Path) -> None:

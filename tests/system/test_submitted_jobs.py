@@ -126,7 +126,7 @@ def test_training_outlives_a_node_with_one_run_and_one_curve(
     assert [run.info.run_id for run in mine] == [trained["run_id"]]
     points = client.get_metric_history(trained["run_id"], "loss")
     assert [point.step for point in points] == list(range(10, STEPS + 1, 10))
-    assert client.get_model_version_by_alias("digits", "newest").version == "1"
+    assert str(client.get_model_version_by_alias("digits", "newest").version) == "1"
 
 
 def test_generating_and_evaluating_go_through_registry_and_storage(

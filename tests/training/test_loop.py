@@ -4,26 +4,26 @@ import dataclasses
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.training import checkpoint, loop
 from pipeline.training.loop import NonFinite, new_state, train
+from pipeline.training.meter import Meter, samples_digest
+from pipeline.training.network import wrap
 from tests.training.common import MemoryBatch, batches, problem
 
 CPU = torch.device("cpu")
 
 
-def run(config, spec, state=None, rank: int = 0, world_size: int = 1):  # type: ignore[no-untyped-def]
+def run(config, spec, state=None, rank: int = 0, world_size: int = 1, meter=None):  # type: ignore[no-untyped-def]
     """Trains to the end; returns the state and the logged losses."""
     state = state or new_state(config, spec, CPU)
-    model = state.model
-    if world_size > 1:
-        model = DistributedDataParallel(model)
+    model = wrap(config, state.model, world_size)
     losses: dict[int, float] = {}
     stream = batches(config, rank, world_size, state.step)
     train(
@@ -36,6 +36,7 @@ def run(config, spec, state=None, rank: int = 0, world_size: int = 1):  # type: 
         world_size,
         lambda s, m: losses.update({s: m["loss"]}),
         lambda s: None,
+        meter,
     )
     return state, losses
 
@@ -44,16 +45,32 @@ def flat(state: loop.TrainState) -> Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
-def _one_rank(rank: int, world_size: int, port: int, folder: str, changes: dict[str, object]) -> None:
+def _one_rank(
+    rank: int, world_size: int, port: int, folder: str, changes: dict[str, object], start: str
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     config, spec = problem(**changes)
-    state, losses = run(config, spec, rank=rank, world_size=world_size)
+    state, meter = new_state(config, spec, CPU), Meter(config, world_size, CPU)
+    if start:
+        saved, kept = checkpoint.read(start)
+        checkpoint.restore(state, saved)
+        meter.restore(kept, rank)
+    state, losses = run(config, spec, state, rank, world_size, meter)
+    seen = meter.state()["seen"]
     if rank == 0:
         torch.save(
-            {"weights": flat(state), "losses": losses, "sampler": state.sampler}, f"{folder}/{world_size}.pt"
+            {"weights": flat(state), "losses": losses, "sampler": state.sampler, "seen": seen},
+            f"{folder}/{world_size}.pt",
         )
     dist.destroy_process_group()
+
+
+def several_workers(world_size: int, folder: Path, changes: dict[str, object], start: str = ""):  # type: ignore[no-untyped-def]
+    """The end of a run of `world_size` processes."""
+    arguments = (world_size, _free_port(), str(folder), changes, start)
+    mp.start_processes(_one_rank, arguments, world_size, start_method="spawn")
+    return torch.load(folder / f"{world_size}.pt", weights_only=True)
 
 
 def _free_port() -> int:
@@ -62,18 +79,45 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_fifty_steps_of_several_workers_are_those_of_one(world_size: int, tmp_path: Path) -> None:
-    changes: dict[str, object] = {"steps": 50, "diffusion": {"timestep_sampler": "loss_second_moment"}}
-    mp.start_processes(
-        _one_rank, (world_size, _free_port(), str(tmp_path), changes), world_size, start_method="spawn"
-    )
-    several = torch.load(tmp_path / f"{world_size}.pt", weights_only=True)
-    config, spec = problem(**dict(changes))
-    one, losses = run(config, spec)
+SAMPLER: dict[str, object] = {"timestep_sampler": "loss_second_moment"}
+
+
+def epochs_digest(epochs: int, rows: int = 37) -> str:
+    """Of every sample once in each epoch."""
+    ids = np.tile(np.arange(rows), epochs)
+    return f"{samples_digest(np.repeat(np.arange(epochs), rows), ids):016x}"
+
+
+@pytest.mark.parametrize(("world_size", "microbatch"), [(2, 2), (4, 0)])
+def test_fifty_steps_of_several_workers_are_those_of_one(
+    world_size: int, microbatch: int, tmp_path: Path
+) -> None:
+    changes = {"steps": 50, "microbatch": microbatch, "diffusion": dict(SAMPLER)}
+    several = several_workers(world_size, tmp_path, changes)
+    config, spec = problem(steps=50, diffusion=dict(SAMPLER))
+    meter = Meter(config, 1, CPU)
+    one, losses = run(config, spec, meter=meter)
     assert (several["weights"] - flat(one)).norm() < 1e-4 * flat(one).norm()
     assert several["losses"] == pytest.approx(losses, rel=1e-4)
     assert torch.equal(several["sampler"]["count"], one.sampler["count"])
+    assert several["seen"] == meter.state()["seen"]
+
+
+def test_another_number_of_workers_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    # 37 rows in batches of 10: 37 steps are ten whole epochs. Step 18 is in the middle of a logging interval.
+    config, spec = problem(steps=37)
+    straight, losses = run(config, spec)
+    meter, half = Meter(config, 1, CPU), new_state(config, spec, CPU)
+    stop = iter([False] * 18 + [True])
+    train(
+        config, spec, half, half.model, batches(config), CPU, 1, lambda *_: None, lambda _: None, meter,
+        lambda: next(stop),
+    )  # fmt: skip
+    checkpoint.write(str(tmp_path / "c"), checkpoint.capture(half), meter.state())
+    several = several_workers(2, tmp_path, {"steps": 37}, str(tmp_path / "c"))
+    assert (several["weights"] - flat(straight)).norm() < 1e-4 * flat(straight).norm()
+    assert several["losses"] == pytest.approx({s: v for s, v in losses.items() if s > 18}, rel=1e-4)
+    assert several["seen"] == {"samples": 370, "digest": epochs_digest(10), "undecodable": 0}
 
 
 def test_microbatches_accumulate_to_the_same_step() -> None:
@@ -120,18 +164,26 @@ class _Poisoned:
         return self
 
 
-def test_a_non_finite_step_is_named_and_leaves_the_weights_as_they_were() -> None:
-    config, spec = problem()
+def test_a_non_finite_step_is_named_and_leaves_everything_as_it_was() -> None:
+    config, spec = problem(diffusion=dict(SAMPLER))
     state = new_state(config, spec, CPU)
-    with pytest.raises(NonFinite, match=r"step 3: .*samples \d+"):
+    with pytest.raises(NonFinite, match=r"step 3: .*samples \d+") as caught:
         train(config, spec, state, state.model, _Poisoned(config), CPU, 1, lambda *_: None, lambda _: None)
     before, _ = run(dataclasses.replace(config, steps=2), spec)
     assert torch.equal(flat(state), flat(before))
+    assert all(torch.equal(state.sampler[name], before.sampler[name]) for name in before.sampler)
+    *_, third = (batch for batch, _ in zip(batches(config), range(3), strict=False))
+    assert [sample["id"] for sample in caught.value.samples] == sorted(third.ids.tolist())
 
 
 def test_a_non_finite_step_is_skipped_on_request() -> None:
-    config, spec = problem(skip_nonfinite=True)
-    state = new_state(config, spec, CPU)
-    train(config, spec, state, state.model, _Poisoned(config), CPU, 1, lambda *_: None, lambda _: None)
-    assert state.step == config.steps
+    config, spec = problem(skip_nonfinite=True, diffusion=dict(SAMPLER))
+    state, skipped, losses = new_state(config, spec, CPU), list[int](), dict[int, dict[str, float]]()
+    train(
+        config, spec, state, state.model, _Poisoned(config), CPU, 1, losses.__setitem__, lambda _: None,
+        on_skip=lambda error: skipped.append(error.step),
+    )  # fmt: skip
+    assert (state.step, skipped) == (config.steps, [3])
     assert bool(flat(state).isfinite().all())
+    assert losses[5]["skipped_steps"] == 1
+    assert np.isfinite(losses[5]["loss"])

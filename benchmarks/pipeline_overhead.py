@@ -1,0 +1,98 @@
+"""Images/s of the whole pipeline over those of the same step in a bare loop on tensors in memory, in one run.
+
+    python benchmarks/pipeline_overhead.py [--threads N] [--smoke]
+
+The pipeline is a training run as a user starts it: Ray Data reads and decodes PNG, Ray Train runs the worker,
+checkpoints go to disk, points go to MLflow. The bare loop is plain torch in a process of its own; half of it runs
+before the pipeline and half after, so that a machine that slows down does so for both.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import UNET, in_memory, on_disk, pipeline_rate
+from pipeline import cli, tracking
+from pipeline.cluster import connect
+from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
+from pipeline.diffusion.process import make_process
+from pipeline.training import loop, network
+
+
+def bare(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
+    """Seconds of each step after two that warm up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.prepare_device(config, device)
+    state = loop.new_state(config, spec, device)
+    model = network.wrap(config, state.model, 1)
+    process = make_process(spec.diffusion).to(device)
+    batches, seconds = in_memory(config, spec.image), list[float]()
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        loop.train_step(config, spec, process, state, model, next(batches), device)[0].item()
+        seconds.append(time.perf_counter() - began)
+    return seconds[2:]
+
+
+def bare_alone(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
+    """`bare` in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(bare, (config, spec, steps))
+
+
+def main(smoke: bool, threads: int, folder: Path) -> dict[str, object]:
+    """Runs all; returns what is printed."""
+    steps, every = (4, 2) if smoke else (16, 4)
+    model = ModelConfig(32, (1, 2), res_blocks=1, attention_resolutions=()) if smoke else UNET.model
+    spec = ModelSpec(model, ImageConfig(8, 3) if smoke else UNET.image, UNET.diffusion)
+    config = TrainConfig(
+        data=str(folder / "data"),
+        output=str(folder / "run"),
+        steps=steps + every,
+        batch_size=8 if smoke else 32,
+        model=model,
+        cpus_per_worker=threads,
+        log_every=every,
+        # Once among the steps that count: a thousand times as often as one would.
+        checkpoint_every=2 * every,
+        experiment="pipeline_overhead",
+    )
+    first = bare_alone(config, spec, steps // 2)
+    connect(environment=tracking.environment())
+    on_disk(folder, 64 if smoke else 640, spec.image)
+    rate, points = pipeline_rate(config)
+    second = bare_alone(config, spec, steps // 2)
+    halves = [config.batch_size * len(half) / sum(half) for half in (first, second)]
+    alone = config.batch_size * steps / sum(first + second)
+    return {
+        "threads": threads,
+        "bare_images_per_second": round(alone, 2),
+        "bare_before_and_after": [round(half, 2) for half in halves],
+        "pipeline_images_per_second": round(rate, 2),
+        "data_wait_share": round(max(p["data_wait_share"] for s, p in points.items() if s > every), 4),
+        "ratio": round(rate / alone, 3),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the training step")
+    parser.add_argument("--smoke", action="store_true", help="a small network and few steps: does it run?")
+    options = parser.parse_args()
+    with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
+        tracking.quieten()
+        os.chdir(temporary)
+        result = main(options.smoke, options.threads, Path(temporary))
+        print(json.dumps(result), file=stream, flush=True)
+        os.chdir("/")

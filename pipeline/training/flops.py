@@ -1,0 +1,43 @@
+"""How much arithmetic a training step is, and how much a worker's device could do in the same time."""
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import ModelSpec
+from pipeline.models.unet import build
+
+MEASURED_SECONDS = 0.2
+SIDE = {"cpu": 512, "cuda": 8192}
+
+
+def flops_per_image(spec: ModelSpec) -> int:
+    """Of one image forward and backward, two for each multiply-add; counted on shapes alone, nothing is computed."""
+    with torch.device("meta"):
+        model = build(spec)
+        x = torch.empty(1, spec.image.channels, spec.image.size, spec.image.size)
+        t = torch.zeros(1, dtype=torch.int64)
+        labels = torch.zeros(1, dtype=torch.int64) if spec.model.class_conditional else None
+        with FlopCounterMode(display=False) as counter:
+            model(x, t, labels).sum().backward()
+    return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def peak_flops(device: torch.device, bf16: bool) -> float:
+    """Floating-point operations a second of this device's matrix product, measured for a moment."""
+    side = SIDE.get(device.type, 512)
+    a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    seconds(1)
+    count = max(1, int(MEASURED_SECONDS / max(seconds(1), 1e-6)))
+    return 2 * side**3 * count / seconds(count)

@@ -1,0 +1,53 @@
+"""How a model runs on the hardware at hand: arithmetic, compilation, workers. Plain torch, no Ray."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import TrainConfig
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the forward pass runs in bf16: as told, or where the hardware multiplies bf16 itself.
+
+    Elsewhere bf16 is emulated, and several times slower than fp32.
+    """
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        instructions = torch.cpu.get_capabilities()
+        return any(bool(instructions.get(name)) for name in ("amx_bf16", "avx512_bf16"))
+    return False
+
+
+def prepare_device(config: TrainConfig, device: torch.device) -> None:
+    """TF32 on a GPU; on a CPU as many threads as the worker has reserved."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+
+
+def wrap(config: TrainConfig, model: nn.Module, world_size: int) -> nn.Module:
+    """The model as a training step calls it: compiled where asked for, its gradients averaged over the workers.
+
+    It shares its parameters with `model`, whose names stay as they were.
+    """
+    network = model
+    if config.compile:
+        # A program for each batch size, of which a worker has at most a few. torch keeps programs on disk (in
+        # TORCHINDUCTOR_CACHE_DIR): workers of a node, restarts and later runs find them there.
+        network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    if world_size > 1:
+        network = DistributedDataParallel(
+            network,
+            gradient_as_bucket_view=True,
+            # Buffers are constants, alike on all workers.
+            broadcast_buffers=False,
+            # Of no use, and refused, where gradients are accumulated without being exchanged.
+            static_graph=not config.microbatch,
+        )
+    return network

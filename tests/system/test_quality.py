@@ -1,0 +1,150 @@
+"""What the whole of it is for: samples that look like the class that was asked for, judged beside real images."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from pipeline.config import (
+    DiffusionConfig,
+    ImageConfig,
+    ModelConfig,
+    ModelSpec,
+    OptimizerConfig,
+    TrainConfig,
+)
+from pipeline.diffusion.losses import stratified_vlb
+from pipeline.diffusion.process import make_process
+from pipeline.evaluation.classifier import fit
+from pipeline.evaluation.frechet import frechet_distance, moments_of
+from pipeline.evaluation.knn import knn_label_accuracy
+from pipeline.rng import Purpose, normal, uniform
+from pipeline.sampling import sample_images
+from pipeline.training import loop
+from tests.jobs.common import ROOT, environment
+from tests.training.common import MemoryBatch
+
+MNIST = ROOT.parent / "shared" / "data" / "mnist"
+IMAGE = ImageConfig(8, 1, tuple("0123456789"))
+HELD_OUT = 360
+
+
+def batches(config: TrainConfig, images: Tensor, labels: Tensor) -> Iterator[MemoryBatch]:
+    """Epochs of shuffled images."""
+    size = config.batch_size
+    per_epoch = len(images) // size
+    for step in range(config.steps):
+        epoch, part = divmod(step, per_epoch)
+        order = uniform(config.seed, epoch, torch.arange(len(images)), Purpose.CROP)[:, 0].argsort()
+        ids = order[part * size : (part + 1) * size]
+        yield MemoryBatch(images[ids], labels[ids], ids, torch.full((size,), epoch), torch.ones(size))
+
+
+@pytest.mark.system
+def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    pixels = (digits.images[order] * (255 / 16)).round().clip(0, 255).astype(np.uint8)
+    images, labels = torch.from_numpy(pixels)[:, None], torch.from_numpy(digits.target[order])
+    real, real_labels = images[HELD_OUT:], labels[HELD_OUT:]
+    model = ModelConfig(32, (1, 2), attention_resolutions=(4,), class_conditional=True)
+    spec = ModelSpec(model, IMAGE, DiffusionConfig(schedule="cosine", timesteps=400))
+    optimizer = OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,))
+    config = TrainConfig("", "", steps=250, batch_size=128, model=model, optimizer=optimizer)
+    cpu = torch.device("cpu")
+    state = loop.new_state(config, spec, cpu)
+    loop.train(
+        config,
+        spec,
+        state,
+        state.model,
+        batches(config, real, real_labels),
+        cpu,
+        1,
+        lambda step, metrics: None,
+        lambda state: None,
+    )
+    with torch.no_grad():
+        for parameter, average in zip(state.model.parameters(), state.averages[0], strict=True):
+            parameter.copy_(average)
+    net = state.model.eval()
+
+    ids = torch.arange(HELD_OUT)
+    wanted = ids % 10
+    samples = sample_images(
+        net, spec, ids, sampler="dpm_solver", sampling_steps=20, guidance=1.5, labels=wanted
+    )
+
+    def flat(x: Tensor) -> np.ndarray:
+        return x.flatten(1).float().numpy() / 255
+
+    accuracy, yardstick = (
+        knn_label_accuracy(flat(real), real_labels.numpy(), flat(x), y.numpy())
+        for x, y in ((samples, wanted), (images[:HELD_OUT], labels[:HELD_OUT]))
+    )
+    classifier = fit(IMAGE, real, real_labels, steps=200)
+    moments = {
+        name: moments_of(classifier.features(x).numpy())
+        for name, x in {
+            "train": real,
+            "samples": samples,
+            "real": images[:HELD_OUT],
+            "noise": torch.randint(0, 256, samples.shape, dtype=torch.uint8),
+        }.items()
+    }
+    distance = {name: frechet_distance(moments["train"], m) for name, m in moments.items()}
+
+    x_0 = images[:64].float() / 127.5 - 1
+    bits, _ = stratified_vlb(
+        make_process(spec.diffusion),
+        net,
+        x_0,
+        lambda t: normal(0, t, ids[:64], Purpose.EVALUATION, (1, 8, 8)),
+        uniform(0, 500, ids[:64], Purpose.EVALUATION, 20),
+        labels[:64],
+    )
+    print(
+        f"k-NN accuracy {accuracy:.3f} (real {yardstick:.3f}), Fréchet distance {distance['samples']:.2f} "
+        f"(real {distance['real']:.2f}, noise {distance['noise']:.0f}), {bits.mean():.2f} bits/dim"
+    )
+    assert yardstick > 0.95
+    assert accuracy > 0.95
+    assert distance["samples"] < 0.3 * distance["noise"]
+    # 8 is what pixels cost without any knowledge of them.
+    assert bits.mean() < 6
+
+
+@pytest.mark.system
+def test_the_measurement_runs_on_mnist_padded_to_32x32(tmp_path: Path) -> None:
+    if not MNIST.is_dir():
+        pytest.skip(f"MNIST's IDX files are not at {MNIST}")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "benchmarks/quality.py",
+            "--data",
+            "mnist",
+            "--smoke",
+            "--output",
+            str(tmp_path / "out"),
+        ],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    # Real digits are told apart by their neighbours; after a few steps samples aren't digits yet.
+    assert result["knn_label_accuracy_real"] > 0.85
+    assert 0 <= result["knn_label_accuracy"] < result["knn_label_accuracy_real"]
+    assert result["ratio_frechet"] > 1
+    assert result["training_cpu_minutes"] > 0

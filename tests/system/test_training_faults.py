@@ -1,0 +1,187 @@
+"""Training on a cluster whose workers, nodes and driver die: the run that comes out is the undisturbed one."""
+
+import dataclasses
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from pipeline.data import storage
+from pipeline.training import checkpoint
+from tests.jobs.common import command, environment, run_job
+from tests.system.cluster import LocalCluster, local_cluster
+from tests.training.test_loop import epochs_digest
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
+
+ROWS, BATCH, STEPS, SECONDS = 1620, 90, 108, 300  # six epochs
+FLAGS = (
+    "--batch-size", BATCH, "--log-every", 6, "--checkpoint-every", 6,
+    "--model-channels", 32, "--channel-multipliers", 1, "--res-blocks", 1, "--attention-resolutions", 4,
+    "--timesteps", 20, "--timestep-sampler", "loss_second_moment", "--precision", "fp32", "--resize-seconds", 2,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A cluster, and a folder with the data, MLflow's database and the runs."""
+
+    home: Path
+    cluster: LocalCluster
+
+    def start(self, output: str, steps: int, *flags: object) -> subprocess.Popen[str]:
+        """A training job in the background."""
+        everything = ("--data", "digits", "--output", output, "--steps", steps, *FLAGS, *flags)
+        with (self.home / f"{output}.log").open("a") as log:
+            return subprocess.Popen(
+                command("train", *everything),
+                cwd=self.home,
+                env=environment(self.home, RAY_ADDRESS=self.cluster.address),
+                stdout=log,
+                stderr=log,
+                text=True,
+            )
+
+    def log(self, output: str) -> str:
+        return (self.home / f"{output}.log").read_text()
+
+    def checkpoints(self, output: str) -> list[str]:
+        return checkpoint.complete(str(self.home / output / "checkpoints"))
+
+    def step(self, output: str) -> int:
+        """Of the newest checkpoint that is whole."""
+        found = self.checkpoints(output)
+        return int(storage.name(found[0]).split("-")[1]) if found else 0
+
+    def wait(
+        self, what: str, condition: Callable[[], bool], job: subprocess.Popen[str] | None = None
+    ) -> None:
+        end = time.monotonic() + SECONDS
+        while not condition():
+            assert job is None or job.poll() is None, f"the job ended before {what}: exit code {job.poll()}"
+            assert time.monotonic() < end, f"waited in vain for {what}"
+            time.sleep(0.05)
+
+    def runs(self, output: str) -> list[mlflow.entities.Run]:
+        client = mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
+        wanted = f"tags.`ray_ddpm.output` = '{self.home / output}'"
+        return list(client.search_runs(["1"], filter_string=wanted))
+
+    def curve(self, output: str, name: str) -> list[tuple[int, float]]:
+        """All points of the output's one run."""
+        (run,) = self.runs(output)
+        client = mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
+        history = client.get_metric_history(run.info.run_id, name)
+        return sorted((point.step, point.value) for point in history)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    home = tmp_path_factory.mktemp("faults")
+    with local_cluster(1, 1, 1) as cluster:
+        done = run_job("prepare", "--output", "digits", home=home, RAY_ADDRESS=cluster.address)
+        assert done.code == 0, done.stderr
+        yield Site(home, cluster)
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[subprocess.Popen[str]]]:
+    """Jobs that are ended if the test fails."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for job in started:
+        if job.poll() is None:
+            job.kill()
+            job.wait()
+
+
+@pytest.fixture(scope="module")
+def reference(site: Site) -> str:
+    """The run that nothing disturbs."""
+    job = site.start("reference", STEPS, "--workers", 2)
+    assert job.wait(timeout=SECONDS) == 0, site.log("reference")
+    return "reference"
+
+
+def assert_whole(site: Site, output: str, reference: str, epochs: int = 6) -> None:
+    """One MLflow run with one curve, that of the reference; each sample once in every epoch."""
+    steps = epochs * ROWS // BATCH
+    mine, theirs = dict(site.curve(output, "loss")), dict(site.curve(reference, "loss"))
+    assert [step for step, _ in site.curve(output, "loss")] == list(range(6, steps + 1, 6))
+    common = sorted(set(mine) & set(theirs))
+    assert [mine[step] for step in common] == pytest.approx([theirs[step] for step in common], rel=1e-3)
+    # Carried from checkpoint to checkpoint, so it is the record of the history that survived.
+    saved, state = checkpoint.read(site.checkpoints(output)[0])
+    assert saved.step == steps
+    assert state["seen"] == {
+        "samples": epochs * ROWS,
+        "digest": epochs_digest(epochs, ROWS),
+        "undecodable": 0,
+    }
+    assert site.runs(output)[0].info.status == "FINISHED"
+
+
+def weights(site: Site, output: str) -> torch.Tensor:
+    saved, _ = checkpoint.read(site.checkpoints(output)[0])
+    return torch.cat([saved.weights[name].flatten() for name in sorted(saved.weights)])
+
+
+def test_killed_workers_node_and_driver_and_a_cut_checkpoint_leave_no_trace(
+    site: Site, reference: str, jobs: list[subprocess.Popen[str]]
+) -> None:
+    output = "killed"
+    jobs.append(site.start(output, STEPS, "--workers", 2))
+    site.wait("the first checkpoint", lambda: site.step(output) >= 6, jobs[0])
+    assert site.cluster.kill_workers("RayTrainWorker", 1)
+    site.wait("a checkpoint after the worker's death", lambda: site.step(output) >= 24, jobs[0])
+    assert len(site.cluster.kill_workers("RayTrainWorker")) == 2
+    site.wait("a checkpoint after all workers' death", lambda: site.step(output) >= 42, jobs[0])
+    victim = site.cluster.nodes[0]
+    site.cluster.kill_node(victim)
+    site.wait("a checkpoint after the node's death", lambda: site.step(output) >= 60, jobs[0])
+    jobs[0].send_signal(signal.SIGKILL)
+    jobs[0].wait()
+    newest = Path(site.checkpoints(output)[0])
+    file = newest / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    (newest.parent / f"{newest.name}9").mkdir()  # one that was being written when the driver was killed
+    jobs.append(site.start(output, STEPS, "--workers", 2, "--resume"))
+    assert jobs[1].wait(timeout=SECONDS) == 0, site.log(output)
+    assert f"checkpoint passed over: {newest.name}: weights.safetensors is damaged" in site.log(output)
+    assert "Traceback" not in site.log(output)
+    assert_whole(site, output, reference)
+    mine, theirs = weights(site, output), weights(site, reference)
+    assert (mine - theirs).norm() < 1e-3 * theirs.norm()
+    assert len(storage.list_folders(str(site.home / output / "checkpoints"), "step-")) == 3
+
+
+def test_elastic_training_follows_its_nodes_and_sigterm_saves(
+    site: Site, reference: str, jobs: list[subprocess.Popen[str]]
+) -> None:
+    output = "elastic"
+    while len(site.cluster.nodes) > 1:
+        site.cluster.kill_node(site.cluster.nodes[-1])
+
+    def workers() -> list[float]:
+        return [count for _, count in site.curve(output, "workers")] if site.runs(output) else []
+
+    jobs.append(site.start(output, 100_000, "--workers", 2, "--min-workers", 1))
+    site.wait("steps of one worker", lambda: 1.0 in workers(), jobs[0])
+    joined = site.cluster.add_node(1)
+    site.wait("steps of two workers", lambda: 2.0 in workers(), jobs[0])
+    site.cluster.kill_node(joined)
+    site.wait("steps of one worker again", lambda: workers()[-1] == 1.0, jobs[0])
+    jobs[0].send_signal(signal.SIGTERM)
+    assert jobs[0].wait(timeout=SECONDS) == 128 + signal.SIGTERM
+    stopped = site.step(output)
+    assert f"stopped at step {stopped} of 100000, which is saved" in site.log(output)
+    assert site.runs(output)[0].info.status == "KILLED"
+    epochs = stopped * BATCH // ROWS + 1
+    jobs.append(site.start(output, epochs * ROWS // BATCH, "--workers", 1, "--resume"))
+    assert jobs[1].wait(timeout=SECONDS) == 0, site.log(output)
+    assert_whole(site, output, reference, epochs)

@@ -1,0 +1,58 @@
+"""The record of samples, and averages that a stop does not disturb."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import InputError
+from pipeline.training.meter import Meter, samples_digest
+from tests.training.common import MemoryBatch, problem
+
+
+def digest(*pairs: tuple[int, int]) -> int:
+    epochs, ids = np.array(pairs, np.int64).reshape(-1, 2).T
+    return samples_digest(epochs, ids)
+
+
+def test_the_hash_is_splitmix64() -> None:
+    # The first outputs of the published generator from seed 0 (Vigna, splitmix64.c).
+    assert [digest((0, i)) for i in range(3)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
+
+
+def test_the_digest_is_of_a_multiset() -> None:
+    assert digest((0, 1), (0, 2), (1, 1)) == digest((1, 1), (0, 1), (0, 2))
+    assert digest((0, 1), (0, 2)) == (digest((0, 1)) + digest((0, 2))) % 2**64
+    assert (
+        len({digest(), digest((0, 1)), digest((0, 1), (0, 1)), digest((1, 0)), digest((0, 1), (0, 2))}) == 5
+    )
+
+
+def batch(count: int, bad: int = 0) -> MemoryBatch:
+    ids = torch.arange(count)
+    return MemoryBatch(
+        torch.zeros(count, 1, 8, 8), ids, ids, torch.zeros_like(ids), torch.ones(count), ("x: bad",) * bad
+    )
+
+
+def test_an_interval_that_a_stop_cut_in_two_has_the_same_averages() -> None:
+    config, _ = problem()
+    whole, head, tail = (Meter(config, 1, torch.device("cpu")) for _ in range(3))
+    for i, meter in enumerate((head, head, tail)):
+        for m in (whole, meter):
+            if m is tail and i == 2:
+                tail.restore(head.state(), 0)
+            m.add(torch.tensor(0.1 * i + 1 / 3), torch.tensor(float(i)), 0.0, batch(10))
+    assert whole.state() == tail.state()
+    a, b = whole.read(0.1), tail.read(0.1)
+    assert {k: a[k] for k in ("loss", "gradient_norm")} == {k: b[k] for k in ("loss", "gradient_norm")}
+
+
+def test_too_many_undecodable_images_stop_the_run() -> None:
+    meter = Meter(problem()[0], 1, torch.device("cpu"))
+    meter.add(torch.tensor(1.0), torch.tensor(1.0), 0.0, batch(99, 50))
+    with pytest.raises(InputError, match="could not be decoded"):
+        meter.add(torch.tensor(1.0), torch.tensor(1.0), 0.0, batch(10))

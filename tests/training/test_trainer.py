@@ -1,0 +1,222 @@
+"""Whole runs through Ray Train in one Ray: object storage, validation, resumes, bad steps, full and private disks."""
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import torch
+from moto.server import ThreadedMotoServer
+
+from pipeline import tracking
+from pipeline.cluster import connect
+from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.data import storage
+from pipeline.data.shards import PrepareConfig, prepare
+from pipeline.errors import InputError
+from pipeline.models.export import load_model
+from pipeline.training import checkpoint
+from pipeline.training.trainer import Trained, train
+from tests.training.test_loop import epochs_digest
+
+pytestmark = pytest.mark.system
+
+ROWS, BATCH = 1620, 90  # 18 steps are an epoch
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with prepared digits, MLflow's database and an S3 server of its own, known to a Ray of its own."""
+    folder = tmp_path_factory.mktemp("trainer")
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    values = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.chdir(folder)
+        if ray.is_initialized():
+            ray.shutdown()
+        connect(environment=values)
+        try:
+            fs, _ = storage.open_fs("s3://runs/x")
+            fs.mkdir("runs")
+            prepare(PrepareConfig(output=str(folder / "digits")))
+            yield folder
+        finally:
+            ray.shutdown()
+            server.stop()
+
+
+def settings(home: Path, output: str, **changes: Any) -> TrainConfig:
+    options = {"steps": 18, "batch_size": BATCH, "log_every": 4, "checkpoint_every": 3, "keep_checkpoints": 2}
+    options["optimizer"] = OptimizerConfig(ema_decays=(0.9, 0.99), warmup_steps=5)
+    return TrainConfig(
+        data=str(home / "digits"),
+        output=output,
+        model=ModelConfig(
+            model_channels=32, channel_multipliers=(1,), res_blocks=1, attention_resolutions=()
+        ),
+        diffusion=DiffusionConfig(timesteps=20, timestep_sampler="loss_second_moment"),
+        precision="fp32",
+        **(options | changes),
+    )
+
+
+def newest(output: str) -> tuple[checkpoint.Saved, dict[str, Any]]:
+    return checkpoint.read(checkpoint.complete(storage.join(output, "checkpoints"))[0])
+
+
+def curve(trained: Trained, name: str) -> dict[int, float]:
+    """A curve of MLflow, which must have one point a step."""
+    history = tracking._client().get_metric_history(trained.run.id, name)
+    assert len({point.step for point in history}) == len(history)
+    return {point.step: point.value for point in history}
+
+
+@pytest.fixture(scope="module")
+def straight(home: Path) -> Trained:
+    """The run that nothing disturbs."""
+    return train(settings(home, str(home / "straight")))
+
+
+class Reports(ray.train.UserCallback):
+    """Writes down in a file each report of the workers that has a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with self._path.open("a") as file:
+            print(metrics[0]["step"], file=file)
+
+
+def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(home: Path, straight: Trained) -> None:
+    output, points = "s3://runs/digits", list[tuple[int, dict[str, float]]]()
+    config = settings(
+        home, output, validate_every=2, validation_images=16, validation_terms=4, resume=True
+    )  # nothing is there yet: a retried job need not know
+    train(
+        dataclasses.replace(config, steps=10),
+        callbacks=[Reports(home / "reports")],
+        on_point=lambda step, values: points.append((step, values)),
+    )
+    assert (home / "reports").read_text().split() == ["3", "6", "9", "10"]
+    assert [step for step, values in points if "bits_per_dim" in values] == [6, 10]
+
+    trained = train(config)
+    assert set(curve(trained, "bits_per_dim")) == {6, 10, 12, 18}
+    assert (
+        curve(trained, "loss").items()
+        >= {s: v for s, v in curve(straight, "loss").items() if s != 12}.items()
+    )
+    runs = tracking._client().search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
+    assert [run.info.run_id for run in runs] == [trained.run.id]
+
+    mine, state = newest(output)
+    reference, _ = newest(str(home / "straight"))
+    assert all(torch.equal(mine.weights[name], reference.weights[name]) for name in reference.weights)
+    assert len(mine.averages) == 2
+    for a, b in zip(mine.averages, reference.averages, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    assert all(torch.equal(mine.optimizer[name], reference.optimizer[name]) for name in reference.optimizer)
+    assert all(torch.equal(mine.sampler[name], reference.sampler[name]) for name in reference.sampler)
+    assert int(mine.sampler["count"].sum()) > 0
+    assert state["run_id"] == trained.run.id
+    assert state["position"] == {"samples": ROWS, "epoch": 1, "row": 0}
+    assert state["seen"] == {"samples": ROWS, "digest": epochs_digest(1, ROWS), "undecodable": 0}
+
+    steps = [checkpoint._read_state(uri)["step"] for uri in checkpoint.complete(f"{output}/checkpoints")]
+    assert steps == [18, 15]
+    bits = curve(trained, "bits_per_dim")
+    best = json.loads(storage.read_bytes(f"{output}/best/config.json"))["provenance"]
+    assert (best["steps"], best["bits_per_dim"]) == min(bits.items(), key=lambda item: item[1])
+    assert trained.model == f"{output}/model"
+    assert load_model(tracking.resolve_model(trained.model)[0])[1].provenance["steps"] == 18
+    artifacts = tracking._client().list_artifacts(trained.run.id, "samples")
+    assert [artifact.path for artifact in artifacts] == [
+        f"samples/step-{step:09d}.png" for step in (6, 10, 12, 18)
+    ]
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    home: Path, straight: Trained, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = str(home / "damaged")
+    train(settings(home, output, steps=9))
+    uri = checkpoint.complete(f"{output}/checkpoints")[0]
+    weights = Path(uri) / "optimizer.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    # Ray Train's own list is cut short as well, as when its process dies while writing it.
+    os.truncate(Path(output) / "checkpoints" / "checkpoint_manager_snapshot.json", 100)
+    trained = train(settings(home, output, resume=True))
+    assert (
+        f"checkpoint passed over: {storage.name(uri)}: optimizer.safetensors is damaged"
+        in capfd.readouterr().err
+    )
+    assert (
+        curve(trained, "loss").items() >= {s: v for s, v in curve(straight, "loss").items() if s > 9}.items()
+    )
+    mine, state = newest(output)
+    reference, _ = newest(str(home / "straight"))
+    assert all(torch.equal(mine.weights[name], reference.weights[name]) for name in reference.weights)
+    assert state["seen"]["digest"] == epochs_digest(1, ROWS)
+    assert len(storage.list_folders(f"{output}/checkpoints", "step-")) == 2
+
+
+def test_a_non_finite_step_stops_the_run_and_keeps_its_samples(home: Path) -> None:
+    output = str(home / "overflow")
+    wild = OptimizerConfig(learning_rate=1e38, warmup_steps=1)
+    with pytest.raises(InputError, match=r"step \d+: .*not finite.*--skip-nonfinite"):
+        train(settings(home, output, checkpoint_every=1, optimizer=wild))
+    (file,) = (Path(output) / "nonfinite").iterdir()
+    record = json.loads(file.read_text())
+    assert len({sample["id"] for sample in record["samples"]}) == BATCH
+    saved, _ = newest(output)
+    assert saved.step == record["step"] - 1
+    run_id = json.loads((Path(output) / "run.json").read_text())["run_id"]
+    client = tracking._client()
+    assert client.get_run(run_id).info.status == "FAILED"
+    assert [a.path for a in client.list_artifacts(run_id, "nonfinite")] == [f"nonfinite/{file.name}"]
+
+
+def test_a_full_disk_stops_the_run_with_a_line_and_a_resume_goes_on(home: Path, straight: Trained) -> None:
+    output = home / "full"
+    output.mkdir()
+    one = sum(
+        f.stat().st_size for f in Path(checkpoint.complete(f"{home}/straight/checkpoints")[0]).iterdir()
+    )
+    kilobytes = int(one * 1.6) // 1024
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(output)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        with pytest.raises(InputError, match=r"step 6 can't be written.*No space left.*--resume"):
+            train(settings(home, str(output)))
+        assert newest(str(output))[0].step == 3
+        subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True)
+        trained = train(settings(home, str(output), resume=True))
+        assert curve(trained, "loss") == curve(straight, "loss")
+        assert newest(str(output))[1]["seen"]["digest"] == epochs_digest(1, ROWS)
+    finally:
+        subprocess.run(["umount", str(output)], check=True)
+
+
+def test_storage_that_not_all_processes_see_is_refused(home: Path) -> None:
+    # Each process has a working directory of its own, as each machine has a disk of its own.
+    with pytest.raises(InputError, match=r"--output /proc/self/cwd/mine: the node \S+ does not see"):
+        train(settings(home, "/proc/self/cwd/mine"))
