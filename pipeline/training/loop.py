@@ -217,7 +217,7 @@ def train(
 
     Args:
         meter: where another left off; a new one otherwise.
-        should_stop: asked before each step and after the last one, with the same answer on every worker.
+        should_stop: asked before every step, with the same answer on every worker.
         on_skip: told of each step that was skipped because it was not finite.
 
     Raises:
@@ -226,7 +226,7 @@ def train(
     process = make_process(spec.diffusion).to(device)
     meter = meter or Meter(config, world_size, device)
     state.model.train()
-    while not should_stop() and state.step < config.steps:
+    while state.step < config.steps and not should_stop():
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began

@@ -184,6 +184,8 @@ def _run(task: Task) -> None:
         if rank == 0 and isinstance(error, loop.NonFinite):
             ray.get(mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
         raise
+    if task.hooks.watch is not None and state.step == config.steps:
+        task.hooks.watch(state, rank, world_size)
     if state.step != last_saved:  # asked to stop
         on_checkpoint(state)
 
