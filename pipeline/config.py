@@ -29,6 +29,14 @@ class DiffusionConfig:
     """Noise schedule: linear, quadratic, cosine, sigmoid, constant, or the path of a file with a list of betas."""
     timesteps: int = 1000
     """T, the number of diffusion steps."""
+    beta_start: float = 1e-4
+    """First beta of linear and quadratic at T = 1000; other T rescale it."""
+    beta_end: float = 0.02
+    """Last beta of linear and quadratic at T = 1000; other T rescale it."""
+    cosine_offset: float = 0.008
+    """s of the cosine schedule: keeps the first betas from being too small."""
+    sigmoid_temperature: float = 1.0
+    """Temperature of the sigmoid schedule: lower ones fall more steeply in the middle."""
     variance: Variance = "fixed_large"
     """Reverse-process variance: beta, beta-tilde, or learned between the two in log space."""
     loss: LossKind = "simple"
@@ -227,13 +235,13 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
         raise InputError(f"{where}: {error}") from None
 
 
-def load_yaml(path: str) -> dict[str, Any]:
+def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     """A YAML (or JSON) file as a dict; raises InputError when it can't be read or isn't a mapping."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--config {path}: {reason}") from None
+        raise InputError(f"{flag} {path}: {reason}") from None
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: expected settings as 'name: value' lines")
+        raise InputError(f"{flag} {path}: expected settings as 'name: value' lines")
     return values

@@ -78,8 +78,13 @@ def _client() -> mlflow.MlflowClient:
     return mlflow.MlflowClient()
 
 
-def start_run(experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]) -> Run:
+def start_run(
+    experiment: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str = ""
+) -> Run:
     """Opens a new run.
+
+    Args:
+        parent: id of the run that this one is shown under.
 
     Raises:
         InputError: the server or the database can't be reached.
@@ -87,9 +92,9 @@ def start_run(experiment: str, name: str, params: dict[str, Any], tags: dict[str
     try:
         client = _client()
         shown = {key: redact(value) for key, value in tags.items()}
-        run = client.create_run(
-            _raced(lambda: _experiment_id(client, experiment)), run_name=name or None, tags=shown
-        )
+        nested = {"mlflow.parentRunId": parent} if parent else {}
+        experiment_id = _raced(lambda: _experiment_id(client, experiment))
+        run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
         values = [Param(key, redact(str(value))[:6000]) for key, value in sorted(_flat(params).items())]
         for i in range(0, len(values), _PARAMS_A_CALL):
             client.log_batch(run.info.run_id, params=values[i : i + _PARAMS_A_CALL])
@@ -126,8 +131,10 @@ def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
     return Run(run_id, {c: max((p.step for p in history), default=-1) for c, history in histories.items()})
 
 
-def end_run(run: Run, status: str = "FINISHED") -> None:
-    """Closes a run as FINISHED, FAILED or KILLED."""
+def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
+    """Closes a run as FINISHED, FAILED or KILLED; why is kept as a tag."""
+    if reason:
+        _client().set_tag(run.id, "ray_ddpm.reason", redact(reason))
     _client().set_terminated(run.id, status)
 
 

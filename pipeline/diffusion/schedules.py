@@ -22,34 +22,34 @@ _BETA_START, _BETA_END = 1e-4, 0.02
 _EXPLICIT = "explicit"
 
 
-def linear(timesteps: int) -> Tensor:
-    """Betas from 1e-4 to 0.02 in equal steps (Ho et al. 2020, section 4)."""
+def linear(timesteps: int, beta_start: float = _BETA_START, beta_end: float = _BETA_END) -> Tensor:
+    """Betas in equal steps between two ends, 1e-4 and 0.02 as published (Ho et al. 2020, section 4)."""
     scale = 1000 / timesteps
-    return torch.linspace(scale * _BETA_START, scale * _BETA_END, timesteps, dtype=torch.float64)
+    return torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64)
 
 
-def quadratic(timesteps: int) -> Tensor:
+def quadratic(timesteps: int, beta_start: float = _BETA_START, beta_end: float = _BETA_END) -> Tensor:
     """Betas whose square roots are linear ("scaled linear"; Ho et al. 2020, section 4)."""
     scale = 1000 / timesteps
-    ends = math.sqrt(scale * _BETA_START), math.sqrt(scale * _BETA_END)
+    ends = math.sqrt(scale * beta_start), math.sqrt(scale * beta_end)
     return torch.linspace(*ends, timesteps, dtype=torch.float64) ** 2
 
 
-def constant(timesteps: int) -> Tensor:
+def constant(timesteps: int, beta_start: float = _BETA_START, beta_end: float = _BETA_END) -> Tensor:
     """One beta for all steps, chosen so that alpha_bar_T is about that of `linear` with 1000 steps."""
-    beta = -math.expm1(-1000 * (_BETA_START + _BETA_END) / 2 / timesteps)
+    beta = -math.expm1(-1000 * (beta_start + beta_end) / 2 / timesteps)
     return torch.full((timesteps,), beta, dtype=torch.float64)
 
 
-def cosine(timesteps: int) -> Tensor:
+def cosine(timesteps: int, offset: float = 0.008) -> Tensor:
     """alpha_bar falls as a squared cosine (Nichol & Dhariwal 2021, equation 17, s = 0.008)."""
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-    return _from_alpha_bar(torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+    return _from_alpha_bar(torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2)
 
 
-def sigmoid(timesteps: int) -> Tensor:
-    """alpha_bar falls as a sigmoid from -3 to 3, temperature 1 (Jabri et al. 2022; Chen 2023, section 2)."""
-    level = torch.sigmoid(torch.linspace(-3, 3, timesteps + 1, dtype=torch.float64))
+def sigmoid(timesteps: int, temperature: float = 1.0) -> Tensor:
+    """alpha_bar falls as a sigmoid from -3 to 3 (Jabri et al. 2022; Chen 2023, section 2)."""
+    level = torch.sigmoid(torch.linspace(-3, 3, timesteps + 1, dtype=torch.float64) / temperature)
     return _from_alpha_bar((level[-1] - level) / (level[-1] - level[0]))
 
 
@@ -57,7 +57,7 @@ def _from_alpha_bar(alpha_bar: Tensor) -> Tensor:
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "linear": linear,
     "quadratic": quadratic,
     "cosine": cosine,
@@ -87,7 +87,8 @@ def make_betas(config: DiffusionConfig) -> Tensor:
         raise InputError(f"betas: given beside the schedule {config.schedule!r}; leave one of the two out")
     if config.schedule not in SCHEDULES:
         raise InputError(_unknown(config.schedule))
-    return _checked(SCHEDULES[config.schedule](config.timesteps).clamp(max=_MAX_BETA))
+    named = SCHEDULES[config.schedule]
+    return _checked(named(config.timesteps, *_parameters(config)).clamp(max=_MAX_BETA))
 
 
 def resolve(config: DiffusionConfig) -> DiffusionConfig:
@@ -122,6 +123,17 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
     except InputError as error:
         raise InputError(f"schedule {config.schedule!r}: {error}") from None
     return resolved
+
+
+def _parameters(config: DiffusionConfig) -> tuple[float, ...]:
+    """What the named schedule takes beside T, checked."""
+    names = {"cosine": ("cosine_offset",), "sigmoid": ("sigmoid_temperature",)}
+    chosen = names.get(config.schedule, ("beta_start", "beta_end"))
+    values = tuple(float(getattr(config, name)) for name in chosen)
+    for name, value in zip(chosen, values, strict=True):
+        if not (0 < value < math.inf):
+            raise InputError(f"--{name.replace('_', '-')} must be a positive number, got {value:g}")
+    return values
 
 
 def _checked(betas: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from pipeline.training.progress import CURVES
 RUN_FILE = "run.json"
 
 
-def open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str) -> tracking.Run:
-    """One MLflow run for one output folder, whatever number of restarts."""
+def open_run(
+    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run_id: str = ""
+) -> tracking.Run:
+    """One MLflow run for one output folder, whatever number of restarts; `run_id` where the caller opened it."""
     note = storage.join(output, RUN_FILE)
     settings = to_dict(replace(config, resume=False))
     if storage.exists(note):
@@ -31,9 +33,9 @@ def open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: 
                     f"--resume: {key} was {before} in {config.output} and is {now} now; keep it, or train in "
                     "another folder"
                 )
-        if run := tracking.reopen_run(old["run_id"], CURVES):
+        if run := tracking.reopen_run(run_id or old["run_id"], CURVES):
             return run
-    run = tracking.start_run(
+    run = (tracking.reopen_run(run_id, CURVES) if run_id else None) or tracking.start_run(
         config.experiment,
         config.run_name,
         settings,

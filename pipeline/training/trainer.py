@@ -140,6 +140,7 @@ def train(
     *,
     callbacks: Sequence[Any] = (),
     on_point: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    hooks: worker.Hooks = worker.Hooks(),  # noqa: B008  (frozen)
 ) -> Trained:
     """Trains, or goes on training, and exports the averaged model to `OUTPUT/model`.
 
@@ -147,6 +148,7 @@ def train(
         callbacks: `ray.train.UserCallback`s for Ray Train's controller.
         on_point: told, in a thread of this process, each new point of the curves once: its step and values. Those of
             the training hold `loss`, those of the validation `bits_per_dim`.
+        hooks: see there.
 
     Raises:
         InputError: see `check`; also a run in `output` that was not to be resumed, or with other settings.
@@ -155,11 +157,11 @@ def train(
     index, spec = check(config)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
-    run = open_run(config, spec, index, output)
+    run = open_run(config, spec, index, output, hooks.run_id)
     folder = storage.join(output, CHECKPOINTS)
     mend(folder)
     mailbox = open_mailbox(read_quarantine(output))
-    trainer = _trainer(config, spec, index, output, run, mailbox, callbacks)
+    trainer = _trainer(config, spec, index, output, run, mailbox, callbacks, hooks)
     display = Display("train", config.steps, "steps")
 
     def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
@@ -183,7 +185,7 @@ def train(
                 f"stopped at step {step} of {config.steps}, which is saved; go on with --resume",
                 signal_number,
             )
-        if step < config.steps:
+        if step < config.steps and hooks.watch is None:
             raise InputError(
                 f"the checkpoint of step {config.steps} in {folder} is damaged: go on with --resume"
             )
@@ -197,8 +199,11 @@ def train(
             tracking.end_run(run, status)
     place = storage.join(output, "model")
     exported = save_model_at(place, weights, spec)
-    name = tracking.log_model(run, exported, config.register, config.alias)
-    return Trained(run, exported, spec, name if config.register else place, courier.latest)
+    name = place
+    if hooks.log_model:
+        logged = tracking.log_model(run, exported, config.register, config.alias)
+        name = logged if config.register else name
+    return Trained(run, exported, spec, name, courier.latest)
 
 
 def _trainer(
@@ -209,6 +214,7 @@ def _trainer(
     run: tracking.Run,
     mailbox: Any,
     callbacks: Sequence[Any],
+    hooks: worker.Hooks,
 ) -> TorchTrainer:
     # How long a dead worker goes unnoticed, and a finished one is waited for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -224,7 +230,7 @@ def _trainer(
         )
     return TorchTrainer(
         worker.run,
-        train_loop_config={"task": worker.Task(config, spec, output, mailbox, run.id, index.rows)},
+        train_loop_config={"task": worker.Task(config, spec, output, mailbox, run.id, index.rows, hooks)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,

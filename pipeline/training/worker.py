@@ -5,7 +5,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -26,6 +26,30 @@ from pipeline.training.progress import Point
 SNAPSHOTS = "snapshots"
 
 
+class Watch(Protocol):
+    """Looks at the training state between two steps, on every worker; travels to it by pickle, within the job."""
+
+    def __call__(self, state: loop.TrainState, rank: int, world_size: int) -> bool:
+        """Whether the run ends here, as it would after its last step; all workers must answer alike."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a caller of `trainer.train` may add to a run (see pipeline.tuning).
+
+    Attributes:
+        watch: asked before each step and after the last one.
+        start_from: folder of a checkpoint that a run without one of its own starts from.
+        run_id: MLflow run to log to, opened by the caller; empty = the run opens its own.
+        log_model: log the exported model to MLflow.
+    """
+
+    watch: Watch | None = None
+    start_from: str = ""
+    run_id: str = ""
+    log_model: bool = True
+
+
 @dataclass(frozen=True)
 class Task:
     """What the driver gives every worker.
@@ -43,6 +67,7 @@ class Task:
     mailbox: Any
     run_id: str
     rows: int
+    hooks: Hooks
 
 
 def run(settings: dict[str, Task]) -> None:
@@ -89,6 +114,8 @@ def _run(task: Task) -> None:
         meter.restore(kept, rank)
         if rank == 0:  # the driver may have been killed before it had delivered them
             mailbox.post.remote([tuple(point) for point in kept["points"]])
+    elif task.hooks.start_from:
+        checkpoint.restore(state, checkpoint.read(task.hooks.start_from)[0])
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
     batches = stream.batches(
@@ -124,6 +151,8 @@ def _run(task: Task) -> None:
         last_saved = state.step
 
     def should_stop() -> bool:
+        if task.hooks.watch is not None and task.hooks.watch(state, rank, world_size):
+            return True
         ask = agreement(asked() if asked else Ask.NOTHING)
         if ask == Ask.SAVE:
             history.save_apart(capture, state.step, facts())
@@ -155,6 +184,8 @@ def _run(task: Task) -> None:
         if rank == 0 and isinstance(error, loop.NonFinite):
             ray.get(mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
         raise
+    if task.hooks.watch is not None and state.step == config.steps:
+        task.hooks.watch(state, rank, world_size)
     if state.step != last_saved:  # asked to stop
         on_checkpoint(state)
 

@@ -1,177 +1,250 @@
-"""A search with Ray Tune: every trial is a training run, judged by held-out bits/dim of its averaged weights.
+"""A search with Ray Tune: every trial is a Ray Train run, judged by a figure that all schedules share.
 
-The training loss is no objective: its scale depends on the schedule and on T. Bits/dim is the bound on the
-likelihood of the same held-out images for every trial, with the same noise (common random numbers).
+The state of a search is its ledger (see ledger.py): a resume proposes what is unfinished again and tells
+Optuna and the scheduler what was measured before, so it needs none of Ray Tune's own files, which hold absolute
+paths and pickled objects.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+import os
+import random
+import shutil
+import sys
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
 
 from pipeline import tracking
-from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.config import to_dict
+from pipeline.data import storage
 from pipeline.data.index import open_dataset
-from pipeline.data.storage import absolute, check_writable
+from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.evaluate import evaluate
-from pipeline.training.trainer import check, train
+from pipeline.tuning import ledger, report
+from pipeline.tuning.config import TuneConfig, base, check, finished
+from pipeline.tuning.ledger import Record
+from pipeline.tuning.objective import Objective, make_objective
+from pipeline.tuning.proposals import Proposals, make_scheduler
+from pipeline.tuning.space import Space, apply, load_space, train_command
+from pipeline.tuning.trial import TrainTrial, Trial, training
 
-OBJECTIVE = "bits_per_dim"
-SEARCH_FOLDER = "search"
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """What is searched, and for how long each trial trains."""
-
-    data: str
-    """Dataset that jobs/prepare.py wrote, with a validation split (URI)."""
-    output: str
-    """Folder for the trials (all nodes must see it)."""
-    trials: int = 12
-    """Trials in all, whatever was done before a resume."""
-    resume: bool = False
-    """Go on with the search in --output; no finished trial is run again."""
-    steps: int = 200
-    """Optimizer steps of each trial."""
-    workers: int = 1
-    """Training workers of each trial."""
-    batch_size: int = 128
-    """Global batch size of each trial."""
-    schedules: tuple[str, ...] = ("linear", "cosine", "sigmoid")
-    """Noise schedules to choose from."""
-    timesteps: tuple[int, ...] = (100, 200, 400)
-    """Values of T to choose from."""
-    learning_rate: tuple[float, float] = (3e-4, 3e-3)
-    """Smallest and largest learning rate."""
-    model: ModelConfig = field(
-        default_factory=lambda: ModelConfig(
-            model_channels=32, channel_multipliers=(1, 2), attention_resolutions=(4,)
-        )
-    )
-    terms: int = 50
-    """Terms of the bound that are evaluated, stratified over t; 0 = all T."""
-    max_images: int = 128
-    """Held-out images that every trial is judged on."""
-    seed: int = 0
-    """Seed of the search and of every trial's training."""
-    experiment: str = "ray-ddpm"
-    """MLflow experiment."""
+SEARCH_FILE = "search.json"
+# Starts of a trial whose own process died; training within it has restarts of its own.
+RESTARTS = 2
 
 
-def search(config: TuneConfig) -> dict[str, Any]:
-    """Runs the search, or what is left of it.
+def check_search(config: TuneConfig) -> Space:
+    """Everything that can be known to be wrong before a cluster is asked for anything.
 
     Raises:
-        InputError: settings of which no trial could be run, an output that already holds a search.
+        InputError: settings or a space of which no trial could be run, an output that already holds a search.
     """
-    if config.trials < 1:
-        raise InputError(f"--trials must be at least 1, got {config.trials}")
-    check_writable(config.output)
-    # Trials run in folders of Ray's.
-    config = replace(config, data=absolute(config.data), output=absolute(config.output))
+    check(config)
+    space = load_space(config.space)
+    storage.check_writable(config.output)
     open_dataset(config.data, "validation")
-    for schedule in config.schedules:
-        check(
-            trial_config(
-                config, {"schedule": schedule, "timesteps": config.timesteps[0], "learning_rate": 1e-3}, ""
-            )
-        )
-    output = Path(config.output)
-    folder = output / SEARCH_FOLDER
-    if folder.exists() and not config.resume:
+    fixed = finished(config, apply(base(config), space.fixed))
+    if fixed.batch_size < config.workers:
+        raise InputError(f"--workers {config.workers}: more than the space's batch_size {fixed.batch_size}")
+    if (Path(config.output) / SEARCH_FILE).exists() and not config.resume:
         raise InputError(f"--output {config.output} already holds a search: pass --resume, or another folder")
-    # The trial itself only waits for its workers, so it asks for next to no CPU: nothing can wait for what it holds.
-    trainable = tune.with_resources(tune.with_parameters(run_trial, config=config), {"CPU": 0.01})
-    if folder.exists() and tune.Tuner.can_restore(str(folder)):
-        tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, restart_errored=False)
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=None,
-            tune_config=tune.TuneConfig(
-                metric=OBJECTIVE,
-                mode="min",
-                num_samples=config.trials,
-                max_concurrent_trials=max(
-                    1, int(ray.cluster_resources().get("CPU", 1)) // (2 * config.workers)
-                ),
-                search_alg=OptunaSearch(_space(config), metric=OBJECTIVE, mode="min", seed=config.seed),
-            ),
-            run_config=tune.RunConfig(name=SEARCH_FOLDER, storage_path=str(output), verbose=0),
-        )
+    make_scheduler(config, space, [])
+    return space
+
+
+def search(config: TuneConfig, trial: type[Trial] = TrainTrial) -> dict[str, Any]:
+    """Runs the search, or what is left of it, and reports.
+
+    Args:
+        trial: what a trial does at each rung.
+
+    Raises:
+        InputError: see `check_search`; also a resume with other settings, or when no trial could be measured.
+    """
+    # Trials run in folders of Ray's.
+    config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
+    space = check_search(config)
+    parent = _open(config, space)
+    at_a_time = _concurrent(config)
+    objective = make_objective(config)
+    records = ledger.read_all(config.output)
+    left = config.trials - sum(record.over for record in records)
+    try:
+        if left > 0:
+            _run(config, space, records, left, at_a_time, trial, objective, parent)
+        return _conclude(config, parent)
+    except InputError:
+        tracking.end_run(parent, "FAILED")
+        raise
+
+
+def _run(
+    config: TuneConfig,
+    space: Space,
+    records: list[Record],
+    left: int,
+    at_a_time: int,
+    trial: type[Trial],
+    objective: Objective,
+    parent: tracking.Run,
+) -> None:
+    """Runs `left` trials with Ray Tune."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Interrupted is not stopped by the scheduler: such trials go on after a resume.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    random.seed(config.seed)
+    proposals = Proposals(config, space, records)
+    names = proposals.names
+    trainable = tune.with_parameters(trial, job=config, objective=objective, parent_run=parent.id)
+    # A trial only waits for its workers and asks for no CPU: nothing they need can be held by what waits for them.
+    nothing = tune.PlacementGroupFactory([{"memory": 1024 * 1024}])
+    session = f"ray-{uuid.uuid4().hex[:8]}"
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, nothing),
+        tune_config=tune.TuneConfig(
+            num_samples=left,
+            max_concurrent_trials=at_a_time,
+            reuse_actors=config.scheduler != "pbt",
+            search_alg=proposals,
+            scheduler=make_scheduler(config, space, records),
+            trial_name_creator=lambda one: names[one.trial_id],
+            trial_dirname_creator=lambda one: names[one.trial_id],
+        ),
+        run_config=tune.RunConfig(
+            name=session,
+            storage_path=config.output,
+            verbose=0,
+            # Trials have checkpoints of their own; the scheduler asks for one where it needs it.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            callbacks=[_Progress(config)],
+        ),
+    )
     results = tuner.fit()
-    finished = [result for result in results if not result.error and OBJECTIVE in (result.metrics or {})]
-    if not finished:
-        raise InputError(
-            f"no trial finished; the first one's reason: {' '.join(str(results[0].error).split())[-300:]}"
-        )
-    best = min(finished, key=lambda result: result.metrics[OBJECTIVE])
-    rows = [
-        {**r.config, OBJECTIVE: r.metrics[OBJECTIVE]}
-        for r in sorted(finished, key=lambda r: r.metrics[OBJECTIVE])
-    ]
-    (output / "trials.json").write_text(json.dumps(rows, indent=1))
-    metrics = {OBJECTIVE: best.metrics[OBJECTIVE], **best.config}
+    for result in results:
+        name = Path(result.path).name
+        record = ledger.read(config.output, name)
+        if result.error is not None and not record.over:
+            reason = " ".join(str(result.error).split())[-300:]
+            ledger.write(
+                config.output, replace(record, status="failed", reason=f"its process died: {reason}")
+            )
+    shutil.rmtree(Path(config.output) / session, ignore_errors=True)
+
+
+def _conclude(config: TuneConfig, parent: tracking.Run) -> dict[str, Any]:
+    """Table, report, winner."""
+    records = ledger.read_all(config.output)
+    best = ledger.ranked(records, config.metrics[0])
+    if not best:
+        reason = records[0].reason if records else "none was started"
+        raise InputError(f"no trial could be measured; the first one's reason: {reason}")
+    winner = best[0]
+    command = train_command(replace(training(config, winner, output=f"{config.output}/winner"), run_name=""))
+    files = report.write(config, records, command)
+    for file in files:
+        tracking.log_file(parent, file)
+    tracking.log_points(parent, [(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
+    model = str(ledger.run_folder(config.output, winner) / "model")
+    if config.register and storage.exists(model):
+        nested = tracking.Run(winner.run_id)
+        model = tracking.log_model(nested, Path(model), config.register, config.alias)
+        tracking.end_run(nested)
+    tracking.end_run(parent)
+    print(report.table(config, records), file=sys.stderr)
+    print(f"winner's training again:\n  {command}", file=sys.stderr)
     return {
         "output": config.output,
-        "model": best.metrics["model"],
-        "metrics": metrics,
-        "count": len(finished),
+        "model": model,
+        "run_id": parent.id,
+        "metrics": winner.metrics,
+        "flags": winner.flags,
+        "count": sum(record.status != "failed" for record in records),
+        "report": str(Path(config.output) / report.HTML),
+        "command": command,
     }
 
 
-def _space(config: TuneConfig) -> dict[str, Any]:
-    import optuna
+def _open(config: TuneConfig, space: Space) -> tracking.Run:
+    """One parent run for one search, and a note of what can't change under it."""
+    note = Path(config.output) / SEARCH_FILE
+    fixed = _fixed(config, space)
+    run: tracking.Run | None = None
+    if note.exists():
+        old = json.loads(note.read_text())
+        for key, now in fixed.items():
+            if old["fixed"].get(key) != now:
+                raise InputError(
+                    f"--resume: {key} was {old['fixed'].get(key)} in {config.output} and is {now} now; keep it, or "
+                    "search in another folder"
+                )
+        run = tracking.reopen_run(old["run_id"], config.metrics)
+    if run is None:
+        params = to_dict(config) | {"search": fixed["space"]}
+        tags = {"ray_ddpm.search": config.output}
+        run = tracking.start_run(config.experiment, "search", params, tags)
+    storage.write_atomic(str(note), json.dumps({"run_id": run.id, "fixed": fixed}, indent=1).encode())
+    return run
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+def _fixed(config: TuneConfig, space: Space) -> dict[str, Any]:
+    names = "objective scheduler images rungs reduction terms max_images samples sampling_steps seed"
+    entries = {name: str(entry) for name, entry in space.entries.items()}
     return {
-        "schedule": optuna.distributions.CategoricalDistribution(config.schedules),
-        "timesteps": optuna.distributions.CategoricalDistribution(config.timesteps),
-        "learning_rate": optuna.distributions.FloatDistribution(*config.learning_rate, log=True),
+        "data": open_dataset(config.data).fingerprint,
+        "space": space.fixed | entries,
+        **{name: getattr(config, name) for name in names.split()},
     }
 
 
-def trial_config(config: TuneConfig, choice: dict[str, Any], output: str) -> TrainConfig:
-    """The training run that a trial stands for."""
-    return TrainConfig(
-        data=config.data,
-        output=output or config.output,
-        steps=config.steps,
-        workers=config.workers,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        resume=True,
-        model=config.model,
-        diffusion=DiffusionConfig(schedule=choice["schedule"], timesteps=int(choice["timesteps"])),
-        optimizer=OptimizerConfig(learning_rate=float(choice["learning_rate"]), ema_decays=(0.99,)),
-        experiment=config.experiment,
-        checkpoint_every=max(config.steps // 2, 1),
-        log_every=max(config.steps // 10, 1),
-    )
+def _concurrent(config: TuneConfig) -> int:
+    """How many trials run at a time.
+
+    Raises:
+        InputError: not one fits the cluster, or not the population of population based training.
+    """
+    have = ray.cluster_resources().get("CPU", 1.0)
+    each = config.workers * config.cpus_per_worker
+    fit = int(have / each + 1e-6)
+    if fit < 1:
+        raise InputError(
+            f"--workers {config.workers} of {config.cpus_per_worker:g} CPUs are more than the cluster's {have:g}"
+        )
+    if config.scheduler == "pbt":
+        if fit < config.trials:
+            raise InputError(
+                f"--scheduler pbt trains all {config.trials} trials at a time, which takes {config.trials * each:g} "
+                f"CPUs of the cluster's {have:g}: lower --cpus-per-worker or --trials"
+            )
+        return config.trials
+    return min(config.concurrent, fit, config.trials)
 
 
-def run_trial(choice: dict[str, Any], config: TuneConfig) -> None:
-    """Trains, then measures; a restarted trial goes on from its own checkpoint."""
-    output = Path(config.output) / "trials" / tune.get_context().get_trial_id()
-    trained = train(replace(trial_config(config, choice, str(output)), run_name=output.name))
-    measured = evaluate(
-        EvaluateConfig(
-            model=str(trained.folder),
-            data=config.data,
-            metrics=("bits",),
-            terms=min(config.terms, int(choice["timesteps"])),
-            max_images=config.max_images,
-            seed=config.seed,
-            actors=1,
-        ),
-        str(trained.folder),
-    )
-    tracking.end_run(trained.run)
-    tune.report({OBJECTIVE: measured[OBJECTIVE], "model": str(trained.folder), "run_id": trained.run.id})
+class _Progress(tune.Callback):
+    """A line for each measurement and each trial that ends."""
+
+    def __init__(self, config: TuneConfig) -> None:
+        self._config = config
+        self._display = Display("tune", config.trials, "trials")
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        self._show(str(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._show(str(trial), trial.last_result)
+
+    def on_experiment_end(self, trials: Any, **_: Any) -> None:
+        self._display.close()
+
+    def _show(self, name: str, result: dict[str, Any]) -> None:
+        over = sum(record.over for record in ledger.read_all(self._config.output))
+        values = "  ".join(
+            f"{metric} {result.get(metric, float('nan')):.4f}" for metric in self._config.metrics
+        )
+        self._display.update(over, f"trial {name} after {result.get('images', 0)} images: {values}")

@@ -1,0 +1,138 @@
+"""A search on digits: its winner against the default schedule, in fresh, equally long runs, and TPE against random.
+
+Prints one JSON line. The trained models' bits/dim are those of all held-out images with every term of the bound.
+`--output` keeps the searches: the same command goes on where it was stopped.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pipeline.cli import result_stream
+from pipeline.cluster import connect
+from pipeline.config import DiffusionConfig, TrainConfig
+from pipeline.data.index import open_dataset
+from pipeline.data.shards import PrepareConfig, prepare
+from pipeline.evaluation.bits import held_out_bits
+from pipeline.evaluation.distributed import ActorPool
+from pipeline.models.export import load_model
+from pipeline.tracking import end_run, quieten, tracking_uri
+from pipeline.training.trainer import train
+from pipeline.training.worker import Hooks
+from pipeline.tuning import ledger
+from pipeline.tuning.config import BITS, TuneConfig
+from pipeline.tuning.objective import common_numbers_gain
+from pipeline.tuning.search import search
+from pipeline.tuning.trial import training
+
+SPACE = Path(__file__).with_name("tuning_space.yaml")
+
+
+def run_search(config: TuneConfig) -> dict[str, Any]:
+    """Runs one search, or goes on with it; its wall time is kept beside it."""
+    note = Path(config.output) / "seconds.json"
+    spent = json.loads(note.read_text()) if note.exists() else 0.0
+    began = time.perf_counter()
+    result = search(replace(config, resume=(Path(config.output) / "search.json").exists()))
+    seconds = spent + time.perf_counter() - began if not (Path(config.output) / "done").exists() else spent
+    note.write_text(json.dumps(seconds))
+    (Path(config.output) / "done").touch()
+    return result | {"seconds": round(seconds)}
+
+
+def fresh(config: TrainConfig, data: str) -> float:
+    """Trains anew; bits/dim on all held-out images."""
+    trained = train(config, hooks=Hooks(log_model=False))
+    end_run(trained.run)
+    held_out = open_dataset(data, "validation")
+    model, spec = load_model(trained.folder)
+    return held_out_bits(model, spec, held_out, np.arange(held_out.rows), run=ActorPool()).bits_per_dim
+
+
+def gains(output: str) -> dict[str, float]:
+    """The factor gained by common random numbers, over all pairs of trials that reached the last rung."""
+    done = [record for record in ledger.read_all(output) if record.status == "finished"]
+    pairs = [
+        common_numbers_gain(a.rungs[-1].per_image, b.rungs[-1].per_image)
+        for a, b in itertools.combinations(done, 2)
+    ]
+    if not pairs:
+        return {}
+    return {"median": float(np.median(pairs)), "least": min(pairs), "most": max(pairs), "pairs": len(pairs)}
+
+
+def main() -> None:
+    """Everything, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", default="", help="kept between runs; empty = a temporary folder")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--images", type=int, default=24_576)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true")
+    options = parser.parse_args()
+    if options.smoke:
+        options.trials, options.images, options.seeds = 2, 512, 1
+    output = Path(options.output or tempfile.mkdtemp(prefix="ray-ddpm-tuning-")).absolute()
+    quieten()
+    connect(environment={"MLFLOW_TRACKING_URI": tracking_uri()})
+    data = str(output / "digits")
+    if not (output / "digits" / "manifest.json").exists():
+        prepare(PrepareConfig(output=data))
+    base = TuneConfig(
+        data=data,
+        output=str(output / "tpe"),
+        space=str(SPACE),
+        trials=options.trials,
+        images=options.images,
+        max_images=128,
+        terms=20,
+        register="",
+        experiment="benchmark",
+    )
+    tpe = run_search(base)
+    chance = run_search(replace(base, output=str(output / "random"), searcher="random"))
+    winner = ledger.ranked(ledger.read_all(base.output), BITS)[0]
+    best = replace(training(base, winner), resume=False)
+    # The default noise process of jobs/train.py, everything else as the winner has it.
+    default = replace(best, diffusion=DiffusionConfig())
+    results: dict[str, list[float]] = {"winner": [], "default": []}
+    for seed, (name, config) in itertools.product(
+        range(1, options.seeds + 1), (("winner", best), ("default", default))
+    ):
+        home = output / "fresh" / f"{name}-{seed}"
+        note = home / "bits.json"
+        if not note.exists():
+            bits = fresh(
+                replace(config, seed=seed, output=str(home), run_name=home.name, resume=home.exists()), data
+            )
+            note.write_text(json.dumps(bits))
+        results[name].append(json.loads(note.read_text()))
+        print(f"fresh run, {name}, seed {seed}: {results[name][-1]:.4f} bits/dim", file=sys.stderr)
+    better = np.array(results["default"]) - np.array(results["winner"])
+    line = {
+        "trials": options.trials,
+        "images": options.images,
+        "tpe": {"seconds": tpe["seconds"], BITS: tpe["metrics"][BITS], "flags": tpe["flags"]},
+        "random": {"seconds": chance["seconds"], BITS: chance["metrics"][BITS], "flags": chance["flags"]},
+        "fresh": results,
+        "winner_better_by": {"mean": float(better.mean()), "least": float(better.min())},
+        "common_random_numbers_gain": gains(base.output),
+    }
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    with result_stream() as stream:
+        sys.stdout, console = stream, sys.stdout
+        main()
+        sys.stdout = console

@@ -1,0 +1,143 @@
+"""The settings of a search; imports neither torch nor Ray."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pipeline.config import TrainConfig
+from pipeline.errors import InputError
+
+Scheduler = Literal["asha", "pbt", "none"]
+Searcher = Literal["tpe", "random"]
+
+BITS, FRECHET = "bits_per_dim", "frechet_distance"
+OBJECTIVES = {"bits": (BITS,), "frechet": (FRECHET,), "both": (BITS, FRECHET)}
+LOSSES = ("loss", "mse", "training_mse", "training_loss", "train_loss")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What is searched, what it is judged by, and for how long each trial trains."""
+
+    data: str
+    """Dataset that jobs/prepare.py wrote, with a validation split (URI)."""
+    output: str
+    """Folder for the trials and the report (all nodes must see it)."""
+    trials: int = 12
+    """Trials in all, whatever was done before a resume."""
+    resume: bool = False
+    """Go on with the search in --output, also where it was moved or copied to; no finished trial is run again."""
+    space: str = ""
+    """YAML file of the search space, any flag of jobs/train.py; empty = pipeline/tuning/space.yaml."""
+    objective: str = "bits"
+    """bits (held-out bits/dim), frechet (distance of samples to the data), both (a Pareto front)."""
+    searcher: Searcher = "tpe"
+    """How trials are chosen: Optuna's TPE, or at random."""
+    scheduler: Scheduler = "asha"
+    """asha stops weak trials at rungs; pbt copies strong trials over weak ones; none trains every trial to its end."""
+    images: int = 40_960
+    """Images that a trial sees in training, if it isn't stopped."""
+    rungs: int = 3
+    """Measurements of a trial, the last one at its end."""
+    reduction: int = 3
+    """asha keeps one of so many trials at each rung, and each rung is so many times the images of the one before."""
+    concurrent: int = 64
+    """Most trials at a time; never more than fit the cluster."""
+    workers: int = 1
+    """Training workers of each trial."""
+    cpus_per_worker: float = 1.0
+    """CPUs that each worker reserves; fractions let more trials run at a time."""
+    terms: int = 32
+    """Terms of the bound evaluated for each held-out image, stratified over t; an even number; 0 = all T."""
+    max_images: int = 256
+    """Held-out images that every trial is judged on; 0 = all."""
+    samples: int = 512
+    """Samples of the Frechet distance."""
+    sampling_steps: int = 25
+    """Model evaluations for each of those samples (DDIM), the same for every trial."""
+    features: str = "classifier"
+    """Features of the Frechet distance: see jobs/evaluate.py --features."""
+    seed: int = 0
+    """Seed of the search, of every trial's training and of every measurement."""
+    experiment: str = "ray-ddpm"
+    """MLflow experiment."""
+    register: str = "tuned"
+    """Name under which the winner is registered in MLflow; empty = not registered."""
+    alias: str = "best"
+    """Alias that is pointed at the registered version."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is minimised; the first one decides where only one can."""
+        return OBJECTIVES[self.objective]
+
+
+def check(config: TuneConfig) -> None:
+    """Whether the settings make sense.
+
+    Raises:
+        InputError: names the one that doesn't.
+    """
+    if config.objective.lower().replace("-", "_") in LOSSES:
+        raise InputError(
+            f"--objective {config.objective}: the training loss can't compare trials, since its scale depends on "
+            "the schedule, on T and on the kind of loss: a schedule that makes denoising easy would win; use bits, "
+            "frechet or both"
+        )
+    if config.objective not in OBJECTIVES:
+        raise InputError(f"--objective {config.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    least = {"trials": 1, "images": 1, "rungs": 1, "reduction": 2, "concurrent": 1, "workers": 1}
+    least |= {"terms": 0, "max_images": 0, "samples": 2, "sampling_steps": 1}
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise InputError(
+                f"--{name.replace('_', '-')} must be at least {value}, got {getattr(config, name)}"
+            )
+    if config.images < config.reduction ** (config.rungs - 1):
+        raise InputError(f"--images {config.images} are too few for --rungs {config.rungs}")
+    if config.max_images == 1:
+        raise InputError("--max-images 1: a standard error needs at least two images")
+    if config.terms % 2:
+        raise InputError(f"--terms {config.terms}: give an even number, or 0 for all terms of the bound")
+    if not 0 < config.cpus_per_worker < float("inf"):
+        raise InputError(f"--cpus-per-worker must be a positive number, got {config.cpus_per_worker}")
+    if config.scheduler == "pbt" and config.trials < 2:
+        raise InputError("--scheduler pbt needs a population: at least --trials 2")
+
+
+def rung_images(config: TuneConfig) -> list[int]:
+    """Images seen at each rung, ascending: geometric, or even for population based training."""
+    if config.scheduler == "pbt":
+        return [config.images * (k + 1) // config.rungs for k in range(config.rungs)]
+    first = -(-config.images // config.reduction ** (config.rungs - 1))
+    return [first * config.reduction**k for k in range(config.rungs - 1)] + [config.images]
+
+
+def rung_steps(config: TuneConfig, batch_size: int) -> dict[int, int]:
+    """From optimizer steps to the rung's images, for a batch size; every one a multiple of the first."""
+    rungs = rung_images(config)
+    first = -(-rungs[0] // batch_size)
+    factors = [k + 1 if config.scheduler == "pbt" else config.reduction**k for k in range(config.rungs)]
+    return {first * factor: images for factor, images in zip(factors, rungs, strict=True)}
+
+
+def base(config: TuneConfig) -> TrainConfig:
+    """What all trials have in common, before the space's own flags."""
+    return TrainConfig(
+        data=config.data,
+        output=config.output,
+        workers=config.workers,
+        cpus_per_worker=config.cpus_per_worker,
+        seed=config.seed,
+        resume=True,
+        keep_checkpoints=2,
+        max_failures=3,
+        experiment=config.experiment,
+    )
+
+
+def finished(config: TuneConfig, trial: TrainConfig, **changes: Any) -> TrainConfig:
+    """A trial's training run with the steps that its batch size calls for."""
+    steps = list(rung_steps(config, trial.batch_size))
+    return replace(
+        trial, steps=steps[-1], checkpoint_every=steps[0], log_every=max(1, steps[-1] // 20), **changes
+    )

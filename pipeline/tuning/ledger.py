@@ -1,0 +1,130 @@
+"""The ledger: one JSON file a trial, which says all that a resumed search and the report need.
+
+Nothing in it is an absolute path, so a search can be moved or copied. A trial's file is written whole or not
+at all: by the driver when the trial is proposed, then by the trial, and by the driver again if the trial dies.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config import from_dict, to_dict
+from pipeline.data import storage
+
+Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+TRIALS, RECORD = "trials", "trial.json"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A measurement.
+
+    Attributes:
+        images: images seen in training.
+        time: seconds since 1970.
+        metrics: by name; lower is better for what is searched.
+        per_image: bits/dim of each held-out image, in the order that all trials share; empty if not measured.
+    """
+
+    images: int
+    step: int
+    time: float
+    metrics: dict[str, float]
+    per_image: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A trial.
+
+    Attributes:
+        parameters: Optuna's.
+        flags: the training flags that they stand for; population based training changes them.
+        leg: how often the weights of another trial were taken over; each leg trains in a folder of its own.
+        run_id: nested MLflow run.
+        reason: why it failed.
+    """
+
+    number: int
+    parameters: dict[str, Any]
+    flags: dict[str, Any]
+    status: Status = "waiting"
+    reason: str = ""
+    rungs: tuple[Rung, ...] = field(default=())
+    leg: int = 0
+    run_id: str = ""
+    history: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The trial's folder, and its name in Ray Tune and MLflow."""
+        return f"{self.number:04d}"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it is left to run."""
+        return self.status in ("finished", "stopped", "failed")
+
+    @property
+    def images(self) -> int:
+        """Images seen at its last measurement."""
+        return self.rungs[-1].images if self.rungs else 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was last measured."""
+        return self.rungs[-1].metrics if self.rungs else {}
+
+
+def folder(output: str, name: str) -> Path:
+    """Where a trial lives."""
+    return Path(output) / TRIALS / name
+
+
+def run_folder(output: str, record: Record) -> Path:
+    """Where a trial's training run lives."""
+    return folder(output, record.name) / f"run-{record.leg}"
+
+
+def write(output: str, record: Record) -> None:
+    """Writes a trial's file."""
+    uri = str(folder(output, record.name) / RECORD)
+    storage.write_atomic(uri, json.dumps(to_dict(record), indent=1).encode())
+
+
+def read(output: str, name: str) -> Record:
+    """Reads a trial's file.
+
+    Raises:
+        InputError: something else wrote it.
+    """
+    path = folder(output, name) / RECORD
+    return from_dict(Record, json.loads(path.read_text()), str(path))
+
+
+def read_all(output: str) -> list[Record]:
+    """Every trial, by number."""
+    paths = sorted((Path(output) / TRIALS).glob(f"*/{RECORD}"))
+    return sorted((read(output, path.parent.name) for path in paths), key=lambda record: record.number)
+
+
+def ranked(records: list[Record], metric: str) -> list[Record]:
+    """Measured trials, best first: those that got furthest, by their last measurement."""
+    measured = [record for record in records if metric in record.metrics and record.status != "failed"]
+    return sorted(measured, key=lambda record: (-record.images, record.metrics[metric]))
+
+
+def pareto_front(records: list[Record], metrics: tuple[str, ...]) -> list[Record]:
+    """The finished trials than which no other is at least as good in all metrics and better in one."""
+    done = [record for record in records if record.status == "finished"]
+    values = {record.number: [record.metrics[name] for name in metrics] for record in done}
+
+    def dominated(mine: list[float]) -> bool:
+        return any(
+            all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine
+            for other in values.values()
+        )
+
+    front = [record for record in done if not dominated(values[record.number])]
+    return sorted(front, key=lambda record: values[record.number])

@@ -1,0 +1,199 @@
+"""What trials are compared by: figures that mean the same for every schedule, T and loss.
+
+Held-out bits/dim is the bound on the likelihood of the same images; the Fréchet distance is that of samples
+drawn with the same number of model evaluations. All trials meet the same images and the same noise (common
+random numbers), so a difference between two of them is known better than either figure.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.config import ModelSpec
+from pipeline.data import storage
+from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.errors import InputError
+from pipeline.evaluation.bits import BitsWork
+from pipeline.evaluation.classifier import CONFIG, load_classifier, save_classifier, train_classifier
+from pipeline.evaluation.distributed import ActorPool
+from pipeline.evaluation.features import ClassifierExtractor, Extractor, measure, read_torchscript
+from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
+from pipeline.evaluation.work import Partial, Runner, Work, choose, cut
+from pipeline.models.unet import UNet
+from pipeline.sampling import sample_images
+from pipeline.tuning.config import BITS, FRECHET, TuneConfig
+
+IMAGES_PER_TASK = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement; `per_image` as in `ledger.Rung`."""
+
+    metrics: dict[str, float]
+    per_image: tuple[float, ...] = ()
+
+
+class Objective(Protocol):
+    """Measures a model; travels to the training workers by pickle, within the job."""
+
+    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured: ...
+
+
+@dataclass(frozen=True)
+class HeldOutBits:
+    """Bits/dim on the images `ids`, with its standard error as a sample of images (and of terms)."""
+
+    index: DatasetIndex
+    ids: np.ndarray
+    terms: int
+    seed: int
+
+    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured:
+        """See `Objective`; where T is no larger than `terms` every term is evaluated."""
+        terms = 0 if self.terms >= spec.diffusion.timesteps else self.terms
+        work = BitsWork(self.index, model, spec, terms, self.seed)
+        total = np.concatenate([part["total"] for part in run(work, cut(self.ids, IMAGES_PER_TASK))])
+        stderr = float(total.std(ddof=1) / math.sqrt(len(total)))
+        return Measured({BITS: float(total.mean()), f"{BITS}_stderr": stderr}, tuple(total.round(6).tolist()))
+
+
+@dataclass(frozen=True)
+class SampleFrechet:
+    """The Fréchet distance of DDIM samples, numbered 0 to `samples`, to the training data.
+
+    Attributes:
+        steps: model evaluations a sample; T where that is fewer.
+    """
+
+    extractor: Extractor
+    reference: Moments
+    samples: int
+    steps: int
+    seed: int
+
+    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured:
+        """See `Objective`."""
+        work = _SampleWork(model, spec, min(self.steps, spec.diffusion.timesteps), self.seed, self.extractor)
+        parts = [
+            Moments(int(part["count"][0]), part["mean"], part["m2"])
+            for part in run(work, cut(np.arange(self.samples), IMAGES_PER_TASK))
+        ]
+        return Measured({FRECHET: frechet_distance(self.reference, merge_moments(parts))})
+
+
+@dataclass(frozen=True)
+class _SampleWork:
+    """The moments of the features of samples, by their numbers."""
+
+    model: UNet
+    spec: ModelSpec
+    steps: int
+    seed: int
+    extractor: Extractor
+
+    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
+        """See `work.Work`."""
+        model, embed = self.model.to(device).eval(), self.extractor.load(device)
+
+        @torch.no_grad()
+        def do(ids: np.ndarray) -> Partial:
+            numbers = torch.from_numpy(ids).to(device)
+            labels = numbers % len(self.spec.image.classes) if self.spec.model.class_conditional else None
+            images = sample_images(
+                model,
+                self.spec,
+                numbers,
+                sampler="ddim",
+                sampling_steps=self.steps,
+                labels=labels,
+                seed=self.seed,
+            )
+            moments = moments_of(embed(images).cpu().numpy())
+            return {"count": np.array([moments.count]), "mean": moments.mean, "m2": moments.m2}
+
+        return do
+
+
+@dataclass(frozen=True)
+class Both:
+    """Several objectives, one after the other."""
+
+    parts: tuple[Objective, ...]
+
+    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured:
+        """See `Objective`."""
+        results = [part(model, spec, run) for part in self.parts]
+        metrics = {name: value for result in results for name, value in result.metrics.items()}
+        return Measured(metrics, next((r.per_image for r in results if r.per_image), ()))
+
+
+def make_objective(config: TuneConfig) -> Objective:
+    """The objective that the settings ask for; features and reference moments are made once, for all trials.
+
+    Raises:
+        InputError: no validation split, no labels to train a classifier on, a features file that can't be used.
+    """
+    parts: list[Objective] = []
+    if BITS in config.metrics:
+        held_out = open_dataset(config.data, "validation")
+        ids = choose(held_out.rows, config.max_images, config.seed)
+        if len(ids) < 2:
+            raise InputError(f"--data {config.data}: fewer than two held-out images")
+        parts.append(HeldOutBits(held_out, ids, config.terms, config.seed))
+    if FRECHET in config.metrics:
+        train, extractor = open_dataset(config.data), _extractor(config)
+        (real,) = measure([train], extractor, keep=1, seed=config.seed, run=ActorPool())
+        parts.append(
+            SampleFrechet(extractor, real.moments, config.samples, config.sampling_steps, config.seed)
+        )
+    return parts[0] if len(parts) == 1 else Both(tuple(parts))
+
+
+def _extractor(config: TuneConfig) -> Extractor:
+    """The features that a search keeps: those of its first start, also after a resume."""
+    kept = storage.join(config.output, "classifier")
+    features = config.features
+    if features == "classifier":
+        if not storage.exists(storage.join(kept, CONFIG)):
+            train, held_out = open_dataset(config.data), open_dataset(config.data, "validation")
+            net, score = train_classifier(train, held_out, seed=config.seed, run=ActorPool(1))
+            save_classifier(kept, net, train.image, score)
+        features = kept
+    if storage.exists(storage.join(features, CONFIG)):
+        net, image, _ = load_classifier(features)
+        if image != open_dataset(config.data).image:
+            raise InputError(f"--features {features}: trained on images of another size or other classes")
+        return ClassifierExtractor(net)
+    return read_torchscript(features)
+
+
+def over_ranks(device: torch.device, rank: int, world_size: int) -> Runner:
+    """A runner in which each training worker does its share, and every worker gets all results."""
+
+    def run(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
+        do = work.start(device)
+        parts: list[list[Partial]] = [[] for _ in range(world_size)]
+        parts[rank] = [do(task) for task in tasks[rank::world_size]]
+        if world_size > 1:
+            dist.all_gather_object(parts, parts[rank])
+        return (parts[i % world_size][i // world_size] for i in range(len(tasks)))
+
+    return run
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean of a - b over the same images, and its standard error."""
+    difference = np.asarray(a) - np.asarray(b)
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+
+
+def common_numbers_gain(a: Sequence[float], b: Sequence[float]) -> float:
+    """Var(a) + Var(b) over Var(a - b): how many times fewer images tell two trials apart than if each had its own."""
+    x, y = np.asarray(a), np.asarray(b)
+    return float((x.var(ddof=1) + y.var(ddof=1)) / (x - y).var(ddof=1))

@@ -1,0 +1,104 @@
+"""Rungs inside one Ray Train run: at each, the workers measure, and training waits for Ray Tune's decision.
+
+The workers are started once for each trial: a measurement costs its own time and one message, no start-up.
+"""
+
+import asyncio
+import copy
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+
+from pipeline.config import ModelSpec
+from pipeline.models.unet import UNet
+from pipeline.training import checkpoint
+from pipeline.training.loop import TrainState
+from pipeline.tuning.ledger import Rung
+from pipeline.tuning.objective import Objective, over_ranks
+
+
+@ray.remote(num_cpus=0)
+class Exchange:
+    """Between a trial's rank 0, which asks whether to go on, and the trial, which answers.
+
+    A worker that was restarted asks again about the same rung and gets the same answer.
+    """
+
+    def __init__(self) -> None:
+        self._asked: asyncio.Queue[Rung] = asyncio.Queue()
+        self._answers: dict[int, asyncio.Future[bool]] = {}
+
+    async def ask(self, rung: Rung) -> bool:
+        """Waits for the answer."""
+        if rung.step not in self._answers:
+            self._answers[rung.step] = asyncio.get_running_loop().create_future()
+            self._asked.put_nowait(rung)
+        return await asyncio.shield(self._answers[rung.step])
+
+    async def next(self, timeout: float) -> Rung | None:
+        """The next rung that is asked about; None if there is none for so many seconds."""
+        try:
+            return await asyncio.wait_for(self._asked.get(), timeout)
+        except TimeoutError:
+            return None
+
+    async def answer(self, step: int, go_on: bool) -> None:
+        """Lets the workers go on, or ends the run."""
+        self._answers[step].set_result(go_on)
+
+
+@dataclass(frozen=True)
+class RungWatch:
+    """A `training.worker.Watch` that measures the averaged weights at the rungs.
+
+    Attributes:
+        rungs: from optimizer steps to images seen; those that a trial has behind it are left out.
+        keep: folder in which the state of each rung is kept for other trials to start from; empty = not kept.
+    """
+
+    rungs: dict[int, int]
+    spec: ModelSpec
+    objective: Objective
+    exchange: Any
+    keep: str = ""
+
+    def __call__(self, state: TrainState, rank: int, world_size: int) -> bool:
+        """See `Watch`."""
+        if state.step not in self.rungs:
+            return False
+        device = next(state.model.parameters()).device
+        measured = self.objective(averaged_model(state), self.spec, over_ranks(device, rank, world_size))
+        go_on = True
+        if rank == 0:
+            if self.keep:
+                self._keep(state)
+            rung = Rung(self.rungs[state.step], state.step, time.time(), measured.metrics, measured.per_image)
+            go_on = ray.get(self.exchange.ask.remote(rung))
+        if world_size > 1:
+            go_on = broadcast_from_rank_zero(go_on)
+        return not go_on
+
+    def _keep(self, state: TrainState) -> None:
+        """The newest state alone, which appears whole or not at all."""
+        newest = Path(self.keep)
+        partial = newest.with_name(f".{newest.name}-{uuid.uuid4().hex}")
+        partial.mkdir(parents=True)
+        checkpoint.write(str(partial), checkpoint.capture(state), {})
+        shutil.rmtree(newest, ignore_errors=True)
+        partial.replace(newest)
+
+
+def averaged_model(state: TrainState) -> UNet:
+    """A copy of the model with the weights that would be exported."""
+    model = copy.deepcopy(state.model)
+    with torch.no_grad():
+        for parameter, average in zip(model.parameters(), state.averages[0], strict=True):
+            parameter.copy_(average)
+    return model.eval().requires_grad_(False)

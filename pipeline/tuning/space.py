@@ -1,0 +1,241 @@
+"""The search space: which flags of jobs/train.py a search varies, read from YAML (see space.yaml for its form).
+
+A trial's choice is a dict from dotted names of TrainConfig's fields to values. Optuna sees one parameter for each
+entry of the space; a value that it has no type for (a list, flags chosen together) travels as JSON.
+"""
+
+import dataclasses
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from pipeline.config import TrainConfig, from_dict, load_yaml, to_dict
+from pipeline.errors import InputError
+
+DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
+# What the search itself decides, the same way for every trial.
+RESERVED = frozenset(
+    [
+        "data",
+        "output",
+        "steps",
+        "resume",
+        "experiment",
+        "run_name",
+        "register",
+        "alias",
+        "log_every",
+        "checkpoint_every",
+    ]
+)
+# What can change under a model that is half trained: what population based training may mutate.
+MUTABLE = frozenset(
+    f"optimizer.{name}" for name in ("learning_rate", "weight_decay", "clip_norm")
+) | frozenset({"class_dropout", "diffusion.vlb_weight", "diffusion.min_snr_gamma"})
+
+Flags = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search space.
+
+    Attributes:
+        fixed: flags that are the same for every trial.
+        entries: by name, Optuna's distribution.
+        together: names of the entries whose values are several flags, as JSON.
+    """
+
+    fixed: Flags
+    entries: dict[str, BaseDistribution]
+    together: frozenset[str]
+
+    def decode(self, parameters: dict[str, Any]) -> Flags:
+        """All flags of a trial, from Optuna's parameters."""
+        flags = dict(self.fixed)
+        for name, value in parameters.items():
+            if name in self.together:
+                flags |= json.loads(value)
+            elif isinstance(value, str) and isinstance(self.entries[name], CategoricalDistribution):
+                flags[name] = json.loads(value)
+            else:
+                flags[name] = value
+        return flags
+
+    def mutable(self) -> dict[str, BaseDistribution]:
+        """The entries that may change while a model is trained."""
+        return {name: entry for name, entry in self.entries.items() if name in MUTABLE}
+
+
+def load_space(path: str = "") -> Space:
+    """Reads a space file; the default one where `path` is empty.
+
+    Raises:
+        InputError: the file can't be read, an unknown flag, a value that the flag can't have, nothing to search.
+    """
+    where = f"--space {path}" if path else "the default space"
+    return parse_space(load_yaml(path or str(DEFAULT_SPACE), "--space"), where)
+
+
+def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
+    """A space from what its YAML says; see `load_space`."""
+    fixed: Flags = {}
+    entries: dict[str, BaseDistribution] = {}
+    together = set()
+    owners: dict[str, str] = {}
+
+    def claim(flag: str, owner: str) -> None:
+        if owners.setdefault(flag, owner) != owner:
+            raise InputError(f"{where}: {flag} is set twice, by {owners[flag]!r} and by {owner!r}")
+
+    for name, value in values.items():
+        name = str(name)
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            groups = []
+            for item in value:
+                group = {resolve_flag(str(flag), where): here for flag, here in item.items()}
+                for flag, here in group.items():
+                    claim(flag, name)
+                    _check_value(flag, here, where)
+                groups.append(json.dumps(group, sort_keys=True))
+            together.add(name)
+            entries[name] = _choice(groups, name, where)
+            continue
+        flag = resolve_flag(name, where)
+        claim(flag, name)
+        if isinstance(value, dict):
+            entries[flag] = _range(flag, value, where)
+        elif isinstance(value, list):
+            for item in value:
+                _check_value(flag, item, where)
+            if len(value) == 1:
+                fixed[flag] = value[0]
+            else:
+                entries[flag] = _choice([json.dumps(item) for item in value], flag, where)
+        else:
+            _check_value(flag, value, where)
+            fixed[flag] = value
+    if not entries:
+        raise InputError(f"{where}: nothing to search: give at least one flag a list of values or a range")
+    return Space(fixed, entries, frozenset(together))
+
+
+def resolve_flag(name: str, where: str = "--space") -> str:
+    """The dotted name of a TrainConfig field, from that, from the bare name or from the flag's spelling.
+
+    Raises:
+        InputError: no such flag, or one that the search itself sets.
+    """
+    wanted = name.lstrip("-").replace("-", "_")
+    found = [flag for flag in _flags() if wanted in (flag, flag.rpartition(".")[2])]
+    if not found:
+        raise InputError(f"{where}: {name!r} is no flag of jobs/train.py (see its --help)")
+    if found[0] in RESERVED:
+        raise InputError(f"{where}: {name!r} is set by the search itself (see jobs/tune.py --help)")
+    return found[0]
+
+
+def apply(config: TrainConfig, flags: Flags) -> TrainConfig:
+    """A training run with some of its flags replaced.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
+    values = to_dict(config)
+    for flag, value in flags.items():
+        group, _, leaf = flag.rpartition(".")
+        (values[group] if group else values)[leaf] = value
+    return from_dict(TrainConfig, values, "trial")
+
+
+def train_command(config: TrainConfig) -> str:
+    """The command line that trains exactly this: jobs/train.py and every flag that isn't at its default."""
+    words = ["python", "jobs/train.py"]
+
+    def walk(value: Any, defaults: dict[str, Any]) -> None:
+        for field in dataclasses.fields(value):
+            here = getattr(value, field.name)
+            if dataclasses.is_dataclass(here):
+                walk(here, _defaults(type(here)))
+                continue
+            default = defaults.get(field.name, dataclasses.MISSING)
+            if here == default or field.name == "betas":
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            if isinstance(here, bool) and default is False:
+                words.append(flag)
+            else:
+                items = here if isinstance(here, tuple) else (here,)
+                words.extend([flag, *(str(item) for item in items)])
+
+    walk(config, _defaults(TrainConfig))
+    return shlex.join(words)
+
+
+def _flags() -> dict[str, Any]:
+    """Every dotted name of TrainConfig, with its type."""
+    flags: dict[str, Any] = {}
+    for name, hint in get_type_hints(TrainConfig).items():
+        if dataclasses.is_dataclass(hint):
+            flags |= {f"{name}.{leaf}": kind for leaf, kind in get_type_hints(hint).items()}
+        else:
+            flags[name] = hint
+    return flags
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        if field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+    return defaults
+
+
+def _check_value(flag: str, value: Any, where: str) -> None:
+    try:
+        apply(TrainConfig(data="", output=""), {flag: value})
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).removeprefix('trial.')}") from None
+
+
+def _choice(values: list[str], name: str, where: str) -> CategoricalDistribution:
+    if not values:
+        raise InputError(f"{where}: {name}: an empty list")
+    if len(set(values)) < len(values):
+        raise InputError(f"{where}: {name}: a value stands there twice")
+    return CategoricalDistribution(values)
+
+
+def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
+    kind = _flags()[flag]
+    if kind not in (int, float):
+        raise InputError(f"{where}: {flag} is no number: give a list of values")
+    if unknown := set(value) - {"low", "high", "log", "step"}:
+        raise InputError(
+            f"{where}: {flag}: unknown key {min(map(str, unknown))!r}; known: low, high, log, step"
+        )
+    try:
+        low, high = kind(value["low"]), kind(value["high"])
+        log, step = bool(value.get("log", False)), value.get("step")
+        if kind is int:
+            return IntDistribution(low, high, log=log, step=int(step or 1))
+        return FloatDistribution(low, high, log=log, step=None if step is None else float(step))
+    except KeyError as error:
+        raise InputError(f"{where}: {flag}: a range needs {error}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {flag}: {' '.join(str(error).split())}") from None
+
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)

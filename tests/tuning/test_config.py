@@ -1,0 +1,53 @@
+"""Settings of a search: what is refused, and where the rungs are."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import TrainConfig
+from pipeline.errors import InputError
+from pipeline.tuning.config import TuneConfig, check, finished, rung_images, rung_steps
+
+CONFIG = TuneConfig(data="d", output="o")
+
+
+@pytest.mark.parametrize("name", ["loss", "MSE", "training-mse"])
+def test_the_training_loss_is_refused_as_an_objective_with_the_reason(name: str) -> None:
+    with pytest.raises(InputError, match="scale depends on the schedule"):
+        check(replace(CONFIG, objective=name))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"objective": "beauty"}, "bits, frechet, both"),
+        ({"trials": 0}, "--trials"),
+        ({"terms": 7}, "--terms"),
+        ({"reduction": 1}, "--reduction"),
+        ({"max_images": 1}, "--max-images"),
+        ({"images": 5, "rungs": 4}, "--images 5"),
+        ({"cpus_per_worker": 0.0}, "--cpus-per-worker"),
+        ({"scheduler": "pbt", "trials": 1}, "--trials 2"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(change: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        check(replace(CONFIG, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "pbt", "none"])
+@pytest.mark.parametrize("batch_size", [64, 100, 128, 1000])
+def test_rungs_are_the_same_images_for_every_batch_size(scheduler: str, batch_size: int) -> None:
+    config = replace(CONFIG, scheduler=scheduler, images=9000, rungs=3, reduction=3)  # type: ignore[arg-type]
+    rungs = rung_images(config)
+    assert rungs == ([3000, 6000, 9000] if scheduler == "pbt" else [1000, 3000, 9000])
+    steps = rung_steps(config, batch_size)
+    assert list(steps.values()) == rungs
+    for (
+        step,
+        images,
+    ) in steps.items():  # never fewer images than the rung says, and less than a batch a rung more
+        assert images <= step * batch_size < images + batch_size * images / rungs[0]
+    trial = finished(config, TrainConfig(data="d", output="o", batch_size=batch_size))
+    assert trial.steps == max(steps)
+    assert all(step % trial.checkpoint_every == 0 for step in steps)

@@ -1,0 +1,47 @@
+"""The ledger: what it keeps, and how trials are ranked by it."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.tuning import ledger
+from pipeline.tuning.ledger import Record, Rung, pareto_front, ranked
+
+
+def record(number: int, *values: float, status: ledger.Status = "finished", second: float = 0.0) -> Record:
+    rungs = tuple(
+        Rung(1000 * 3**k, 10 * 3**k, float(k), {"a": value, "b": second}, (value, value + 1))
+        for k, value in enumerate(values)
+    )
+    return Record(number, {"x": number}, {"seed": number}, status, rungs=rungs)
+
+
+def test_a_record_is_read_as_it_was_written_from_wherever_the_search_was_moved(tmp_path: Path) -> None:
+    first = str(tmp_path / "here")
+    records = [record(1, 3.0, 2.0), record(0, 3.5, status="stopped"), Record(10, {}, {}, "waiting")]
+    for one in records:
+        ledger.write(first, one)
+    shutil.move(first, tmp_path / "there")
+    assert ledger.read_all(str(tmp_path / "there")) == sorted(records, key=lambda one: one.number)
+    assert str(tmp_path) not in (tmp_path / "there" / "trials" / "0001" / "trial.json").read_text()
+
+
+def test_who_got_further_ranks_first_and_then_who_measured_less() -> None:
+    records = [
+        record(0, 1.0, status="stopped"),
+        record(1, 3.0, 2.5),
+        record(2, 3.0, 2.0),
+        record(3, 9.0, 0.1, status="failed"),
+        record(4),
+    ]
+    assert [one.number for one in ranked(records, "a")] == [2, 1, 0]
+
+
+def test_the_pareto_front_holds_what_nothing_beats_in_both() -> None:
+    records = [
+        record(0, 1.0, second=4.0),
+        record(1, 2.0, second=3.0),
+        record(2, 2.0, second=3.5),
+        record(3, 3.0, second=1.0),
+        record(4, 0.5, second=0.5, status="stopped"),
+    ]
+    assert [one.number for one in pareto_front(records, ("a", "b"))] == [0, 1, 3]

@@ -1,0 +1,109 @@
+"""What trials are compared by: common random numbers, and shares of the work over training workers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import DiffusionConfig
+from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.data.shards import PrepareConfig, prepare
+from pipeline.evaluation.bits import held_out_bits
+from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.features import ClassifierExtractor, measure
+from pipeline.evaluation.frechet import frechet_distance, moments_of
+from pipeline.evaluation.work import choose, run_here
+from pipeline.sampling import sample_images
+from pipeline.tuning.config import BITS, FRECHET
+from pipeline.tuning.objective import (
+    Both,
+    HeldOutBits,
+    SampleFrechet,
+    common_numbers_gain,
+    over_ranks,
+    paired,
+)
+from tests.evaluation.common import DIGITS, small_model
+from tests.tuning.gaussian import measured_bound
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    prepare(PrepareConfig(output=str(folder), source="digits", validation_fraction=0.2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out(digits: Path) -> DatasetIndex:
+    return open_dataset(str(digits), "validation")
+
+
+def test_held_out_bits_are_those_of_an_evaluation(held_out: DatasetIndex) -> None:
+    model, spec = small_model()
+    ids = choose(held_out.rows, 70, seed=4)
+    for terms in (0, 8, 20, 100):
+        mine = HeldOutBits(held_out, ids, terms, seed=4)(model, spec, run_here)
+        theirs = held_out_bits(model, spec, held_out, ids, terms=0 if terms == 100 else terms, seed=4)
+        assert mine.metrics[BITS] == pytest.approx(theirs.bits_per_dim, rel=1e-6)
+        assert mine.metrics[f"{BITS}_stderr"] == pytest.approx(theirs.stderr, rel=1e-5)
+        assert np.mean(mine.per_image) == pytest.approx(theirs.bits_per_dim, rel=1e-5)
+
+
+def test_the_frechet_distance_is_that_of_the_samples_numbered_from_0(digits: Path) -> None:
+    model, spec = small_model(conditional=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        extractor = ClassifierExtractor(Classifier(DIGITS).eval().requires_grad_(False))
+    (real,) = measure([open_dataset(str(digits))], extractor, keep=1)
+    objective = SampleFrechet(extractor, real.moments, samples=96, steps=5, seed=3)
+    found = objective(model, spec, run_here)
+    images = torch.cat(
+        [
+            sample_images(model, spec, ids, sampler="ddim", sampling_steps=5, seed=3)
+            for ids in torch.arange(96).split(64)
+        ]
+    )
+    features = extractor.load(torch.device("cpu"))(images).numpy()
+    assert found.metrics[FRECHET] == pytest.approx(
+        frechet_distance(real.moments, moments_of(features)), rel=1e-4
+    )
+    assert found.per_image == ()
+
+
+def test_both_objectives_are_measured_in_one_go(digits: Path, held_out: DatasetIndex) -> None:
+    model, spec = small_model(conditional=False)
+    extractor = ClassifierExtractor(Classifier(DIGITS).eval().requires_grad_(False))
+    (real,) = measure([open_dataset(str(digits))], extractor, keep=1)
+    bits = HeldOutBits(held_out, np.arange(8), 4, 0)
+    found = Both((bits, SampleFrechet(extractor, real.moments, 64, 2, 0)))(model, spec, run_here)
+    assert set(found.metrics) == {BITS, f"{BITS}_stderr", FRECHET}
+    assert len(found.per_image) == 8
+
+
+def test_one_worker_does_every_task_in_order(held_out: DatasetIndex) -> None:
+    model, spec = small_model()
+    objective = HeldOutBits(held_out, np.arange(130), 4, 0)
+    alone = objective(model, spec, over_ranks(torch.device("cpu"), 0, 1))
+    assert alone == objective(model, spec, run_here)
+
+
+def test_common_random_numbers_tell_two_schedules_apart_with_fewer_images() -> None:
+    cosine, linear = (
+        measured_bound(DiffusionConfig(schedule=name, timesteps=40, variance="fixed_large"), images=256)
+        for name in ("cosine", "linear")
+    )
+    other = measured_bound(
+        DiffusionConfig(schedule="linear", timesteps=40, variance="fixed_large"), images=256, seed=1
+    )
+    gain = common_numbers_gain(cosine, linear)
+    print(
+        f"factor gained by common random numbers: {gain:.1f}; with numbers of its own each: "
+        f"{common_numbers_gain(cosine, other):.1f}"
+    )
+    assert gain > 3
+    assert common_numbers_gain(cosine, other) == pytest.approx(1, abs=0.3)
+    difference, error = paired(linear, cosine)
+    assert error < 0.6 * np.hypot(cosine.std(ddof=1), linear.std(ddof=1)) / 16
+    assert difference > 4 * error

@@ -1,0 +1,131 @@
+"""The search space: every flag of training, by any of its names, checked before anything runs."""
+
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.diffusion.losses import check_loss
+from pipeline.diffusion.schedules import make_betas
+from pipeline.errors import InputError
+from pipeline.tuning.space import RESERVED, apply, load_space, parse_space, resolve_flag, train_command
+
+BASE = TrainConfig(data="d", output="o")
+
+
+def test_every_flag_of_training_can_be_searched_by_its_dotted_its_bare_and_its_command_line_name() -> None:
+    for field in fields(TrainConfig):
+        value = getattr(BASE, field.name)
+        leaves = [(f"{field.name}.{f.name}", f.name) for f in fields(value)] if is_dataclass(value) else []
+        for dotted, bare in leaves or [(field.name, field.name)]:
+            if dotted in RESERVED:
+                with pytest.raises(InputError, match="set by the search"):
+                    resolve_flag(dotted)
+                continue
+            for name in (dotted, bare, f"--{bare.replace('_', '-')}"):
+                assert resolve_flag(name) == dotted
+
+
+def test_the_default_space_searches_what_a_user_expects_and_all_its_choices_can_be_trained() -> None:
+    space = load_space()
+    found = set(space.entries) - space.together
+    groups = [json.loads(value) for name in space.together for value in space.entries[name].choices]  # type: ignore[attr-defined]
+    found |= {flag for group in groups for flag in group}
+    assert found >= {
+        "diffusion.schedule",
+        "diffusion.beta_end",
+        "diffusion.cosine_offset",
+        "diffusion.timesteps",
+        "diffusion.variance",
+        "diffusion.loss",
+        "optimizer.learning_rate",
+        "model.model_channels",
+        "optimizer.ema_decays",
+    }
+    for group in groups:
+        config = apply(BASE, group)
+        check_loss(config.diffusion)
+        make_betas(config.diffusion)
+
+
+def test_a_choice_becomes_the_training_run_that_it_names() -> None:
+    space = parse_space(
+        {
+            "batch-size": 64,
+            "timesteps": {"low": 10, "high": 100},
+            "ema_decays": [[0.9], [0.99, 0.5]],
+            "noise": [{"schedule": "linear", "beta_end": 0.01}, {"schedule": "cosine"}],
+            "compile": [True, False],
+        }
+    )
+    choices = {name: entry.choices for name, entry in space.entries.items() if hasattr(entry, "choices")}
+    flags = space.decode(
+        {
+            "diffusion.timesteps": 50,
+            "optimizer.ema_decays": choices["optimizer.ema_decays"][1],
+            "noise": choices["noise"][0],
+            "compile": choices["compile"][0],
+        }
+    )
+    diffusion = DiffusionConfig(schedule="linear", beta_end=0.01, timesteps=50)
+    expected = replace(
+        BASE,
+        batch_size=64,
+        diffusion=diffusion,
+        compile=True,
+        optimizer=OptimizerConfig(ema_decays=(0.99, 0.5)),
+    )
+    assert apply(BASE, flags) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"shedule": ["linear"]}, "'shedule'"),
+        ({"steps": [10, 20]}, "'steps'"),
+        ({"diffusion.variance": ["fixed"]}, "fixed_large"),
+        ({"timesteps": [100, "many"]}, "'many'"),
+        ({"timesteps": {"low": 10}}, "'high'"),
+        ({"timesteps": {"low": 10, "high": 5}}, "timesteps"),
+        ({"timesteps": {"low": 1, "hihg": 5}}, "'hihg'"),
+        ({"learning_rate": {"low": 0.0, "high": 1.0, "log": True}}, "learning_rate"),
+        ({"schedule": {"low": 1, "high": 2}}, "list of values"),
+        ({"schedule": []}, "empty"),
+        ({"timesteps": [5, 5]}, "twice"),
+        ({"x": [{"schedule": "linear"}], "schedule": ["cosine"]}, "twice"),
+        ({"x": [{"bogus": 1}]}, "'bogus'"),
+        ({"batch_size": 64}, "nothing to search"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_in_one_line(values: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match="--space") as refused:
+        parse_space(values)
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_no_space_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--space .*none.yaml"):
+        load_space(str(tmp_path / "none.yaml"))
+
+
+def test_the_printed_command_gives_the_same_configuration_back() -> None:
+    config = TrainConfig(
+        data="/some where/d",
+        output="o",
+        steps=77,
+        random_flip=True,
+        gpu=False,
+        seed=3,
+        model=ModelConfig(model_channels=32, channel_multipliers=(1, 2), attention_resolutions=()),
+        diffusion=DiffusionConfig(schedule="sigmoid", sigmoid_temperature=0.7, timesteps=123),
+        optimizer=OptimizerConfig(learning_rate=0.00123456789, ema_decays=(0.5, 0.9)),
+    )
+    import shlex
+
+    words = shlex.split(train_command(config))
+    assert words[:2] == ["python", "jobs/train.py"]
+    assert cli.parse(TrainConfig, words[2:], "train", "") == config
