@@ -65,7 +65,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What one image of a dataset is; known from the data, never a flag of training."""
+    """What one image of a dataset is; known from the data."""
 
     size: int
     channels: int
@@ -132,8 +132,14 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     class_dropout: float = 0.1
     """Share of samples whose label is hidden, for guidance (class-conditional models only)."""
+    image_size: int = 0
+    """Width and height in pixels that the images are brought to; 0 = their own."""
     random_flip: bool = False
     """Mirror half of the images, left to right."""
+    random_crop: bool = False
+    """Cut the square out of an image that is not one in a random place, not in its centre."""
+    readers: int = 2
+    """Processes beside each worker that read and decode its images."""
     groups_per_window: int = 16
     """Groups of rows that are mixed by the shuffle at a time; more mixes better and needs more memory."""
     precision: Precision = "auto"

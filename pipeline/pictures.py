@@ -1,5 +1,6 @@
 """What to draw: from a model and its data to the arrays that plots.py puts on paper."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from pipeline import plots
 from pipeline.config import DiffusionConfig, ModelSpec
-from pipeline.data.images import decode
+from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex, open_dataset, read_rows
 from pipeline.diffusion.losses import vlb_term
 from pipeline.diffusion.process import make_process, q_sample, snr
@@ -45,7 +46,7 @@ def draw_samples(
 def process_strip(model_folder: Path, data: str, path: Path, *, examples: int = 3, seed: int = 0) -> Path:
     """The forward process on real images above the reverse process of the model, both through all T steps."""
     model, spec = load_model(model_folder)
-    x_0 = real_images(open_dataset(data), examples)[0].float() / 127.5 - 1
+    x_0 = real_images(open_dataset(data, image_size=spec.image.size), examples)[0].float() / 127.5 - 1
     process = make_process(spec.diffusion)
     ids, shape = torch.arange(examples), tuple(x_0.shape[1:])
     T = spec.diffusion.timesteps
@@ -98,9 +99,9 @@ def bound_terms(model_folder: Path, data: str, path: Path, *, examples: int = 8,
     """L_{t-1} over t of a few real images, held out where any are, at up to `BOUND_POINTS` of the T steps."""
     model, spec = load_model(model_folder)
     try:
-        index = open_dataset(data, "validation")
+        index = open_dataset(data, "validation", spec.image.size)
     except InputError:
-        index = open_dataset(data)
+        index = open_dataset(data, image_size=spec.image.size)
     images, labels = real_images(index, examples)
     x_0, ids = images.float() / 127.5 - 1, torch.arange(len(images))
     process = make_process(spec.diffusion)
@@ -124,7 +125,7 @@ def nearest_neighbours(model_folder: Path, data: str, path: Path, *, count: int 
     labels = ids % len(spec.image.classes) if spec.model.class_conditional else None
     steps = min(25, spec.diffusion.timesteps)
     images = sample_images(model, spec, ids, sampler="ddim", sampling_steps=steps, labels=labels, seed=seed)
-    real, _ = real_images(open_dataset(data), 10_000)
+    real, _ = real_images(open_dataset(data, image_size=spec.image.size), 10_000)
     distance = torch.cdist(images.flatten(1).float(), real.flatten(1).float())
     plots.save_nearest(as_pixels(images), as_pixels(real[distance.argmin(1)]), path)
     return path
@@ -137,8 +138,10 @@ def real_images(index: DatasetIndex, count: int) -> tuple[Tensor, Tensor]:
         if len(images) >= count:
             break
         table = read_rows(group, np.arange(min(group.rows, count - len(images))))
-        images += [decode(data.as_py(), image.size, image.channels) for data in table["bytes"]]
-        labels += table["label"].to_pylist()
+        for data, label in zip(table["bytes"].to_pylist(), table["label"].to_pylist(), strict=True):
+            with contextlib.suppress(DecodeError):
+                images.append(decode(data, image.size, image.channels))
+                labels.append(label)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
 

@@ -24,7 +24,6 @@ class Purpose(IntEnum):
     TIMESTEP = 1
     LABEL_DROP = 2
     FLIP = 3
-    CROP = 4
     SAMPLING = 6
     LABEL = 7
     EVALUATION = 8

@@ -140,8 +140,8 @@ def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> Non
         _client().log_batch(run.id, metrics=metrics[i : i + _METRICS_A_CALL])
 
 
-def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
-    """Names the training data in the run, by place and content fingerprint."""
+def log_dataset(run: Run, uri: str, fingerprint: str, rows: int, quarantined: int = 0) -> None:
+    """Names the training data in the run, by place and content fingerprint, and counts what was left out of it."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
@@ -154,6 +154,7 @@ def log_dataset(run: Run, uri: str, fingerprint: str, rows: int) -> None:
     tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]
     inputs = [DatasetInput(dataset._to_mlflow_entity(), tags)]
     _raced(lambda: _client().log_inputs(run.id, inputs))
+    _client().log_metric(run.id, "quarantined_images", quarantined)
 
 
 def log_file(run: Run, path: Path, folder: str = "") -> None:

@@ -9,6 +9,16 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 64_000_000
 _MODES = {1: "L", 3: "RGB"}
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_GAP = 3.0
+_ROTATING_FORMATS = {"TIFF", "MPO"}
+_ROTATING_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+
+# The common formats are tried first. PostScript is left out: Pillow would run Ghostscript on what is in the file.
+Image.preinit()
+Image.init()
+_FORMATS = [name for name in Image.ID if name != "EPS"]
+# Pillow warns of damaged metadata, and of a decompression bomb only from twice our limit on, which is checked here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class DecodeError(ValueError):
@@ -23,7 +33,7 @@ def decode(
     background: tuple[int, int, int] = (255, 255, 255),
     crop: tuple[float, float] = (0.5, 0.5),
 ) -> np.ndarray:
-    """Any image that Pillow opens, at a fixed size.
+    """Any image that Pillow opens, as a square of fixed size.
 
     Palettes, transparency (composited on `background`), 16-bit, CMYK, EXIF rotation; of an animation the first
     frame. The shorter side is resized to `size` with antialiasing, the longer one cropped.
@@ -38,36 +48,62 @@ def decode(
     Raises:
         DecodeError: empty, truncated, undecodable, or of more than `MAX_PIXELS` pixels.
     """
-    image = open_image(data, background)
-    if image.mode != _MODES[channels]:
-        image = image.convert(_MODES[channels])
-    if image.size != (size, size):
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) * crop[0], (height - side) * crop[1]
-        image = image.resize(
-            (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side), reducing_gap=3.0
-        )
-    return np.asarray(image, dtype=np.uint8).reshape(size, size, channels)
+    image = _open(data, size, channels, background)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) * crop[0], (height - side) * crop[1]
+    return _resize(image, (size, size), (left, top, left + side, top + side))
 
 
-def open_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """An image as mode L or RGB, upright, at its own size; raises DecodeError as `decode`."""
+def fit(
+    data: bytes, size: int, channels: int, background: tuple[int, int, int] = (255, 255, 255)
+) -> np.ndarray:
+    """As `decode`, but nothing is cut off: uint8 [H, W, channels] whose shorter side is `size`."""
+    image = _open(data, size, channels, background)
+    width, height = image.size
+    scale = size / min(width, height)
+    return _resize(image, (round(width * scale), round(height * scale)), (0, 0, width, height))
+
+
+def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+    if box != (0, 0, *size):
+        image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=_GAP)
+    elif image.size != size:
+        image = image.crop((0, 0, *size))
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _open(data: bytes, size: int, channels: int, background: tuple[int, int, int]) -> Image.Image:
+    image = open_image(data, background, at_least=size)
+    return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+
+
+def open_image(
+    data: bytes, background: tuple[int, int, int] = (255, 255, 255), at_least: int = 0
+) -> Image.Image:
+    """An image as mode L or RGB, upright; raises DecodeError as `decode`.
+
+    Args:
+        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as each side keeps
+            three times so many pixels, for antialiasing; 0 = at its own size.
+    """
     if not data:
         raise DecodeError("empty")
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns of a decompression bomb up to twice its limit: the size is checked here.
-            warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise DecodeError(
-                    f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} (decompression bomb)"
-                )
-            image.load()
-            if image.getexif().get(0x0112, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            return _plain(image, background)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(
+                f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} (decompression bomb)"
+            )
+        if at_least:
+            image.draft(None, (int(_GAP * at_least), int(_GAP * at_least)))
+        image.load()
+        # Asked for only where there can be an orientation: it costs a third of decoding a small image.
+        may_rotate = image.format in _ROTATING_FORMATS or _ROTATING_KEYS & image.info.keys()
+        if may_rotate and image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _plain(image, background)
     except DecodeError:
         raise
     except Exception as error:  # Pillow's plug-ins raise anything on damaged input

@@ -16,7 +16,8 @@ from functools import cached_property
 import numpy as np
 
 Array = np.ndarray
-_SHUFFLE = 9  # the stream of random numbers that orders the data; apart from those of pipeline.rng
+# Streams of random numbers of their own, apart from those of pipeline.rng.
+_SHUFFLE, _CROP = 9, 10
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,18 @@ class Window:
         epoch: counted from 0.
         start: position in the run's stream of the window's first row.
         groups: the groups it mixes, by number.
+        sizes: rows of each of them.
     """
 
     epoch: int
     start: int
-    rows: int
     groups: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Samples in the window."""
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -71,20 +78,19 @@ class Rows:
     row: Array
 
 
-def _generator(plan: Plan, *counter: int) -> np.random.Generator:
-    sequence = np.random.SeedSequence([plan.seed & (2**64 - 1), _SHUFFLE, *counter])
+def _generator(seed: int, *counter: int) -> np.random.Generator:
+    sequence = np.random.SeedSequence([seed & (2**64 - 1), _SHUFFLE, *counter])
     return np.random.Generator(np.random.Philox(sequence))
 
 
 def epoch_windows(plan: Plan, epoch: int) -> list[Window]:
     """The windows of an epoch, in order."""
-    order = _generator(plan, epoch).permutation(len(plan.group_rows))
+    order = _generator(plan.seed, epoch).permutation(len(plan.group_rows))
     windows, start = [], epoch * plan.rows
     for i in range(0, len(order), plan.groups_per_window):
         groups = tuple(int(g) for g in order[i : i + plan.groups_per_window])
-        rows = sum(plan.group_rows[g] for g in groups)
-        windows.append(Window(epoch, start, rows, groups))
-        start += rows
+        windows.append(Window(epoch, start, groups, tuple(plan.group_rows[g] for g in groups)))
+        start += windows[-1].rows
     return windows
 
 
@@ -98,14 +104,12 @@ def windows_between(plan: Plan, start: int, stop: int) -> Iterator[Window]:
                 yield window
 
 
-def window_rows(plan: Plan, window: Window, start: int, stop: int, rank: int, world_size: int) -> Rows:
-    """What `rank` sees of a window between the stream's positions [start, stop), in order."""
-    sizes = [plan.group_rows[g] for g in window.groups]
-    row = np.concatenate(
-        [_generator(plan, window.epoch, g).permutation(n) for g, n in zip(window.groups, sizes, strict=True)]
-    )
-    turn = np.concatenate([np.arange(n) for n in sizes])
-    group = np.repeat(np.array(window.groups, dtype=np.int64), sizes)
+def window_rows(seed: int, window: Window, start: int, stop: int, rank: int, world_size: int) -> Rows:
+    """What `rank` sees of a window between the stream's positions [start, stop), in order; `seed` is the plan's."""
+    sized = zip(window.groups, window.sizes, strict=True)
+    row = np.concatenate([_generator(seed, window.epoch, g).permutation(n) for g, n in sized])
+    turn = np.concatenate([np.arange(n) for n in window.sizes])
+    group = np.repeat(np.array(window.groups, dtype=np.int64), window.sizes)
     dealt = np.argsort(turn, kind="stable")
     position = window.start + np.arange(window.rows, dtype=np.int64)
     mine = (position >= start) & (position < stop) & (position % world_size == rank)
@@ -120,3 +124,13 @@ def local_batch_size(plan: Plan, step: int, rank: int, world_size: int) -> int:
         return (position - rank + world_size - 1) // world_size
 
     return below(last) - below(first)
+
+
+def crop_place(seed: int, epoch: int, sample_id: int) -> tuple[float, float]:
+    """Where a sample's random crop lies, from 0 to 1 in x and y: a function of (seed, epoch, sample id) alone.
+
+    Numpy's counter-based generator: pipeline.rng needs torch, which a reading process does without.
+    """
+    key = [seed & (2**64 - 1), _CROP]
+    x, y = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, epoch, sample_id])).random(2)
+    return float(x), float(y)

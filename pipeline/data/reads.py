@@ -1,45 +1,129 @@
-"""The plan as a Ray Data source. Free of torch: a reading process starts without the seconds that it takes."""
+"""The plan as a Ray Data source: read and decode, beside the trainer that asks for it.
 
-from dataclasses import dataclass
+Free of torch: a reading process starts without the seconds that it takes.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from pipeline.data.index import DatasetIndex, read_rows
-from pipeline.data.plan import Plan, Window, window_rows
+from pipeline.config import ImageConfig
+from pipeline.data.images import DecodeError, decode
+from pipeline.data.index import DatasetIndex, Group, read_rows
+from pipeline.data.plan import Plan, Window, crop_place, window_rows
+
+BLOCK_BYTES = 16 * 2**20
+ROWS_PER_READ = 4096
+CENTRE = (0.5, 0.5)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Read:
-    """One read task: a rank's rows of one window."""
+    """One read task: a rank's rows of some windows that follow each other. Holds only what those need.
 
-    index: DatasetIndex
-    plan: Plan
-    window: Window
+    Attributes:
+        groups: the groups of the windows, by number, with the sample id of their first row.
+        seed: the plan's.
+        start, stop: the part of the stream that is asked for.
+    """
+
+    windows: tuple[Window, ...]
+    groups: dict[int, tuple[Group, int]]
+    image: ImageConfig
+    seed: int
     start: int
     stop: int
     rank: int
     world_size: int
+    random_crop: bool = False
 
-    def __call__(self) -> list[pa.Table]:
-        rows = window_rows(self.plan, self.window, self.start, self.stop, self.rank, self.world_size)
+    @property
+    def decoded_bytes(self) -> int:
+        """About what its tables hold."""
+        return sum(window.rows for window in self.windows) // self.world_size * _pixel_bytes(self.image)
+
+    def __call__(self) -> Iterator[pa.Table]:
+        """Tables in the plan's order: pixels, label, id, epoch, path, and bad = why it could not be decoded."""
+        _keep_freed_memory()
+        step = max(1, BLOCK_BYTES // _pixel_bytes(self.image))
+        for window in self.windows:
+            encoded = self._encoded(window)
+            for first in range(0, encoded.num_rows, step):
+                yield self._decoded(encoded.slice(first, step))
+
+    def _encoded(self, window: Window) -> pa.Table:
+        rows = window_rows(self.seed, window, self.start, self.stop, self.rank, self.world_size)
         tables, places = [], []
-        for group in np.unique(rows.group):
-            here = np.flatnonzero(rows.group == group)
-            tables.append(read_rows(self.index.groups[group], rows.row[here]))
+        for number in np.unique(rows.group):
+            here = np.flatnonzero(rows.group == number)
+            group, first_id = self.groups[int(number)]
+            table = read_rows(group, rows.row[here])
+            tables.append(table.append_column("id", pa.array(first_id + rows.row[here])))
             places.append(here)
         if not tables:
-            return []
+            return pa.table({})
         table = pa.concat_tables(tables).take(np.argsort(np.concatenate(places)))
-        ids = self.plan.first_id[rows.group] + rows.row
-        epochs = np.full(len(ids), self.window.epoch, np.int64)
-        return [table.append_column("id", pa.array(ids)).append_column("epoch", pa.array(epochs))]
+        return table.append_column("epoch", pa.array(np.full(table.num_rows, window.epoch, np.int64)))
+
+    def _decoded(self, table: pa.Table) -> pa.Table:
+        image, count = self.image, table.num_rows
+        pixels = np.empty((count, image.size, image.size, image.channels), np.uint8)
+        bad: list[str | None] = [None] * count
+        ids, epochs = table["id"].to_pylist(), table["epoch"].to_pylist()
+        for i, data in enumerate(table["bytes"].to_pylist()):
+            crop = crop_place(self.seed, epochs[i], ids[i]) if self.random_crop else CENTRE
+            try:
+                pixels[i] = decode(data, image.size, image.channels, crop=crop)
+            except DecodeError as error:
+                pixels[i], bad[i] = 0, str(error)
+        kind = pa.binary(_pixel_bytes(image))
+        packed = pa.FixedSizeBinaryArray.from_buffers(kind, count, [None, pa.py_buffer(pixels)])
+        return (
+            table.select(["label", "id", "epoch", "path"])
+            .append_column("pixels", packed)
+            .append_column("bad", pa.array(bad, pa.string()))
+        )
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Keeps what images were decoded into for the next ones, for as long as the process lives.
+
+    glibc gives large blocks back to the system, which costs a page fault for every 4 KiB of the next image: a fifth
+    of the time that decoding 256x256 pixels takes. How much is kept is bounded by what one read needs.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def _pixel_bytes(image: ImageConfig) -> int:
+    return image.size * image.size * image.channels
+
+
+def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
+    """The images of a table that `Read` made: uint8 [N, H, W, C], not copied where it is one chunk."""
+    size = _pixel_bytes(image)
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
+        for chunk in table["pixels"].chunks
+    ]
+    pixels = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return pixels.reshape(-1, image.size, image.size, image.channels)
 
 
 class PlannedReads(Datasource):
-    """The plan as a Ray Data source: one read task a window, in the plan's order."""
+    """Read tasks in the plan's order."""
 
     def __init__(self, reads: list[Read]) -> None:
         self._reads = reads
@@ -50,3 +134,34 @@ class PlannedReads(Datasource):
     def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [ReadTask(read, unknown) for read in self._reads]
+
+
+def make_reads(
+    index: DatasetIndex,
+    plan: Plan,
+    windows: list[Window],
+    start: int,
+    stop: int,
+    rank: int,
+    world_size: int,
+    random_crop: bool,
+) -> list[Read]:
+    """Cuts a run of windows into read tasks, each of about a block, and of one window at least."""
+    image = replace(index.image, classes=())  # thousands of tasks would carry thousands of names
+    size = _pixel_bytes(image)
+    reads, some, held = list[Read](), list[Window](), 0
+
+    def close() -> None:
+        groups = {g: (index.groups[g], int(plan.first_id[g])) for window in some for g in window.groups}
+        reads.append(Read(tuple(some), groups, image, plan.seed, start, stop, rank, world_size, random_crop))
+
+    for window in windows:
+        rows = window.rows // world_size
+        if some and (held + rows > ROWS_PER_READ or (held + rows) * size > BLOCK_BYTES):
+            close()
+            some, held = [], 0
+        some.append(window)
+        held += rows
+    if some:
+        close()
+    return reads

@@ -5,27 +5,30 @@ it; a run that was killed goes on with the parts that have no note yet, and give
 """
 
 import hashlib
-import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
+from pipeline.cluster import spilled_bytes
 from pipeline.config import ImageConfig, to_dict
 from pipeline.data import storage
-from pipeline.data.images import DecodeError, decode, encode_png, open_image
-from pipeline.data.index import FORMAT, MANIFEST
-from pipeline.data.sources import Part, Plan, Source, plan, read_part
+from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
+from pipeline.data.index import FORMAT, MANIFEST, SPLITS, UNFINISHED, held_out
+from pipeline.data.parts import Part, Plan, Source
+from pipeline.data.scan import name_classes
+from pipeline.data.shard_writer import ShardWriter, Totals
+from pipeline.data.sources import plan, read_part
+from pipeline.display import Display
 from pipeline.errors import InputError
 
-SPLITS = ("train", "validation")
 QUARANTINE = "quarantine.jsonl"
 NAMED_BAD_IMAGES = 5
+MOST_UNNAMED_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class PrepareConfig:
     """Images in one row group, the unit of reading and shuffling."""
     max_bad_fraction: float = 0.01
     """Share of undecodable images at which the job stops."""
+    crop: Literal["centre", "none"] = "centre"
+    """Cut a square out of the middle, or keep all of the longer side (then training can crop at random)."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent images, red green blue in 0..255."""
 
@@ -114,6 +119,8 @@ def prepare(config: PrepareConfig) -> Manifest:
         if not storage.exists(_note(output, number))
     ]
     if tasks:
+        display = Display("prepare", len(source.parts), "parts")
+        images = finished = 0
         parts = ray.put(source.parts)
         done = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
             _write_part,
@@ -127,8 +134,14 @@ def prepare(config: PrepareConfig) -> Manifest:
             # Fractions let it run beside whatever holds the CPUs of a small machine.
             num_cpus=0.5,
         )
-        for _ in done.iter_rows():
-            pass
+        try:
+            for row in done.iter_rows():
+                finished, images = finished + 1, images + row["images"]
+                display.update(len(source.parts) - len(tasks) + finished, f"{images} images")
+        finally:
+            display.close()
+        if spilled := spilled_bytes():
+            print(f"Ray's object store spilled {spilled:,} bytes to disk", file=sys.stderr, flush=True)
     notes = [json.loads(storage.read_bytes(_note(output, n))) for n in range(len(source.parts))]
     return _finish(config, image, notes, output, settings)
 
@@ -153,7 +166,7 @@ def _image(config: PrepareConfig, source: Plan) -> ImageConfig:
 
 def _claim(output: str, settings: dict[str, Any]) -> None:
     """A folder belongs to one set of settings, from the first part on."""
-    place = storage.join(output, "parts", "settings.json")
+    place = storage.join(output, UNFINISHED)
     if storage.exists(place):
         before = json.loads(storage.read_bytes(place))
         changed = [key for key in settings if before.get(key) != settings[key]]
@@ -181,9 +194,9 @@ def _write_part(
     """Decodes one part and writes its shards, then its note."""
     number = int(row["part"])
     all_parts: tuple[Part, ...] = ray.get(parts) if isinstance(parts, ray.ObjectRef) else parts
-    writers = {split: _ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
+    writers = {split: ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
     bad: list[dict[str, str]] = []
-    totals = _Totals(image.channels)
+    totals = Totals(image.channels)
     for item in read_part(all_parts[number]):
         try:
             pixels = _pixels(item.data, image, config)
@@ -192,10 +205,10 @@ def _write_part(
             bad.append({"path": item.path, "reason": str(error)})
             continue
         digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
-        held_out = int.from_bytes(digest[:8], "big") < config.validation_fraction * 2**64
-        split = SPLITS[held_out]
+        validates = held_out(digest, config.validation_fraction)
+        split = SPLITS[validates]
         writers[split].add(encode_png(pixels), item.path, label)
-        totals.add(pixels, digest, train=not held_out)
+        totals.add(pixels, digest, label, train=not validates)
     shards = {}
     for split, writer in writers.items():
         if writer.rows:
@@ -206,12 +219,14 @@ def _write_part(
             shards[split] = asdict(Shard(name, writer.rows, writer.row_groups, len(data), digest_hex))
     note = {"shards": shards, "bad": bad, **totals.to_dict()}
     storage.write_atomic(_note(output, number), json.dumps(note).encode())
-    return {"part": number}
+    return {"part": number, "images": sum(shard["rows"] for shard in shards.values())}
 
 
 def _pixels(data: bytes, image: ImageConfig, config: PrepareConfig) -> np.ndarray:
     if config.image_size == 0 and open_image(data).size != (image.size, image.size):
         raise DecodeError(f"not {image.size}x{image.size}")
+    if config.crop == "none":
+        return fit(data, image.size, image.channels, config.background)
     return decode(data, image.size, image.channels, background=config.background)
 
 
@@ -226,77 +241,6 @@ def _label(label: str | None, classes: tuple[str, ...]) -> int | None:
     if not label.isdecimal():
         raise DecodeError(f"label {label!r} is not a class number")
     return int(label)
-
-
-class _Totals:
-    """Sums over a part that merge exactly: integers, whatever the order."""
-
-    def __init__(self, channels: int) -> None:
-        self._count, self._hash, self._top = 0, 0, -1
-        self._sum, self._squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
-
-    def add(self, pixels: np.ndarray, digest: bytes, train: bool) -> None:
-        self._hash = (self._hash + int.from_bytes(digest, "big")) % 2**256
-        if train:
-            values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
-            self._count += len(values)
-            self._sum += values.sum(0)
-            self._squares += (values**2).sum(0)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "pixels": self._count,
-            "sum": self._sum.tolist(),
-            "squares": self._squares.tolist(),
-            "hash": f"{self._hash:064x}",
-        }
-
-
-class _ShardWriter:
-    """Rows to the bytes of a Parquet file, row group by row group."""
-
-    def __init__(self, image: ImageConfig, classes: tuple[str, ...], rows_per_group: int) -> None:
-        self._schema = huggingface_schema(classes)
-        self._buffer = io.BytesIO()
-        self._writer = pq.ParquetWriter(
-            self._buffer, self._schema, compression="none", write_statistics=False
-        )
-        self._rows: list[dict[str, Any]] = []
-        self._limit = rows_per_group
-        self.row_groups: list[int] = []
-
-    @property
-    def rows(self) -> int:
-        return sum(self.row_groups) + len(self._rows)
-
-    def add(self, data: bytes, path: str, label: int | None) -> None:
-        self._rows.append({"image": {"bytes": data, "path": path}, "label": label})
-        if len(self._rows) == self._limit:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(
-                pa.Table.from_pylist(self._rows, self._schema), row_group_size=self._limit
-            )
-            self.row_groups.append(len(self._rows))
-            self._rows = []
-
-    def close(self) -> bytes:
-        self._flush()
-        self._writer.close()
-        return self._buffer.getvalue()
-
-
-def huggingface_schema(classes: tuple[str, ...]) -> pa.Schema:
-    """image {bytes, path} and label, with the metadata that makes `datasets` give PIL images and class names."""
-    label = (
-        {"names": list(classes), "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
-    )
-    features = {"image": {"_type": "Image"}, "label": label}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema([("image", image), ("label", pa.int64())], metadata=metadata)
 
 
 def _finish(
@@ -324,11 +268,14 @@ def _finish(
     pixels = max(1, sum(note["pixels"] for note in notes))
     mean = np.sum([note["sum"] for note in notes], axis=0) / pixels / 255
     square = np.sum([note["squares"] for note in notes], axis=0) / pixels / 255**2
+    top = max(note["top_label"] for note in notes)
+    # Numbers that nothing names are classes, unless they are so many that they must be something else.
+    classes = image.classes or (name_classes({str(top)}) if 0 <= top < MOST_UNNAMED_CLASSES else ())
     fingerprint = sum(int(note["hash"], 16) for note in notes) % 2**256
     manifest = Manifest(
         format=FORMAT,
         version=1,
-        image={"size": image.size, "channels": image.channels, "classes": list(image.classes)},
+        image={"size": image.size, "channels": image.channels, "classes": list(classes)},
         splits=splits,
         fingerprint=f"{fingerprint:064x}",
         mean=mean.tolist(),

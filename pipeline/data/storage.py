@@ -1,6 +1,8 @@
 """Files wherever they are: local paths, s3://, gs://, hf:// and the rest, through fsspec."""
 
 import contextlib
+import hashlib
+import json
 import os
 import posixpath
 import uuid
@@ -10,10 +12,14 @@ from typing import Any
 
 import fsspec
 import pyarrow.fs
+from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError
 
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
+_AGES = ("size", "mtime", "ETag", "LastModified", "etag", "updated", "blob_id")
 _READ_TOGETHER = 32
 
 
@@ -25,7 +31,13 @@ def open_fs(uri: str) -> tuple[Any, str]:
     """
     try:
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111  (may be a URI)
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        scheme = uri.partition(":")[0]
+        extra = f": pip install 'ray-ddpm[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
+        raise InputError(
+            f"{uri}: {scheme}:// needs a package that is not installed{extra} ({error})"
+        ) from None
+    except ValueError as error:
         raise InputError(f"{uri}: {' '.join(str(error).split())}") from None
     return fs, path
 
@@ -52,10 +64,22 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or a folder."""
+    """Whether there is a file or a folder.
+
+    Raises:
+        InputError: the storage can't say.
+    """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
-    return bool(fs.exists(path))
+    try:
+        if has_magic(path):
+            return bool(fs.glob(path))
+        fs.info(path)  # its `exists` takes every failure for a no
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
+        raise InputError(f"{uri}: can't be read: {_line(error)}") from None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -140,7 +164,7 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Every file below a folder, sorted, as URIs that `open_fs` takes.
+    """Every file below a folder, or that a pattern with * matches, sorted, as URIs that `open_fs` takes.
 
     Raises:
         InputError: there is no such folder, or it can't be read.
@@ -148,13 +172,37 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
     try:
-        if not fs.exists(path):
-            raise InputError(f"{uri}: no such file or folder")
-        found = [path] if fs.isfile(path) else sorted(fs.find(path))
-    except (OSError, PermissionError) as error:
-        raise InputError(f"{uri}: can't be read: {error}") from None
+        if has_magic(path):
+            found = sorted(fs.glob(path))
+        else:
+            found = [path] if fs.isfile(path) else sorted(fs.find(path))
+            if not found and not fs.exists(path):
+                raise InputError(f"{uri}: no such file or folder")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{uri}: can't be read: {_line(error)}") from None
     wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]
     return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
+
+
+def signature(uri: str) -> str:
+    """A hash of the names, sizes and ages of the files that `list_files` gives: another one when any was changed."""
+    fs, path = open_fs(uri)
+    found = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
+    kept = [[name, *(str(info.get(key)) for key in _AGES)] for name, info in sorted(found.items())]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+
+
+def is_storage_error(error: Exception) -> bool:
+    """Whether the storage is at fault for what was raised, and not the bytes that it gave."""
+    if isinstance(error, OSError):  # pyarrow raises a bare OSError for damaged bytes
+        return type(error) is not OSError or error.errno is not None
+    return type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def put_folder(folder: Path, uri: str) -> None:

@@ -1,29 +1,31 @@
-"""From the plan to a rank's batches: Ray Data reads, the trainer's own threads decode.
+"""From the plan to a rank's batches: Ray Data reads and decodes beside the trainer, which only copies.
 
-Encoded bytes travel through the object store; an image is decoded only beside the trainer that uses it.
-One Ray Data execution spans many epochs, since each start of one costs seconds.
+Encoded bytes travel from storage to the node of the trainer that uses them, and are decoded there, in processes
+of their own: pixels never cross the network, and Python's lock in the trainer is left to training. One Ray Data
+execution spans many epochs, since each start of one costs seconds.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import ray
 import ray.data
 import torch
+from ray.data import ExecutionResources, TaskPoolStrategy
 from torch import Tensor
 
-from pipeline.data.images import DecodeError, decode
+from pipeline.config import ImageConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import Plan, local_batch_size, windows_between
-from pipeline.data.reads import PlannedReads, Read
+from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixels_of
 
-WINDOWS_PER_EXECUTION = 4096
-READS_AT_ONCE = 2
+WINDOWS_PER_EXECUTION = 1024
+IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Batch:
     """One rank's part of a global batch.
 
     Attributes:
-        images: uint8 [N, C, H, W].
+        images: uint8 [N, C, H, W], laid out channels last.
         labels: int64 [N]; -1 where the data has none.
         ids: sample ids, int64 [N].
         epochs: the epoch of each sample, int64 [N].
         weights: float32 [N]; 0 for an image that could not be decoded, else 1.
-        bad: "path: reason" of each image that could not be decoded.
+        bad: path and reason of each image that could not be decoded.
     """
 
     images: Tensor
@@ -44,7 +46,7 @@ class Batch:
     ids: Tensor
     epochs: Tensor
     weights: Tensor
-    bad: tuple[str, ...] = ()
+    bad: dict[str, str] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, for copies to a GPU that overlap with compute."""
@@ -54,79 +56,113 @@ class Batch:
 
 @dataclass(frozen=True)
 class RankStream:
-    """What one rank of `world_size` sees of the plan: small, travels to the rank by pickle."""
+    """What one rank of `world_size` sees of the plan: small, travels to the rank by pickle.
+
+    Attributes:
+        readers: processes that read and decode beside the rank.
+        in_flight: bytes of decoded images that may wait in the object store; more where a window is larger.
+        random_crop: cut the square out of an image's longer side at random, not in its centre.
+    """
 
     index: DatasetIndex
     plan: Plan
     rank: int
     world_size: int
-    decode_threads: int = 1
+    readers: int = 2
+    random_crop: bool = False
+    in_flight: int = IN_FLIGHT_BYTES
 
     def batches(
-        self, start_step: int, stop_step: int, prefetch: int = 2, pin: bool = False
+        self,
+        start_step: int,
+        stop_step: int,
+        prefetch: int = 2,
+        pin: bool = False,
+        on_bad: Callable[[dict[str, str]], object] = lambda bad: None,
     ) -> Iterator[Batch]:
-        """This rank's part of the global batches [start_step, stop_step), `prefetch` of them decoded ahead."""
+        """This rank's part of the global batches [start_step, stop_step), `prefetch` of them made ahead.
+
+        Args:
+            pin: in page-locked memory.
+            on_bad: is told which images could not be decoded, and why.
+        """
 
         def produce() -> Iterator[Batch]:
-            with ThreadPoolExecutor(self.decode_threads) as pool:
-                tables = self._tables(start_step * self.plan.batch_size, stop_step * self.plan.batch_size)
-                sizes = (
-                    local_batch_size(self.plan, s, self.rank, self.world_size)
-                    for s in range(start_step, stop_step)
-                )
-                for table in _rebatch(tables, sizes):
-                    batch = self._decode(table, pool)
-                    yield batch.pin_memory() if pin else batch
+            tables = self._tables(start_step * self.plan.batch_size, stop_step * self.plan.batch_size)
+            steps = range(start_step, stop_step)
+            sizes = (local_batch_size(self.plan, step, self.rank, self.world_size) for step in steps)
+            for pieces in _rebatch(tables, sizes):
+                batch = _batch(pieces, self.index.image)
+                if batch.bad:
+                    on_bad(batch.bad)
+                yield batch.pin_memory() if pin else batch
 
         return _ahead(produce, prefetch)
 
     def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         windows = windows_between(self.plan, start, stop)
         while some := list(islice(windows, WINDOWS_PER_EXECUTION)):
-            reads = [Read(self.index, self.plan, w, start, stop, self.rank, self.world_size) for w in some]
-            # No CPU is asked for: reading waits on storage, and the trainers may hold every CPU there is.
-            dataset = ray.data.read_datasource(
-                PlannedReads(reads), ray_remote_args={"num_cpus": 0}, concurrency=READS_AT_ONCE
+            reads = make_reads(
+                self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
             )
-            dataset.context.execution_options.preserve_order = True
-            dataset.context.enable_progress_bars = False
+            # A later window must not take the room that an earlier one, which is waited for, needs.
+            largest = max(read.decoded_bytes for read in reads)
+            # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
+            dataset = ray.data.read_datasource(
+                PlannedReads(reads),
+                override_num_blocks=len(reads),  # or Ray Data cuts what a task reads into small blocks
+                num_cpus=0,
+                label_selector=here,
+                compute=TaskPoolStrategy(size=min(self.readers, len(reads))),
+            )
+            context = dataset.context
+            context.enable_progress_bars = False
+            context.target_max_block_size = BLOCK_BYTES
+            context.execution_options.preserve_order = True
+            context.execution_options.resource_limits = ExecutionResources(
+                object_store_memory=max(self.in_flight, (self.readers + 1) * largest)
+            )
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
-    def _decode(self, table: pa.Table, pool: ThreadPoolExecutor) -> Batch:
-        image = self.index.image
-        shape = (table.num_rows, image.size, image.size, image.channels)
-        pixels, weights = np.zeros(shape, np.uint8), np.ones(table.num_rows, np.float32)
-        encoded, bad = table["bytes"], list[str]()
 
-        def decode_one(i: int) -> None:
-            try:
-                pixels[i] = decode(encoded[i].as_py(), image.size, image.channels)
-            except DecodeError as error:
-                weights[i] = 0.0
-                bad.append(f"{table['path'][i].as_py()}: {error}")
+def _batch(pieces: list[pa.Table], image: ImageConfig) -> Batch:
+    """Copies the rows of some tables out of the object store, into one batch."""
+    count = sum(piece.num_rows for piece in pieces)
+    images = torch.empty((count, image.size, image.size, image.channels), dtype=torch.uint8)
+    first = 0
+    for piece in pieces:
+        images[first : first + piece.num_rows].numpy()[:] = pixels_of(piece, image)
+        first += piece.num_rows
+    table = pa.concat_tables([piece.drop_columns(["pixels"]) for piece in pieces])
+    labels, ids, epochs = (
+        torch.from_numpy(table[name].to_numpy().copy()) for name in ("label", "id", "epoch")
+    )
+    failed = table.filter(pc.is_valid(table["bad"]))
+    return Batch(
+        images=images.permute(0, 3, 1, 2),
+        labels=labels,
+        ids=ids,
+        epochs=epochs,
+        weights=torch.from_numpy(table["bad"].is_null().to_numpy().astype("float32")),
+        bad=dict(zip(failed["path"].to_pylist(), failed["bad"].to_pylist(), strict=True)),
+    )
 
-        list(pool.map(decode_one, range(table.num_rows)))
-        return Batch(
-            images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-            labels=torch.from_numpy(table["label"].to_numpy().copy()),
-            ids=torch.from_numpy(table["id"].to_numpy().copy()),
-            epochs=torch.from_numpy(table["epoch"].to_numpy().copy()),
-            weights=torch.from_numpy(weights),
-            bad=tuple(sorted(bad)),
-        )
 
-
-def _rebatch(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]:
-    """Cuts a stream of tables into tables of the given sizes; stops when either ends."""
-    buffered: pa.Table | None = None
+def _rebatch(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[list[pa.Table]]:
+    """Cuts a stream of tables into lists of pieces with the given numbers of rows; stops when either ends."""
+    rest: pa.Table | None = None
     for size in sizes:
-        while buffered is None or buffered.num_rows < size:
-            more = next(tables, None)
-            if more is None:
-                return
-            buffered = more if buffered is None else pa.concat_tables([buffered, more])
-        yield buffered.slice(0, size)
-        buffered = buffered.slice(size)
+        pieces, missing = list[pa.Table](), size
+        while missing or not pieces:
+            if rest is None or not rest.num_rows:
+                rest = next(tables, None)
+                if rest is None:
+                    return
+            pieces.append(rest.slice(0, missing))
+            rest = rest.slice(missing)
+            missing -= pieces[-1].num_rows
+        yield pieces
 
 
 def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch]:
@@ -161,5 +197,5 @@ def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch
         finally:
             stopped.set()
 
-    threading.Thread(target=run, name="decode-ahead", daemon=True).start()
+    threading.Thread(target=run, name="batches-ahead", daemon=True).start()
     return consume()

@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
     if config.output:
         storage.check_writable(config.output)
     run = ActorPool(config.actors, config.gpu)
-    held_out = open_dataset(config.data, config.split)
+    held_out = open_dataset(config.data, config.split, load_model(Path(model_folder))[1].image.size)
     metrics: dict[str, float] = {}
     if "bits" in config.metrics:
         metrics |= _bits(config, model_folder, held_out, run)
@@ -99,7 +99,7 @@ def _bits(config: EvaluateConfig, model_folder: str, held_out: DatasetIndex, run
 
 
 def _quality(config: EvaluateConfig, held_out: DatasetIndex, run: Runner) -> dict[str, float]:
-    reference = open_dataset(config.data, config.reference_split)
+    reference = open_dataset(config.data, config.reference_split, held_out.image.size)
     samples = open_samples(config.samples, reference.image)
     sets = [reference, samples] + [held_out] * (config.split != config.reference_split)
     _check_counts(config, sets)

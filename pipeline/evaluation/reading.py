@@ -1,14 +1,14 @@
 """Images by sample id, from a prepared dataset or from a generated one."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.config import ImageConfig
 from pipeline.data import storage
 from pipeline.data.images import DecodeError, decode
-from pipeline.data.index import DatasetIndex, Group, read_rows
+from pipeline.data.index import DatasetIndex, read_rows, row_group
+from pipeline.data.parquet import row_counts
 from pipeline.errors import InputError
 
 
@@ -33,7 +33,7 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
                 pixels.append(decode(data.as_py(), image.size, image.channels))
             except DecodeError as error:
                 raise InputError(
-                    f"{group.uri}: image {path.as_py()}: {error}: leave it out of the data"
+                    f"{group.part.uris[0]}: image {path.as_py()}: {error}: leave it out of the data"
                 ) from None
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
@@ -50,22 +50,7 @@ def open_samples(uri: str, image: ImageConfig) -> DatasetIndex:
     files = storage.list_files(storage.absolute(uri), (".parquet",))
     if not files:
         raise InputError(f"--samples {uri}: no Parquet files there: generate with --format parquet")
-    groups = [group for file in files for group in _groups(file)]
+    groups = [row_group(file, number, rows) for file in files for number, rows in enumerate(row_counts(file))]
     if not sum(group.rows for group in groups):
         raise InputError(f"--samples {uri}: the Parquet files there are empty")
-    return DatasetIndex(uri, "samples", image, tuple(groups), fingerprint="", mean=(), std=())
-
-
-def _groups(file: str) -> list[Group]:
-    fs, path = storage.open_fs(file)
-    try:
-        with fs.open(path, "rb") as opened:
-            parquet = pq.ParquetFile(opened)
-            names, metadata = set(parquet.schema_arrow.names), parquet.metadata
-    except (OSError, ValueError) as error:
-        raise InputError(f"--samples {file}: can't be read: {' '.join(str(error).split())}") from None
-    if not {"image", "label"} <= names:
-        raise InputError(
-            f"--samples {file}: needs the columns image and label, has {', '.join(sorted(names))}"
-        )
-    return [Group(file, n, metadata.row_group(n).num_rows) for n in range(metadata.num_row_groups)]
+    return DatasetIndex(uri, "samples", image, tuple(groups), fingerprint="")

@@ -39,7 +39,7 @@ def open_run(config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: 
         settings,
         {"ray_ddpm.version": __version__, "ray_ddpm.output": output},
     )
-    tracking.log_dataset(run, config.data, index.fingerprint, index.rows)
+    tracking.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
     tracking.log_config(run, settings)
     content = {"run_id": run.id, "fixed": _fixed(config, spec, index), "config": settings}
     storage.write_atomic(note, json.dumps(content, indent=1).encode())
@@ -50,6 +50,7 @@ def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[st
     """What can't change between a run and its resume without making it another run."""
     return {
         "data_fingerprint": index.fingerprint,
+        "image": to_dict(spec.image),
         "model": to_dict(spec.model),
         "diffusion": to_dict(spec.diffusion),
         "batch_size": config.batch_size,

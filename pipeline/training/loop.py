@@ -36,7 +36,7 @@ class Batch(Protocol):
     ids: Tensor
     epochs: Tensor
     weights: Tensor
-    bad: tuple[str, ...]
+    bad: dict[str, str]
 
 
 @dataclass

@@ -23,7 +23,7 @@ class SeenBatch(Protocol):
 
     ids: Tensor
     epochs: Tensor
-    bad: tuple[str, ...]
+    bad: dict[str, str]
 
 
 def samples_digest(epochs: np.ndarray, ids: np.ndarray) -> int:
@@ -86,7 +86,7 @@ class Meter:
         digest = np.uint64(samples_digest(batch.epochs.numpy(), batch.ids.numpy())).astype(np.int64)
         self._seen += np.array([len(batch.ids), digest, len(batch.bad)])
         self._bad += len(batch.bad)
-        self._named = (self._named + list(batch.bad))[:5]
+        self._named = (self._named + [f"{path} ({reason})" for path, reason in batch.bad.items()])[:5]
         seen, _, bad = self._seen
         if seen >= BAD_IMAGES_BEFORE_JUDGING and bad > self._config.max_bad_fraction * seen:
             raise InputError(

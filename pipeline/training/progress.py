@@ -6,6 +6,7 @@ Workers post without waiting; the driver writes what it finds to MLflow, to the 
 
 import asyncio
 import contextlib
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.data import storage
 from pipeline.display import Display
 from pipeline.training.agreement import Ask
 
@@ -25,6 +27,7 @@ CURVES = ("loss", "bits_per_dim")
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 60
+QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass
@@ -40,9 +43,10 @@ class Post:
 class Mailbox:
     """What workers have posted and the driver has not yet taken; what the driver asks of the workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad: dict[str, str]) -> None:
         self._post = Post()
         self._reason = ""
+        self._bad = dict(bad)
         self._running = False
         self._asked: list[Ask] = []
         self._changed = asyncio.Condition()
@@ -98,15 +102,40 @@ class Mailbox:
     async def notice(self, line: str) -> None:
         self._post.notices.append(line)
 
+    async def quarantine(self, bad: dict[str, str]) -> None:
+        """Keeps the list of images that could not be decoded, and why; every epoch finds the same ones."""
+        known = len(self._bad)
+        self._bad |= bad
+        if len(self._bad) > known:
+            lines = (
+                json.dumps({"path": path, "reason": reason}, ensure_ascii=False)
+                for path, reason in sorted(self._bad.items())
+            )
+            self._post.files.append((QUARANTINE, "".join(line + "\n" for line in lines).encode()))
+            self._post.notices.append(
+                f"{len(self._bad)} images can't be decoded: see {QUARANTINE} of the output"
+            )
+
     async def take(self) -> Post:
         post, self._post = self._post, Post()
         return post
 
 
-def open_mailbox() -> Any:
-    """A mailbox on the driver's own node: it lives as long as the driver, whatever happens to other nodes."""
+def read_quarantine(output: str) -> dict[str, str]:
+    """The images that a run could not decode before it was resumed, and why."""
+    uri = storage.join(output, QUARANTINE)
+    lines = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
+    return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def open_mailbox(bad: dict[str, str]) -> Any:
+    """A mailbox on the driver's own node: it lives as long as the driver, whatever happens to other nodes.
+
+    Args:
+        bad: images that are known to be undecodable, and why.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Mailbox.options(scheduling_strategy=here).remote(bad)  # type: ignore[attr-defined]
 
 
 class Courier:

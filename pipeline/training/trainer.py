@@ -14,6 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.validation_config import ValidationConfig
 
 from pipeline import __version__, tracking
+from pipeline.cluster import spilled_bytes
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
@@ -28,7 +29,7 @@ from pipeline.training import checkpoint, worker
 from pipeline.training.history import CHECKPOINTS, mend, sweep
 from pipeline.training.identity import open_run
 from pipeline.training.leaving import SaveBeforeLeaving
-from pipeline.training.progress import Courier, Point, open_mailbox
+from pipeline.training.progress import Courier, Point, open_mailbox, read_quarantine
 from pipeline.training.signals import run_until_signal
 from pipeline.training.validation import Validator, save_model_at
 
@@ -36,15 +37,18 @@ from pipeline.training.validation import Validator, save_model_at
 class PlannedData(DataConfig):
     """Hands each rank its part of the plan, anew at every start or resize of the worker group."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, readers: int, random_crop: bool) -> None:
         super().__init__()
-        self._plan = plan
+        self._plan, self._readers, self._random_crop = plan, readers, random_crop
 
     def configure(
         self, datasets: dict[str, Any], world_size: int, *_: object, **__: object
     ) -> list[dict[str, Any]]:
         return [
-            {name: RankStream(index, self._plan, rank, world_size) for name, index in datasets.items()}
+            {
+                name: RankStream(index, self._plan, rank, world_size, self._readers, self._random_crop)
+                for name, index in datasets.items()
+            }
             for rank in range(world_size)
         ]
 
@@ -90,7 +94,16 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
     Raises:
         InputError: in one line, what to change.
     """
-    for name in ("steps", "workers", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+    positive = (
+        "steps",
+        "workers",
+        "batch_size",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "readers",
+    )
+    for name in positive:
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     if config.min_workers > config.workers:
@@ -106,12 +119,12 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
         )
     for length in config.optimizer.ema_lengths:
         power_gamma(length)
-    index = open_dataset(config.data)
+    index = open_dataset(config.data, image_size=config.image_size)
     spec = make_spec(config, index)
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)
     if config.validate_every:
-        held_out = open_dataset(config.data, "validation")
+        held_out = open_dataset(config.data, "validation", spec.image.size)
         if held_out.rows < 2 or config.validation_images == 1:
             raise InputError("--validate-every needs at least two held-out images")
         if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
@@ -145,12 +158,13 @@ def train(
     run = open_run(config, spec, index, output)
     folder = storage.join(output, CHECKPOINTS)
     mend(folder)
-    mailbox = open_mailbox()
+    mailbox = open_mailbox(read_quarantine(output))
     trainer = _trainer(config, spec, index, output, run, mailbox, callbacks)
     display = Display("train", config.steps, "steps")
 
     def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
-        tracking.log_points(run, points)
+        spilled = {"spilled_bytes": float(spilled_bytes())}
+        tracking.log_points(run, [(time, step, values | spilled) for time, step, values in points])
         for path, content in files:
             storage.write_atomic(storage.join(output, path), content)
             tracking.log_bytes(run, path, content)
@@ -203,7 +217,7 @@ def _trainer(
     filesystem, path = storage.arrow_fs(output)
     validation = None
     if config.validate_every:
-        held_out = open_dataset(config.data, "validation")
+        held_out = open_dataset(config.data, "validation", spec.image.size)
         validation = ValidationConfig(
             Validator(config, spec, held_out, output, mailbox),
             ray_remote_kwargs=_validation_resources(config, gpu),
@@ -228,7 +242,7 @@ def _trainer(
             callbacks=[SaveBeforeLeaving(mailbox), *callbacks],
         ),
         datasets={"train": lambda: index},
-        dataset_config=PlannedData(plan),
+        dataset_config=PlannedData(plan, config.readers, config.random_crop),
         validation_config=validation,
     )
 

@@ -91,7 +91,9 @@ def _run(task: Task) -> None:
             mailbox.post.remote([tuple(point) for point in kept["points"]])
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
-    batches = stream.batches(state.step, config.steps, pin=device.type == "cuda")
+    batches = stream.batches(
+        state.step, config.steps, pin=device.type == "cuda", on_bad=mailbox.quarantine.remote
+    )
     model = network.wrap(config, state.model, world_size)
 
     asked = Asked(mailbox, state.step, world_size) if rank == 0 else None

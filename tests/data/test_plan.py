@@ -12,7 +12,7 @@ def stream(plan: Plan, start: int, stop: int, rank: int = 0, world_size: int = 1
     """(position, sample id) pairs, as the rank sees them."""
     seen = []
     for window in windows_between(plan, start, stop):
-        rows = window_rows(plan, window, start, stop, rank, world_size)
+        rows = window_rows(plan.seed, window, start, stop, rank, world_size)
         seen += zip(rows.position.tolist(), (plan.first_id[rows.group] + rows.row).tolist(), strict=True)
     return seen
 
@@ -49,7 +49,7 @@ def test_a_resume_goes_on_where_the_stream_stopped(start: int) -> None:
 def test_a_window_mixes_its_groups_evenly_and_bounds_the_memory() -> None:
     plan = Plan(group_rows=(64,) * 12, seed=0, batch_size=16, groups_per_window=4)
     window = epoch_windows(plan, 0)[0]
-    rows = window_rows(plan, window, 0, plan.rows, 0, 1)
+    rows = window_rows(plan.seed, window, 0, plan.rows, 0, 1)
     assert len(rows.row) == 4 * 64
     for batch in range(16):
         _, counts = np.unique(rows.group[batch * 16 : (batch + 1) * 16], return_counts=True)
@@ -59,6 +59,6 @@ def test_a_window_mixes_its_groups_evenly_and_bounds_the_memory() -> None:
 def test_ranks_read_disjoint_groups_when_the_window_divides() -> None:
     plan = Plan(group_rows=(64,) * 12, seed=0, batch_size=16, groups_per_window=4)
     window = epoch_windows(plan, 0)[0]
-    groups = [set(window_rows(plan, window, 0, plan.rows, r, 2).group.tolist()) for r in range(2)]
+    groups = [set(window_rows(plan.seed, window, 0, plan.rows, r, 2).group.tolist()) for r in range(2)]
     assert groups[0].isdisjoint(groups[1])
     assert groups[0] | groups[1] == set(window.groups)

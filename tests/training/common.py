@@ -1,7 +1,7 @@
 """A tiny training problem in memory, in the order of the real plan, without Ray."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class MemoryBatch:
     ids: Tensor
     epochs: Tensor
     weights: Tensor
-    bad: tuple[str, ...] = ()
+    bad: dict[str, str] = field(default_factory=dict)
 
 
 def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
@@ -53,7 +53,7 @@ def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int 
     first, last = start * config.batch_size, config.steps * config.batch_size
     steps = list[int]()
     for window in windows_between(plan, first, last):
-        rows = window_rows(plan, window, first, last, rank, world_size)
+        rows = window_rows(plan.seed, window, first, last, rank, world_size)
         ids += (plan.first_id[rows.group] + rows.row).tolist()
         epochs += [window.epoch] * len(rows.row)
         steps += (rows.position // config.batch_size).tolist()

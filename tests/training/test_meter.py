@@ -34,7 +34,12 @@ def test_the_digest_is_of_a_multiset() -> None:
 def batch(count: int, bad: int = 0) -> MemoryBatch:
     ids = torch.arange(count)
     return MemoryBatch(
-        torch.zeros(count, 1, 8, 8), ids, ids, torch.zeros_like(ids), torch.ones(count), ("x: bad",) * bad
+        torch.zeros(count, 1, 8, 8),
+        ids,
+        ids,
+        torch.zeros_like(ids),
+        torch.ones(count),
+        {f"x{i}": "bad" for i in range(bad)},
     )
 
 

@@ -1,0 +1,97 @@
+"""What is in a source that was not prepared: one pass over its bytes, which decodes nothing."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from pipeline.data.parts import Part, Source
+from pipeline.data.sources import plan, read_part, split_part
+
+IMAGES_PER_PART = 64
+THREADS = 8
+_COLOURLESS = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+
+
+@dataclass(frozen=True)
+class ScannedPart:
+    """A part small enough to be read at once, and for each image in it the hash of its content and its label."""
+
+    part: Part
+    digests: tuple[bytes, ...]
+    labels: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source holds.
+
+    Attributes:
+        size: of its images, where they all are squares of one size; else 0.
+        channels: 1 where no image has colours, else 3.
+        classes: names of the classes, in order.
+        fingerprint: a hash of the set of (bytes, label) pairs: how they are cut into files does not matter.
+    """
+
+    parts: tuple[ScannedPart, ...]
+    size: int
+    channels: int
+    classes: tuple[str, ...]
+    fingerprint: str
+
+
+def scan(source: Source, uri: str) -> Scan:
+    """Reads a source through.
+
+    Raises:
+        InputError: nothing of that kind is there.
+    """
+    planned = plan(source, uri, IMAGES_PER_PART)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [piece for pieces in pool.map(_scan_part, planned.parts) for piece in pieces]
+    parts = tuple(part for part, _ in found)
+    shapes = {shape for _, some in found for shape in some}
+    sizes = {side for width, height, _ in shapes for side in (width, height)}
+    labels = {label for part in parts for label in part.labels if label is not None}
+    total = sum(int.from_bytes(digest, "big") for part in parts for digest in part.digests)
+    return Scan(
+        parts=parts,
+        size=sizes.pop() if len(sizes) == 1 else 0,
+        channels=3 if any(colour for _, _, colour in shapes) else 1,
+        classes=planned.classes or name_classes(labels),
+        fingerprint=f"{total % 2**256:064x}",
+    )
+
+
+def name_classes(labels: set[str]) -> tuple[str, ...]:
+    """The classes behind labels that nothing names: 0 to the largest, where they are numbers."""
+    if labels and all(label.isdecimal() for label in labels):
+        return tuple(str(number) for number in range(max(map(int, labels)) + 1))
+    return tuple(sorted(labels))
+
+
+def _scan_part(part: Part) -> list[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
+    return list(_scanned(part))
+
+
+def _scanned(part: Part) -> Iterator[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
+    for piece in split_part(part, IMAGES_PER_PART):
+        digests, labels, shapes = list[bytes](), list[str | None](), set[tuple[int, int, bool]]()
+        for item in read_part(piece):
+            digests.append(hashlib.sha256(item.data + b"\0" + str(item.label).encode()).digest())
+            labels.append(item.label)
+            if shape := _shape(item.data):
+                shapes.add(shape)
+        yield ScannedPart(piece, tuple(digests), tuple(labels)), shapes
+
+
+def _shape(data: bytes) -> tuple[int, int, bool] | None:
+    """Width, height and whether there may be colours, from the header; None for what is no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.width, image.height, image.mode not in _COLOURLESS
+    except Exception:  # it will be counted, and named, when it is decoded
+        return None

@@ -1,0 +1,123 @@
+"""Mutated files, thousands of them: `python -m tests.data.fuzz KINDS COUNT SEED` ends with 0 when all went well.
+
+A process of its own, so that a crash or a hang of a decoder is a failed test and not the end of all tests.
+"""
+
+import io
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.data import parquet
+from pipeline.data.images import DecodeError, decode
+from pipeline.data.parts import Item
+from pipeline.data.sources import plan, read_part
+from pipeline.errors import InputError
+from tests.data.common import encode, encoded, picture, tar_bytes, write_parquet
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, list[tuple[int, int]]]:
+    """Some damage, and the ranges of bytes that it touches."""
+    kind = rng.integers(5)
+    if kind == 0:  # cut short
+        at = int(rng.integers(len(data)))
+        return data[:at], [(at, len(data))]
+    broken, touched = bytearray(data), []
+    for _ in range(int(rng.integers(1, 6))):
+        at = int(rng.integers(len(data)))
+        size = 1 if kind < 3 else int(rng.integers(1, 64))
+        stop = min(at + size, len(data))
+        broken[at:stop] = bytes(stop - at) if kind == 3 else rng.bytes(stop - at)
+        touched.append((at, stop))
+    return bytes(broken), touched
+
+
+def hit(begin: int, end: int, touched: list[tuple[int, int]]) -> bool:
+    return any(a < end and begin < b for a, b in touched)
+
+
+def images(kind: str, count: int, rng: np.random.Generator) -> int:
+    """Every mutated image is decoded to the right shape, or refused. Returns how many were refused."""
+    originals = [encode(picture(i, 24, 16, mode), kind) for i in range(4) for mode in ("RGB", "L")]
+    refused = 0
+    for i in range(count):
+        data, _ = mutate(originals[i % len(originals)], rng)
+        try:
+            pixels = decode(data, 8, 3)
+        except DecodeError:
+            refused += 1
+        else:
+            assert pixels.shape == (8, 8, 3)
+            assert pixels.dtype == np.uint8
+    return refused
+
+
+def read_all(source: str, uri: Path) -> list[Item]:
+    return [item for part in plan(source, str(uri), 10).parts for item in read_part(part)]  # type: ignore[arg-type]
+
+
+def tars(count: int, rng: np.random.Generator, folder: Path) -> int:
+    """Images whose bytes and header are whole are found, whatever else is damaged. Returns how many were lost."""
+    originals, lost = encoded(12), 0
+    whole = tar_bytes(originals)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        members = [m for m in tar if m.name.endswith(".png")]
+    path = folder / "a.tar"
+    for _ in range(count):
+        data, touched = mutate(whole, rng)
+        path.write_bytes(data)
+        found = {item.data for item in read_all("webdataset", path)}
+        for member, image in zip(members, originals, strict=True):
+            if not hit(member.offset, member.offset_data + member.size, touched):
+                assert image in found, (member.name, touched)
+            lost += image not in found
+    return lost
+
+
+def parquets(count: int, rng: np.random.Generator, folder: Path) -> int:
+    """Row groups that are whole are read whole. Returns how many images were lost."""
+    originals, lost = encoded(30), 0
+    source = next(iter(write_parquet(folder / "whole", originals, rows_per_group=10, files=1).iterdir()))
+    whole, metadata = source.read_bytes(), pq.ParquetFile(source).metadata
+    spans = []
+    for g in range(metadata.num_row_groups):
+        columns = [metadata.row_group(g).column(c) for c in range(metadata.num_columns)]
+        begin = min(c.dictionary_page_offset or c.data_page_offset for c in columns)
+        spans.append((begin, begin + sum(c.total_compressed_size for c in columns)))
+    footer = (spans[-1][1], len(whole))
+    path = folder / "a.parquet"
+    for _ in range(count):
+        data, touched = mutate(whole, rng)
+        path.write_bytes(data)
+        parquet._kept_open.cache_clear()
+        try:
+            found = {item.data for item in read_all("huggingface", path)}
+        except InputError:
+            assert hit(*footer, touched) or hit(0, 4, touched), touched
+            continue
+        for g, span in enumerate(spans):
+            some = originals[g * 10 : g * 10 + 10]
+            if not hit(*span, touched) and not hit(*footer, touched):
+                assert set(some) <= found, touched
+            lost += len(set(some) - found)
+    return lost
+
+
+def main(kind: str, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "tar":
+            damaged = tars(count, rng, Path(folder))
+        elif kind == "parquet":
+            damaged = parquets(count, rng, Path(folder))
+        else:
+            damaged = min(images(name, count, rng) for name in kind.split(","))
+    print(damaged)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,216 @@
+"""Prepared shards: the Hugging Face convention, the same bytes whatever happened, damage counted and named."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from pipeline.data import storage
+from pipeline.data.images import decode
+from pipeline.data.index import open_dataset, read_rows
+from pipeline.data.shards import Manifest, PrepareConfig, prepare
+from pipeline.errors import InputError
+from tests.data.common import (
+    CLASSES,
+    encode,
+    encoded,
+    label_of,
+    picture,
+    tar_bytes,
+    write_folder,
+    write_parquet,
+    write_tars,
+)
+from tests.jobs.common import command, environment, run_job
+
+IMAGES = encoded(200, 16, 12)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("source") / "folder", IMAGES)
+
+
+def config(source: Path, output: Path | str, **changes: object) -> PrepareConfig:
+    plain = PrepareConfig(
+        str(output), "folder", str(source), image_size=12, rows_per_shard=60, rows_per_group=16
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def prepared(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    output = tmp_path_factory.mktemp("prepared")
+    return output, prepare(config(source, output))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    names = [
+        p for p in folder.rglob("*") if p.is_file() and p.parent.name != "parts" and p.suffix != ".partial"
+    ]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in names}
+
+
+def all_rows(uri: str, split: str) -> dict[bytes, int]:
+    index = open_dataset(uri, split, 12)
+    tables = [read_rows(group, np.arange(group.rows)) for group in index.groups]
+    return {b: n for t in tables for b, n in zip(t["bytes"].to_pylist(), t["label"].to_pylist(), strict=True)}
+
+
+def test_datasets_opens_the_folder(
+    prepared: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, manifest = prepared
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path))
+    assert {name: len(part) for name, part in loaded.items()} == {
+        name: split.rows for name, split in manifest.splits.items()
+    }
+    assert loaded["train"].features["label"].names == list(CLASSES)
+    row = loaded["train"][0]
+    assert row["image"].size == (12, 12)
+    number = int(Path(row["image"].filename or loaded["train"].data["image"][0].as_py()["path"]).stem)
+    assert row["label"] == label_of(number)
+    assert (np.asarray(row["image"]) == decode(IMAGES[number], 12, 3)).all()
+
+
+def test_the_manifest_tells_the_truth(prepared: tuple[Path, Manifest]) -> None:
+    folder, manifest = prepared
+    assert manifest.image == {"size": 12, "channels": 3, "classes": list(CLASSES)}
+    assert sum(split.rows for split in manifest.splits.values()) == 200
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            data = (folder / shard.file).read_bytes()
+            assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+            assert sum(shard.row_groups) == shard.rows
+            assert max(shard.row_groups) <= 16
+    pixels = np.stack([decode(d, 12, 3) for d in all_rows(str(folder), "train")]) / 255
+    np.testing.assert_allclose(manifest.mean, pixels.mean((0, 1, 2)), atol=1e-9)
+    np.testing.assert_allclose(manifest.std, pixels.std((0, 1, 2)), atol=1e-9)
+
+
+def test_the_same_bytes_again_and_in_pieces(
+    prepared: tuple[Path, Manifest], source: Path, tmp_path: Path
+) -> None:
+    folder, _ = prepared
+    prepare(config(source, tmp_path))
+    assert contents(tmp_path) == contents(folder)
+    # A run that was killed has some notes, and perhaps shards without a note, but no manifest.
+    for name in ("manifest.json", "parts/00001.json", "parts/00003.json", "data/train-00003.parquet"):
+        (tmp_path / name).unlink()
+    with pytest.raises(InputError, match="not finished"):
+        open_dataset(str(tmp_path))
+    untouched = [p for p in (tmp_path / "data").iterdir() if p.stem[-5:] not in ("00001", "00003")]
+    ages = {p: p.stat().st_mtime_ns for p in untouched}
+    prepare(config(source, tmp_path))
+    assert contents(tmp_path) == contents(folder)
+    assert ages == {p: p.stat().st_mtime_ns for p in ages}
+
+
+def test_resharding_moves_no_image_between_the_splits(
+    prepared: tuple[Path, Manifest], source: Path, tmp_path: Path
+) -> None:
+    folder, manifest = prepared
+    other = prepare(config(source, tmp_path, rows_per_shard=25, rows_per_group=10))
+    assert other.fingerprint == manifest.fingerprint
+    held_out = all_rows(str(folder), "validation")
+    assert 5 <= len(held_out) <= 40
+    assert all_rows(str(tmp_path), "validation") == held_out
+    assert all_rows(str(tmp_path), "train") == all_rows(str(folder), "train")
+
+
+def test_a_folder_keeps_its_settings(prepared: tuple[Path, Manifest], source: Path) -> None:
+    with pytest.raises(InputError, match="image_size = 12, now it is 8"):
+        prepare(config(source, prepared[0], image_size=8))
+
+
+def test_bad_images_are_counted_and_named(cluster: None, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", IMAGES[:120])
+    (source / "cat" / "empty.png").write_bytes(b"")
+    (source / "dog" / "half.png").write_bytes(IMAGES[0][: len(IMAGES[0]) // 2])
+    with pytest.raises(InputError, match=r"2 of 122 .*quarantine.jsonl"):
+        prepare(config(source, tmp_path / "out"))
+    # Nothing is done again where more is allowed.
+    manifest = prepare(config(source, tmp_path / "out", max_bad_fraction=0.05))
+    assert manifest.quarantined == open_dataset(str(tmp_path / "out")).quarantined == 2
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    named = {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+    assert named.keys() == {"cat/empty.png", "dog/half.png"}
+    assert named["cat/empty.png"] == "empty"
+
+
+def test_the_longer_side_can_be_kept(cluster: None, source: Path, tmp_path: Path) -> None:
+    prepare(config(source, tmp_path, crop="none"))
+    assert open_dataset(str(tmp_path)).image.size == 12
+    loaded = datasets.Image().decode_example(
+        {"bytes": next(iter(all_rows(str(tmp_path), "train"))), "path": None}
+    )
+    assert loaded.size == (16, 12)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "huggingface", "digits"])
+def test_other_sources(cluster: None, kind: str, tmp_path: Path) -> None:
+    writer = {"webdataset": write_tars, "huggingface": write_parquet}.get(kind)
+    source = str(writer(tmp_path / "in", IMAGES)) if writer else ""
+    size = 12 if writer else 0
+    manifest = prepare(PrepareConfig(str(tmp_path / "out"), kind, source, image_size=size))  # type: ignore[arg-type]
+    assert sum(split.rows for split in manifest.splits.values()) == (200 if writer else 1797)
+    names = {"webdataset": ["0", "1", "2"], "huggingface": list(CLASSES)}
+    assert manifest.image["classes"] == names.get(kind, [str(n) for n in range(10)])
+
+
+def test_s3_in_and_out(cluster: None, s3: str, prepared: tuple[Path, Manifest], source: Path) -> None:
+    for path in source.rglob("*.png"):
+        storage.write_atomic(f"{s3}/in/{path.relative_to(source)}", path.read_bytes())
+    manifest = prepare(config(source, f"{s3}/out", input=f"{s3}/in"))
+    local = contents(prepared[0])
+    remote = {
+        name.removeprefix(f"{s3}/out/"): storage.read_bytes(name)
+        for name in storage.list_files(f"{s3}/out")
+        if "/parts/" not in name
+    }
+    assert {n: d for n, d in remote.items() if n.startswith("data/")} == {
+        n: d for n, d in local.items() if n.startswith("data/")
+    }
+    assert manifest.fingerprint == open_dataset(f"{s3}/out").fingerprint == prepared[1].fingerprint
+    storage.write_atomic(f"{s3}/tars/a.tar", tar_bytes(IMAGES[:100]))
+    assert set(all_rows(f"{s3}/tars", "train")) < set(IMAGES[:100])
+
+
+@pytest.mark.system
+def test_killed_and_started_again_it_finishes_what_is_missing(cluster: None, tmp_path: Path) -> None:
+    images = [encode(picture(i, 700, 700), "JPEG") for i in range(20)] * 30
+    source = write_folder(tmp_path / "in", images, "jpg")
+    options = {"image_size": 32, "rows_per_shard": 20}
+    flags = ("--source", "folder", "--input", source, "--image-size", 32, "--rows-per-shard", 20)
+    output = tmp_path / "out"
+    job = subprocess.Popen(
+        command("prepare", *flags, "--output", output),
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while len(list(output.glob("parts/0*.json"))) < 3:
+            assert job.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+    time.sleep(3)  # its Ray goes down after it
+    done = {p.name: p.stat().st_mtime_ns for p in output.glob("parts/0*.json")}
+    assert 3 <= len(done) < 30
+    assert not (output / "manifest.json").exists()
+    outcome = run_job("prepare", *flags, "--output", output, home=tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert "prepare: 30/30 parts" in outcome.stderr
+    assert done == {name: (output / "parts" / name).stat().st_mtime_ns for name in done}
+    prepare(config(source, tmp_path / "reference", rows_per_group=64, **options))
+    assert contents(output) == contents(tmp_path / "reference")

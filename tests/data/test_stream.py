@@ -1,0 +1,211 @@
+"""The stream: the plan's images for every number of workers, from any step; bounded, whatever the size of the data."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from pipeline.cluster import spilled_bytes
+from pipeline.data.images import decode
+from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.data.plan import Plan, window_rows, windows_between
+from pipeline.data.stream import Batch, RankStream
+from tests.data.common import encode, encoded, label_of, picture, write_folder, write_tars
+
+IMAGES = encoded(200, 20, 12)
+
+
+@pytest.fixture(scope="module")
+def index(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
+    """Images that are not square, in tars."""
+    return open_dataset(str(write_tars(tmp_path_factory.mktemp("data") / "tars", IMAGES)), image_size=12)
+
+
+def stream_of(index: DatasetIndex, rank: int = 0, world_size: int = 1, **options: object) -> RankStream:
+    plan = Plan(tuple(g.rows for g in index.groups), 3, 24, groups_per_window=2)
+    return RankStream(index, plan, rank, world_size, **options)  # type: ignore[arg-type]
+
+
+def collect(stream: RankStream, start: int, stop: int) -> list[Batch]:
+    with closing(stream.batches(start, stop)) as batches:
+        return list(batches)
+
+
+def samples(batches: list[Batch]) -> list[tuple[int, int, bytes]]:
+    return [
+        (int(i), int(e), x.numpy().tobytes())
+        for b in batches
+        for i, e, x in zip(b.ids, b.epochs, b.images.contiguous(), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(index: DatasetIndex) -> list[Batch]:
+    """Twenty steps, nearly three epochs, on one rank, with random crops."""
+    return collect(stream_of(index, random_crop=True), 0, 20)
+
+
+def test_the_plans_images_in_the_plans_order(index: DatasetIndex) -> None:
+    stream = stream_of(index)
+    batches = collect(stream, 0, 10)
+    expected = []
+    for window in windows_between(stream.plan, 0, 240):
+        rows = window_rows(3, window, 0, 240, 0, 1)
+        expected += (stream.plan.first_id[rows.group] + rows.row).tolist()
+    assert torch.cat([b.ids for b in batches]).tolist() == expected
+    by_pixels = {decode(d, 12, 3).tobytes(): label_of(i) for i, d in enumerate(IMAGES)}
+    for batch in batches:
+        assert batch.images.shape == (24, 3, 12, 12)
+        assert batch.weights.tolist() == [1.0] * 24
+        pixels = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+        assert [by_pixels[p.tobytes()] for p in pixels] == batch.labels.tolist()
+
+
+def test_two_ranks_see_what_one_sees(index: DatasetIndex, whole: list[Batch]) -> None:
+    parts = [collect(stream_of(index, rank, 2, random_crop=True), 0, 20) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        assert sorted(samples([parts[0][step], parts[1][step]])) == sorted(samples([batch]))
+
+
+def test_a_stream_goes_on_from_any_step(index: DatasetIndex, whole: list[Batch]) -> None:
+    assert samples(collect(stream_of(index, random_crop=True), 7, 20)) == samples(whole[7:])
+
+
+def test_crops_change_with_the_epoch_and_the_sample(index: DatasetIndex, whole: list[Batch]) -> None:
+    seen: dict[int, set[bytes]] = {}
+    for number, _, pixels in samples(whole):
+        seen.setdefault(number, set()).add(pixels)
+    assert sum(len(crops) for crops in seen.values()) > 1.5 * len(seen)
+    centred = {number: pixels for number, _, pixels in samples(collect(stream_of(index), 0, 8))}
+    assert sum(centred[number] in crops for number, crops in seen.items()) < len(seen) // 2
+
+
+def test_bad_images_count_for_nothing_and_are_named(cluster: None, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", IMAGES[:60])
+    (folder / "cat" / "bad.png").write_bytes(b"\x89PNG not really")
+    bad_index = open_dataset(str(folder), image_size=12)
+    told: dict[str, str] = {}
+    stream = stream_of(bad_index)
+    with closing(stream.batches(0, 3, on_bad=told.update)) as batches:
+        weights = torch.cat([b.weights for b in batches])
+    if "cat/bad.png" not in told:  # its hash may have held it out
+        told |= next(iter(collect(stream_of(open_dataset(str(folder), "validation", 12)), 0, 3))).bad
+    else:
+        assert (weights == 0).sum() >= 1
+    assert told.keys() == {"cat/bad.png"}
+    assert "UnidentifiedImageError" in told["cat/bad.png"]
+
+
+def large_images(folder: Path, count: int) -> DatasetIndex:
+    """Images that are small as PNG and 256 KiB decoded."""
+    folder.mkdir()
+    data = [encode(picture(i, 3, 3, "L").resize((512, 512), 0)) for i in range(8)]
+    schema = pa.schema([("image", pa.binary()), ("label", pa.int64())])
+    with pq.ParquetWriter(folder / "a.parquet", schema) as writer:
+        for first in range(0, count, 32):
+            rows = range(first, min(first + 32, count))
+            # Each with another tail, so that the split by content does not take all copies or none.
+            writer.write_table(
+                pa.table(
+                    {"image": [data[i % 8] + b"%d" % i for i in rows], "label": [i % 3 for i in rows]}, schema
+                )
+            )
+    return open_dataset(str(folder))
+
+
+MEGABYTE = 2**20
+IN_FLIGHT = 128 * MEGABYTE
+SLACK = 128 * MEGABYTE  # blocks that tasks are writing, and those that wait in the trainer
+
+
+def store_bytes() -> int:
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    return int(
+        get_memory_info_reply(
+            get_state_from_address(ray.get_runtime_context().gcs_address)
+        ).store_stats.object_store_bytes_used
+    )
+
+
+def family() -> Iterator[psutil.Process]:
+    """This process, and the workers of its Ray."""
+    yield psutil.Process()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[0].startswith("ray::"):
+                yield process
+        except (psutil.Error, IndexError):
+            continue
+
+
+class Peak:
+    """The most private memory that this process had, and the most that a worker had, while the block ran."""
+
+    def __enter__(self) -> "Peak":
+        self.trainer = self.reader = self.store = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.2):
+            for process in family():
+                try:
+                    memory = process.memory_info()
+                except psutil.Error:
+                    continue
+                private = memory.rss - memory.shared
+                if process.pid == psutil.Process().pid:
+                    self.trainer = max(self.trainer, private)
+                else:
+                    self.reader = max(self.reader, private)
+            self.store = max(self.store, store_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def consume(index: DatasetIndex) -> int:
+    stream = replace(stream_of(index), in_flight=IN_FLIGHT)
+    with closing(stream.batches(0, stream.plan.rows // 24)) as batches:
+        return sum(len(b.ids) for b in batches)
+
+
+@pytest.mark.system
+def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> None:
+    small, large = large_images(tmp_path / "small", 900), large_images(tmp_path / "large", 9000)
+    consume(small)  # what is imported and allocated once
+    with Peak() as once:
+        consume(small)
+    with Peak() as tenfold:
+        assert consume(large) > 9 * small.rows
+    assert tenfold.trainer < 1.1 * once.trainer
+    assert tenfold.reader < 1.1 * once.reader
+    assert tenfold.store < IN_FLIGHT + SLACK
+    assert spilled_bytes() == 0
+
+
+@pytest.mark.system
+def test_a_slow_trainer_holds_the_readers_back(cluster: None, tmp_path: Path) -> None:
+    large = large_images(tmp_path / "large", 3000)
+    before = store_bytes()
+    stream = replace(stream_of(large), in_flight=IN_FLIGHT)
+    with closing(stream.batches(0, stream.plan.rows // 24)) as batches:
+        next(batches)
+        sizes = []
+        for _ in range(8):
+            time.sleep(0.5)
+            sizes.append(store_bytes() - before)
+    assert max(sizes) < IN_FLIGHT + SLACK
