@@ -51,7 +51,16 @@ def on_disk(folder: Path, count: int, image: ImageConfig) -> str:
         small = generator.integers(0, 256, (8, 8, image.channels), dtype=np.uint8)
         Image.fromarray(small).resize((image.size, image.size)).save(source / f"{i}.png")
     data = str(folder / "data")
-    prepare(PrepareConfig(output=data, source="folder", input=str(source.parent), validation_fraction=0.0))
+    prepare(
+        PrepareConfig(
+            output=data,
+            source="folder",
+            input=str(source.parent),
+            image_size=image.size,
+            channels=image.channels,  # type: ignore[arg-type]
+            validation_fraction=0.0,
+        )
+    )
     return data
 
 

@@ -61,22 +61,27 @@ def main(smoke: bool) -> None:
 
 def measure(job: int, reader: int, kills: int) -> dict[str, float]:
     """Kills a worker `kills` times, each time some steps after a checkpoint."""
-    points = os.fdopen(reader)
+    steps = os.fdopen(reader)
     seconds, lost = [], []
+
+    def next_step() -> int:
+        if not (line := steps.readline()):
+            raise SystemExit("the training job ended before it was to be killed")
+        return int(line)
+
     target = CHECKPOINT_EVERY
     for _ in range(kills):
-        while (made := int(points.readline())) < target + CHECKPOINT_EVERY // 2:
+        while (made := next_step()) < target + CHECKPOINT_EVERY // 2:
             pass
         os.kill(training_workers(job)[-1], signal.SIGKILL)
         began = time.perf_counter()
-        line = points.readline().split()
+        step = next_step()
         # Points that were on their way when the worker died come at once.
         while time.perf_counter() - began < 1.0:
-            made = int(line[0])
-            line = points.readline().split()
+            made, step = step, next_step()
         seconds.append(time.perf_counter() - began)
         lost.append(made % CHECKPOINT_EVERY)
-        target = int(line[0]) + CHECKPOINT_EVERY
+        target = step + CHECKPOINT_EVERY
     return {
         "seconds_from_kill_to_next_new_step": round(statistics.median(seconds), 2),
         "steps_lost": statistics.median(lost),
