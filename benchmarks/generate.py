@@ -2,12 +2,15 @@
 
     python benchmarks/generate.py [--smoke]
 
-32x32x3 images, DDIM, 10 steps, one thread an actor. The job's rate is that between its first file and its last; the
-other sides run before and after it in turn, in this process, on one thread.
+32x32x3 images, DDIM, 10 steps, on one thread. Three sides take turns in this process: the sampler as an actor runs it
+(noise, network, PNG, Parquet file, note), bare forward passes, and diffusers' DDIMPipeline with a UNet2DModel of the
+same structure. Their rates are in images per second of CPU time, so that other work on the machine does not count. Then
+the job's actor pool on Ray, by the clock, from its first file to its last.
 
-    of_forward          one actor's images/s over those of bare forward passes: 1 is the limit
-    to_diffusers        the same over diffusers' DDIMPipeline with a UNet2DModel of the same structure
-    two_actors_to_one   two actors over one
+    of_forward          sampler over forward passes: 1 is the limit
+    to_diffusers        sampler over diffusers
+    pool_of_forward     one actor by the clock over forward passes by the clock
+    two_actors_to_one   two actors over one, by the clock
 """
 
 import json
@@ -17,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 # Before torch and Ray are imported: one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -39,75 +44,111 @@ from pipeline.models.unet import build
 SPEC = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
 
 
-def forward_rate(folder: Path, batch: int, steps: int, batches: int, precision: Precision) -> float:
-    """Images/s of nothing but the network's forward passes."""
+class Work(NamedTuple):
+    """Images a batch, steps of the sampler, batches that are timed."""
+
+    batch: int
+    steps: int
+    rounds: int
+
+
+def forward_side(folder: Path, work: Work, precision: Precision) -> Callable[[], object]:
+    """Nothing but the network's forward passes."""
     model, _ = load_model(folder)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    t = torch.randint(0, 1000, (batch,))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        model(x, t)
-        began = time.perf_counter()
-        for _ in range(steps * batches):
-            model(x, t)
-    return batch * batches / (time.perf_counter() - began)
+    x = torch.randn(work.batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    t = torch.randint(0, 1000, (work.batch,))
+
+    def side() -> None:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            for _ in range(work.steps):
+                model(x, t)
+
+    return side
 
 
-def diffusers_rate(batch: int, steps: int, batches: int, precision: Precision) -> float:
-    """Images/s of diffusers' pipeline, with its fastest way to the precision."""
+def diffusers_side(work: Work, precision: Precision) -> Callable[[], object]:
+    """Diffusers' pipeline, with its own way to the precision."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    network = UNet2DModel.from_config(unet_config(SPEC)).to(dtype).eval()
-    pipe = DDIMPipeline(network, DDIMScheduler(1000))
+    pipe = DDIMPipeline(UNet2DModel.from_config(unet_config(SPEC)).to(dtype).eval(), DDIMScheduler(1000))
     pipe.set_progress_bar_config(disable=True)
-    pipe(batch, num_inference_steps=1)
-    began = time.perf_counter()
-    for _ in range(batches):
-        pipe(batch, num_inference_steps=steps, output_type="pil")
-    return batch * batches / (time.perf_counter() - began)
+    return lambda: pipe(work.batch, num_inference_steps=work.steps)
 
 
-def job_rate(folder: Path, batch: int, steps: int, batches: int, precision: Precision, actors: int) -> float:
-    """Images/s of the job's actor pool, Parquet files written; its start is left out."""
-    with tempfile.TemporaryDirectory() as output:
-        config = GenerateConfig(
-            "", output, count=(batches + 1) * actors * batch, batch_size=batch, rows_per_file=batch,
-            sampler="ddim", sampling_steps=steps, actors=actors, precision=precision,
-        )  # fmt: skip
-        setup = Setup(pack_model(folder), config, output, "", None)
-        rows = [piece._asdict() for piece in tasks([Piece(0, config.count)], batch, pool.MOST_TASKS)]
-        done = [time.perf_counter() for _ in pool.run(Sampler, rows, setup)]
-    return batch * batches * actors / (done[-1] - done[actors - 1])
+def sampler_side(folder: Path, work: Work, precision: Precision, output: Path) -> Callable[[], object]:
+    """What an actor does for a file of one batch."""
+    sampler = Sampler(setup(folder, work, precision, output, actors=1))
+    starts = count(0, work.batch)
+
+    def side() -> None:
+        start = next(starts)
+        sampler({"start": start, "stop": start + work.batch})
+
+    return side
+
+
+def setup(folder: Path, work: Work, precision: Precision, output: Path, actors: int) -> Setup:
+    """Files of one batch each."""
+    config = GenerateConfig(
+        "", str(output), count=(work.rounds + 1) * actors * work.batch, batch_size=work.batch,
+        rows_per_file=work.batch, sampler="ddim", sampling_steps=work.steps, actors=actors, precision=precision,
+    )  # fmt: skip
+    return Setup(pack_model(folder), config, str(output), "", None)
+
+
+def take_turns(sides: dict[str, Callable[[], object]], work: Work) -> dict[str, tuple[float, float]]:
+    """Images per CPU second and per second of each side, medians over the rounds."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for name in list(sides) * (work.rounds + 1):
+        cpu, clock = time.process_time(), time.perf_counter()
+        sides[name]()
+        times[name].append((time.process_time() - cpu, time.perf_counter() - clock))
+    # The first round warms up.
+    return {
+        name: tuple(work.batch / statistics.median(column) for column in zip(*values[1:], strict=True))
+        for name, values in times.items()
+    }
+
+
+def pool_rate(folder: Path, work: Work, precision: Precision, output: Path, actors: int) -> float:
+    """Images/s of the actor pool; its start is left out."""
+    given = setup(folder, work, precision, output, actors)
+    rows = [piece._asdict() for piece in tasks([Piece(0, given.config.count)], work.batch, pool.MOST_TASKS)]
+    done = [time.perf_counter() for _ in pool.run(Sampler, rows, given)]
+    return work.batch * work.rounds * actors / (done[-1] - done[actors - 1])
 
 
 def main(smoke: bool) -> None:
     """Prints one JSON line."""
-    batch, steps, batches = (2, 2, 2) if smoke else (16, 10, 4)
+    work = Work(2, 2, 1) if smoke else Work(16, 10, 4)
     torch.set_num_threads(1)
     connect()
     result: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as home:
-        folder = save_model(Path(home) / "model", build(SPEC).state_dict(), SPEC)
-        # bf16 only where the CPU computes in it: elsewhere it is emulated, and slow.
-        bf16 = not smoke and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        precisions: list[Precision] = ["fp32", "bf16"] if bf16 else ["fp32"]
-        for precision in precisions:
-            sides: dict[str, Callable[[], float]] = {
-                "forward": lambda p=precision: forward_rate(folder, batch, steps, batches, p),
-                "diffusers": lambda p=precision: diffusers_rate(batch, steps, batches, p),
+    # bf16 only where the CPU computes in it: elsewhere it is emulated, and slow.
+    bf16 = not smoke and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    precisions: list[Precision] = ["fp32", "bf16"] if bf16 else ["fp32"]
+    for precision in precisions:
+        with tempfile.TemporaryDirectory() as name:
+            home = Path(name)
+            folder = save_model(home / "model", build(SPEC).state_dict(), SPEC)
+            sides = {
+                "sampler": sampler_side(folder, work, precision, home / "sampler"),
+                "forward": forward_side(folder, work, precision),
+                "diffusers": diffusers_side(work, precision),
             }
-            rates = {name: [side()] for name, side in sides.items()}
-            one, two = (job_rate(folder, batch, steps, batches, precision, actors) for actors in (1, 2))
-            for name, side in sides.items():
-                rates[name].append(side())
-            forward, theirs = (statistics.mean(rates[name]) for name in sides)
-            result |= {
-                f"images_per_second_{precision}": round(one, 3),
-                f"forward_images_per_second_{precision}": round(forward, 3),
-                f"diffusers_images_per_second_{precision}": round(theirs, 3),
-                f"of_forward_{precision}": round(one / forward, 3),
-                f"to_diffusers_{precision}": round(one / theirs, 3),
-                f"two_actors_to_one_{precision}": round(two / one, 3),
-            }
+            rates = take_turns(sides, work)
+            one, two = (
+                pool_rate(folder, work, precision, home / f"pool-{actors}", actors) for actors in (1, 2)
+            )
+        figures = {f"{side}_images_per_cpu_second": rate[0] for side, rate in rates.items()}
+        figures |= {
+            "of_forward": rates["sampler"][0] / rates["forward"][0],
+            "to_diffusers": rates["sampler"][0] / rates["diffusers"][0],
+            "pool_images_per_second": one,
+            "pool_of_forward": one / rates["forward"][1],
+            "two_actors_to_one": two / one,
+        }
+        result |= {f"{name}_{precision}": round(value, 3) for name, value in figures.items()}
     ray.shutdown()
     print(json.dumps(result))
 

@@ -183,7 +183,7 @@ def compare(size: int, images: list[bytes], folder: Path, timing: Timing) -> dic
 
 def main(smoke: bool) -> None:
     """Prints one JSON line."""
-    timing = Timing(0.2, 0.5, 1) if smoke else Timing(2.0, 5.0, 3)
+    timing = Timing(0.2, 0.5, 1) if smoke else Timing(2.0, 5.0, 2)
     datasets.disable_progress_bars()
     began = time.perf_counter()
     connect()

@@ -52,12 +52,14 @@ def prepared(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    names = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "parts"]
+    names = [
+        p for p in folder.rglob("*") if p.is_file() and p.parent.name != "parts" and p.suffix != ".partial"
+    ]
     return {str(p.relative_to(folder)): p.read_bytes() for p in names}
 
 
 def all_rows(uri: str, split: str) -> dict[bytes, int]:
-    index = open_dataset(uri, split)
+    index = open_dataset(uri, split, 12)
     tables = [read_rows(group, np.arange(group.rows)) for group in index.groups]
     return {b: n for t in tables for b, n in zip(t["bytes"].to_pylist(), t["label"].to_pylist(), strict=True)}
 
