@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
+BENCHMARKS := $(filter-out benchmarks/__init__.py benchmarks/common.py,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test lint bench bench-smoke clean
 
@@ -18,10 +19,10 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
 
 bench-smoke: $(READY)
-	for script in benchmarks/*.py; do $(BIN)/python $$script --smoke || exit 1; done
+	for script in $(BENCHMARKS); do $(BIN)/python $$script --smoke || exit 1; done
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
