@@ -126,7 +126,7 @@ def make_scheduler(config: TuneConfig, space: Space, records: list[Record]) -> T
                 "--scheduler pbt needs a flag that can change under a half-trained model in the space, such as "
                 "optimizer.learning_rate"
             )
-        return PopulationBasedTraining(
+        return _Population(
             time_attr=IMAGES,
             metric=metric,
             mode="min",
@@ -155,6 +155,16 @@ def make_scheduler(config: TuneConfig, space: Space, records: list[Record]) -> T
         result = {IMAGES: rung.images, metric: rung.metrics[metric]}
         scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), result)
     return scheduler
+
+
+class _Population(PopulationBasedTraining):
+    """Ray Tune's, which refuses every searcher, since most would learn from flags that are changed behind their back.
+
+    `Proposals` draws the whole population at random before anything is measured: it may.
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
 
 
 def _sampler(config: TuneConfig, before: int) -> optuna.samplers.BaseSampler:

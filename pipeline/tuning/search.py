@@ -33,6 +33,7 @@ from pipeline.tuning.space import Space, apply, load_space, train_command
 from pipeline.tuning.trial import TrainTrial, Trial, training
 
 SEARCH_FILE = "search.json"
+SESSION = "ray-"
 # Starts of a trial whose own process died; training within it has restarts of its own.
 RESTARTS = 2
 
@@ -102,7 +103,7 @@ def _run(
     trainable = tune.with_parameters(trial, job=config, objective=objective, parent_run=parent.id)
     # A trial only waits for its workers and asks for no CPU: nothing they need can be held by what waits for them.
     nothing = tune.PlacementGroupFactory([{"memory": 1024 * 1024}])
-    session = f"ray-{uuid.uuid4().hex[:8]}"
+    session = f"{SESSION}{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(
         tune.with_resources(trainable, nothing),
         tune_config=tune.TuneConfig(
@@ -133,7 +134,9 @@ def _run(
             ledger.write(
                 config.output, replace(record, status="failed", reason=f"its process died: {reason}")
             )
-    shutil.rmtree(Path(config.output) / session, ignore_errors=True)
+    # Also those of starts that were killed.
+    for folder in Path(config.output).glob(f"{SESSION}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _conclude(config: TuneConfig, parent: tracking.Run) -> dict[str, Any]:

@@ -188,6 +188,8 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
             f"--artifacts-destination={home}/artifacts",
         )  # fmt: skip
         start("s3", base, "moto_server", "-H", LOOPBACK, "-p", s3)
+        # One after the other: Ray gives each of its nodes 30 s to start, whatever else the machine does.
+        wait_for("MLflow", lambda: answers(f"{inside['MLFLOW_TRACKING_URI']}/health"))
         head = ray_start(
             "head", "--head", f"--port={gcs}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={jobs}",
             "--num-cpus=0", f"--temp-dir={home}/ray", f"--ray-client-server-port={client}",
@@ -200,19 +202,19 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         assert requests.put(f"{cluster.s3}/{BUCKET}", timeout=10).ok
         bearer = {"Authorization": f"Bearer {token}"}
         wait_for("Ray's head", lambda: answers(f"{cluster.jobs}/api/version", **bearer), needed=started)
-        cluster.nodes = [
-            ray_start(f"node{i}", f"--address={LOOPBACK}:{gcs}", f"--num-cpus={cpus}") for i in range(nodes)
-        ]
         alive = f"{cluster.jobs}/nodes?view=summary"
 
         def all_there() -> bool:
             with contextlib.suppress(requests.RequestException):
                 summary = requests.get(alive, headers=bearer, timeout=10).json()["data"]["summary"]
-                return len([one for one in summary if one["raylet"].get("state") == "ALIVE"]) == nodes + 1
+                up = [one for one in summary if one["raylet"].get("state") == "ALIVE"]
+                return len(up) == len(cluster.nodes) + 1
             return False
 
-        wait_for("the nodes", all_there, needed=started)
-        wait_for("MLflow", lambda: answers(f"{cluster.mlflow}/health"))
+        for i in range(nodes):
+            words = f"--address={LOOPBACK}:{gcs}", f"--num-cpus={cpus}"
+            cluster.nodes.append(ray_start(f"node{i}", *words))
+            wait_for(f"node {i}", all_there, needed=started)
         yield cluster
     except BaseException:
         for log in home.glob("*.log"):
