@@ -13,7 +13,7 @@ from typing import IO, Any, TypeVar
 import tyro
 
 from pipeline import tracking
-from pipeline.cluster import connect
+from pipeline.cluster import connect, disconnect
 from pipeline.config import from_dict, load_yaml
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.redact import redact, refuse_secrets
@@ -76,9 +76,14 @@ def main(
         with result_stream() as stream:
             _quieten(verbose)
             check(config)
-            if ray:
-                connect(verbose, tracking.environment())
-            result = run(config)
+            try:
+                if ray:
+                    connect(verbose, tracking.environment())
+                result = run(config)
+            finally:
+                # Here, not at the process's end: what Ray's core says as it goes would follow the result on stdout.
+                if ray:
+                    disconnect()
             print(json.dumps(result), file=stream, flush=True)
     except InputError as error:
         print(f"{job}: {' '.join(redact(str(error)).split())}", file=sys.stderr)

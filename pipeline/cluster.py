@@ -87,6 +87,12 @@ def submitted_settings() -> dict[str, Any]:
     return settings or {}
 
 
+def disconnect() -> None:
+    """Leaves the cluster, or ends the Ray that `connect` started."""
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
+
+
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
     """Keeps stderr back, at descriptor level; it is shown only if what is inside fails.
