@@ -146,7 +146,9 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
     started: list[subprocess.Popen[bytes]] = []
     token, secret = secrets.token_hex(32), f"planted/{secrets.token_hex(16)}"
     jobs, gcs, client, mlflow, s3 = free_ports(5)
-    base = user_environment() | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    # MLflow's own job runners would hold a core each while they start, and nothing here needs them.
+    idle = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    base = user_environment() | idle | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     inside = base | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
