@@ -8,6 +8,7 @@ from typing import Any
 import mlflow
 import pytest
 import requests
+import yaml
 
 from tests.jobs.common import Outcome
 from tests.system.served import BUCKET, Served, served_cluster, wait_for
@@ -26,7 +27,8 @@ SMALL = [
     "--attention-resolutions",
     "4",
 ]
-STEPS = 240
+# Enough that training still goes on when its first checkpoint has reached the storage.
+STEPS, LOG_EVERY = 1200, 50
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def trained(cluster: Served, prepared: Outcome) -> dict[str, Any]:
     """The result of a training run that lost a node on its way."""
     job = cluster.start_submit(
         "--wait", "--id", "run", "train", "--", "--data", DATA, "--output", RUN, "--steps", STEPS, *SMALL,
-        "--workers", 2, "--batch-size", 32, "--timesteps", 50, "--checkpoint-every", 20, "--log-every", 10,
+        "--workers", 2, "--batch-size", 32, "--timesteps", 50, "--checkpoint-every", 100, "--log-every", LOG_EVERY,
         "--register", "digits", "--resume",
     )  # fmt: skip
     wait_for(
@@ -107,9 +109,14 @@ def test_a_jobs_own_exit_code_and_last_line_come_back(cluster: Served) -> None:
 
 
 def test_a_search_runs_on_the_cluster(cluster: Served, prepared: Outcome) -> None:
+    space = {
+        "batch_size": 32, "model.model_channels": 32, "model.channel_multipliers": [[1]], "model.res_blocks": 1,
+        "model.attention_resolutions": [[]], "diffusion.timesteps": [20, 30],
+    }  # fmt: skip
+    (cluster.home / "space.yaml").write_text(yaml.safe_dump(space))
     tuned = cluster.submit(
         "--wait", "tune", "--", "--data", DATA, "--output", cluster.home / "search", "--trials", 2,
-        "--steps", 10, "--timesteps", 20, "--terms", 4, "--max-images", 16, "--batch-size", 32, *SMALL,
+        "--space", cluster.home / "space.yaml", "--images", 320, "--rungs", 1, "--terms", 4, "--max-images", 16,
     )  # fmt: skip
     assert tuned.code == 0, tuned.stderr
     assert tuned.result["count"] == 2
@@ -125,7 +132,7 @@ def test_training_outlives_a_node_with_one_run_and_one_curve(
     mine = [run for run in runs if run.data.params.get("output") == RUN]
     assert [run.info.run_id for run in mine] == [trained["run_id"]]
     points = client.get_metric_history(trained["run_id"], "loss")
-    assert [point.step for point in points] == list(range(10, STEPS + 1, 10))
+    assert [point.step for point in points] == list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
     assert str(client.get_model_version_by_alias("digits", "newest").version) == "1"
 
 
