@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ImageConfig
-from pipeline.data import reads, stream
+from pipeline.data import reads
 from pipeline.data.images import encode_png
-from pipeline.data.index import DatasetIndex, Group
+from pipeline.data.index import DatasetIndex, Group, row_group
 from pipeline.data.plan import Plan, windows_between
-from pipeline.data.reads import Read
+from pipeline.data.reads import make_reads
 from pipeline.data.stream import RankStream
 
 ROWS, GROUPS = 8, 6
@@ -29,8 +29,8 @@ def index(tmp_path: Path) -> DatasetIndex:
     table = pa.table({"image": images, "label": pa.array([0] * len(images), pa.int64())})
     file = tmp_path / "data.parquet"
     pq.write_table(table, file, row_group_size=ROWS)
-    groups = tuple(Group(str(file), number, ROWS) for number in range(GROUPS))
-    return DatasetIndex(str(tmp_path), "train", ImageConfig(4, 1), groups, "", (), ())
+    groups = tuple(row_group(str(file), number, ROWS) for number in range(GROUPS))
+    return DatasetIndex(str(tmp_path), "train", ImageConfig(4, 1), groups, "")
 
 
 def test_what_was_seen_is_neither_read_nor_decoded(
@@ -49,12 +49,15 @@ def test_what_was_seen_is_neither_read_nor_decoded(
         return image
 
     def tables(self: RankStream, start: int, stop: int) -> Iterator[pa.Table]:
-        for window in windows_between(self.plan, start, stop):
-            yield from Read(self.index, self.plan, window, start, stop, self.rank, self.world_size)()
+        windows = list(windows_between(self.plan, start, stop))
+        for read in make_reads(
+            self.index, self.plan, windows, start, stop, self.rank, self.world_size, False
+        ):
+            yield from read()
 
-    real_read, real_decode = reads.read_rows, stream.decode
+    real_read, real_decode = reads.read_rows, reads.decode
     monkeypatch.setattr(reads, "read_rows", read_rows)
-    monkeypatch.setattr(stream, "decode", decode)
+    monkeypatch.setattr(reads, "decode", decode)
     monkeypatch.setattr(RankStream, "_tables", tables)
     whole = list(RankStream(index, plan, 0, 1).batches(0, 8))  # one epoch
     groups.clear()
