@@ -26,6 +26,7 @@ from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixels_of
 
 WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
+CLOSING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,9 @@ def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch
                 yield item
         finally:
             stopped.set()
+            # Whoever closes it may leave Ray next, which ends a process that still reads from it.
+            thread.join(CLOSING_SECONDS)
 
-    threading.Thread(target=run, name="batches-ahead", daemon=True).start()
+    thread = threading.Thread(target=run, name="batches-ahead", daemon=True)
+    thread.start()
     return consume()
