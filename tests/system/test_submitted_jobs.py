@@ -117,6 +117,7 @@ def test_a_search_runs_on_the_cluster(cluster: Served, prepared: Outcome) -> Non
     tuned = cluster.submit(
         "--wait", "tune", "--", "--data", DATA, "--output", cluster.home / "search", "--trials", 2,
         "--space", cluster.home / "space.yaml", "--images", 320, "--rungs", 1, "--terms", 4, "--max-images", 16,
+        timeout=500,
     )  # fmt: skip
     assert tuned.code == 0, tuned.stderr
     assert tuned.result["count"] == 2
