@@ -52,7 +52,7 @@ def trained(cluster: Served, prepared: Outcome) -> dict[str, Any]:
     )  # fmt: skip
     wait_for(
         "a checkpoint",
-        lambda: bool(listed(cluster, "runs/digits/checkpoints/")) or job.poll() is not None,
+        lambda: bool(listed(cluster, "runs/digits/checkpoints/step-")) or job.poll() is not None,
         seconds=200,
     )
     assert job.poll() is None, job.communicate()
