@@ -2,6 +2,7 @@
 
 import json
 import posixpath
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -38,8 +39,8 @@ def open_parquet(uri: str) -> pq.ParquetFile:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _kept_open(uri: str) -> pq.ParquetFile:
-    """A reading process reads a file's footer once, not once a row group."""
+def _kept_open(uri: str, thread: int) -> pq.ParquetFile:
+    """A reading thread reads a file's footer once, not once a row group; no two may read through one open file."""
     return open_parquet(uri)
 
 
@@ -83,7 +84,7 @@ def read_row_group(uri: str, number: int) -> pa.Table:
         columns bytes (binary), label (as in the file, or null) and path (string). Rows that damage makes unreadable
         are there, with no bytes.
     """
-    file = _kept_open(uri)
+    file = _kept_open(uri, threading.get_ident())
     count, prefix = file.metadata.row_group(number).num_rows, f"{posixpath.basename(uri)}/{number}"
     columns = [name for name in ("image", "label") if name in file.schema_arrow.names]
     try:

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import webdataset
 
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset, read_rows
+from pipeline.data.parquet import read_row_group
 from pipeline.data.parts import Item, Source
 from pipeline.data.sources import find_source, plan, read_part
 from pipeline.errors import InputError
@@ -213,3 +215,15 @@ def test_damage_in_a_tar_costs_only_what_is_damaged(tmp_path: Path) -> None:
     assert len(items) == 81
     index = open_dataset(str(tmp_path))
     assert index.rows + open_dataset(str(tmp_path), "validation").rows >= 81
+
+
+def test_threads_read_one_parquet_file_at_a_time_each_for_itself(tmp_path: Path) -> None:
+    images = [{"bytes": bytes([i % 251]) * 200, "path": f"{i}.png"} for i in range(6000)]
+    table = pa.table({"image": images, "label": pa.array(range(6000), pa.int64())})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: read_row_group(str(tmp_path / "a.parquet"), n % 300), range(1200)))
+    assert [t["label"].to_pylist() for t in found[:300]] == [
+        list(range(i, i + 20)) for i in range(0, 6000, 20)
+    ]
+    assert all(t.equals(found[n % 300]) for n, t in enumerate(found))
