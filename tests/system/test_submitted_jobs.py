@@ -28,7 +28,7 @@ SMALL = [
     "4",
 ]
 # Enough that training still goes on when its first checkpoint has reached the storage.
-STEPS, LOG_EVERY = 1200, 50
+STEPS, LOG_EVERY = 400, 20
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def trained(cluster: Served, prepared: Outcome) -> dict[str, Any]:
     """The result of a training run that lost a node on its way."""
     job = cluster.start_submit(
         "--wait", "--id", "run", "train", "--", "--data", DATA, "--output", RUN, "--steps", STEPS, *SMALL,
-        "--workers", 2, "--batch-size", 32, "--timesteps", 50, "--checkpoint-every", 100, "--log-every", LOG_EVERY,
+        "--workers", 2, "--batch-size", 32, "--timesteps", 50, "--checkpoint-every", 40, "--log-every", LOG_EVERY,
         "--register", "digits", "--resume",
     )  # fmt: skip
     wait_for(
@@ -59,7 +59,7 @@ def trained(cluster: Served, prepared: Outcome) -> dict[str, Any]:
     lost = cluster.node_running("RayTrainWorker")
     assert lost is not None
     cluster.kill_node(lost)
-    stdout, stderr = job.communicate(timeout=240)
+    stdout, stderr = job.communicate(timeout=400)
     assert job.returncode == 0, stderr
     return json.loads(stdout.splitlines()[-1])
 
