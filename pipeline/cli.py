@@ -76,14 +76,12 @@ def main(
         with result_stream() as stream:
             _quieten(verbose)
             check(config)
-            try:
-                if ray:
-                    connect(verbose, tracking.environment())
-                result = run(config)
-            finally:
+            if ray:
+                connect(verbose, tracking.environment())
+            result = run(config)
+            if ray:
                 # Here, not at the process's end: what Ray's core says as it goes would follow the result on stdout.
-                if ray:
-                    disconnect()
+                disconnect()
             print(json.dumps(result), file=stream, flush=True)
     except InputError as error:
         print(f"{job}: {' '.join(redact(str(error)).split())}", file=sys.stderr)
