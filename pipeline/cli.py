@@ -79,10 +79,10 @@ def main(
             if ray:
                 connect(verbose, tracking.environment())
             result = run(config)
-            if ray:
-                # Here, not at the process's end: what Ray's core says as it goes would follow the result on stdout.
-                disconnect()
             print(json.dumps(result), file=stream, flush=True)
+            if ray:
+                # While stdout still leads to stderr: what Ray's core says as it goes must not follow the result.
+                disconnect()
     except InputError as error:
         print(f"{job}: {' '.join(redact(str(error)).split())}", file=sys.stderr)
         return 2
