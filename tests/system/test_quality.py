@@ -42,7 +42,7 @@ def batches(config: TrainConfig, images: Tensor, labels: Tensor) -> Iterator[Mem
     per_epoch = len(images) // size
     for step in range(config.steps):
         epoch, part = divmod(step, per_epoch)
-        order = uniform(config.seed, epoch, torch.arange(len(images)), Purpose.CROP)[:, 0].argsort()
+        order = uniform(config.seed, epoch, torch.arange(len(images)), Purpose.LABEL)[:, 0].argsort()
         ids = order[part * size : (part + 1) * size]
         yield MemoryBatch(images[ids], labels[ids], ids, torch.full((size,), epoch), torch.ones(size))
 
