@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,7 +103,7 @@ def _check_flags(flags: list[str]) -> None:
             raise InputError(
                 f"{redact(flag)} holds a secret, and flags are logged: credentials belong to the cluster's environment"
             )
-    for name, value in zip(flags, [*flags[1:], ""], strict=True):
+    for name, value in pairwise([*flags, ""]):
         name, equals, given = name.partition("=")
         place = given if equals else value
         if name == "--output" and place and "://" not in place and not place.startswith("/"):

@@ -62,15 +62,16 @@ def test_a_pickle_in_a_model_folder_is_not_run(tmp_path: Path, mark: Path) -> No
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, mark: Path) -> None:
-    checkpoint.write(tmp_path, checkpoint.capture(new_state(*problem(), torch.device("cpu"))), {})
+    checkpoint.write(str(tmp_path), checkpoint.capture(new_state(*problem(), torch.device("cpu"))), {})
     planted = tmp_path / "optimizer.safetensors"
     torch.save(Planted(mark), planted)
     # Whoever can plant a file can also write its digest down.
-    state = (tmp_path / "state.json").read_text()
-    old = checkpoint.json.loads(state)["sha256"][planted.name]
-    (tmp_path / "state.json").write_text(state.replace(old, checkpoint._digest(planted)))
+    state = checkpoint.json.loads((tmp_path / "state.json").read_text())["state"]
+    state["sha256"][planted.name] = checkpoint._digest(planted.read_bytes())
+    content = {"sha256": checkpoint._digest(checkpoint._canonical(state)), "state": state}
+    (tmp_path / "state.json").write_text(checkpoint.json.dumps(content))
     with pytest.raises(checkpoint.DamagedCheckpoint, match="Safetensor"):
-        checkpoint.read(tmp_path)
+        checkpoint.read(str(tmp_path))
     assert not mark.exists()
 
 

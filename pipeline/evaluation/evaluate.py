@@ -52,7 +52,9 @@ def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
     if config.output:
         storage.check_writable(config.output)
     run = ActorPool(config.actors, config.gpu)
-    held_out = open_dataset(config.data, config.split, load_model(Path(model_folder))[1].image.size)
+    # Only the bound looks at the model; images of a folder that was not prepared are read at its size.
+    size = load_model(Path(model_folder))[1].image.size if model_folder else 0
+    held_out = open_dataset(config.data, config.split, size)
     metrics: dict[str, float] = {}
     if "bits" in config.metrics:
         metrics |= _bits(config, model_folder, held_out, run)
