@@ -1,35 +1,22 @@
 """What the benchmarks of training share: the network, images in memory, images on disk, rates of a whole run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, TrainConfig
 from pipeline.data.shards import PrepareConfig, prepare
+from pipeline.data.stream import Batch
 from pipeline.training.trainer import train
 
 UNET = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
 """improved-diffusion's shape at 32x32x3: 6.95 M parameters."""
 
 
-@dataclass(frozen=True)
-class MemoryBatch:
-    """A batch that needs no reading (see `pipeline.training.loop.Batch`)."""
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    epochs: Tensor
-    weights: Tensor
-    bad: tuple[str, ...] = ()
-
-
-def in_memory(config: TrainConfig, image: ImageConfig) -> Iterator[MemoryBatch]:
+def in_memory(config: TrainConfig, image: ImageConfig) -> Iterator[Batch]:
     """Endless batches of random images, all made beforehand but for their ids."""
     size = config.batch_size
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +25,7 @@ def in_memory(config: TrainConfig, image: ImageConfig) -> Iterator[MemoryBatch]:
     zeros, ones = torch.zeros(size, dtype=torch.int64), torch.ones(size)
     step = 0
     while True:
-        yield MemoryBatch(images, zeros, torch.arange(step * size, (step + 1) * size), zeros, ones)
+        yield Batch(images, zeros, torch.arange(step * size, (step + 1) * size), zeros, ones)
         step += 1
 
 
