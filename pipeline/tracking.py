@@ -138,6 +138,17 @@ def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
     _client().set_terminated(run.id, status)
 
 
+def delete_children(run: Run, keep: set[str]) -> None:
+    """Deletes the nested runs of a run other than those with the ids to keep."""
+    client = _client()
+    experiment = client.get_run(run.id).info.experiment_id
+    for child in client.search_runs(
+        [experiment], f"tags.`mlflow.parentRunId` = '{run.id}'", max_results=50_000
+    ):
+        if child.info.run_id not in keep:
+            client.delete_run(child.info.run_id)
+
+
 def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> None:
     """Adds to the curves: (milliseconds since 1970, step, values) each."""
     metrics = [

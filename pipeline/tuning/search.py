@@ -73,6 +73,8 @@ def search(config: TuneConfig, trial: type[Trial] = TrainTrial) -> dict[str, Any
     at_a_time = _concurrent(config)
     objective = make_objective(config)
     records = ledger.read_all(config.output)
+    # A trial that was killed before it knew its run will open another.
+    tracking.delete_children(parent, keep={record.run_id for record in records})
     left = config.trials - sum(record.over for record in records)
     try:
         if left > 0:
@@ -130,10 +132,10 @@ def _run(
         name = Path(result.path).name
         record = ledger.read(config.output, name)
         if result.error is not None and not record.over:
-            reason = " ".join(str(result.error).split())[-300:]
-            ledger.write(
-                config.output, replace(record, status="failed", reason=f"its process died: {reason}")
-            )
+            reason = f"its process died: {' '.join(str(result.error).split())[-300:]}"
+            if record.run_id:
+                tracking.end_run(tracking.Run(record.run_id), "FAILED", reason=reason)
+            ledger.write(config.output, replace(record, status="failed", reason=reason))
     # Also those of starts that were killed.
     for folder in Path(config.output).glob(f"{SESSION}*"):
         shutil.rmtree(folder, ignore_errors=True)

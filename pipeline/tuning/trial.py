@@ -61,8 +61,7 @@ class Trial(tune.Trainable):
                 self.finish()
                 self.keep(status="finished")
         except Exception as error:  # whatever training raises: Ray Train has retried what can be
-            self.keep(status="failed", reason=line(error))
-            self.failed()
+            self.fail(line(error))
             return {**dict.fromkeys(self.job.metrics, math.nan), IMAGES: 0, FAILED: True, "done": True}
         last = self.record.rungs[-1]
         return {**last.metrics, IMAGES: last.images, FAILED: False, "done": done}
@@ -77,14 +76,18 @@ class Trial(tune.Trainable):
         except Exception as error:
             # Under population based training the record already is the next leg's.
             if self.job.scheduler != "pbt":
-                self.keep(status="failed", reason=line(error))
-                self.failed()
+                self.fail(line(error))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process, which saves the seconds of a start; see Ray Tune's reuse_actors."""
         self.cleanup()
         self.record = ledger.read(self.job.output, self.trial_name)
         return True
+
+    def fail(self, reason: str) -> None:
+        """Clears up, and only then is over: a search that is killed meanwhile tries this trial again."""
+        self.failed(reason)
+        self.keep(status="failed", reason=reason)
 
     def keep(self, **changes: Any) -> None:
         """Changes the trial's record, in memory and on disk."""
@@ -98,7 +101,7 @@ class Trial(tune.Trainable):
     def finish(self) -> None:
         """Waits for the end of a trial that had its last rung."""
 
-    def failed(self) -> None:
+    def failed(self, reason: str) -> None:
         """Clears up after a failure."""
 
     def stopped_early(self) -> bool:
@@ -115,6 +118,7 @@ class TrainTrial(Trial):
 
     _future: Future[trainer.Trained] | None = None
     _asked: Rung | None = None
+    _logged = -1  # step of the newest measurement that MLflow has
 
     def advance(self) -> Rung | None:
         """See `Trial`."""
@@ -125,8 +129,9 @@ class TrainTrial(Trial):
             rung: Rung | None = ray.get(self._exchange.next.remote(POLL_SECONDS))
             if rung is not None:
                 self._asked = rung
-                point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.images})
-                tracking.log_points(tracking.Run(self.record.run_id), [point])
+                if rung.step > self._logged:
+                    point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.images})
+                    tracking.log_points(tracking.Run(self.record.run_id), [point])
                 return rung
             if self._future is not None and self._future.done():
                 self._future.result()
@@ -175,7 +180,7 @@ class TrainTrial(Trial):
         rungs = tuple(rung for rung in self.record.rungs if rung.step <= step)
         self.keep(leg=leg, flags=dict(self.config), history=history, rungs=rungs)
 
-    def failed(self) -> None:
+    def failed(self, reason: str) -> None:
         """See `Trial`."""
         if self._future is not None:  # no workers are left waiting at a rung
             with contextlib.suppress(ray.exceptions.RayError):
@@ -183,11 +188,12 @@ class TrainTrial(Trial):
             wait([self._future], timeout=STOP_SECONDS)
         self._future, self._asked = None, None
         if self.record.run_id:
-            tracking.end_run(tracking.Run(self.record.run_id), "FAILED", reason=self.record.reason)
+            tracking.end_run(tracking.Run(self.record.run_id), "FAILED", reason=reason)
 
     def _start(self) -> None:
         config = training(self.job, self.record)
-        if not self.record.run_id or tracking.reopen_run(self.record.run_id, ("loss",)) is None:
+        run = tracking.reopen_run(self.record.run_id, (IMAGES,)) if self.record.run_id else None
+        if run is None:
             run = tracking.start_run(
                 config.experiment,
                 config.run_name,
@@ -197,6 +203,8 @@ class TrainTrial(Trial):
             )
             tracking.log_config(run, to_dict(config))
             self.keep(run_id=run.id)
+        # What another trial's weights are measured at again is shown beside what was given up for them.
+        self._logged = -1 if self.record.leg else run.last_steps.get(IMAGES, -1)
         _, spec = trainer.check(config)
         start = self._start_folder(self.record.leg)
         begun = checkpoint.read_model(str(start))[1] if start.exists() else -1

@@ -11,7 +11,7 @@ from tests.data.s3 import s3_server
 
 @pytest.fixture(scope="package")
 def s3() -> Iterator[str]:
-    with s3_server() as uri:
+    with s3_server("images") as uri:
         yield uri
 
 

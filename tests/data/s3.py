@@ -4,13 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import requests
 import s3fs
 from moto.server import ThreadedMotoServer
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """A bucket, as the environment describes it to every process that is started meanwhile."""
+def s3_server(bucket: str) -> Iterator[str]:
+    """An empty bucket, as the environment describes it to every process that is started meanwhile."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -21,12 +22,14 @@ def s3_server() -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "NO_PROXY": "127.0.0.1",
     }
+    # Every server of a process shows the same buckets.
+    requests.post(f"{settings['AWS_ENDPOINT_URL']}/moto-api/reset", timeout=30).raise_for_status()
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        s3fs.S3FileSystem().mkdir("images")
-        yield "s3://images"
+        s3fs.S3FileSystem().mkdir(bucket)
+        yield f"s3://{bucket}"
     finally:
         server.stop()
         for name, value in before.items():

@@ -1,16 +1,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 import ray
 import torch
-from s3fs import S3FileSystem
 
 from pipeline.cluster import connect
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.models.export import save_model
 from pipeline.models.unet import build
+from tests.data.s3 import s3_server
 from tests.generation.common import config, make
 
 
@@ -70,17 +69,5 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def bucket() -> Iterator[str]:
     """A bucket of an S3 server on this machine."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").mkdir("samples")
-        yield "s3://samples"
-        S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3_server("samples") as uri:
+        yield uri

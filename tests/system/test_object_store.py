@@ -16,7 +16,7 @@ SMALL = ("--model-channels", 32, "--channel-multipliers", 1, "--attention-resolu
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    with s3_server() as uri:
+    with s3_server("images") as uri:
         yield uri
 
 

@@ -12,7 +12,6 @@ import pytest
 import ray
 import ray.train
 import torch
-from moto.server import ThreadedMotoServer
 
 from pipeline import tracking
 from pipeline.cluster import connect
@@ -23,6 +22,7 @@ from pipeline.errors import InputError
 from pipeline.models.export import load_model
 from pipeline.training import checkpoint
 from pipeline.training.trainer import Trained, train
+from tests.data.s3 import s3_server
 from tests.training.test_loop import epochs_digest
 
 pytestmark = pytest.mark.system
@@ -34,32 +34,18 @@ ROWS, BATCH = 1620, 90  # 18 steps are an epoch
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with prepared digits, MLflow's database and an S3 server of its own, known to a Ray of its own."""
     folder = tmp_path_factory.mktemp("trainer")
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    values = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
+    with s3_server("runs"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.chdir(folder)
         if ray.is_initialized():
             ray.shutdown()
-        connect(environment=values)
+        connect()
         try:
-            fs, _ = storage.open_fs("s3://runs/x")
-            fs.mkdir("runs")
             prepare(PrepareConfig(output=str(folder / "digits")))
             yield folder
         finally:
             ray.shutdown()
-            server.stop()
 
 
 def settings(home: Path, output: str, **changes: Any) -> TrainConfig:
