@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 
 from pipeline import tracking
 from pipeline.config import to_dict
@@ -34,6 +35,7 @@ from pipeline.tuning.trial import TrainTrial, Trial, training
 
 SEARCH_FILE = "search.json"
 SESSION = "ray-"
+SECRETS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"
 # Starts of a trial whose own process died; training within it has restarts of its own.
 RESTARTS = 2
 
@@ -99,6 +101,9 @@ def _run(
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Interrupted is not stopped by the scheduler: such trials go on after a resume.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    # Ray Tune would write the driver's keys into every trial's runtime environment, which whoever may list a
+    # cluster's actors can read. The nodes have keys of their own.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
     random.seed(config.seed)
     proposals = Proposals(config, space, records)
     names = proposals.names

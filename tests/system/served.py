@@ -180,7 +180,9 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         return start(
             name, inside, "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
             "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}",
-            f"--metrics-export-port={metrics}", f"--object-store-memory={200 * 2**20}", *words,
+            f"--metrics-export-port={metrics}", f"--object-store-memory={200 * 2**20}",
+            # Each its own, as on machines of their own: one node unpacks a job's files over another's.
+            f"--temp-dir={home}/{name}", *words,
         )  # fmt: skip
 
     try:
@@ -194,7 +196,7 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         wait_for("MLflow", lambda: answers(f"{inside['MLFLOW_TRACKING_URI']}/health"))
         head = ray_start(
             "head", "--head", f"--port={gcs}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={jobs}",
-            "--num-cpus=0", f"--temp-dir={home}/ray", f"--ray-client-server-port={client}",
+            "--num-cpus=0", f"--ray-client-server-port={client}",
         )  # fmt: skip
         cluster = Served(
             home, token, secret, f"http://{LOOPBACK}:{jobs}", inside["MLFLOW_TRACKING_URI"],
