@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python jobs/demo.py --output demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .

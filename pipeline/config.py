@@ -165,7 +165,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; with --validate-every those of the lowest bits/dim, beside the newest one."""
     validate_every: int = 0
     """Checkpoints between two validations beside the training: held-out bits/dim and a sample grid; 0 = none."""
     validation_images: int = 256

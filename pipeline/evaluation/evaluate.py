@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import plots
+from pipeline.config import ModelSpec
 from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.errors import InputError
@@ -33,6 +34,7 @@ from pipeline.evaluation.manifold import precision_recall
 from pipeline.evaluation.reading import open_samples
 from pipeline.evaluation.work import Runner, choose
 from pipeline.models.export import load_model
+from pipeline.models.unet import UNet
 
 
 def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
@@ -53,19 +55,20 @@ def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
         storage.check_writable(config.output)
     run = ActorPool(config.actors, config.gpu)
     # Only the bound looks at the model; images of a folder that was not prepared are read at its size.
-    size = load_model(Path(model_folder))[1].image.size if model_folder else 0
-    held_out = open_dataset(config.data, config.split, size)
+    loaded = load_model(Path(model_folder)) if model_folder else None
+    held_out = open_dataset(config.data, config.split, loaded[1].image.size if loaded else 0)
     metrics: dict[str, float] = {}
-    if "bits" in config.metrics:
-        metrics |= _bits(config, model_folder, held_out, run)
+    if loaded and "bits" in config.metrics:
+        metrics |= _bits(config, *loaded, held_out, run)
     if config.samples and set(config.metrics) - {"bits"}:
         metrics |= _quality(config, held_out, run)
     _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
 
-def _bits(config: EvaluateConfig, model_folder: str, held_out: DatasetIndex, run: Runner) -> dict[str, float]:
-    model, spec = load_model(Path(model_folder))
+def _bits(
+    config: EvaluateConfig, model: UNet, spec: ModelSpec, held_out: DatasetIndex, run: Runner
+) -> dict[str, float]:
     ids = choose(held_out.rows, config.max_images, config.seed)
     averages = reconstruct_models(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
 

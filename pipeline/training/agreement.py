@@ -1,17 +1,9 @@
 """All workers do as they are asked at the same step, whichever of them is asked."""
 
-from enum import IntEnum
-
 import torch
 import torch.distributed as dist
 
-
-class Ask(IntEnum):
-    """What the driver can ask of the workers; the larger one wins."""
-
-    NOTHING = 0
-    SAVE = 1
-    STOP = 2
+from pipeline.training.progress import Ask
 
 
 class Agreement:

@@ -2,6 +2,7 @@
 
 `ray.train.report` is a barrier that waits for the controller's next poll; a curve's point should cost nothing.
 Workers post without waiting; the driver writes what it finds to MLflow, to the output and to the terminal.
+Nothing here imports torch, which would cost the actor's start two seconds.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +21,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import storage
 from pipeline.display import Display
-from pipeline.training.agreement import Ask
 
 # The value by which a point is known as one of a curve: of the training, and of the validation.
 CURVES = ("loss", "bits_per_dim")
@@ -28,6 +29,14 @@ Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 60
 QUARANTINE = "quarantine.jsonl"
+
+
+class Ask(IntEnum):
+    """What the driver can ask of the workers; the larger one wins."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
 
 
 @dataclass

@@ -31,7 +31,7 @@ from pipeline.training.identity import open_run
 from pipeline.training.leaving import SaveBeforeLeaving
 from pipeline.training.progress import Courier, Point, open_mailbox, read_quarantine
 from pipeline.training.signals import run_until_signal
-from pipeline.training.validation import Validator, save_model_at
+from pipeline.training.validation import BITS_PER_DIM, Validator, save_model_at
 
 
 class PlannedData(DataConfig):
@@ -221,13 +221,14 @@ def _trainer(
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     gpu = _use_gpu(config)
     filesystem, path = storage.arrow_fs(output)
-    validation = None
+    validation, scored = None, {}
     if config.validate_every:
         held_out = open_dataset(config.data, "validation", spec.image.size)
         validation = ValidationConfig(
             Validator(config, spec, held_out, output, mailbox),
             ray_remote_kwargs=_validation_resources(config, gpu),
         )
+        scored = {"checkpoint_score_attribute": BITS_PER_DIM, "checkpoint_score_order": "min"}
     return TorchTrainer(
         worker.run,
         train_loop_config={"task": worker.Task(config, spec, output, mailbox, run.id, index.rows, hooks)},
@@ -242,7 +243,7 @@ def _trainer(
             name=CHECKPOINTS,
             storage_path=path,
             storage_filesystem=filesystem,
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(config.keep_checkpoints, **scored),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[SaveBeforeLeaving(mailbox), *callbacks],

@@ -27,6 +27,7 @@ from pipeline.training import checkpoint
 from pipeline.training.history import CHECKPOINTS
 
 BEST = "best"
+BITS_PER_DIM = "bits_per_dim"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Validator:
             seed=config.seed,
             run=lambda work, tasks, title="": map(work.start(device), tasks),
         )
-        figures = {"bits_per_dim": bits.bits_per_dim, "bits_per_dim_stderr": bits.stderr}
+        figures = {BITS_PER_DIM: bits.bits_per_dim, f"{BITS_PER_DIM}_stderr": bits.stderr}
         self._post(model.to(device), step, figures)
         self._keep_best(weights, step, bits.bits_per_dim)
         return figures
@@ -91,9 +92,9 @@ class Validator:
         note = storage.join(place, CONFIG)
         if storage.exists(note):
             best = json.loads(storage.read_bytes(note))["provenance"]
-            if best["bits_per_dim"] <= bits:
+            if best[BITS_PER_DIM] <= bits:
                 return
-        facts = {**self.spec.provenance, "steps": step, "bits_per_dim": bits}
+        facts = {**self.spec.provenance, "steps": step, BITS_PER_DIM: bits}
         save_model_at(place, weights, replace(self.spec, provenance=facts))
 
 

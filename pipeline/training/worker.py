@@ -17,11 +17,11 @@ from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.models import ema
 from pipeline.training import checkpoint, flops, loop, network
-from pipeline.training.agreement import Agreement, Ask
+from pipeline.training.agreement import Agreement
 from pipeline.training.history import CHECKPOINTS, History
 from pipeline.training.identity import RUN_FILE
 from pipeline.training.meter import Meter
-from pipeline.training.progress import Point
+from pipeline.training.progress import Ask, Point
 
 SNAPSHOTS = "snapshots"
 

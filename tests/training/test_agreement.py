@@ -6,7 +6,8 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.training.agreement import Agreement, Ask
+from pipeline.training.agreement import Agreement
+from pipeline.training.progress import Ask
 from tests.training.test_loop import _free_port
 
 ASKED = {1: (3, Ask.SAVE), 0: (6, Ask.STOP)}  # by rank: at which step, and what

@@ -127,8 +127,8 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(home: Path, stra
     assert state["seen"] == {"samples": ROWS, "digest": epochs_digest(1, ROWS), "undecodable": 0}
 
     steps = [checkpoint._read_state(uri)["step"] for uri in checkpoint.complete(f"{output}/checkpoints")]
-    assert steps == [18, 15]
     bits = curve(trained, "bits_per_dim")
+    assert steps == sorted({18, *sorted(bits, key=lambda step: bits[step])[:2]}, reverse=True)
     best = json.loads(storage.read_bytes(f"{output}/best/config.json"))["provenance"]
     assert (best["steps"], best["bits_per_dim"]) == min(bits.items(), key=lambda item: item[1])
     assert trained.model == f"{output}/model"
