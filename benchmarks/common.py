@@ -1,7 +1,9 @@
 """What the benchmarks of training share: the network, images in memory, images on disk, rates of a whole run."""
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,3 +68,16 @@ def pipeline_rate(config: TrainConfig, warm_up_points: int = 1) -> tuple[float, 
     train(config, on_point=keep)
     rates = [values["images_per_second"] for _, values in sorted(points.items())][warm_up_points:]
     return len(rates) / sum(1 / rate for rate in rates), points
+
+
+def two_over_one(rate: Callable[..., float], alone: tuple[Any, ...], together: tuple[Any, ...]) -> float:
+    """What two bare processes do at once over what one does by itself: no two workers can gain more on this machine.
+
+    Args:
+        rate: a function of a module, which returns a rate; of its arguments there are those for the one process, and
+            those for each of the two.
+    """
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(rate, [together] * 2, chunksize=1)  # starts both and warms them up
+        one = pool.apply(rate, alone)
+        return sum(pool.starmap(rate, [together] * 2, chunksize=1)) / one

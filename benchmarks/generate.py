@@ -11,6 +11,7 @@ the job's actor pool on Ray, by the clock, from its first file to its last.
     to_diffusers        sampler over diffusers
     pool_of_forward     one actor by the clock over forward passes by the clock
     two_actors_to_one   two actors over one, by the clock
+    two_forwards_to_one the machine's own limit: bare forward passes in two processes at once over those in one
 """
 
 import json
@@ -31,6 +32,9 @@ import ray
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import two_over_one
 from pipeline.cluster import connect
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, Precision
 from pipeline.generation import pool
@@ -118,6 +122,15 @@ def pool_rate(folder: Path, work: Work, precision: Precision, output: Path, acto
     return work.batch * work.rounds * actors / (done[-1] - done[actors - 1])
 
 
+def forward_rate(folder: Path, work: Work, precision: Precision) -> float:
+    """Images/s of bare forward passes on one thread."""
+    torch.set_num_threads(1)
+    side, began = forward_side(folder, work, precision), time.perf_counter()
+    for _ in range(work.rounds):
+        side()
+    return work.batch * work.rounds / (time.perf_counter() - began)
+
+
 def main(smoke: bool) -> None:
     """Prints one JSON line."""
     work = Work(2, 2, 1) if smoke else Work(16, 10, 4)
@@ -140,6 +153,7 @@ def main(smoke: bool) -> None:
             one, two = (
                 pool_rate(folder, work, precision, home / f"pool-{actors}", actors) for actors in (1, 2)
             )
+            limit = two_over_one(forward_rate, (folder, work, precision), (folder, work, precision))
         figures = {f"{side}_images_per_cpu_second": rate[0] for side, rate in rates.items()}
         figures |= {
             "of_forward": rates["sampler"][0] / rates["forward"][0],
@@ -147,6 +161,7 @@ def main(smoke: bool) -> None:
             "pool_images_per_second": one,
             "pool_of_forward": one / rates["forward"][1],
             "two_actors_to_one": two / one,
+            "two_forwards_to_one": limit,
         }
         result |= {f"{name}_{precision}": round(value, 3) for name, value in figures.items()}
     ray.shutdown()

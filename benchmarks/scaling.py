@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py [--smoke]
 
-Both runs are whole pipelines (Ray Data, Ray Train, MLflow) in one Ray, with the same global batch. The start-up is
-that of the first of them, in this process: from its start to the end of the first optimizer step.
+Both runs are whole pipelines (Ray Data, Ray Train, MLflow) in one Ray, with the same global batch. The machine's
+own limit stands beside their ratio: bare steps in two processes at once, on half a batch each, over those in one. The
+start-up is that of the first run, in this process: from its start to the end of the first optimizer step.
 """
 
 import time
@@ -15,6 +16,7 @@ import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -71,6 +73,15 @@ def start_up(config: TrainConfig, clock: Clock) -> None:
     clock("first step", ended)
 
 
+def bare_rate(config: TrainConfig, image: ImageConfig, steps: int) -> float:
+    """Images/s of the step alone."""
+    from benchmarks.pipeline_overhead import bare
+    from pipeline.config import DiffusionConfig, ModelSpec
+
+    seconds = bare(config, ModelSpec(config.model, image, DiffusionConfig()), steps)
+    return config.batch_size * len(seconds) / sum(seconds)
+
+
 def main(smoke: bool, folder: Path) -> dict[str, object]:
     """Runs all; returns what is printed."""
     image = ImageConfig(8 if smoke else 32, 3)
@@ -92,7 +103,7 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
     clock("imports")
     connect(environment=tracking.environment())
     clock("Ray")
-    from benchmarks.common import on_disk, pipeline_rate
+    from benchmarks.common import on_disk, pipeline_rate, two_over_one
 
     clock("imports")
     on_disk(folder, 64 if smoke else 640, image)
@@ -102,6 +113,9 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
     steps, every = (4, 2) if smoke else (9, 3)
     one, _ = pipeline_rate(settings(1, steps, every))
     two, points = pipeline_rate(settings(2, steps, every))
+    whole = settings(1, steps, every)
+    half = replace(whole, batch_size=whole.batch_size // 2)
+    limit = two_over_one(bare_rate, (whole, image, steps), (half, image, steps))
     return {
         "one_worker_images_per_second": round(one, 2),
         "two_workers_images_per_second": round(two, 2),
@@ -109,6 +123,7 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
             max(p["data_wait_share"] for s, p in points.items() if s > every), 4
         ),
         "ratio": round(two / one, 3),
+        "ratio_of_bare_steps": round(limit, 3),
         "start_up_seconds": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
         "start_up_seconds_in_all": round(sum(clock.seconds.values()), 1),
     }
