@@ -25,7 +25,9 @@ from pipeline.data.plan import Plan, local_batch_size, windows_between
 from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixels_of
 
 WINDOWS_PER_EXECUTION = 1024
-IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
+IN_FLIGHT_BYTES = 4 * BLOCK_BYTES
+# What bridges a storage that hesitates for some steps; more would be decoded beside a run's first steps.
+BATCHES_AHEAD = 8
 CLOSING_SECONDS = 30.0
 
 
@@ -61,7 +63,8 @@ class RankStream:
 
     Attributes:
         readers: processes that read and decode beside the rank.
-        in_flight: bytes of decoded images that may wait in the object store; more where a window is larger.
+        in_flight: bytes of decoded images that may wait in the object store; more where a window or some batches are
+            larger.
         random_crop: cut the square out of an image's longer side at random, not in its centre.
     """
 
@@ -109,6 +112,8 @@ class RankStream:
             )
             # A later window must not take the room that an earlier one, which is waited for, needs.
             largest = max(read.decoded_bytes for read in reads)
+            pixels = self.index.image.size**2 * self.index.image.channels
+            batches = BATCHES_AHEAD * self.plan.batch_size // self.world_size * pixels
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
             dataset = ray.data.read_datasource(
                 PlannedReads(reads),
@@ -119,10 +124,13 @@ class RankStream:
             )
             context = dataset.context
             context.enable_progress_bars = False
+            context.memory_usage_poll_interval_s = (
+                None  # a thread in each task, for a figure that nothing reads
+            )
             context.target_max_block_size = BLOCK_BYTES
             context.execution_options.preserve_order = True
             context.execution_options.resource_limits = ExecutionResources(
-                object_store_memory=max(self.in_flight, (self.readers + 1) * largest)
+                object_store_memory=max(self.in_flight, (self.readers + 1) * largest, batches)
             )
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
