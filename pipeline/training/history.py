@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pipeline.data import storage
 from pipeline.training import checkpoint
 
 CHECKPOINTS = "checkpoints"
+BITS_PER_DIM = "bits_per_dim"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -101,7 +103,8 @@ class History:
     def _report(self, target: Checkpoint | None, step: int, upload: Any, mode: CheckpointUploadMode) -> None:
         due = target is not None and self.validate(step)
         ray.train.report(
-            {"step": step},
+            # Not a number ranks below every number, as an unvalidated checkpoint should; a missing one, above them all.
+            {"step": step, BITS_PER_DIM: math.nan},
             checkpoint=target,
             checkpoint_dir_name=target and storage.name(target.path),
             checkpoint_upload_mode=mode,

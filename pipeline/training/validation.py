@@ -24,10 +24,9 @@ from pipeline.evaluation.work import choose
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.training import checkpoint
-from pipeline.training.history import CHECKPOINTS
+from pipeline.training.history import BITS_PER_DIM, CHECKPOINTS
 
 BEST = "best"
-BITS_PER_DIM = "bits_per_dim"
 
 
 @dataclass(frozen=True)
