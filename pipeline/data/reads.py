@@ -20,7 +20,9 @@ from pipeline.data.index import DatasetIndex, Group, read_rows
 from pipeline.data.plan import Plan, Window, crop_place, window_rows
 
 BLOCK_BYTES = 16 * 2**20
-ROWS_PER_READ = 4096
+ROWS_PER_READ = 512, 4096
+# What bridges a storage that hesitates for some steps; more would be decoded beside a run's first steps.
+BATCHES_AHEAD = 8
 CENTRE = (0.5, 0.5)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT_BYTES = 2**30
@@ -146,10 +148,12 @@ def make_reads(
     world_size: int,
     random_crop: bool,
 ) -> list[Read]:
-    """Cuts a run of windows into read tasks, each of about a block, and of one window at least."""
+    """Cuts a run of windows into read tasks, each of some batches and about a block, and of one window at least."""
     image = replace(index.image, classes=())  # thousands of tasks would carry thousands of names
     size = _pixel_bytes(image)
     reads, some, held = list[Read](), list[Window](), 0
+    least, most = ROWS_PER_READ
+    most = min(most, max(least, BATCHES_AHEAD * plan.batch_size // world_size))
 
     def close() -> None:
         groups = {g: (index.groups[g], int(plan.first_id[g])) for window in some for g in window.groups}
@@ -157,7 +161,7 @@ def make_reads(
 
     for window in windows:
         rows = window.rows // world_size
-        if some and (held + rows > ROWS_PER_READ or (held + rows) * size > BLOCK_BYTES):
+        if some and (held + rows > most or (held + rows) * size > BLOCK_BYTES):
             close()
             some, held = [], 0
         some.append(window)

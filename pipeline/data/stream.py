@@ -22,12 +22,10 @@ from torch import Tensor
 from pipeline.config import ImageConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import Plan, local_batch_size, windows_between
-from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixels_of
+from pipeline.data.reads import BATCHES_AHEAD, BLOCK_BYTES, PlannedReads, make_reads, pixels_of
 
 WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 4 * BLOCK_BYTES
-# What bridges a storage that hesitates for some steps; more would be decoded beside a run's first steps.
-BATCHES_AHEAD = 8
 CLOSING_SECONDS = 30.0
 
 
@@ -63,7 +61,7 @@ class RankStream:
 
     Attributes:
         readers: processes that read and decode beside the rank.
-        in_flight: bytes of decoded images that may wait in the object store; more where a window or some batches are
+        in_flight: most bytes of decoded images that wait in the object store; more where windows or some batches are
             larger.
         random_crop: cut the square out of an image's longer side at random, not in its centre.
     """
@@ -110,7 +108,8 @@ class RankStream:
             reads = make_reads(
                 self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
             )
-            # A later window must not take the room that an earlier one, which is waited for, needs.
+            # Each reader has one read in work and one to come; and a later window must not take the room that an
+            # earlier one, which is waited for, needs.
             largest = max(read.decoded_bytes for read in reads)
             pixels = self.index.image.size**2 * self.index.image.channels
             batches = BATCHES_AHEAD * self.plan.batch_size // self.world_size * pixels
@@ -130,7 +129,11 @@ class RankStream:
             context.target_max_block_size = BLOCK_BYTES
             context.execution_options.preserve_order = True
             context.execution_options.resource_limits = ExecutionResources(
-                object_store_memory=max(self.in_flight, (self.readers + 1) * largest, batches)
+                object_store_memory=max(
+                    min(self.in_flight, (2 * self.readers + 1) * largest),
+                    (self.readers + 1) * largest,
+                    batches,
+                )
             )
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
