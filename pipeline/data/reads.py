@@ -51,12 +51,12 @@ class Read:
     @property
     def decoded_bytes(self) -> int:
         """About what its tables hold."""
-        return sum(window.rows for window in self.windows) // self.world_size * _pixel_bytes(self.image)
+        return sum(window.rows for window in self.windows) // self.world_size * pixel_bytes(self.image)
 
     def __call__(self) -> Iterator[pa.Table]:
         """Tables in the plan's order: pixels, label, id, epoch, path, and bad = why it could not be decoded."""
         _keep_freed_memory()
-        step = max(1, BLOCK_BYTES // _pixel_bytes(self.image))
+        step = max(1, BLOCK_BYTES // pixel_bytes(self.image))
         for window in self.windows:
             encoded = self._encoded(window)
             for first in range(0, encoded.num_rows, step):
@@ -87,7 +87,7 @@ class Read:
                 pixels[i] = decode(data, image.size, image.channels, crop=crop)
             except DecodeError as error:
                 pixels[i], bad[i] = 0, str(error)
-        kind = pa.binary(_pixel_bytes(image))
+        kind = pa.binary(pixel_bytes(image))
         packed = pa.FixedSizeBinaryArray.from_buffers(kind, count, [None, pa.py_buffer(pixels)])
         return (
             table.select(["label", "id", "epoch", "path"])
@@ -109,13 +109,13 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
-def _pixel_bytes(image: ImageConfig) -> int:
+def pixel_bytes(image: ImageConfig) -> int:
     return image.size * image.size * image.channels
 
 
 def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
     """The images of a table that `Read` made: uint8 [N, H, W, C], not copied where it is one chunk."""
-    size = _pixel_bytes(image)
+    size = pixel_bytes(image)
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
         for chunk in table["pixels"].chunks
@@ -138,6 +138,11 @@ class PlannedReads(Datasource):
         return [ReadTask(read, unknown) for read in self._reads]
 
 
+def rows_ahead(plan: Plan, world_size: int) -> int:
+    """How many of its rows a rank should have at hand beyond those of a read."""
+    return BATCHES_AHEAD * plan.batch_size // world_size
+
+
 def make_reads(
     index: DatasetIndex,
     plan: Plan,
@@ -150,10 +155,10 @@ def make_reads(
 ) -> list[Read]:
     """Cuts a run of windows into read tasks, each of some batches and about a block, and of one window at least."""
     image = replace(index.image, classes=())  # thousands of tasks would carry thousands of names
-    size = _pixel_bytes(image)
+    size = pixel_bytes(image)
     reads, some, held = list[Read](), list[Window](), 0
     least, most = ROWS_PER_READ
-    most = min(most, max(least, BATCHES_AHEAD * plan.batch_size // world_size))
+    most = min(most, max(least, rows_ahead(plan, world_size)))
 
     def close() -> None:
         groups = {g: (index.groups[g], int(plan.first_id[g])) for window in some for g in window.groups}

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.config import ImageConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.data.plan import Plan, local_batch_size, windows_between
-from pipeline.data.reads import BATCHES_AHEAD, BLOCK_BYTES, PlannedReads, make_reads, pixels_of
+from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixel_bytes, pixels_of, rows_ahead
 
 WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 4 * BLOCK_BYTES
@@ -111,8 +111,7 @@ class RankStream:
             # Each reader has one read in work and one to come; and a later window must not take the room that an
             # earlier one, which is waited for, needs.
             largest = max(read.decoded_bytes for read in reads)
-            pixels = self.index.image.size**2 * self.index.image.channels
-            batches = BATCHES_AHEAD * self.plan.batch_size // self.world_size * pixels
+            batches = rows_ahead(self.plan, self.world_size) * pixel_bytes(self.index.image)
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
             dataset = ray.data.read_datasource(
                 PlannedReads(reads),
@@ -123,9 +122,8 @@ class RankStream:
             )
             context = dataset.context
             context.enable_progress_bars = False
-            context.memory_usage_poll_interval_s = (
-                None  # a thread in each task, for a figure that nothing reads
-            )
+            # Else a thread in each task, for a figure that nothing reads.
+            context.memory_usage_poll_interval_s = None
             context.target_max_block_size = BLOCK_BYTES
             context.execution_options.preserve_order = True
             context.execution_options.resource_limits = ExecutionResources(

@@ -17,9 +17,9 @@ from ray.train.v2.api.validation_config import ValidationTaskConfig
 
 from pipeline.data import storage
 from pipeline.training import checkpoint
+from pipeline.training.progress import BITS_PER_DIM
 
 CHECKPOINTS = "checkpoints"
-BITS_PER_DIM = "bits_per_dim"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 

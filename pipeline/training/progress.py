@@ -22,8 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.data import storage
 from pipeline.display import Display
 
+BITS_PER_DIM = "bits_per_dim"
 # The value by which a point is known as one of a curve: of the training, and of the validation.
-CURVES = ("loss", "bits_per_dim")
+CURVES = ("loss", BITS_PER_DIM)
 # Milliseconds since 1970, step, values.
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5

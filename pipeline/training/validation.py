@@ -24,7 +24,8 @@ from pipeline.evaluation.work import choose
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.training import checkpoint
-from pipeline.training.history import BITS_PER_DIM, CHECKPOINTS
+from pipeline.training.history import CHECKPOINTS
+from pipeline.training.progress import BITS_PER_DIM
 
 BEST = "best"
 
