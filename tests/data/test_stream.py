@@ -124,7 +124,7 @@ def large_images(folder: Path, count: int) -> DatasetIndex:
 
 MEGABYTE = 2**20
 IN_FLIGHT = 128 * MEGABYTE
-SLACK = 256 * MEGABYTE  # blocks that tasks are writing, those that wait in the trainer, those not yet freed
+SLACK = 160 * MEGABYTE  # blocks that tasks are writing, those that wait in the trainer, those not yet freed
 
 
 def store_bytes() -> int:
