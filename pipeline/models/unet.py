@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.errors import InputError
+from pipeline.models.norm import GroupNorm
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-5
@@ -113,7 +114,7 @@ class UNet(nn.Module):
             )
             self.up_blocks.append(block)
             width = out
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, width, NORM_EPS)
+        self.conv_norm_out = GroupNorm(NORM_GROUPS, width, NORM_EPS)
         self.conv_out = _zero(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -198,10 +199,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out: int, embedding: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, channels, NORM_EPS)
+        self.norm1 = GroupNorm(NORM_GROUPS, channels, NORM_EPS)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, 2 * out)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, out, NORM_EPS)
+        self.norm2 = GroupNorm(NORM_GROUPS, out, NORM_EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
@@ -221,7 +222,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
         self.heads = channels // head_channels
-        self.group_norm = nn.GroupNorm(NORM_GROUPS, channels, NORM_EPS)
+        self.group_norm = GroupNorm(NORM_GROUPS, channels, NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

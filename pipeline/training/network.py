@@ -17,7 +17,8 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        instructions = torch.cpu.get_capabilities()
+        # Older torch can't tell.
+        instructions: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(bool(instructions.get(name)) for name in ("amx_bf16", "avx512_bf16"))
     return False
 
