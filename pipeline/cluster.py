@@ -21,6 +21,8 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    # The core warns of four times as many processes as this (else the CPUs), many of which only wait here.
+    "RAY_worker_maximum_startup_concurrency": "8",
 }
 
 

@@ -63,6 +63,7 @@ def _one_rank(
             {"weights": flat(state), "losses": losses, "sampler": state.sampler, "seen": seen},
             f"{folder}/{world_size}.pt",
         )
+    dist.barrier()  # gloo aborts the others of a group that one of them leaves
     dist.destroy_process_group()
 
 

@@ -28,7 +28,7 @@ def test_auto_is_bf16_on_a_cpu_that_multiplies_it(
     capabilities: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    config, _ = problem()
+    config, _ = problem(precision="auto")
     assert uses_bf16(config, CPU) is expected
     assert uses_bf16(dataclasses.replace(config, precision="bf16"), CPU)
     assert not uses_bf16(dataclasses.replace(config, precision="fp32"), CPU)
