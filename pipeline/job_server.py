@@ -10,6 +10,7 @@ from pipeline.errors import InputError
 from pipeline.redact import redact
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+THIS_MACHINE = "127.0.0.1", "localhost", "::1"
 SECONDS = 15.0
 
 
@@ -22,6 +23,9 @@ def connect(address: str, verify: str = "true") -> Any:
 
     Raises:
         InputError: no job server answers there, or not to us.
+
+    Where RAY_AUTH_MODE is not set, this machine's own cluster gets the token that Ray keeps in the home folder and
+    that `ray start` turns on by itself; no other cluster gets it.
     """
     given = (
         address,
@@ -38,6 +42,7 @@ def connect(address: str, verify: str = "true") -> Any:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(name, None)
 
+    from ray._private.authentication import authentication_token_setup as setup
     from ray.dashboard.modules import dashboard_sdk
     from ray.dashboard.modules.job import sdk
     from ray.exceptions import AuthenticationError
@@ -45,6 +50,8 @@ def connect(address: str, verify: str = "true") -> Any:
     for module in (dashboard_sdk, sdk):
         module.logger.setLevel(logging.ERROR)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if urlsplit(address).hostname in THIS_MACHINE:
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     _knock(address, checked)
     try:
         client = sdk.JobSubmissionClient(address, verify=checked)

@@ -2,8 +2,11 @@
 
 import datetime
 import ipaddress
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,13 +25,17 @@ from pipeline.job_server import connect
 
 @contextmanager
 def server(
-    answer: Callable[[str], tuple[int, str]], certificate: tuple[Path, Path] | None = None
+    answer: Callable[[str], tuple[int, str]],
+    certificate: tuple[Path, Path] | None = None,
+    token: str = "",
+    host: str = "127.0.0.1",
 ) -> Iterator[str]:
-    """An HTTP server; `answer` turns a path into a status and a body."""
+    """An HTTP server; `answer` turns a path into a status and a body, for those who bring the token."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status, body = answer(self.path)
+            known = not token or self.headers.get("Authorization") == f"Bearer {token}"
+            status, body = answer(self.path) if known else (401, "no token")
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body.encode())
@@ -36,7 +43,7 @@ def server(
         def log_message(self, *_: object) -> None:
             pass
 
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running = ThreadingHTTPServer((host, 0), Handler)
     scheme = "http"
     if certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -46,7 +53,7 @@ def server(
     thread = threading.Thread(target=running.serve_forever)
     thread.start()
     try:
-        yield f"{scheme}://127.0.0.1:{running.server_port}"
+        yield f"{scheme}://{host}:{running.server_port}"
     finally:
         running.shutdown()
         running.server_close()
@@ -116,6 +123,28 @@ def test_a_certificate_is_checked_unless_told_otherwise(certificate: tuple[Path,
 def test_what_is_wrong_with_the_token_is_said(status: int, complaint: str) -> None:
     with server(lambda path: (status, "no")) as address, pytest.raises(InputError, match=complaint):
         connect(address)
+
+
+def test_rays_own_token_goes_to_this_machines_cluster_and_to_no_other(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    token = "0123456789abcdef" * 4
+    (tmp_path / ".ray" / "auth_token").write_text(token)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    program = "import sys; from pipeline.job_server import connect; connect(sys.argv[1])"
+
+    def asked(address: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, address],
+            env=environment | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    with server(ray_like, token=token) as address:
+        known = asked(address)
+        assert known.returncode == 0, known.stderr
+    with server(ray_like, token=token, host="127.0.0.2") as address:
+        assert "asks for a token" in asked(address).stderr
 
 
 def test_another_server_is_told_from_a_job_server() -> None:
