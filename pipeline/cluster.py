@@ -56,6 +56,7 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
     import ray
     from ray.data import DataContext
 
+    from pipeline.data.pace import set_pace
     from pipeline.errors import InputError
 
     if not ray.is_initialized():
@@ -74,10 +75,11 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
         except ConnectionError as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}") from None
+    context = DataContext.get_current()
+    set_pace(context)
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        context = DataContext.get_current()
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False
         context.print_on_execution_start = False

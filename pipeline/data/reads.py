@@ -1,4 +1,4 @@
-"""The plan as a Ray Data source: read and decode, beside the trainer that asks for it.
+"""The plan as reads: read and decode, beside the trainer that asks for it.
 
 Free of torch: a reading process starts without the seconds that it takes.
 """
@@ -11,8 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import ImageConfig
 from pipeline.data.images import DecodeError, decode
@@ -124,18 +122,19 @@ def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
     return pixels.reshape(-1, image.size, image.size, image.channels)
 
 
-class PlannedReads(Datasource):
-    """Read tasks in the plan's order."""
+class Reader:
+    """Does reads, by their number, in a process that stays for all of them.
+
+    Ray ends a worker process that was idle for a second: reads as tasks would each start one anew beside a trainer
+    that needs few of them.
+    """
 
     def __init__(self, reads: list[Read]) -> None:
         self._reads = reads
 
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(read, unknown) for read in self._reads]
+    def __call__(self, numbers: pa.Table) -> Iterator[pa.Table]:
+        for number in numbers["read"].to_pylist():
+            yield from self._reads[number]()
 
 
 def rows_ahead(plan: Plan, world_size: int) -> int:

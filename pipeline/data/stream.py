@@ -16,16 +16,18 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
-from ray.data import ExecutionResources, TaskPoolStrategy
+from ray.data import ActorPoolStrategy
 from torch import Tensor
 
 from pipeline.config import ImageConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.data.pace import set_in_flight, set_pace
 from pipeline.data.plan import Plan, local_batch_size, windows_between
-from pipeline.data.reads import BLOCK_BYTES, PlannedReads, make_reads, pixel_bytes, pixels_of, rows_ahead
+from pipeline.data.reads import BLOCK_BYTES, Reader, make_reads, pixel_bytes, pixels_of, rows_ahead
 
 WINDOWS_PER_EXECUTION = 1024
-IN_FLIGHT_BYTES = 4 * BLOCK_BYTES
+IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
+CONSUMER_TABLES = 4
 CLOSING_SECONDS = 30.0
 
 
@@ -108,31 +110,35 @@ class RankStream:
             reads = make_reads(
                 self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
             )
-            # Each reader has one read in work and one to come; and a later window must not take the room that an
-            # earlier one, which is waited for, needs.
+            # Ray Data's iterator holds some tables for us; each reader has one read in work and one to come; and a
+            # later window must not take the room that an earlier one, which is waited for, needs.
             largest = max(read.decoded_bytes for read in reads)
             batches = rows_ahead(self.plan, self.world_size) * pixel_bytes(self.index.image)
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
-            dataset = ray.data.read_datasource(
-                PlannedReads(reads),
-                override_num_blocks=len(reads),  # or Ray Data cuts what a task reads into small blocks
+            dataset = ray.data.from_arrow(
+                [pa.table({"read": [number]}) for number in range(len(reads))]
+            ).map_batches(
+                Reader,
+                fn_constructor_args=(reads,),
+                batch_size=None,
+                batch_format="pyarrow",
                 num_cpus=0,
                 label_selector=here,
-                compute=TaskPoolStrategy(size=min(self.readers, len(reads))),
+                compute=ActorPoolStrategy(
+                    size=min(self.readers, len(reads)), max_tasks_in_flight_per_actor=2
+                ),
             )
             context = dataset.context
             context.enable_progress_bars = False
             # Else a thread in each task, for a figure that nothing reads.
             context.memory_usage_poll_interval_s = None
+            set_pace(context)
             context.target_max_block_size = BLOCK_BYTES
             context.execution_options.preserve_order = True
-            context.execution_options.resource_limits = ExecutionResources(
-                object_store_memory=max(
-                    min(self.in_flight, (2 * self.readers + 1) * largest),
-                    (self.readers + 1) * largest,
-                    batches,
-                )
-            )
+            handed_over = CONSUMER_TABLES * min(largest, BLOCK_BYTES)
+            most = handed_over + 2 * self.readers * largest
+            least = max(handed_over + self.readers * largest, batches)
+            set_in_flight(context, max(min(self.in_flight, most), least), largest)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 

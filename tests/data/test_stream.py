@@ -198,7 +198,9 @@ def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> No
         assert consume(small, images) == images
     assert tenfold.trainer < 1.1 * max(once.trainer, again.trainer)
     assert tenfold.reader < 1.1 * max(once.reader, again.reader)
-    assert tenfold.store < IN_FLIGHT + SLACK  # of 1.5 GiB
+    # The store gives up in one go what was freed within a second: at this speed some 300 MiB.
+    assert tenfold.store < 1.25 * max(once.store, again.store)
+    assert tenfold.store < 640 * MEGABYTE  # of 1.5 GiB
     assert spilled_bytes() == 0
 
 

@@ -1,0 +1,57 @@
+"""How Ray Data's loop goes on: at a pace that leaves the processor to others, with a bound on what reads hold.
+
+Both through Ray Data's own hooks, a callback and a backpressure policy.
+"""
+
+import time
+from typing import Any
+
+from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
+from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+STEP_SECONDS = 0.02
+_BOUND = "ray_ddpm.in_flight"
+
+
+class Unhurried(ExecutionCallback):
+    """At most one step of Ray Data's loop in STEP_SECONDS.
+
+    While blocks wait that nobody needs yet, the loop has nothing to do and asks again at once. It would keep a core
+    busy, and hold Python's lock of its process nearly all the time: beside it, in a trainer, a small network trains
+    ten times as slowly.
+    """
+
+    _last = 0.0
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(max(0.0, self._last + STEP_SECONDS - time.monotonic()))
+        self._last = time.monotonic()
+
+
+class InFlight(BackpressurePolicy):
+    """Starts a task where its output has room beside what waits and what running tasks make.
+
+    Ray's own policy halves the memory that it may use and then some, so that one reader works where there is room for
+    three; and it leaves finished output unread, which its loop then asks for without end.
+    """
+
+    def can_add_input(self, op: Any) -> bool:
+        bound, largest = self._data_context.get_config(_BOUND)
+        made = self._resource_manager.get_mem_op_outputs(op)
+        finished, metrics = op.metrics.bytes_outputs_of_finished_tasks, op.metrics
+        to_come = metrics.num_tasks_running * largest - (metrics.bytes_task_outputs_generated - finished)
+        return bool(made + max(to_come, 0) + largest <= bound)
+
+
+def set_pace(context: DataContext) -> None:
+    """For the executions of datasets that have this context."""
+    if Unhurried not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Unhurried)
+
+
+def set_in_flight(context: DataContext, bound: int, largest: int) -> None:
+    """Bounds the output, in bytes, that tasks make and that waits, where one makes up to `largest`."""
+    context.set_config(_BOUND, (bound, largest))
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [InFlight])
