@@ -114,10 +114,9 @@ class RankStream:
             # later window must not take the room that an earlier one, which is waited for, needs.
             largest = max(read.decoded_bytes for read in reads)
             batches = rows_ahead(self.plan, self.world_size) * pixel_bytes(self.index.image)
+            numbers = [{"read": number} for number in range(len(reads))]
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
-            dataset = ray.data.from_arrow(
-                [pa.table({"read": [number]}) for number in range(len(reads))]
-            ).map_batches(
+            dataset = ray.data.from_items(numbers, override_num_blocks=len(reads)).map_batches(
                 Reader,
                 fn_constructor_args=(reads,),
                 batch_size=None,
