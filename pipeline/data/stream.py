@@ -63,7 +63,7 @@ class RankStream:
 
     Attributes:
         readers: processes that read and decode beside the rank.
-        in_flight: most bytes of decoded images that wait in the object store; more where windows or some batches are
+        in_flight: most bytes of decoded images that wait in the object store; more where two reads or some batches are
             larger.
         random_crop: cut the square out of an image's longer side at random, not in its centre.
     """
@@ -110,8 +110,7 @@ class RankStream:
             reads = make_reads(
                 self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
             )
-            # Ray Data's iterator holds some tables for us; each reader has one read in work and one to come; and a
-            # later window must not take the room that an earlier one, which is waited for, needs.
+            # Ray Data's iterator holds some tables for us; each reader has one read in work and one to come.
             largest = max(read.decoded_bytes for read in reads)
             batches = rows_ahead(self.plan, self.world_size) * pixel_bytes(self.index.image)
             numbers = [{"read": number} for number in range(len(reads))]
