@@ -72,11 +72,15 @@ def forward_side(folder: Path, work: Work, precision: Precision) -> Callable[[],
 
 
 def diffusers_side(work: Work, precision: Precision) -> Callable[[], object]:
-    """Diffusers' pipeline, with its own way to the precision."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    pipe = DDIMPipeline(UNet2DModel.from_config(unet_config(SPEC)).to(dtype).eval(), DDIMScheduler(1000))
+    """Diffusers' pipeline; under autocast, since it can't turn an image in bf16 into an array."""
+    pipe = DDIMPipeline(UNet2DModel.from_config(unet_config(SPEC)).eval(), DDIMScheduler(1000))
     pipe.set_progress_bar_config(disable=True)
-    return lambda: pipe(work.batch, num_inference_steps=work.steps)
+
+    def side() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            pipe(work.batch, num_inference_steps=work.steps)
+
+    return side
 
 
 def sampler_side(folder: Path, work: Work, precision: Precision, output: Path) -> Callable[[], object]:
