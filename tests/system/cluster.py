@@ -44,6 +44,7 @@ class LocalCluster:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(processes, timeout=10)  # one that is killed ends soon, not at once
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
 
