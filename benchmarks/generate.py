@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import two_over_one
 from pipeline.cluster import connect
-from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, Precision
+from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, Precision, TrainConfig
 from pipeline.generation import pool
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.plan import Piece, tasks
@@ -44,6 +44,7 @@ from pipeline.generation.sampler import Sampler, Setup
 from pipeline.models.diffusers import unet_config
 from pipeline.models.export import load_model, pack_model, save_model
 from pipeline.models.unet import build
+from pipeline.training.network import uses_bf16
 
 SPEC = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
 
@@ -142,7 +143,7 @@ def main(smoke: bool) -> None:
     connect()
     result: dict[str, float] = {}
     # bf16 only where the CPU computes in it: elsewhere it is emulated, and slow.
-    bf16 = not smoke and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    bf16 = not smoke and uses_bf16(TrainConfig("", ""), torch.device("cpu"))
     precisions: list[Precision] = ["fp32", "bf16"] if bf16 else ["fp32"]
     for precision in precisions:
         with tempfile.TemporaryDirectory() as name:

@@ -17,15 +17,15 @@ SECONDS = 15.0
 def connect(address: str, verify: str = "true") -> Any:
     """A client of the job server.
 
+    Where RAY_AUTH_MODE is not set, this machine's own cluster gets the token that Ray keeps in the home folder and
+    that `ray start` turns on by itself; no other cluster gets it.
+
     Args:
         address: http:// or https://; "" = RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else this machine's.
         verify: "true", "false", or a path of certificates of trusted authorities.
 
     Raises:
         InputError: no job server answers there, or not to us.
-
-    Where RAY_AUTH_MODE is not set, this machine's own cluster gets the token that Ray keeps in the home folder and
-    that `ray start` turns on by itself; no other cluster gets it.
     """
     given = (
         address,

@@ -39,10 +39,10 @@ class InFlight(BackpressurePolicy):
 
     def can_add_input(self, op: Any) -> bool:
         bound, largest = self._data_context.get_config(_BOUND)
-        made = self._resource_manager.get_mem_op_outputs(op)
-        finished, metrics = op.metrics.bytes_outputs_of_finished_tasks, op.metrics
-        to_come = metrics.num_tasks_running * largest - (metrics.bytes_task_outputs_generated - finished)
-        return bool(made + max(to_come, 0) + largest <= bound)
+        metrics = op.metrics
+        made_by_running = metrics.bytes_task_outputs_generated - metrics.bytes_outputs_of_finished_tasks
+        to_come = max(metrics.num_tasks_running * largest - made_by_running, 0)
+        return bool(self._resource_manager.get_mem_op_outputs(op) + to_come + largest <= bound)
 
 
 def set_pace(context: DataContext) -> None:
