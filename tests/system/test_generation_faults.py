@@ -35,11 +35,11 @@ def cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Slow enough to be killed at its work: about half a second a file."""
+    """Slow enough to be killed at its work: half a second a file, or more."""
     spec = ModelSpec(
         ModelConfig(model_channels=32, channel_multipliers=(1,), res_blocks=1, class_conditional=True),
         ImageConfig(8, 1, ("a", "b", "c")),
-        DiffusionConfig(timesteps=40),
+        DiffusionConfig(timesteps=120),
     )
     torch.manual_seed(0)
     return save_model(tmp_path_factory.mktemp("faults") / "model", build(spec).state_dict(), spec)
@@ -83,6 +83,15 @@ class Driver:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """It lives, holds its lock and does nothing."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -121,7 +130,8 @@ def test_kills_of_actors_nodes_drivers_and_all_at_once_leave_the_undisturbed_dat
 
     first = drive(output)
     after(first, 2)
-    second = run_job("generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=cluster.address)
+    with first.paused():
+        second = run_job("generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=cluster.address)
     assert second.code == 2
     assert f"is being written by process {first.process.pid}" in second.stderr
     assert cluster.kill_workers(ACTOR, 1)
