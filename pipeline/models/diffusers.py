@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from pipeline.config import ModelSpec
 from pipeline.diffusion.schedules import make_betas
 from pipeline.errors import InputError
-from pipeline.models.unet import NORM_EPS, NORM_GROUPS, UNet, out_channels
+from pipeline.models.unet import NORM_EPS, UNet, norm_groups, out_channels
 
 _VARIANCE = {"fixed_large": "fixed_large", "fixed_small": "fixed_small"}
 
@@ -64,8 +64,8 @@ def unet_config(spec: ModelSpec) -> dict[str, Any]:
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "attention_head_dim": config.head_channels,
-        "norm_num_groups": NORM_GROUPS,
-        "attn_norm_num_groups": NORM_GROUPS,
+        "norm_num_groups": norm_groups(config),
+        "attn_norm_num_groups": norm_groups(config),
         "norm_eps": NORM_EPS,
         "resnet_time_scale_shift": "scale_shift",
         "dropout": config.dropout,
