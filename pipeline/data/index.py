@@ -17,7 +17,8 @@ from pipeline.errors import InputError
 
 MANIFEST = "manifest.json"
 UNFINISHED = "parts/settings.json"
-FORMAT = "ray-ddpm-shards"
+FORMAT, SAMPLES_FORMAT = "ray-ddpm-shards", "ray-ddpm-samples"
+SAMPLES = "data"
 SPLITS = ("train", "validation")
 VALIDATION_FRACTION = 0.1
 
@@ -71,7 +72,7 @@ def row_group(uri: str, number: int, rows: int) -> Group:
 
 
 def open_dataset(uri: str, split: str = "train", image_size: int = 0) -> DatasetIndex:
-    """Opens what jobs/prepare.py wrote, or any of the formats that it reads.
+    """Opens what jobs/prepare.py or jobs/generate.py wrote, or any of the formats that the former reads.
 
     Images that were not prepared are read once, here, undecoded: for their hashes, by which a tenth of them is held
     out, their labels and their sizes.
@@ -95,8 +96,10 @@ def open_dataset(uri: str, split: str = "train", image_size: int = 0) -> Dataset
 def _open_prepared(uri: str, split: str, image_size: int) -> DatasetIndex:
     try:
         manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        if manifest["format"] == SAMPLES_FORMAT:
+            return _open_source(storage.join(uri, SAMPLES), split, image_size)
         if manifest["format"] != FORMAT:
-            raise InputError(f"--data {uri}: {MANIFEST} is not one of jobs/prepare.py")
+            raise InputError(f"--data {uri}: {MANIFEST} is not one of jobs/prepare.py or jobs/generate.py")
         splits = manifest["splits"]
         if split not in splits or not splits[split]["rows"]:
             raise InputError(f"--data {uri}: has no images in a split {split!r}; it has {', '.join(splits)}")

@@ -19,6 +19,7 @@ from pipeline.config import ImageConfig, to_dict
 from pipeline.data import storage
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import FORMAT, MANIFEST, SPLITS, UNFINISHED, held_out
+from pipeline.data.labels import MOST_UNNAMED_CLASSES, with_class_names
 from pipeline.data.parts import Part, Plan, Source
 from pipeline.data.scan import name_classes
 from pipeline.data.shard_writer import ShardWriter, Totals
@@ -28,7 +29,6 @@ from pipeline.errors import InputError
 
 QUARANTINE = "quarantine.jsonl"
 NAMED_BAD_IMAGES = 5
-MOST_UNNAMED_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         InputError: a setting, an input or an output that can't be used; too many undecodable images.
     """
     _check(config)
-    source = plan(config.source, config.input, config.rows_per_shard)
+    source = with_class_names(plan(config.source, config.input, config.rows_per_shard))
     image = _image(config, source)
     settings = {
         key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")
@@ -237,7 +237,7 @@ def _label(label: str | None, classes: tuple[str, ...]) -> int | None:
         if label not in classes:
             raise DecodeError(f"label {label!r} is not among the {len(classes)} classes")
         return classes.index(label)
-    # WebDataset names no classes: integers are taken as they are.
+    # Nothing names the classes: integers are taken as they are.
     if not label.isdecimal():
         raise DecodeError(f"label {label!r} is not a class number")
     return int(label)

@@ -18,6 +18,9 @@ from pipeline.data.parts import IMAGE_SUFFIXES, Item, Part, Plan, Source
 from pipeline.data.tars import plan_tars, read_tar, split_tar
 from pipeline.errors import InputError
 
+# What `datasets` calls an ImageFolder's table of other columns: the images are files.
+BESIDE_IMAGES = "metadata.parquet"
+
 
 def plan(source: Source, uri: str, images_per_part: int) -> Plan:
     """Cuts a source into parts of about `images_per_part` images.
@@ -48,7 +51,7 @@ def find_source(uri: str) -> Source:
     names = [posixpath.basename(file).lower() for file in storage.list_files(uri)]
     if not names:
         raise InputError(f"--data {uri}: is empty: write shards with jobs/prepare.py first")
-    suffixes = {posixpath.splitext(name)[1] for name in names}
+    suffixes = {posixpath.splitext(name)[1] for name in names if name != BESIDE_IMAGES}
     if ".parquet" in suffixes:
         return "huggingface"
     if ".tar" in suffixes:

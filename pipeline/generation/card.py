@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline import __version__
 from pipeline.config import ModelSpec
 from pipeline.data import storage
+from pipeline.data.index import SAMPLES_FORMAT
 from pipeline.generation import ledger, writers
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import Note
@@ -39,7 +40,7 @@ def describe(
         data = _png_metadata(config, spec, whole)
         storage.write_atomic(storage.join(output, ledger.DATA, ledger.PNG_METADATA), data)
     head = {
-        "format": "ray-ddpm-samples",
+        "format": SAMPLES_FORMAT,
         "code": {"ray-ddpm": __version__, "commit": _commit(), "torch": torch.__version__},
         **about,
         "trained_on": spec.provenance,

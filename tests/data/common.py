@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,13 @@ def write_folder(root: Path, images: list[bytes], suffix: str = "png") -> Path:
     return root
 
 
-def tar_bytes(images: list[bytes], first: int = 0, suffix: str = "png") -> bytes:
+def tar_bytes(
+    images: list[bytes], first: int = 0, suffix: str = "png", names: Sequence[str] = ("0", "1", "2")
+) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for i, data in enumerate(images, first):
-            for name, content in ((f"{i:04d}.{suffix}", data), (f"{i:04d}.cls", b"%d" % label_of(i))):
+            for name, content in ((f"{i:04d}.{suffix}", data), (f"{i:04d}.cls", names[label_of(i)].encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

@@ -1,11 +1,16 @@
 """Every format opens as it is in the libraries that read it, and every row says what it is."""
 
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
+from pipeline.config import ImageConfig
+from pipeline.data.images import decode
+from pipeline.data.index import open_dataset, read_rows
 from pipeline.generation.writers import class_folders
 from tests.generation.common import config, digests, make, manifest, opened
 
@@ -58,6 +63,21 @@ def test_samples_of_an_unconditional_model_have_no_label(unconditional: Path, tm
     assert list(opened(tmp_path / "a")["label"]) == [None] * 8
     make(config(tmp_path / "b", guidance=1.0, count=8, format="png"), unconditional)
     assert list(opened(tmp_path / "b")["label"]) == [None] * 8
+
+
+@pytest.mark.parametrize("form", ["parquet", "png", "webdataset"])
+def test_samples_can_be_trained_on(model: Path, tmp_path: Path, pixels: list[bytes], form: str) -> None:
+    make(config(tmp_path, format=form), model)
+    splits = [open_dataset(str(tmp_path), split) for split in ("train", "validation")]
+    assert splits[0].image == ImageConfig(8, 1, ("0", "1", "2") if form == "webdataset" else ("a", "b", "c"))
+    found = Counter[bytes]()
+    for split in splits:
+        for group in split.groups:
+            rows = read_rows(group, np.arange(group.rows)).to_pylist()
+            found.update(b"%d" % row["label"] + decode(row["bytes"], 8, 1).tobytes() for row in rows)
+    data = opened(tmp_path)
+    labels = data["cls"] if form == "webdataset" else data.sort("index")["label"]
+    assert found == Counter(b"%d" % label + data for label, data in zip(labels, pixels, strict=True))
 
 
 def test_the_manifest_says_where_the_samples_came_from(whole: Path) -> None:
