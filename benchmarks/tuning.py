@@ -24,13 +24,14 @@ from pipeline.config import DiffusionConfig, TrainConfig
 from pipeline.data.index import open_dataset
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits
+from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.models.export import load_model
 from pipeline.tracking import end_run, quieten, tracking_uri
 from pipeline.training.trainer import train
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger
-from pipeline.tuning.config import BITS, TuneConfig
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.objective import common_numbers_gain
 from pipeline.tuning.search import search
 from pipeline.tuning.trial import training
@@ -101,7 +102,7 @@ def main() -> None:
     )
     tpe = run_search(base)
     chance = run_search(replace(base, output=str(output / "random"), searcher="random"))
-    winner = ledger.ranked(ledger.read_all(base.output), BITS)[0]
+    winner = ledger.ranked(ledger.read_all(base.output), BITS_PER_DIM)[0]
     best = replace(training(base, winner), resume=False)
     # The default noise process of jobs/train.py, everything else as the winner has it.
     default = replace(best, diffusion=DiffusionConfig())
@@ -122,8 +123,12 @@ def main() -> None:
     line = {
         "trials": options.trials,
         "images": options.images,
-        "tpe": {"seconds": tpe["seconds"], BITS: tpe["metrics"][BITS], "flags": tpe["flags"]},
-        "random": {"seconds": chance["seconds"], BITS: chance["metrics"][BITS], "flags": chance["flags"]},
+        "tpe": {"seconds": tpe["seconds"], BITS_PER_DIM: tpe["metrics"][BITS_PER_DIM], "flags": tpe["flags"]},
+        "random": {
+            "seconds": chance["seconds"],
+            BITS_PER_DIM: chance["metrics"][BITS_PER_DIM],
+            "flags": chance["flags"],
+        },
         "fresh": results,
         "winner_better_by": {"mean": float(better.mean()), "least": float(better.min())},
         "common_random_numbers_gain": gains(base.output),

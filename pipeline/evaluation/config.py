@@ -6,6 +6,8 @@ from typing import Literal
 from pipeline.errors import InputError
 
 Metric = Literal["bits", "frechet", "kernel", "manifold", "knn"]
+BITS_PER_DIM, FRECHET = "bits_per_dim", "frechet_distance"
+"""Names of figures, by which runs and trials are compared."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ray.train.v2.api.report_config import CheckpointConsistencyMode
 from ray.train.v2.api.validation_config import ValidationTaskConfig
 
 from pipeline.data import storage
+from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.training import checkpoint
-from pipeline.training.progress import BITS_PER_DIM
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOT = "checkpoint_manager_snapshot.json"

@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.data import storage
 from pipeline.display import Display
+from pipeline.evaluation.config import BITS_PER_DIM
 
-BITS_PER_DIM = "bits_per_dim"
 # The value by which a point is known as one of a curve: of the training, and of the validation.
 CURVES = ("loss", BITS_PER_DIM)
 # Milliseconds since 1970, step, values.

@@ -23,13 +23,14 @@ from pipeline.data.stream import RankStream
 from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
+from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.models.ema import power_gamma
 from pipeline.models.unet import check_model
 from pipeline.training import checkpoint, worker
 from pipeline.training.history import CHECKPOINTS, mend, sweep
 from pipeline.training.identity import open_run
 from pipeline.training.leaving import SaveBeforeLeaving
-from pipeline.training.progress import BITS_PER_DIM, Courier, Point, open_mailbox, read_quarantine
+from pipeline.training.progress import Courier, Point, open_mailbox, read_quarantine
 from pipeline.training.signals import run_until_signal
 from pipeline.training.validation import Validator, save_model_at
 

@@ -20,12 +20,12 @@ from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data import storage
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation.bits import held_out_bits
+from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.work import choose
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.training import checkpoint
 from pipeline.training.history import CHECKPOINTS
-from pipeline.training.progress import BITS_PER_DIM
 
 BEST = "best"
 

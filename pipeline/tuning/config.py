@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
+from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 
 Scheduler = Literal["asha", "pbt", "none"]
 Searcher = Literal["tpe", "random"]
 
-BITS, FRECHET = "bits_per_dim", "frechet_distance"
-OBJECTIVES = {"bits": (BITS,), "frechet": (FRECHET,), "both": (BITS, FRECHET)}
+OBJECTIVES = {"bits": (BITS_PER_DIM,), "frechet": (FRECHET,), "both": (BITS_PER_DIM, FRECHET)}
 LOSSES = ("loss", "mse", "training_mse", "training_loss", "train_loss")
 
 

@@ -20,13 +20,14 @@ from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsWork
 from pipeline.evaluation.classifier import CONFIG, load_classifier, save_classifier, train_classifier
+from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, measure, read_torchscript
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
 from pipeline.evaluation.work import Partial, Runner, Work, choose, cut
 from pipeline.models.unet import UNet
 from pipeline.sampling import sample_images
-from pipeline.tuning.config import BITS, FRECHET, TuneConfig
+from pipeline.tuning.config import TuneConfig
 
 IMAGES_PER_TASK = 64
 
@@ -60,7 +61,10 @@ class HeldOutBits:
         work = BitsWork(self.index, model, spec, terms, self.seed)
         total = np.concatenate([part["total"] for part in run(work, cut(self.ids, IMAGES_PER_TASK))])
         stderr = float(total.std(ddof=1) / math.sqrt(len(total)))
-        return Measured({BITS: float(total.mean()), f"{BITS}_stderr": stderr}, tuple(total.round(6).tolist()))
+        return Measured(
+            {BITS_PER_DIM: float(total.mean()), f"{BITS_PER_DIM}_stderr": stderr},
+            tuple(total.round(6).tolist()),
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def make_objective(config: TuneConfig) -> Objective:
         InputError: no validation split, no labels to train a classifier on, a features file that can't be used.
     """
     parts: list[Objective] = []
-    if BITS in config.metrics:
+    if BITS_PER_DIM in config.metrics:
         held_out = open_dataset(config.data, "validation")
         ids = choose(held_out.rows, config.max_images, config.seed)
         if len(ids) < 2:

@@ -18,8 +18,9 @@ from pipeline import tracking
 from pipeline.cluster import connect
 from pipeline.config import TrainConfig
 from pipeline.data.shards import PrepareConfig, prepare
+from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.tuning import ledger
-from pipeline.tuning.config import BITS, TuneConfig
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record
 from pipeline.tuning.search import search
 from tests.jobs.common import command, environment, run_job
@@ -139,8 +140,8 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     assert not list(moved.glob("ray-*"))
 
     result = outcome.result
-    best = min(good, key=lambda r: r.metrics[BITS])
-    assert result["metrics"][BITS] == best.metrics[BITS]
+    best = min(good, key=lambda r: r.metrics[BITS_PER_DIM])
+    assert result["metrics"][BITS_PER_DIM] == best.metrics[BITS_PER_DIM]
     assert result["count"] == len(good)
     assert (moved / "report.html").stat().st_size > 50_000
     check_tracking(home, result, after, best)
@@ -163,8 +164,10 @@ def check_tracking(home: Path, result: dict[str, Any], after: dict[str, Record],
         run = by_id[record.run_id]
         assert run.info.status == ("FINISHED" if record.status == "finished" else "FAILED")
         assert run.data.params["optimizer.learning_rate"] == str(record.flags["optimizer.learning_rate"])
-        history = client.get_metric_history(record.run_id, BITS)
-        assert sorted((p.step, p.value) for p in history) == [(r.step, r.metrics[BITS]) for r in record.rungs]
+        history = client.get_metric_history(record.run_id, BITS_PER_DIM)
+        assert sorted((p.step, p.value) for p in history) == [
+            (r.step, r.metrics[BITS_PER_DIM]) for r in record.rungs
+        ]
         if record.status == "finished":
             assert run.data.metrics["loss"] > 0
         else:
@@ -200,7 +203,7 @@ def test_population_based_training_copies_the_strong_over_the_weak(home: Path, c
     (strong,) = [record for record in found if record is not weak]
     assert any(f"weights of trial {strong.name}" in note for note in weak.history)
     # An untrained model's bits/dim doesn't move; what it took over does.
-    assert weak.rungs[-1].metrics[BITS] < weak.rungs[0].metrics[BITS] - 0.1
+    assert weak.rungs[-1].metrics[BITS_PER_DIM] < weak.rungs[0].metrics[BITS_PER_DIM] - 0.1
     assert all(record.images == 800 for record in found)
 
 
@@ -238,4 +241,4 @@ def test_the_search_finds_the_known_best_of_gaussian_data(
     assert tuple(result["flags"][flag] for flag in FLAGS) == best
     for record in records(tmp_path / "search"):
         bound = known[tuple(record.flags[flag] for flag in FLAGS)]
-        assert abs(record.metrics[BITS] - bound) < 4 * record.metrics[f"{BITS}_stderr"]
+        assert abs(record.metrics[BITS_PER_DIM] - bound) < 4 * record.metrics[f"{BITS_PER_DIM}_stderr"]

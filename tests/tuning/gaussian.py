@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline.config import DiffusionConfig
 from pipeline.diffusion.losses import vlb_terms
 from pipeline.diffusion.process import make_process, take
+from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.rng import Purpose, normal
-from pipeline.tuning.config import BITS
 from pipeline.tuning.ledger import Rung
 from pipeline.tuning.trial import Trial, training
 
@@ -105,7 +105,7 @@ class GaussianTrial(Trial):
         diffusion = training(self.job, self.record).diffusion
         totals = measured_bound(diffusion, seed=self.job.seed)
         metrics = {
-            BITS: float(totals.mean()),
-            f"{BITS}_stderr": float(totals.std(ddof=1) / math.sqrt(len(totals))),
+            BITS_PER_DIM: float(totals.mean()),
+            f"{BITS_PER_DIM}_stderr": float(totals.std(ddof=1) / math.sqrt(len(totals))),
         }
         return Rung(self.job.images, 1, 0.0, metrics, tuple(totals.tolist()))

@@ -11,11 +11,11 @@ from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.features import ClassifierExtractor, measure
 from pipeline.evaluation.frechet import frechet_distance, moments_of
 from pipeline.evaluation.work import choose, run_here
 from pipeline.sampling import sample_images
-from pipeline.tuning.config import BITS, FRECHET
 from pipeline.tuning.objective import (
     Both,
     HeldOutBits,
@@ -46,8 +46,8 @@ def test_held_out_bits_are_those_of_an_evaluation(held_out: DatasetIndex) -> Non
     for terms in (0, 8, 20, 100):
         mine = HeldOutBits(held_out, ids, terms, seed=4)(model, spec, run_here)
         theirs = held_out_bits(model, spec, held_out, ids, terms=0 if terms == 100 else terms, seed=4)
-        assert mine.metrics[BITS] == pytest.approx(theirs.bits_per_dim, rel=1e-6)
-        assert mine.metrics[f"{BITS}_stderr"] == pytest.approx(theirs.stderr, rel=1e-5)
+        assert mine.metrics[BITS_PER_DIM] == pytest.approx(theirs.bits_per_dim, rel=1e-6)
+        assert mine.metrics[f"{BITS_PER_DIM}_stderr"] == pytest.approx(theirs.stderr, rel=1e-5)
         assert np.mean(mine.per_image) == pytest.approx(theirs.bits_per_dim, rel=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_both_objectives_are_measured_in_one_go(digits: Path, held_out: DatasetI
     (real,) = measure([open_dataset(str(digits))], extractor, keep=1)
     bits = HeldOutBits(held_out, np.arange(8), 4, 0)
     found = Both((bits, SampleFrechet(extractor, real.moments, 64, 2, 0)))(model, spec, run_here)
-    assert set(found.metrics) == {BITS, f"{BITS}_stderr", FRECHET}
+    assert set(found.metrics) == {BITS_PER_DIM, f"{BITS_PER_DIM}_stderr", FRECHET}
     assert len(found.per_image) == 8
 
 

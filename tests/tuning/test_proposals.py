@@ -10,8 +10,9 @@ import pytest
 from ray.tune.search import Searcher
 
 from pipeline.errors import InputError
+from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.tuning import ledger
-from pipeline.tuning.config import BITS, FRECHET, TuneConfig
+from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.proposals import Proposals, make_scheduler
 from pipeline.tuning.space import parse_space
@@ -35,7 +36,7 @@ def run(known: dict[tuple[Any, ...], float], config: TuneConfig) -> list[float]:
         flags = proposals.suggest(str(i))
         assert isinstance(flags, dict)
         values.append(known[tuple(flags[flag] for flag in FLAGS)])
-        proposals.on_trial_complete(str(i), {BITS: values[-1]})
+        proposals.on_trial_complete(str(i), {BITS_PER_DIM: values[-1]})
     return values
 
 
@@ -66,7 +67,7 @@ def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
 
 def measured(number: int, value: float, status: ledger.Status, **flags: Any) -> Record:
     parameters = {FLAGS[0]: '"linear"', FLAGS[1]: "20", FLAGS[2]: '"fixed_small"'}
-    rungs = (Rung(100, 1, float(number), {BITS: value}),)
+    rungs = (Rung(100, 1, float(number), {BITS_PER_DIM: value}),)
     return Record(number, parameters, {"diffusion.schedule": "linear", **flags}, status, rungs=rungs)
 
 
@@ -97,7 +98,7 @@ def test_two_objectives_are_told_to_optuna_together(tmp_path: Path) -> None:
     for i in range(6):
         assert isinstance(proposals.suggest(str(i)), dict)
         failed = i == 3
-        result = {BITS: 1.0 * i, FRECHET: -1.0 * i, "failed": failed}
+        result = {BITS_PER_DIM: 1.0 * i, FRECHET: -1.0 * i, "failed": failed}
         proposals.on_trial_complete(str(i), result)
     states = [trial.state.name for trial in proposals._study.get_trials()]
     assert states.count("COMPLETE") == 5
@@ -113,7 +114,7 @@ def test_asha_counts_what_was_measured_before_a_resume() -> None:
         assert scheduler is not None
         trial = SimpleNamespace(trial_id="late")
         scheduler.on_trial_add(None, trial)
-        verdicts[name] = scheduler.on_trial_result(None, trial, {"images": 100, BITS: 4.0})
+        verdicts[name] = scheduler.on_trial_result(None, trial, {"images": 100, BITS_PER_DIM: 4.0})
     assert verdicts == {"resumed": "STOP", "new": "CONTINUE"}
 
 
