@@ -61,12 +61,12 @@ def fresh(config: TrainConfig, data: str) -> float:
 
 
 def gains(output: str) -> dict[str, float]:
-    """The factor gained by common random numbers, over all pairs of trials that reached the last rung."""
-    done = [record for record in ledger.read_all(output) if record.status == "finished"]
-    pairs = [
-        common_numbers_gain(a.rungs[-1].per_image, b.rungs[-1].per_image)
-        for a, b in itertools.combinations(done, 2)
-    ]
+    """The factor gained by common random numbers, over all pairs of trials, at the last rung that both reached."""
+    reached = [record.rungs for record in ledger.read_all(output) if record.rungs]
+    pairs = []
+    for one, other in itertools.combinations(reached, 2):
+        last = min(len(one), len(other)) - 1
+        pairs.append(common_numbers_gain(one[last].per_image, other[last].per_image))
     if not pairs:
         return {}
     return {"median": float(np.median(pairs)), "least": min(pairs), "most": max(pairs), "pairs": len(pairs)}

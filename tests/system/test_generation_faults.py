@@ -54,20 +54,20 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def flags(model: Path, output: Path) -> list[object]:
+def flags(model: Path, output: Path, count: int = COUNT, most: int = 2) -> list[object]:
     return [
-        "--model", model, "--output", output, "--count", COUNT, "--batch-size", 4, "--rows-per-file", 8,
-        "--seed", 3, "--guidance", 1.5, "--max-blank-fraction", 1, "--min-actors", 1, "--max-actors", 2,
+        "--model", model, "--output", output, "--count", count, "--batch-size", 4, "--rows-per-file", 8,
+        "--seed", 3, "--guidance", 1.5, "--max-blank-fraction", 1, "--min-actors", 1, "--max-actors", most,
     ]  # fmt: skip
 
 
 class Driver:
     """A driver process on the cluster, working on an output."""
 
-    def __init__(self, cluster: LocalCluster, model: Path, output: Path, home: Path) -> None:
+    def __init__(self, cluster: LocalCluster, asked: list[object], output: Path, home: Path) -> None:
         self.output, self.log = output, home / "driver.log"
         self.process = subprocess.Popen(
-            command("generate", *flags(model, output)),
+            command("generate", *asked),
             env=environment(home, RAY_ADDRESS=cluster.address),
             stdout=subprocess.DEVNULL,
             stderr=self.log.open("a"),
@@ -99,11 +99,11 @@ class Driver:
 
 
 @pytest.fixture
-def drive(cluster: LocalCluster, model: Path, tmp_path: Path) -> Iterator[Callable[[Path], Driver]]:
+def drive(cluster: LocalCluster, model: Path, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     drivers = list[Driver]()
 
-    def start(output: Path) -> Driver:
-        drivers.append(Driver(cluster, model, output, tmp_path))
+    def start(output: Path, **sizes: int) -> Driver:
+        drivers.append(Driver(cluster, flags(model, output, **sizes), output, tmp_path))
         return drivers[-1]
 
     yield start
@@ -118,7 +118,7 @@ def finished(output: Path) -> dict[str, int]:
 
 
 def test_kills_of_actors_nodes_drivers_and_all_at_once_leave_the_undisturbed_dataset(
-    cluster: LocalCluster, model: Path, undisturbed: Path, tmp_path: Path, drive: Callable[[Path], Driver]
+    cluster: LocalCluster, model: Path, undisturbed: Path, tmp_path: Path, drive: Callable[..., Driver]
 ) -> None:
     output, moment = tmp_path / "samples", random.Random()
     kept: dict[str, int] = {}
@@ -158,6 +158,22 @@ def test_kills_of_actors_nodes_drivers_and_all_at_once_leave_the_undisturbed_dat
     assert {name: finished(output)[name] for name in kept} == kept
     assert digests(output) == digests(undisturbed)
     assert manifest(output)["sha256"] == manifest(undisturbed)["sha256"]
+
+
+def test_the_pool_grows_with_the_cluster_and_goes_on_when_that_shrinks(
+    cluster: LocalCluster, tmp_path: Path, drive: Callable[..., Driver]
+) -> None:
+    driver = drive(tmp_path / "samples", count=100 * COUNT, most=3)
+    driver.wait_for_files(2)
+    assert len(cluster.worker_pids(ACTOR)) == 2  # a CPU each
+    node = cluster.add_node(1)
+    deadline = time.monotonic() + 60
+    while len(cluster.worker_pids(ACTOR)) < 3:
+        assert time.monotonic() < deadline, driver.log.read_text()
+        time.sleep(0.1)
+    driver.wait_for_files(2)
+    cluster.kill_node(node)
+    driver.wait_for_files(2)
 
 
 def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
