@@ -35,6 +35,7 @@ MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 PADDING = 2
 SAMPLES = {"digits": 360, "mnist": 600}
 """As many as there are real images held out."""
+GUIDANCE = {"digits": 1.5, "mnist": 2.5}
 
 
 class CpuTime:
@@ -100,7 +101,6 @@ def training(name: str, root: Path, steps: int) -> TrainConfig:
         "data": str(root / "data"),
         "output": str(root / "run"),
         "resume": (root / "run" / "run.json").exists(),
-        "cpus_per_worker": 2,
         "diffusion": DiffusionConfig(schedule="cosine", timesteps=400),
         "log_every": 10,
         "experiment": "quality",
@@ -109,23 +109,26 @@ def training(name: str, root: Path, steps: int) -> TrainConfig:
         return TrainConfig(
             **common,
             steps=steps or 600,
+            cpus_per_worker=2,
             model=ModelConfig(32, (1, 2), attention_resolutions=(4,), class_conditional=True),
             optimizer=OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,)),
             checkpoint_every=200,
         )
     return TrainConfig(
         **common,
-        steps=steps or 1500,
+        steps=steps or 4000,
+        workers=2,
         batch_size=64,
         model=ModelConfig(32, (1, 1, 2, 2), res_blocks=1, attention_resolutions=(), class_conditional=True),
-        optimizer=OptimizerConfig(learning_rate=1e-3, ema_decays=(0.99,)),
-        checkpoint_every=50,
+        optimizer=OptimizerConfig(learning_rate=2e-3, ema_decays=(0.998,)),
+        checkpoint_every=200,
     )
 
 
 def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Runs the jobs; returns what is printed."""
     name, smoke = arguments.data, arguments.smoke
+    guidance = arguments.guidance or GUIDANCE[name]
     connect(environment={"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
     prepare.run(prepared(name, Path(arguments.mnist), root, smoke))
     began = time.perf_counter()
@@ -134,10 +137,11 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     result = {
         "data": name,
         "steps": trained["count"],
+        "guidance": guidance,
         "training_cpu_minutes": round(cpu.total() / 60, 2),
         "training_wall_minutes": round((time.perf_counter() - began) / 60, 2),
     }
-    model, samples = str(root / "run" / "model"), str(root / f"samples-{trained['count']}")
+    model, samples = str(root / "run" / "model"), str(root / f"samples-{trained['count']}-{guidance:g}")
     generate.run(
         GenerateConfig(
             model,
@@ -145,7 +149,7 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
             count=64 if smoke else SAMPLES[name],
             sampler="dpm_solver",
             sampling_steps=2 if smoke else 25,
-            guidance=arguments.guidance,
+            guidance=guidance,
         )
     )
     measured = evaluate.run(
@@ -176,7 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--mnist", default=str(MNIST), help="folder of MNIST's gzipped IDX files")
     parser.add_argument("--output", default="", help="kept afterwards; empty = a folder that is removed")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps; 0 = as long as is sensible")
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--guidance", type=float, default=0.0, help="0 = what suits the data")
     parser.add_argument("--smoke", action="store_true", help="a few steps: does it run?")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
