@@ -56,7 +56,7 @@ class ModelConfig:
     """The UNet that predicts epsilon."""
 
     model_channels: int = 64
-    """Channels at the highest resolution; a multiple of 32."""
+    """Channels at the highest resolution; an even number."""
     channel_multipliers: tuple[int, ...] = (1, 2, 2)
     """Channels of each level, as multiples of --model-channels; each level halves the resolution."""
     res_blocks: int = 2

@@ -63,7 +63,7 @@ class RankStream:
 
     Attributes:
         readers: processes that read and decode beside the rank.
-        in_flight: most bytes of decoded images that wait in the object store; more where two reads or some batches are
+        in_flight: most bytes of decoded images that wait in the object store; more where some reads or batches are
             larger.
         random_crop: cut the square out of an image's longer side at random, not in its centre.
     """
@@ -135,7 +135,8 @@ class RankStream:
             context.execution_options.preserve_order = True
             handed_over = CONSUMER_TABLES * min(largest, BLOCK_BYTES)
             most = handed_over + 2 * self.readers * largest
-            least = max(handed_over + self.readers * largest, batches)
+            # One read beside those in work: a reader that is done goes on while its read waits for its turn.
+            least = max(handed_over + (self.readers + 1) * largest, batches)
             set_in_flight(context, max(min(self.in_flight, most), least), largest)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 

@@ -32,11 +32,13 @@ def build(spec: ModelSpec) -> "UNet":
 
 
 def norm_groups(config: ModelConfig) -> int:
-    """Groups of every group norm: 32, and fewer in narrow networks, so that a group has 4 channels at least.
+    """Groups of every group norm: 32, or as many as divide the channels, of 4 channels at least.
 
     A group of one channel would lose that channel's mean: on MNIST, a network of 32 channels learns more slowly so.
     """
-    return min(MOST_GROUPS, config.model_channels // LEAST_GROUP)
+    channels = config.model_channels
+    most = min(MOST_GROUPS, channels // LEAST_GROUP)
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
 def check_model(config: ModelConfig, image: ImageConfig) -> None:
@@ -45,10 +47,8 @@ def check_model(config: ModelConfig, image: ImageConfig) -> None:
     Raises:
         InputError: names the setting and values that would do.
     """
-    if config.model_channels < MOST_GROUPS or config.model_channels % MOST_GROUPS:
-        raise InputError(
-            f"--model-channels {config.model_channels} must be a positive multiple of {MOST_GROUPS} (group norm)"
-        )
+    if config.model_channels < LEAST_GROUP or config.model_channels % 2:
+        raise InputError(f"--model-channels {config.model_channels} must be even, and at least {LEAST_GROUP}")
     if not config.channel_multipliers or min(config.channel_multipliers) < 1 or config.res_blocks < 1:
         raise InputError("--channel-multipliers and --res-blocks must be at least 1")
     if not 0 <= config.dropout < 1:

@@ -59,7 +59,7 @@ def test_a_size_it_can_not_take_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_channels": 40}, "multiple of 32"),
+        ({"model_channels": 41}, "41 must be even"),
         ({"class_conditional": True}, "no labels"),
         ({"head_channels": 24}, "24"),
     ],
@@ -69,12 +69,16 @@ def test_settings_that_can_not_be_built_say_why(changes: dict[str, object], name
         check_model(ModelConfig(**changes), ImageConfig(32, 3))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("classes", [(), ("a", "b", "c")])
+@pytest.mark.parametrize(
+    ("channels", "groups", "classes"),
+    [(6, 1, ()), (32, 8, ("a", "b", "c")), (40, 10, ()), (70, 14, ()), (160, 32, ())],
+)
 def test_diffusers_loads_the_export_and_gives_the_same_epsilon(
-    classes: tuple[str, ...], tmp_path: Path
+    channels: int, groups: int, classes: tuple[str, ...], tmp_path: Path
 ) -> None:
     config = ModelConfig(
-        model_channels=32,
+        model_channels=channels,
+        head_channels=channels // 2,
         channel_multipliers=(1, 2, 2),
         attention_resolutions=(8, 4),
         class_conditional=bool(classes),
@@ -83,6 +87,7 @@ def test_diffusers_loads_the_export_and_gives_the_same_epsilon(
     model = randomised(spec)
     export_diffusers(model, spec, tmp_path)
     theirs = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    assert theirs.config.norm_num_groups == groups
     x, t = torch.randn(4, 3, 16, 16), torch.tensor([0, 3, 500, 999])
     labels = torch.tensor([0, 1, 2, 3]) if classes else None
     with torch.no_grad():
