@@ -135,8 +135,7 @@ class RankStream:
             context.execution_options.preserve_order = True
             handed_over = CONSUMER_TABLES * min(largest, BLOCK_BYTES)
             most = handed_over + 2 * self.readers * largest
-            # One read beside those in work: a reader that is done goes on while its read waits for its turn.
-            least = max(handed_over + (self.readers + 1) * largest, batches)
+            least = max(handed_over + self.readers * largest, batches)
             set_in_flight(context, max(min(self.in_flight, most), least), largest)
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
