@@ -40,7 +40,7 @@ def with_class_names(source: Plan) -> Plan:
 
 
 def _first_label(part: Part) -> str:
-    """ "0" where there is none."""
+    """As it stands beside the first image that has one; a number where none has."""
     return next((item.label for item in read_part(part) if item.label is not None), "0")
 
 
