@@ -219,6 +219,9 @@ def _trainer(
 ) -> TorchTrainer:
     # How long a dead worker goes unnoticed, and a finished one is waited for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if config.min_workers:
+        # Room on a node that died unnoticed is waited for so long (a minute, by default) before fewer workers go on.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     gpu = _use_gpu(config)
     filesystem, path = storage.arrow_fs(output)
