@@ -3,9 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-import ray
-import ray.data
-
+from pipeline.data.each_part import each_part
 from pipeline.data.parts import Part, Plan
 from pipeline.data.sources import read_part
 from pipeline.errors import InputError
@@ -24,13 +22,8 @@ def with_class_names(source: Plan) -> Plan:
     """
     if source.parts[0].source != "webdataset" or _first_label(source.parts[0]).isdecimal():
         return source
-    parts = ray.put(source.parts)
-    numbers = [{"part": number} for number in range(len(source.parts))]
-    found = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(
-        _labels, fn_kwargs={"parts": parts}, num_cpus=0.5
-    )
     names = set[str]()
-    for row in found.iter_rows():
+    for row in each_part(_labels, source.parts, range(len(source.parts))):
         names.update(row["labels"])
         if len(names) > MOST_UNNAMED_CLASSES:
             raise InputError(
@@ -44,7 +37,5 @@ def _first_label(part: Part) -> str:
     return next((item.label for item in read_part(part) if item.label is not None), "0")
 
 
-def _labels(row: dict[str, Any], parts: Any) -> dict[str, Any]:
-    all_parts: tuple[Part, ...] = ray.get(parts) if isinstance(parts, ray.ObjectRef) else parts
-    part = all_parts[int(row["part"])]
+def _labels(number: int, part: Part) -> dict[str, Any]:
     return {"labels": sorted({item.label for item in read_part(part) if item.label is not None})}

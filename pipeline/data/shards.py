@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import ray.data
 
 from pipeline.cluster import spilled_bytes
 from pipeline.config import ImageConfig, to_dict
 from pipeline.data import storage
+from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import FORMAT, MANIFEST, SPLITS, UNFINISHED, held_out
 from pipeline.data.labels import MOST_UNNAMED_CLASSES, with_class_names
@@ -113,31 +113,23 @@ def prepare(config: PrepareConfig) -> Manifest:
     }
     output = storage.absolute(config.output)
     _claim(output, settings)
-    tasks = [
-        {"part": number, "total": len(source.parts)}
-        for number in range(len(source.parts))
-        if not storage.exists(_note(output, number))
-    ]
-    if tasks:
+    missing = [n for n in range(len(source.parts)) if not storage.exists(_note(output, n))]
+    if missing:
         display = Display("prepare", len(source.parts), "parts")
         images = finished = 0
-        parts = ray.put(source.parts)
-        done = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+        done = each_part(
             _write_part,
-            fn_kwargs={
-                "parts": parts,
-                "image": image,
-                "classes": source.classes,
-                "config": config,
-                "output": output,
-            },
-            # Fractions let it run beside whatever holds the CPUs of a small machine.
-            num_cpus=0.5,
+            source.parts,
+            missing,
+            image=image,
+            classes=source.classes,
+            config=config,
+            output=output,
         )
         try:
-            for row in done.iter_rows():
+            for row in done:
                 finished, images = finished + 1, images + row["images"]
-                display.update(len(source.parts) - len(tasks) + finished, f"{images} images")
+                display.update(len(source.parts) - len(missing) + finished, f"{images} images")
         finally:
             display.close()
         if spilled := spilled_bytes():
@@ -184,20 +176,18 @@ def _note(output: str, number: int) -> str:
 
 
 def _write_part(
-    row: dict[str, Any],
-    parts: Any,
+    number: int,
+    part: Part,
     image: ImageConfig,
     classes: tuple[str, ...],
     config: PrepareConfig,
     output: str,
 ) -> dict[str, Any]:
     """Decodes one part and writes its shards, then its note."""
-    number = int(row["part"])
-    all_parts: tuple[Part, ...] = ray.get(parts) if isinstance(parts, ray.ObjectRef) else parts
     writers = {split: ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
     bad: list[dict[str, str]] = []
     totals = Totals(image.channels)
-    for item in read_part(all_parts[number]):
+    for item in read_part(part):
         try:
             pixels = _pixels(item.data, image, config)
             label = _label(item.label, classes)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pipeline.data import storage
+from pipeline.data.index import SAMPLES
+from pipeline.data.sources import BESIDE_IMAGES
 from pipeline.errors import InputError
 from pipeline.generation.plan import Piece, file_name, parse_name
 from pipeline.generation.writers import SUFFIX, png_name
@@ -22,8 +24,8 @@ from pipeline.generation.writers import SUFFIX, png_name
 SETTINGS = "settings.json"
 MANIFEST = "manifest.json"
 CARD = "README.md"
-DATA, NOTES, FOREIGN = "data", "notes", "foreign"
-PNG_METADATA = "metadata.parquet"
+DATA, NOTES, FOREIGN = SAMPLES, "notes", "foreign"
+PNG_METADATA = BESIDE_IMAGES
 
 
 class Note(NamedTuple):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 CLASSES = ("cat", "dog", "owl")
+NUMBERS = ("0", "1", "2")
 
 
 def picture(seed: int, width: int = 12, height: int = 12, mode: str = "RGB") -> Image.Image:
@@ -45,7 +46,7 @@ def write_folder(root: Path, images: list[bytes], suffix: str = "png") -> Path:
 
 
 def tar_bytes(
-    images: list[bytes], first: int = 0, suffix: str = "png", names: Sequence[str] = ("0", "1", "2")
+    images: list[bytes], first: int = 0, suffix: str = "png", names: Sequence[str] = NUMBERS
 ) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -57,10 +58,10 @@ def tar_bytes(
     return buffer.getvalue()
 
 
-def write_tars(root: Path, images: list[bytes], per_tar: int = 100) -> Path:
+def write_tars(root: Path, images: list[bytes], per_tar: int = 100, names: Sequence[str] = NUMBERS) -> Path:
     root.mkdir(parents=True)
     for first in range(0, len(images), per_tar):
-        content = tar_bytes(images[first : first + per_tar], first)
+        content = tar_bytes(images[first : first + per_tar], first, names=names)
         (root / f"{first:06d}.tar").write_bytes(content)
     return root
 

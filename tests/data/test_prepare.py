@@ -169,19 +169,15 @@ def test_other_sources(cluster: None, kind: str, tmp_path: Path) -> None:
 
 def test_texts_beside_the_images_of_a_tar_are_the_classes(cluster: None, tmp_path: Path) -> None:
     names = ("owl", "cat", "dog")
-    (tmp_path / "in").mkdir()
-    for first in (0, 100):
-        content = tar_bytes(IMAGES[first : first + 100], first, names=names)
-        (tmp_path / "in" / f"{first}.tar").write_bytes(content)
-    output = str(tmp_path / "out")
-    manifest = prepare(PrepareConfig(output, "webdataset", str(tmp_path / "in"), image_size=12))
+    source, output = str(write_tars(tmp_path / "in", IMAGES, names=names)), str(tmp_path / "out")
+    manifest = prepare(PrepareConfig(output, "webdataset", source, image_size=12))
     assert manifest.image["classes"] == sorted(names)
     assert manifest.quarantined == 0
     expected = Counter(sorted(names).index(names[label_of(i)]) for i in range(200))
     assert (
         Counter([*all_rows(output, "train").values(), *all_rows(output, "validation").values()]) == expected
     )
-    assert open_dataset(str(tmp_path / "in"), image_size=12).image.classes == tuple(sorted(names))
+    assert open_dataset(source, image_size=12).image.classes == tuple(sorted(names))
 
 
 def test_s3_in_and_out(cluster: None, s3: str, prepared: tuple[Path, Manifest], source: Path) -> None:
