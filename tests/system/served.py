@@ -34,6 +34,8 @@ class Served:
     Attributes:
         home: of its logs, of MLflow's files, and a folder that all nodes see.
         secret: planted: the password with which the nodes reach S3.
+        address: for RAY_ADDRESS.
+        servers: the variables by which the nodes reach MLflow and S3.
     """
 
     home: Path
@@ -42,6 +44,8 @@ class Served:
     jobs: str
     mlflow: str
     s3: str
+    address: str
+    servers: dict[str, str]
     head: subprocess.Popen[bytes]
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -49,6 +53,20 @@ class Served:
     def user(self) -> dict[str, str]:
         """The environment of somebody outside: the token, and nothing of what the nodes know."""
         return user_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    @property
+    def member(self) -> dict[str, str]:
+        """The environment of a driver that joins the cluster: it knows what the nodes know."""
+        return self.user | self.servers | {"RAY_ADDRESS": self.address}
+
+    def driver(self, *words: str) -> list[psutil.Process]:
+        """The processes of a submitted job, by words of its command line."""
+        found = []
+        for process in family(self.head):
+            with contextlib.suppress(psutil.Error):
+                if set(words) <= set(" ".join(process.cmdline()).split()):
+                    found.append(process)
+        return found
 
     def submit(self, *arguments: object, timeout: float = 240, **extra: str) -> Outcome:
         """`jobs/submit.py` from outside."""
@@ -149,17 +167,19 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
     # MLflow's own job runners would hold a core each while they start, and nothing here needs them.
     idle = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     base = user_environment() | idle | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    inside = base | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_prestart_worker_first_driver": "0",
+    servers = {
         "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{mlflow}",
         "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{s3}",
         "AWS_ACCESS_KEY_ID": "user",
         "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_REGION": "us-east-1",
     }
+    inside = base | servers | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",
+    }  # fmt: skip
 
     def start(name: str, environment: dict[str, str], *words: object) -> subprocess.Popen[bytes]:
         with (home / f"{name}.log").open("wb") as log:
@@ -193,14 +213,14 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         )  # fmt: skip
         start("s3", base, "moto_server", "-H", LOOPBACK, "-p", s3)
         # One after the other: Ray gives each of its nodes 30 s to start, whatever else the machine does.
-        wait_for("MLflow", lambda: answers(f"{inside['MLFLOW_TRACKING_URI']}/health"))
+        wait_for("MLflow", lambda: answers(f"{servers['MLFLOW_TRACKING_URI']}/health"))
         head = ray_start(
             "head", "--head", f"--port={gcs}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={jobs}",
             "--num-cpus=0", f"--ray-client-server-port={client}",
         )  # fmt: skip
         cluster = Served(
-            home, token, secret, f"http://{LOOPBACK}:{jobs}", inside["MLFLOW_TRACKING_URI"],
-            inside["AWS_ENDPOINT_URL"], head,
+            home, token, secret, f"http://{LOOPBACK}:{jobs}", servers["MLFLOW_TRACKING_URI"],
+            servers["AWS_ENDPOINT_URL"], f"{LOOPBACK}:{gcs}", servers, head,
         )  # fmt: skip
         wait_for("the S3 server", lambda: answers(cluster.s3))
         assert requests.put(f"{cluster.s3}/{BUCKET}", timeout=10).ok
