@@ -2,9 +2,11 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
-BENCHMARKS := $(filter-out benchmarks/__init__.py benchmarks/common.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out __init__ common,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test lint bench bench-smoke clean
+.PHONY: setup demo test lint bench bench-smoke clean
+
+setup: $(READY)
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py --output demo
@@ -19,10 +21,10 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 bench-smoke: $(READY)
-	for script in $(BENCHMARKS); do $(BIN)/python $$script --smoke || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --smoke || exit 1; done
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
 """Generated images/s: against the forward passes they need, against diffusers, and from one actor to two.
 
-    python benchmarks/generate.py [--smoke]
+    python -m benchmarks.generate [--smoke]
 
 32x32x3 images, DDIM, 10 steps, on one thread. Three sides take turns in this process: the sampler as an actor runs it
 (noise, network, PNG, Parquet file, note), bare forward passes, and diffusers' DDIMPipeline with a UNet2DModel of the
@@ -32,15 +32,13 @@ import ray
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks.common import two_over_one
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, Precision, TrainConfig
 from pipeline.generation import pool
+from pipeline.generation.chunks import Chunk, tasks
 from pipeline.generation.config import GenerateConfig
-from pipeline.generation.plan import Piece, tasks
-from pipeline.generation.sampler import Sampler, Setup
+from pipeline.generation.sampler import SamplerActor, Setup
 from pipeline.models.diffusers import unet_config
 from pipeline.models.export import load_model, pack_model, save_model
 from pipeline.models.unet import build
@@ -86,7 +84,7 @@ def diffusers_side(work: Work, precision: Precision) -> Callable[[], object]:
 
 def sampler_side(folder: Path, work: Work, precision: Precision, output: Path) -> Callable[[], object]:
     """What an actor does for a file of one batch."""
-    sampler = Sampler(setup(folder, work, precision, output, actors=1))
+    sampler = SamplerActor(setup(folder, work, precision, output, actors=1))
     starts = count(0, work.batch)
 
     def side() -> None:
@@ -122,8 +120,8 @@ def take_turns(sides: dict[str, Callable[[], object]], work: Work) -> dict[str, 
 def pool_rate(folder: Path, work: Work, precision: Precision, output: Path, actors: int) -> float:
     """Images/s of the actor pool; its start is left out."""
     given = setup(folder, work, precision, output, actors)
-    rows = [piece._asdict() for piece in tasks([Piece(0, given.config.count)], work.batch, pool.MOST_TASKS)]
-    done = [time.perf_counter() for _ in pool.run(Sampler, rows, given)]
+    rows = [chunk._asdict() for chunk in tasks([Chunk(0, given.config.count)], work.batch, pool.MOST_TASKS)]
+    done = [time.perf_counter() for _ in pool.actor_pool(SamplerActor, rows, given)]
     return work.batch * work.rounds * actors / (done[-1] - done[actors - 1])
 
 

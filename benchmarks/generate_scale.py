@@ -1,6 +1,6 @@
 """Memory of a generation job while its files grow many: of the driver and of the actors, from its own /proc entries.
 
-    python benchmarks/generate_scale.py [--smoke]
+    python -m benchmarks.generate_scale [--smoke]
 
 Two jobs by a real network that is as small as they come (4x4 images, T = 1): one million samples written in 4,096-row
 files; and a hundred million planned in 1,024-row files, stopped after a few of them. One JSON line, in MiB.

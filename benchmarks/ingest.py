@@ -1,6 +1,6 @@
 """Images per second into one consumer: this project's stream, other loaders, and the limit of the machine.
 
-    python benchmarks/ingest.py [--smoke]
+    python -m benchmarks.ingest [--smoke]
 
 JPEG files of 64x64 and 256x256 pixels become shuffled batches of uint8, with the same decoding everywhere but in the
 limit, which is Pillow alone in a loop, in one process for each core. Each loader runs by itself: the seconds to its
@@ -31,12 +31,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
 from pipeline.config import ImageConfig
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, row_group
-from pipeline.data.parquet import row_counts
-from pipeline.data.plan import Plan
+from pipeline.data.order import Plan
+from pipeline.data.sources.parquet import row_counts
 from pipeline.data.stream import RankStream
 
 PROCESSES = 2

@@ -1,6 +1,6 @@
 """Images/s of the whole pipeline over those of the same step in a bare loop on tensors in memory, in one run.
 
-    python benchmarks/pipeline_overhead.py [--threads N] [--smoke]
+    python -m benchmarks.pipeline_overhead [--threads N] [--smoke]
 
 The pipeline is a training run as a user starts it: Ray Data reads and decodes PNG, Ray Train runs the worker,
 checkpoints go to disk, points go to MLflow. The bare loop is plain torch in a process of its own; half of it runs
@@ -11,20 +11,18 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks.common import UNET, in_memory, on_disk, pipeline_rate
-from pipeline import cli, tracking
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
+from pipeline.commands import cli
 from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
 from pipeline.diffusion.process import make_process
+from pipeline.tracking import runs
 from pipeline.training import loop, network
 
 
@@ -67,7 +65,7 @@ def main(smoke: bool, threads: int, folder: Path) -> dict[str, object]:
         experiment="pipeline_overhead",
     )
     first = bare_alone(config, spec, steps // 2)
-    connect(environment=tracking.environment())
+    connect(environment=runs.environment())
     on_disk(folder, 64 if smoke else 640, spec.image)
     rate, points = pipeline_rate(config)
     second = bare_alone(config, spec, steps // 2)
@@ -91,7 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a small network and few steps: does it run?")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
-        tracking.quieten()
+        runs.quieten()
         os.chdir(temporary)
         result = main(options.smoke, options.threads, Path(temporary))
         print(json.dumps(result), file=stream, flush=True)

@@ -1,6 +1,6 @@
 """What a class-conditional model learns: the pipeline from data to samples, judged beside real images.
 
-    python benchmarks/quality.py [--data mnist] [--mnist FOLDER] [--output FOLDER] [--smoke]
+    python -m benchmarks.quality [--data mnist] [--mnist FOLDER] [--output FOLDER] [--smoke]
 
 prepare, train, generate, evaluate on digits (8x8), or on MNIST padded to 32x32 (gzipped IDX files in --mnist). Run
 again with the same --output it goes on where it was ended. The ratios are those of the samples to as many real
@@ -11,7 +11,6 @@ import argparse
 import gzip
 import json
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -21,15 +20,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from jobs import evaluate, generate, prepare, train
-from pipeline import cli, tracking
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
+from pipeline.commands import cli, evaluate, generate, prepare, train
 from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.data.shards import PrepareConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.generation.config import GenerateConfig
+from pipeline.tracking import runs
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 PADDING = 2
@@ -129,11 +126,11 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Runs the jobs; returns what is printed."""
     name, smoke = arguments.data, arguments.smoke
     guidance = arguments.guidance or GUIDANCE[name]
-    connect(environment={"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
-    prepare.run(prepared(name, Path(arguments.mnist), root, smoke))
+    connect(environment={"MLFLOW_TRACKING_URI": runs.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
+    prepare.execute(prepared(name, Path(arguments.mnist), root, smoke))
     began = time.perf_counter()
     with CpuTime() as cpu:
-        trained = train.run(training(name, root, 4 if smoke else arguments.steps))
+        trained = train.execute(training(name, root, 4 if smoke else arguments.steps))
     result = {
         "data": name,
         "steps": trained["count"],
@@ -142,7 +139,7 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         "training_wall_minutes": round((time.perf_counter() - began) / 60, 2),
     }
     model, samples = str(root / "run" / "model"), str(root / f"samples-{trained['count']}-{guidance:g}")
-    generate.run(
+    generate.execute(
         GenerateConfig(
             model,
             samples,
@@ -152,7 +149,7 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
             guidance=guidance,
         )
     )
-    measured = evaluate.run(
+    measured = evaluate.execute(
         EvaluateConfig(
             model,
             str(root / "data"),
@@ -184,6 +181,6 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps: does it run?")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
-        tracking.quieten()
+        runs.quieten()
         where = Path(options.output or temporary).absolute()
         print(json.dumps(main(options, where)), file=stream, flush=True)

@@ -1,6 +1,6 @@
 """From SIGKILL of one of two training workers to the next step that was not made before, and the steps lost.
 
-    python benchmarks/recovery.py [--smoke]
+    python -m benchmarks.recovery [--smoke]
 
 On a local Ray of its own, with handwritten digits. Prints one JSON line; the seconds are the medians of the kills:
 until the run's curve grows past the step at which the worker died. In terms of steps: how many of those that were
@@ -92,12 +92,12 @@ def measure(job: int, reader: int, kills: int) -> dict[str, float]:
 
 def drive(writer: int) -> None:
     """The training job, which writes each new point's step to a pipe."""
-    from pipeline import tracking
-    from pipeline.cluster import connect
+    from pipeline.cluster.session import connect
     from pipeline.config import DiffusionConfig, ModelConfig, TrainConfig
+    from pipeline.tracking import runs
     from pipeline.training.trainer import train
 
-    tracking.quieten()
+    runs.quieten()
     connect()
     config = TrainConfig(
         data="digits",

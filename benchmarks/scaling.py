@@ -1,6 +1,6 @@
 """Two workers of one thread over one worker of one thread; and where the seconds before the first step go.
 
-    python benchmarks/scaling.py [--smoke]
+    python -m benchmarks.scaling [--smoke]
 
 Both runs are whole pipelines (Ray Data, Ray Train, MLflow) in one Ray, with the same global batch. The machine's
 own limit stands beside their ratio: bare steps in two processes at once, on half a batch each, over those in one. The
@@ -14,17 +14,15 @@ BEGAN = time.time()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import sys  # noqa: E402
 import tempfile  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from pipeline import cli, tracking  # noqa: E402
-from pipeline.cluster import connect  # noqa: E402
+from pipeline.cluster.session import connect  # noqa: E402
+from pipeline.commands import cli  # noqa: E402
 from pipeline.config import ImageConfig, ModelConfig, TrainConfig  # noqa: E402
+from pipeline.tracking import runs  # noqa: E402
 
 
 class Clock:
@@ -56,7 +54,7 @@ def start_up(config: TrainConfig, clock: Clock) -> None:
         clock("MLflow")
         return run
 
-    def deliver(run: tracking.Run, points: list[tuple[int, int, dict[str, float]]]) -> None:
+    def deliver(run: runs.Run, points: list[tuple[int, int, dict[str, float]]]) -> None:
         if not reported:
             at, _, values = points[0]
             reported.extend(
@@ -64,9 +62,9 @@ def start_up(config: TrainConfig, clock: Clock) -> None:
             )
 
     trainer.open_run = open_run
-    log_points, tracking.log_points = tracking.log_points, deliver
+    log_points, runs.log_points = runs.log_points, deliver
     trainer.train(config)
-    trainer.open_run, tracking.log_points = opened, log_points
+    trainer.open_run, runs.log_points = opened, log_points
     ended, share, seconds = reported
     clock("Ray Train: controller, worker, its imports, the model", ended - seconds)
     clock("Ray Data: first batch", ended - seconds + share * seconds)
@@ -101,7 +99,7 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
 
     clock = Clock(BEGAN)
     clock("imports")
-    connect(environment=tracking.environment())
+    connect(environment=runs.environment())
     clock("Ray")
     from benchmarks.common import on_disk, pipeline_rate, two_over_one
 
@@ -136,7 +134,7 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a small network and few steps: does it run?")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
-        tracking.quieten()
+        runs.quieten()
         os.chdir(temporary)
         result = main(options.smoke, Path(temporary))
         print(json.dumps(result), file=stream, flush=True)

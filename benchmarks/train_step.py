@@ -1,6 +1,6 @@
 """Our training step against the same step around diffusers' UNet2DModel: ratios and a roofline from one run.
 
-    python benchmarks/train_step.py [--compile ours|both] [--smoke]
+    python -m benchmarks.train_step [--compile ours|both] [--smoke]
 
 The network has improved-diffusion's shape (64 channels, multipliers 1,2,2, two residual blocks, attention at 16x16,
 6.95 M parameters), which diffusers' UNet2DModel of that configuration shares weight for weight; 32x32x3, batch 32.
@@ -15,17 +15,13 @@ backward) against what a 3x3 convolution of 128 channels at 32x32 reaches here, 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import UNET, in_memory
 from pipeline.config import ModelConfig, ModelSpec, TrainConfig

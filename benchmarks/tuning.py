@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from pipeline.cli import result_stream
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
+from pipeline.commands.cli import result_stream
 from pipeline.config import DiffusionConfig, TrainConfig
 from pipeline.data.index import open_dataset
 from pipeline.data.shards import PrepareConfig, prepare
@@ -27,7 +25,7 @@ from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.models.export import load_model
-from pipeline.tracking import end_run, quieten, tracking_uri
+from pipeline.tracking.runs import end_run, quieten, tracking_uri
 from pipeline.training.trainer import train
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger
@@ -57,7 +55,7 @@ def fresh(config: TrainConfig, data: str) -> float:
     end_run(trained.run)
     held_out = open_dataset(data, "validation")
     model, spec = load_model(trained.folder)
-    return held_out_bits(model, spec, held_out, np.arange(held_out.rows), run=ActorPool()).bits_per_dim
+    return held_out_bits(model, spec, held_out, np.arange(held_out.rows), pool=ActorPool()).bits_per_dim
 
 
 def gains(output: str) -> dict[str, float]:

@@ -138,7 +138,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    class_dropout: float = 0.1
+    label_dropout: float = 0.1
     """Share of samples whose label is hidden, for guidance (class-conditional models only)."""
     image_size: int = 0
     """Width and height in pixels that the images are brought to; 0 = their own."""
@@ -189,6 +189,12 @@ class TrainConfig:
 
 
 _T = TypeVar("_T")
+# Fields by the names that they had in 0.1.0, in files that it wrote and as flags.
+RENAMED = {
+    "class_dropout": "label_dropout",
+    "leg": "incarnation",
+    "manifold_neighbours": "precision_recall_neighbours",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -208,6 +214,7 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected a mapping, got {type(values).__name__}")
     hints = get_type_hints(cls)
+    values = {name if name in hints else RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(hints))}")

@@ -19,13 +19,15 @@ import torch
 from packaging.utils import canonicalize_name
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
-from pipeline import cli, tracking
+from pipeline.commands import cli
 from pipeline.config import TrainConfig
-from pipeline.data import index, sources
+from pipeline.data import index
+from pipeline.data.sources import registry as sources
 from pipeline.errors import InputError
 from pipeline.evaluation.features import read_torchscript
 from pipeline.models.export import load_model
 from pipeline.redact import redact, refuse_secrets
+from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint
 from pipeline.training.loop import new_state
 from tests.jobs.common import ROOT, run_job
@@ -93,7 +95,7 @@ def test_a_pickle_in_the_registry_is_not_run(
     tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    run = tracking.start_run("e", "", {}, {})
+    run = runs.start_run("e", "", {}, {})
     folder = tmp_path / "logged"
     folder.mkdir()
     (folder / "MLmodel").write_text(
@@ -105,7 +107,7 @@ def test_a_pickle_in_the_registry_is_not_run(
     client.create_registered_model("planted")
     client.create_model_version("planted", f"runs:/{run.id}/model", run.id)
     with pytest.raises(InputError, match="was not written by ray-ddpm"):
-        tracking.resolve_model("models:/planted/1")
+        registry.resolve_model("models:/planted/1")
     assert not mark.exists()
 
 
@@ -122,7 +124,7 @@ def test_a_pickle_in_a_parquet_file_is_not_run(tmp_path: Path, mark: Path, colum
     assert mark.exists()
     mark.unlink()
     with pytest.raises(InputError, match="not plain data"):
-        list(sources.read_part(sources.plan("huggingface", str(tmp_path), 10).parts[0]))
+        list(sources.read_part(sources.list_source("huggingface", str(tmp_path), 10).parts[0]))
     with pytest.raises(InputError, match="not plain data"):
         index.read_rows(index.row_group(str(file), 0, 1), np.array([0]))
     assert not mark.exists()
@@ -181,7 +183,7 @@ def test_an_mlflow_that_does_not_answer_is_named_without_its_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for ask in (lambda: tracking.resolve_model("models:/a/1"), lambda: tracking.start_run("e", "", {}, {})):
+    for ask in (lambda: registry.resolve_model("models:/a/1"), lambda: runs.start_run("e", "", {}, {})):
         with pytest.raises(InputError, match=r"MLflow at http://\*\*\*@127") as caught:
             ask()
         assert SECRET not in str(caught.value)
@@ -207,10 +209,10 @@ def test_mlflow_is_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.chdir(tmp_path)  # MLflow's artifacts go to ./mlruns
     uri = f"s3://me:{SECRET}@bucket/digits"
-    run = tracking.start_run("e", "n", {"data": uri, "deep": {"list": [uri]}}, {"ray_ddpm.output": uri})
-    tracking.log_dataset(run, uri, "f" * 32, 10)
-    tracking.log_config(run, {"data": uri})
-    tracking.end_run(run)
+    run = runs.start_run("e", "n", {"data": uri, "deep": {"list": [uri]}}, {"ray_ddpm.output": uri})
+    runs.log_dataset(run, uri, "f" * 32, 10)
+    runs.log_config(run, {"data": uri})
+    runs.end_run(run)
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"bucket/digits" in stored
     assert SECRET.encode() not in stored
@@ -218,14 +220,14 @@ def test_mlflow_is_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_workers_are_told_of_mlflow_only_what_others_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert tracking.environment() == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    assert runs.environment() == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@mlflow:5000")
-    assert tracking.environment() == {}
+    assert runs.environment() == {}
 
 
 def test_the_command_that_shows_the_runs_listens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:{SECRET}@db/mlflow")
-    shown = tracking.ui_command()
+    shown = runs.ui_command()
     assert shown.endswith("--host 127.0.0.1") and SECRET not in shown
 
 

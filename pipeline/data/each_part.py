@@ -6,7 +6,7 @@ from typing import Any
 import ray
 import ray.data
 
-from pipeline.data.parts import Part
+from pipeline.data.sources.parts import Part
 
 Work = Callable[..., dict[str, Any]]
 

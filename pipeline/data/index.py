@@ -7,19 +7,15 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data import storage
-from pipeline.data.parquet import read_row_group
-from pipeline.data.parts import Part, Source
+from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
 from pipeline.data.scan import Scan, scan
-from pipeline.data.sources import find_source, read_part
+from pipeline.data.sources.parquet import read_row_group
+from pipeline.data.sources.parts import Part, Source
+from pipeline.data.sources.registry import find_source, read_part
 from pipeline.errors import InputError
 
-MANIFEST = "manifest.json"
-UNFINISHED = "parts/settings.json"
-FORMAT, SAMPLES_FORMAT = "ray-ddpm-shards", "ray-ddpm-samples"
-SAMPLES = "data"
-SPLITS = ("train", "validation")
 VALIDATION_FRACTION = 0.1
 
 

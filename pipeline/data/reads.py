@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.config import ImageConfig
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex, Group, read_rows
-from pipeline.data.plan import Plan, Window, crop_place, window_rows
+from pipeline.data.order import Plan, Window, crop_place, window_rows
 
 BLOCK_BYTES = 16 * 2**20
 ROWS_PER_READ = 512, 4096

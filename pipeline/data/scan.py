@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipeline.data.parts import Part, Source
-from pipeline.data.sources import plan, read_part, split_part
+from pipeline.data.sources.parts import Part, Source
+from pipeline.data.sources.registry import list_source, read_part, split_part
 
 IMAGES_PER_PART = 64
 THREADS = 8
@@ -49,9 +49,9 @@ def scan(source: Source, uri: str) -> Scan:
     Raises:
         InputError: nothing of that kind is there.
     """
-    planned = plan(source, uri, IMAGES_PER_PART)
+    listing = list_source(source, uri, IMAGES_PER_PART)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = [piece for pieces in pool.map(_scan_part, planned.parts) for piece in pieces]
+        found = [pair for pairs in pool.map(_scan_part, listing.parts) for pair in pairs]
     parts = tuple(part for part, _ in found)
     shapes = {shape for _, some in found for shape in some}
     sizes = {side for width, height, _ in shapes for side in (width, height)}
@@ -61,7 +61,7 @@ def scan(source: Source, uri: str) -> Scan:
         parts=parts,
         size=sizes.pop() if len(sizes) == 1 else 0,
         channels=3 if any(colour for _, _, colour in shapes) else 1,
-        classes=planned.classes or name_classes(labels),
+        classes=listing.classes or name_classes(labels),
         fingerprint=f"{total % 2**256:064x}",
     )
 
@@ -78,14 +78,14 @@ def _scan_part(part: Part) -> list[tuple[ScannedPart, set[tuple[int, int, bool]]
 
 
 def _scanned(part: Part) -> Iterator[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
-    for piece in split_part(part, IMAGES_PER_PART):
+    for small in split_part(part, IMAGES_PER_PART):
         digests, labels, shapes = list[bytes](), list[str | None](), set[tuple[int, int, bool]]()
-        for item in read_part(piece):
+        for item in read_part(small):
             digests.append(hashlib.sha256(item.data + b"\0" + str(item.label).encode()).digest())
             labels.append(item.label)
             if shape := _shape(item.data):
                 shapes.add(shape)
-        yield ScannedPart(piece, tuple(digests), tuple(labels)), shapes
+        yield ScannedPart(small, tuple(digests), tuple(labels)), shapes
 
 
 def _shape(data: bytes) -> tuple[int, int, bool] | None:

@@ -1,29 +1,34 @@
 """Writing Parquet image shards, in exactly the Hugging Face convention, as a Ray Data job over the cluster.
 
-Each part of the source becomes one shard of every split, written whole or not at all, and a note of what is in
-it; a run that was killed goes on with the parts that have no note yet, and gives the same bytes.
+Each part of the source becomes one shard of every split, written whole or not at all, and a record of what is in
+it; a run that was killed goes on with the parts that have no record yet, and gives the same bytes.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.cluster import spilled_bytes
+from pipeline import storage
+from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ImageConfig, to_dict
-from pipeline.data import storage
 from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
-from pipeline.data.index import FORMAT, MANIFEST, SPLITS, UNFINISHED, held_out
-from pipeline.data.labels import MOST_UNNAMED_CLASSES, with_class_names
-from pipeline.data.parts import Part, Plan, Source
+from pipeline.data.index import held_out
+from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
 from pipeline.data.scan import name_classes
 from pipeline.data.shard_writer import ShardWriter, Totals
-from pipeline.data.sources import plan, read_part
+from pipeline.data.sources.parts import Part, Source, SourceListing
+from pipeline.data.sources.registry import (
+    MOST_UNNAMED_CLASSES,
+    list_source,
+    read_part,
+    with_class_names,
+)
 from pipeline.display import Display
 from pipeline.errors import InputError
 
@@ -59,46 +64,6 @@ class PrepareConfig:
     """Colour under transparent images, red green blue in 0..255."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file."""
-
-    file: str
-    rows: int
-    row_groups: list[int]
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """The shards of one split, in order."""
-
-    rows: int
-    shards: list[Shard]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` says of a prepared dataset.
-
-    Attributes:
-        fingerprint: a hash of the set of (pixels, label) pairs: how they are cut into shards does not matter.
-        mean, std: per channel over the training split, of pixels in [0, 1].
-        quarantined: images left out; named in quarantine.jsonl.
-    """
-
-    format: str
-    version: int
-    image: dict[str, Any]
-    splits: dict[str, Split]
-    fingerprint: str
-    mean: list[float]
-    std: list[float]
-    quarantined: int
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
 def prepare(config: PrepareConfig) -> Manifest:
     """Writes `data/SPLIT-NNNNN.parquet`, manifest.json, quarantine.jsonl and a dataset card.
 
@@ -106,14 +71,14 @@ def prepare(config: PrepareConfig) -> Manifest:
         InputError: a setting, an input or an output that can't be used; too many undecodable images.
     """
     _check(config)
-    source = with_class_names(plan(config.source, config.input, config.rows_per_shard))
+    source = with_class_names(list_source(config.source, config.input, config.rows_per_shard))
     image = _image(config, source)
     settings = {
         key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")
     }
     output = storage.absolute(config.output)
     _claim(output, settings)
-    missing = [n for n in range(len(source.parts)) if not storage.exists(_note(output, n))]
+    missing = [n for n in range(len(source.parts)) if not storage.exists(_record_uri(output, n))]
     if missing:
         display = Display("prepare", len(source.parts), "parts")
         images = finished = 0
@@ -134,8 +99,8 @@ def prepare(config: PrepareConfig) -> Manifest:
             display.close()
         if spilled := spilled_bytes():
             print(f"Ray's object store spilled {spilled:,} bytes to disk", file=sys.stderr, flush=True)
-    notes = [json.loads(storage.read_bytes(_note(output, n))) for n in range(len(source.parts))]
-    return _finish(config, image, notes, output, settings)
+    records = [json.loads(storage.read_bytes(_record_uri(output, n))) for n in range(len(source.parts))]
+    return _finish(config, image, records, output, settings)
 
 
 def _check(config: PrepareConfig) -> None:
@@ -149,7 +114,7 @@ def _check(config: PrepareConfig) -> None:
     storage.check_writable(config.output)
 
 
-def _image(config: PrepareConfig, source: Plan) -> ImageConfig:
+def _image(config: PrepareConfig, source: SourceListing) -> ImageConfig:
     size = config.image_size or source.size
     if not size:
         raise InputError(f"--source {config.source} has images of any size: give --image-size")
@@ -171,7 +136,7 @@ def _claim(output: str, settings: dict[str, Any]) -> None:
         storage.write_atomic(place, json.dumps(settings, indent=1, sort_keys=True).encode())
 
 
-def _note(output: str, number: int) -> str:
+def _record_uri(output: str, number: int) -> str:
     return storage.join(output, "parts", f"{number:05d}.json")
 
 
@@ -183,7 +148,7 @@ def _write_part(
     config: PrepareConfig,
     output: str,
 ) -> dict[str, Any]:
-    """Decodes one part and writes its shards, then its note."""
+    """Decodes one part and writes its shards, then its record."""
     writers = {split: ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
     bad: list[dict[str, str]] = []
     totals = Totals(image.channels)
@@ -207,8 +172,8 @@ def _write_part(
             storage.write_atomic(storage.join(output, name), data)
             digest_hex = hashlib.sha256(data).hexdigest()
             shards[split] = asdict(Shard(name, writer.rows, writer.row_groups, len(data), digest_hex))
-    note = {"shards": shards, "bad": bad, **totals.to_dict()}
-    storage.write_atomic(_note(output, number), json.dumps(note).encode())
+    record = {"shards": shards, "bad": bad, **totals.to_dict()}
+    storage.write_atomic(_record_uri(output, number), json.dumps(record).encode())
     return {"part": number, "images": sum(shard["rows"] for shard in shards.values())}
 
 
@@ -236,17 +201,17 @@ def _label(label: str | None, classes: tuple[str, ...]) -> int | None:
 def _finish(
     config: PrepareConfig,
     image: ImageConfig,
-    notes: list[dict[str, Any]],
+    records: list[dict[str, Any]],
     output: str,
     settings: dict[str, Any],
 ) -> Manifest:
-    bad = [entry for note in notes for entry in note["bad"]]
+    bad = [entry for record in records for entry in record["bad"]]
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
     storage.write_atomic(storage.join(output, QUARANTINE), lines.encode())
     splits = {
         split: Split(sum(shard.rows for shard in shards), shards)
         for split in SPLITS
-        if (shards := list(_shards(notes, split)))
+        if (shards := list(_shards(records, split)))
     }
     good = sum(split.rows for split in splits.values())
     if not good or len(bad) > config.max_bad_fraction * (good + len(bad)):
@@ -255,13 +220,13 @@ def _finish(
             f"{len(bad)} of {good + len(bad)} images can't be used, more than --max-bad-fraction "
             f"{config.max_bad_fraction:g} allows; all are listed in {storage.join(output, QUARANTINE)}: {named}"
         )
-    pixels = max(1, sum(note["pixels"] for note in notes))
-    mean = np.sum([note["sum"] for note in notes], axis=0) / pixels / 255
-    square = np.sum([note["squares"] for note in notes], axis=0) / pixels / 255**2
-    top = max(note["top_label"] for note in notes)
+    pixels = max(1, sum(record["pixels"] for record in records))
+    mean = np.sum([record["sum"] for record in records], axis=0) / pixels / 255
+    square = np.sum([record["squares"] for record in records], axis=0) / pixels / 255**2
+    top = max(record["top_label"] for record in records)
     # Numbers that nothing names are classes, unless they are so many that they must be something else.
     classes = image.classes or (name_classes({str(top)}) if 0 <= top < MOST_UNNAMED_CLASSES else ())
-    fingerprint = sum(int(note["hash"], 16) for note in notes) % 2**256
+    fingerprint = sum(int(record["hash"], 16) for record in records) % 2**256
     manifest = Manifest(
         format=FORMAT,
         version=1,
@@ -278,10 +243,10 @@ def _finish(
     return manifest
 
 
-def _shards(notes: list[dict[str, Any]], split: str) -> Iterator[Shard]:
-    for note in notes:
-        if split in note["shards"]:
-            yield Shard(**note["shards"][split])
+def _shards(records: list[dict[str, Any]], split: str) -> Iterator[Shard]:
+    for record in records:
+        if split in record["shards"]:
+            yield Shard(**record["shards"][split])
 
 
 def _card(manifest: Manifest) -> str:

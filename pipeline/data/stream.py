@@ -8,7 +8,7 @@ execution spans many epochs, since each start of one costs seconds.
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import pyarrow as pa
@@ -17,44 +17,18 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
-from torch import Tensor
 
+from pipeline.cluster.pace import set_in_flight, set_pace
 from pipeline.config import ImageConfig
+from pipeline.data.batch import Batch
 from pipeline.data.index import DatasetIndex
-from pipeline.data.pace import set_in_flight, set_pace
-from pipeline.data.plan import Plan, local_batch_size, windows_between
+from pipeline.data.order import Plan, local_batch_size, windows_between
 from pipeline.data.reads import BLOCK_BYTES, Reader, make_reads, pixel_bytes, pixels_of, rows_ahead
 
 WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
 CONSUMER_TABLES = 4
 CLOSING_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's part of a global batch.
-
-    Attributes:
-        images: uint8 [N, C, H, W], laid out channels last.
-        labels: int64 [N]; -1 where the data has none.
-        ids: sample ids, int64 [N].
-        epochs: the epoch of each sample, int64 [N].
-        weights: float32 [N]; 0 for an image that could not be decoded, else 1.
-        bad: path and reason of each image that could not be decoded.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    epochs: Tensor
-    weights: Tensor
-    bad: dict[str, str] = field(default_factory=dict)
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, for copies to a GPU that overlap with compute."""
-        names = ("images", "labels", "ids", "epochs", "weights")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipeline.diffusion.losses import prior_bits_per_dim, stratified_vlb, vlb_te
 from pipeline.diffusion.process import Process, make_process, q_sample, take
 from pipeline.errors import InputError
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import Partial, Runner, cut, run_here
+from pipeline.evaluation.work import Partial, Pool, cut, in_process
 from pipeline.models.unet import UNet
 from pipeline.rng import Purpose, normal, uniform
 
@@ -122,7 +122,7 @@ def held_out_bits(
     terms: int = 0,
     seed: int = 0,
     batch_size: int = 64,
-    run: Runner = run_here,
+    pool: Pool = in_process,
 ) -> BitsPerDim:
     """Bits/dim of a model on the images `ids` of a dataset; conditional on their labels where the model is.
 
@@ -141,7 +141,7 @@ def held_out_bits(
         raise InputError("bits/dim with its standard error needs at least two images")
     _check_images(spec, index)
     work = BitsWork(index, model, spec, 0 if terms >= timesteps else terms, seed)
-    parts = list(run(work, cut(ids, batch_size), "bits/dim"))
+    parts = list(pool(work, cut(ids, batch_size), "bits/dim"))
     total, variance, prior, decoder = (
         np.concatenate([part[name] for part in parts]) for name in ("total", "variance", "prior", "decoder")
     )

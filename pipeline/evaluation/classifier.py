@@ -16,12 +16,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import storage
 from pipeline.config import ImageConfig, from_dict, to_dict
-from pipeline.data import storage
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import Partial, Runner, choose, run_here
+from pipeline.evaluation.work import Partial, Pool, choose, in_process
 from pipeline.rng import Purpose, uniform
 
 FEATURES = 64
@@ -140,7 +140,7 @@ class ClassifierWork:
 
 
 def train_classifier(
-    index: DatasetIndex, held_out: DatasetIndex, *, seed: int = 0, steps: int = 500, run: Runner = run_here
+    index: DatasetIndex, held_out: DatasetIndex, *, seed: int = 0, steps: int = 500, pool: Pool = in_process
 ) -> tuple[Classifier, float]:
     """Trains a classifier on labelled data.
 
@@ -155,7 +155,7 @@ def train_classifier(
             f"--data {index.uri}: no labels to train a classifier on: give --features FILE (TorchScript)"
         )
     work = ClassifierWork(index, held_out, seed, steps)
-    (result,) = run(work, [choose(index.rows, TRAINING_IMAGES, seed)], "classifier")
+    (result,) = pool(work, [choose(index.rows, TRAINING_IMAGES, seed)], "classifier")
     score = float(result.pop("accuracy")[0])
     net = Classifier(index.image)
     net.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in result.items()})

@@ -5,7 +5,8 @@ from typing import Literal
 
 from pipeline.errors import InputError
 
-Metric = Literal["bits", "frechet", "kernel", "manifold", "knn"]
+# "manifold" is what 0.1.0 called precision_recall.
+Metric = Literal["bits", "frechet", "kernel", "precision_recall", "knn", "manifold"]
 BITS_PER_DIM, FRECHET = "bits_per_dim", "frechet_distance"
 """Names of figures, by which runs and trials are compared."""
 
@@ -22,7 +23,7 @@ class EvaluateConfig:
     """Samples to compare with the data: a folder that jobs/generate.py wrote with --format parquet (URI)."""
     output: str = ""
     """Folder for metrics.json, the terms of the bound, their plot and the classifier (URI); empty = not written."""
-    metrics: tuple[Metric, ...] = ("bits", "frechet", "kernel", "manifold", "knn")
+    metrics: tuple[Metric, ...] = ("bits", "frechet", "kernel", "precision_recall", "knn")
     """What to measure; all but bits need --samples."""
     split: str = "validation"
     """Held-out split: bits/dim is measured on it, and it is the real yardstick beside the samples."""
@@ -43,10 +44,10 @@ class EvaluateConfig:
     classifier_steps: int = 500
     """Optimizer steps of the classifier."""
     max_features: int = 10_000
-    """Images a side for all but the Frechet distance, which takes every one; chosen by the seed, 0 = all."""
+    """Images a side for all but the Fréchet distance, which takes every one; chosen by the seed, 0 = all."""
     kernel_subset_size: int = 1000
     """Images a side in each subset of the kernel distance; fewer where that would leave less than ten subsets."""
-    manifold_neighbours: int = 3
+    precision_recall_neighbours: int = 3
     """k of precision and recall."""
     knn_neighbours: int = 5
     """k of the vote on a sample's label, among real images by their pixels."""
@@ -64,7 +65,12 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         InputError: names the one that doesn't.
     """
-    least = {"batch_size": 1, "classifier_steps": 1, "kernel_subset_size": 2, "manifold_neighbours": 1}
+    least = {
+        "batch_size": 1,
+        "classifier_steps": 1,
+        "kernel_subset_size": 2,
+        "precision_recall_neighbours": 1,
+    }
     least |= {"knn_neighbours": 1, "terms": 0, "max_images": 0, "max_features": 0, "actors": 0}
     for name, value in least.items():
         if getattr(config, name) < value:

@@ -22,7 +22,7 @@ CPUS_PER_ACTOR = 0.5
 
 @dataclass(frozen=True)
 class ActorPool:
-    """A `work.Runner` over Ray.
+    """A `work.Pool` over Ray.
 
     Attributes:
         actors: how many; 0 = one per CPU of the cluster (per GPU where those are used), never more than tasks.

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from pipeline import plots
+from pipeline import storage
 from pipeline.config import ModelSpec
-from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
 from pipeline.evaluation.classifier import save_classifier, train_classifier
-from pipeline.evaluation.config import EvaluateConfig, check
+from pipeline.evaluation.config import EvaluateConfig, Metric, check
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import (
     ClassifierExtractor,
@@ -29,12 +29,13 @@ from pipeline.evaluation.features import (
 from pipeline.evaluation.frechet import frechet_distance, moments_to_bytes
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
 from pipeline.evaluation.knn import knn_label_accuracy
-from pipeline.evaluation.lengths import reconstruct_models, write_model
-from pipeline.evaluation.manifold import precision_recall
+from pipeline.evaluation.precision_recall import precision_recall
 from pipeline.evaluation.reading import open_samples
-from pipeline.evaluation.work import Runner, choose
-from pipeline.models.export import load_model
+from pipeline.evaluation.work import Pool, choose
+from pipeline.models.export import load_model, save_model
+from pipeline.models.snapshots import posthoc_ema
 from pipeline.models.unet import UNet
+from pipeline.pictures import draw
 
 
 def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
@@ -51,26 +52,28 @@ def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
         InputError: a setting, model, dataset or file that can't be used.
     """
     check(config)
+    renamed: dict[Metric, Metric] = {"manifold": "precision_recall"}
+    config = replace(config, metrics=tuple(renamed.get(name, name) for name in config.metrics))
     if config.output:
         storage.check_writable(config.output)
-    run = ActorPool(config.actors, config.gpu)
+    pool = ActorPool(config.actors, config.gpu)
     # Only the bound looks at the model; images of a folder that was not prepared are read at its size.
     loaded = load_model(Path(model_folder)) if model_folder else None
     held_out = open_dataset(config.data, config.split, loaded[1].image.size if loaded else 0)
     metrics: dict[str, float] = {}
     if loaded and "bits" in config.metrics:
-        metrics |= _bits(config, *loaded, held_out, run)
+        metrics |= _bits(config, *loaded, held_out, pool)
     if config.samples and set(config.metrics) - {"bits"}:
-        metrics |= _quality(config, held_out, run)
+        metrics |= _quality(config, held_out, pool)
     _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
 
 def _bits(
-    config: EvaluateConfig, model: UNet, spec: ModelSpec, held_out: DatasetIndex, run: Runner
+    config: EvaluateConfig, model: UNet, spec: ModelSpec, held_out: DatasetIndex, pool: Pool
 ) -> dict[str, float]:
     ids = choose(held_out.rows, config.max_images, config.seed)
-    averages = reconstruct_models(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
+    averages = posthoc_ema(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
 
     def bound() -> BitsPerDim:
         return held_out_bits(
@@ -81,7 +84,7 @@ def _bits(
             terms=config.terms,
             seed=config.seed,
             batch_size=config.batch_size,
-            run=run,
+            pool=pool,
         )
 
     bits = bound()
@@ -92,7 +95,7 @@ def _bits(
         sweep[f"bits_per_dim_ema_{length:g}"] = bound().bits_per_dim
         if config.output:
             about = replace(spec, provenance=spec.provenance | {"ema_length": length})
-            write_model(storage.join(storage.absolute(config.output), f"ema-{length:g}"), weights, about)
+            _write_model(storage.join(storage.absolute(config.output), f"ema-{length:g}"), weights, about)
     return sweep | {
         "bits_per_dim": bits.bits_per_dim,
         "bits_per_dim_stderr": bits.stderr,
@@ -103,13 +106,13 @@ def _bits(
     }
 
 
-def _quality(config: EvaluateConfig, held_out: DatasetIndex, run: Runner) -> dict[str, float]:
+def _quality(config: EvaluateConfig, held_out: DatasetIndex, pool: Pool) -> dict[str, float]:
     reference = open_dataset(config.data, config.reference_split, held_out.image.size)
     samples = open_samples(config.samples, reference.image)
     sets = [reference, samples] + [held_out] * (config.split != config.reference_split)
     _check_counts(config, sets)
-    extractor, metrics = _extractor(config, reference, held_out, run)
-    real, fake, *others = measure(sets, extractor, keep=config.max_features, seed=config.seed, run=run)
+    extractor, metrics = _extractor(config, reference, held_out, pool)
+    real, fake, *others = measure(sets, extractor, keep=config.max_features, seed=config.seed, pool=pool)
     _write(config, "reference_moments.npz", moments_to_bytes(real.moments))
     _write(config, "sample_moments.npz", moments_to_bytes(fake.moments))
     metrics |= {"samples": samples.rows} | _compare(config, real, fake)
@@ -126,7 +129,7 @@ def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
     least = {
         "frechet": 2,
         "kernel": LEAST_IMAGES,
-        "manifold": config.manifold_neighbours + 1,
+        "precision_recall": config.precision_recall_neighbours + 1,
         "knn": config.knn_neighbours,
     }
     for index in sets:
@@ -147,9 +150,9 @@ def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict
         metrics["kernel_distance"], metrics["kernel_distance_stderr"] = kernel_distance(
             real.features, fake.features, subset_size=config.kernel_subset_size, seed=config.seed
         )
-    if "manifold" in config.metrics:
+    if "precision_recall" in config.metrics:
         metrics["precision"], metrics["recall"] = precision_recall(
-            real.features, fake.features, config.manifold_neighbours
+            real.features, fake.features, config.precision_recall_neighbours
         )
     if "knn" in config.metrics and min(real.labels.min(), fake.labels.min()) >= 0:
         metrics["knn_label_accuracy"] = knn_label_accuracy(
@@ -159,12 +162,12 @@ def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict
 
 
 def _extractor(
-    config: EvaluateConfig, reference: DatasetIndex, held_out: DatasetIndex, run: Runner
+    config: EvaluateConfig, reference: DatasetIndex, held_out: DatasetIndex, pool: Pool
 ) -> tuple[Extractor, dict[str, float]]:
     """The extractor, and what is to be said of it."""
     if config.features == "classifier":
         net, accuracy = train_classifier(
-            reference, held_out, seed=config.seed, steps=config.classifier_steps, run=run
+            reference, held_out, seed=config.seed, steps=config.classifier_steps, pool=pool
         )
         if config.output:
             save_classifier(storage.join(config.output, "classifier"), net, reference.image, accuracy)
@@ -185,10 +188,17 @@ def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:
     _write(config, "terms.csv", table.getvalue().encode())
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "terms.png"
-        plots.save_bound_terms(np.array(bits.terms), picture)
+        draw.save_bound_terms(np.array(bits.terms), picture)
         _write(config, "terms.png", picture.read_bytes())
 
 
 def _write(config: EvaluateConfig, name: str, data: bytes) -> None:
     if config.output:
         storage.write_atomic(storage.join(storage.absolute(config.output), name), data)
+
+
+def _write_model(uri: str, weights: dict[str, Tensor], spec: ModelSpec) -> None:
+    """Writes a model folder wherever a URI may point."""
+    with tempfile.TemporaryDirectory() as here:
+        for file in sorted(save_model(Path(here) / "model", weights, spec).iterdir()):
+            storage.write_atomic(storage.join(uri, file.name), file.read_bytes())

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data import storage
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.classifier import CONFIG, Classifier, load_classifier
 from pipeline.evaluation.frechet import Moments, merge_moments, moments_of
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import Partial, Runner, choose, cut, run_here
+from pipeline.evaluation.work import Partial, Pool, choose, cut, in_process
 
 IMAGES_PER_TASK = 2048
 IMAGES_PER_PASS = 64
@@ -158,7 +158,12 @@ class FeatureWork:
 
 
 def measure(
-    indexes: Sequence[DatasetIndex], extractor: Extractor, *, keep: int, seed: int = 0, run: Runner = run_here
+    indexes: Sequence[DatasetIndex],
+    extractor: Extractor,
+    *,
+    keep: int,
+    seed: int = 0,
+    pool: Pool = in_process,
 ) -> list[FeatureSet]:
     """The features of datasets: moments of all images, and the vectors of some of each dataset.
 
@@ -174,7 +179,7 @@ def measure(
         for first, index in zip(firsts, indexes, strict=True)
     ]
     kept = [first + choose(index.rows, keep, seed) for first, index in zip(firsts, indexes, strict=True)]
-    results = run(
+    results = pool(
         FeatureWork(joined, extractor, np.concatenate(kept)),
         [ids for mine in tasks for ids in mine],
         "features",

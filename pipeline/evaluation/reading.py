@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data import storage
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex, read_rows, row_group
-from pipeline.data.parquet import row_counts
+from pipeline.data.sources.parquet import row_counts
 from pipeline.errors import InputError
 
 

@@ -1,7 +1,7 @@
 """Work that is cut into tasks, and run here or by many actors (see distributed.py) with the same result.
 
 A task is an array of sample ids; how a set of ids is cut into tasks depends on the ids alone, never on who runs
-them, and the partial results come back in the tasks' order. So the merged result is the same for any runner.
+them, and the partial results come back in the tasks' order. So the merged result is the same for any pool.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,13 @@ class Work(Protocol):
         """Sets up on a device, once, and returns the function that does one task."""
 
 
-class Runner(Protocol):
+class Pool(Protocol):
     """Does all tasks and yields their partial results in order."""
 
     def __call__(self, work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]: ...
 
 
-def run_here(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
+def in_process(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
     """Does the tasks one after the other in this process, on the CPU."""
     yield from map(work.start(torch.device("cpu")), tasks)
 

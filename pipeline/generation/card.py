@@ -3,25 +3,29 @@
 import hashlib
 import io
 import json
+import posixpath
 import subprocess
+import tarfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline import __version__
-from pipeline.config import ModelSpec
-from pipeline.data import storage
-from pipeline.data.index import SAMPLES_FORMAT
+from pipeline import __version__, storage
+from pipeline.config import ImageConfig, ModelSpec
+from pipeline.data.images import DecodeError, decode
+from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
+from pipeline.errors import InputError
 from pipeline.generation import ledger, writers
+from pipeline.generation.chunks import Chunk, file_name
 from pipeline.generation.config import GenerateConfig
-from pipeline.generation.ledger import Note
-from pipeline.generation.plan import Piece, file_name
-from pipeline.generation.reading import first_images
+from pipeline.generation.ledger import ChunkRecord
 from pipeline.generation.sampler import labels_or_none, sample_labels
 
 SHEET, SHEET_COLUMNS, SHEET_ROWS = "contact-sheet.png", 16, 4
@@ -29,7 +33,11 @@ _LABELS_TOGETHER = 65_536
 
 
 def describe(
-    config: GenerateConfig, output: str, spec: ModelSpec, about: dict[str, Any], whole: dict[Piece, Note]
+    config: GenerateConfig,
+    output: str,
+    spec: ModelSpec,
+    about: dict[str, Any],
+    whole: dict[Chunk, ChunkRecord],
 ) -> None:
     """Writes all that lies beside the samples.
 
@@ -44,22 +52,27 @@ def describe(
         "code": {"ray-ddpm": __version__, "commit": _commit(), "torch": torch.__version__},
         **about,
         "trained_on": spec.provenance,
-        "count": sum(note.rows for note in whole.values()),
-        "blank": sum(note.blank for note in whole.values()),
-        "nonfinite": sum(note.nonfinite for note in whole.values()),
+        "count": sum(record.rows for record in whole.values()),
+        "blank": sum(record.blank for record in whole.values()),
+        "nonfinite": sum(record.nonfinite for record in whole.values()),
         # Of the files' digests, in order: one number to compare two datasets by.
-        "sha256": hashlib.sha256("".join(note.sha256 for note in whole.values()).encode()).hexdigest(),
+        "sha256": hashlib.sha256("".join(record.sha256 for record in whole.values()).encode()).hexdigest(),
     }
     suffix = writers.SUFFIX[config.format]
     files = (
         json.dumps(
-            {"file": file_name(piece, suffix), "rows": note.rows, "bytes": note.bytes, "sha256": note.sha256}
+            {
+                "file": file_name(chunk, suffix),
+                "rows": record.rows,
+                "bytes": record.bytes,
+                "sha256": record.sha256,
+            }
         )
-        for piece, note in whole.items()
+        for chunk, record in whole.items()
     )
     # One file a line, and no list of them all: there may be a hundred thousand.
     manifest = json.dumps(head, indent=1)[:-2] + ',\n "files": [\n  ' + ",\n  ".join(files) + "\n ]\n}\n"
-    storage.write_atomic(storage.join(output, ledger.MANIFEST), manifest.encode())
+    storage.write_atomic(storage.join(output, MANIFEST), manifest.encode())
     images = first_images(output, config.format, list(whole), SHEET_COLUMNS * SHEET_ROWS, spec.image)
     storage.write_atomic(storage.join(output, SHEET), _sheet(images))
     storage.write_atomic(storage.join(output, ledger.CARD), card(head, spec, config).encode())
@@ -86,6 +99,47 @@ def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig) -> s
     )
 
 
+def first_images(
+    output: str, form: str, chunks: list[Chunk], count: int, image: ImageConfig
+) -> list[np.ndarray]:
+    """The first samples of a dataset, at most `count`: uint8 [H, W, C] each.
+
+    Args:
+        chunks: its files, in order.
+
+    Raises:
+        InputError: a file is damaged, though its length is right.
+    """
+    try:
+        encoded = islice(_encoded_images(output, form, chunks, count), count)
+        return [decode(data, image.size, image.channels) for data in encoded]
+    except (DecodeError, pa.ArrowInvalid, tarfile.TarError) as error:
+        raise InputError(
+            f"--output {output}: a file is damaged ({' '.join(str(error).split())[:100]}): run the same command with "
+            "--verify, then as before"
+        ) from None
+
+
+def _encoded_images(output: str, form: str, chunks: list[Chunk], count: int) -> Iterator[bytes]:
+    if form == "png":
+        uris = sorted(storage.sizes(storage.join(output, ledger.DATA)), key=posixpath.basename)
+        yield from (storage.read_bytes(uri) for uri in uris if uri.endswith(".png"))
+        return
+    for chunk in chunks:
+        fs, path = storage.open_fs(ledger.data_uri(output, chunk, form))
+        with fs.open(path, "rb") as file:
+            if form == "parquet":
+                for batch in pq.ParquetFile(file).iter_batches(count, columns=["image"]):
+                    yield from (image["bytes"] for image in batch["image"].to_pylist())
+            else:
+                with tarfile.open(fileobj=file, mode="r|") as tar:
+                    yield from (
+                        member_file.read()
+                        for member in tar
+                        if member.name.endswith(".png") and (member_file := tar.extractfile(member))
+                    )
+
+
 def _sheet(images: list[np.ndarray]) -> bytes:
     """The images [H, W, C] side by side, as PNG."""
     height, width, channels = images[0].shape
@@ -99,7 +153,7 @@ def _sheet(images: list[np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _png_metadata(config: GenerateConfig, spec: ModelSpec, whole: dict[Piece, Note]) -> bytes:
+def _png_metadata(config: GenerateConfig, spec: ModelSpec, whole: dict[Chunk, ChunkRecord]) -> bytes:
     """Rows for every image: label, index and seed are arithmetic, so nothing has to be read."""
     buffer, classes = io.BytesIO(), spec.image.classes
     with pq.ParquetWriter(buffer, writers.png_metadata([], [], 0, classes).schema) as writer:
@@ -111,10 +165,10 @@ def _png_metadata(config: GenerateConfig, spec: ModelSpec, whole: dict[Piece, No
     return buffer.getvalue()
 
 
-def _spans(whole: dict[Piece, Note]) -> Iterator[Piece]:
-    for piece in whole:
-        for start in range(piece.start, piece.stop, _LABELS_TOGETHER):
-            yield Piece(start, min(start + _LABELS_TOGETHER, piece.stop))
+def _spans(whole: dict[Chunk, ChunkRecord]) -> Iterator[Chunk]:
+    for chunk in whole:
+        for start in range(chunk.start, chunk.stop, _LABELS_TOGETHER):
+            yield Chunk(start, min(start + _LABELS_TOGETHER, chunk.stop))
 
 
 def _commit() -> str | None:

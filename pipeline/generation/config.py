@@ -54,7 +54,7 @@ class GenerateConfig:
     max_blank_fraction: float = 0.01
     """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
     reference: str = ""
-    """Show the Frechet distance to it while generating: the --output of an evaluation, or an .npz of moments (URI)."""
+    """Show the Fréchet distance to it while generating: the --output of an evaluation, or an .npz of moments (URI)."""
     features: str = ""
     """What --reference was measured with: a classifier folder or a TorchScript file; empty = as evaluated."""
     verify: bool = False

@@ -5,19 +5,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.generation import ledger, pool
+from pipeline.generation import ledger
 from pipeline.generation.card import describe
+from pipeline.generation.chunks import Chunk, gaps, tasks
 from pipeline.generation.config import GenerateConfig, check, identity
-from pipeline.generation.ledger import Note
-from pipeline.generation.lock import locked
-from pipeline.generation.plan import Piece, gaps, tasks
+from pipeline.generation.ledger import ChunkRecord
+from pipeline.generation.pool import MOST_TASKS, Pool, actor_pool
 from pipeline.generation.quality import RunningDistance, open_reference
-from pipeline.generation.sampler import Sampler, Setup, unwritable
+from pipeline.generation.sampler import SamplerActor, Setup, unwritable
 from pipeline.generation.verify import verify
 from pipeline.models.export import model_fingerprint, pack_model, unpack_model
+from pipeline.output import locked
 
 
 def model_to_use(config: GenerateConfig) -> str:
@@ -29,7 +30,7 @@ def model_to_use(config: GenerateConfig) -> str:
 
 
 def generate(
-    config: GenerateConfig, model_folder: str, model_name: str, run: pool.Runner = pool.run
+    config: GenerateConfig, model_folder: str, model_name: str, pool: Pool = actor_pool
 ) -> dict[str, Any]:
     """Makes what is missing of a dataset, or verifies one.
 
@@ -55,9 +56,9 @@ def generate(
             ledger.claim(output, wanted, model)
             whole = ledger.finished(output, config.format, setup.settings)
             if config.verify:
-                return _result(config, whole, verify(setup, whole, run))
+                return _result(config, whole, verify(setup, whole, pool))
             distance = RunningDistance(reference.moments) if reference else None
-            metrics = _make(setup, whole, distance, run)
+            metrics = _make(setup, whole, distance, pool)
             whole = ledger.finished(output, config.format, setup.settings)
             _finish(config, output, whole)
             saved = ledger.saved_settings(output) or model
@@ -68,34 +69,36 @@ def generate(
     return _result(config, whole, metrics)
 
 
-def _result(config: GenerateConfig, whole: dict[Piece, Note], metrics: dict[str, float]) -> dict[str, Any]:
+def _result(
+    config: GenerateConfig, whole: dict[Chunk, ChunkRecord], metrics: dict[str, float]
+) -> dict[str, Any]:
     return {
         "output": config.output,
-        "count": sum(note.rows for note in whole.values()),
+        "count": sum(record.rows for record in whole.values()),
         "metrics": metrics
         | {
-            "blank": sum(note.blank for note in whole.values()),
-            "nonfinite": sum(note.nonfinite for note in whole.values()),
+            "blank": sum(record.blank for record in whole.values()),
+            "nonfinite": sum(record.nonfinite for record in whole.values()),
         },
     }
 
 
 def _make(
-    setup: Setup, whole: dict[Piece, Note], distance: RunningDistance | None, run: pool.Runner
+    setup: Setup, whole: dict[Chunk, ChunkRecord], distance: RunningDistance | None, pool: Pool
 ) -> dict[str, float]:
     """Runs the actor pool over what is missing; says what was made."""
     config = setup.config
-    kept = sum(note.rows for note in whole.values())
-    bad = sum(note.blank + note.nonfinite for note in whole.values())
+    kept = sum(record.rows for record in whole.values())
+    bad = sum(record.blank + record.nonfinite for record in whole.values())
     spans = list(gaps(config.count, whole))
     total = sum(span.stop - span.start for span in spans)
     done, made, began = 0, 0, time.monotonic()
     _refuse_bad(bad, kept + total, config)
     if spans:
-        rows = [span._asdict() for span in tasks(spans, config.rows_per_file, pool.MOST_TASKS)]
+        rows = [span._asdict() for span in tasks(spans, config.rows_per_file, MOST_TASKS)]
         display = Display("generate", total, "images")
         try:
-            for row in run(Sampler, rows, setup):
+            for row in pool(SamplerActor, rows, setup):
                 done, made, bad = done + row["stop"] - row["start"], made + row["made"], bad + row["bad"]
                 _refuse_bad(bad, kept + total, config)
                 note = f"{made / (time.monotonic() - began):.1f} images/s"
@@ -122,7 +125,7 @@ def _refuse_bad(bad: int, total: int, config: GenerateConfig) -> None:
         )
 
 
-def _finish(config: GenerateConfig, output: str, whole: dict[Piece, Note]) -> None:
+def _finish(config: GenerateConfig, output: str, whole: dict[Chunk, ChunkRecord]) -> None:
     """Whether all is there now; what is not of this dataset is moved aside, so that nobody reads it as samples."""
     if gap := next(gaps(config.count, whole), None):
         raise InputError(

@@ -23,18 +23,18 @@ class Worker(Protocol):
     def __call__(self, row: Row) -> Row: ...
 
 
-class Runner(Protocol):
+class Pool(Protocol):
     """Gives rows to workers and yields the results as they come."""
 
     def __call__(self, worker: type[Worker], rows: list[Row], setup: Setup) -> Iterator[Row]: ...
 
 
-def run_here(worker: type[Worker], rows: list[Row], setup: Setup) -> Iterator[Row]:
+def in_process(worker: type[Worker], rows: list[Row], setup: Setup) -> Iterator[Row]:
     """Does one row after the other, in this process."""
     yield from map(worker(setup), rows)
 
 
-def run(worker: type[Worker], rows: list[Row], setup: Setup) -> Iterator[Row]:
+def actor_pool(worker: type[Worker], rows: list[Row], setup: Setup) -> Iterator[Row]:
     """Through a pool of actors. Ray Data restarts a killed actor, and gives its row to another one.
 
     Raises:

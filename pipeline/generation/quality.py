@@ -1,10 +1,10 @@
-"""A figure of quality that runs along: the Frechet distance of what is generated to a reference's moments."""
+"""A figure of quality that runs along: the Fréchet distance of what is generated to a reference's moments."""
 
 import time
 from dataclasses import dataclass
 
+from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data import storage
 from pipeline.errors import InputError
 from pipeline.evaluation.features import Extractor, open_extractor
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_from_bytes
@@ -66,5 +66,5 @@ class RunningDistance:
     def shown(self) -> str:
         """For the progress display: at most some seconds old."""
         if time.monotonic() - self._last > SECONDS_BETWEEN and (value := self.value()) is not None:
-            self._last, self._shown = time.monotonic(), f"  Frechet distance {value:.3f}"
+            self._last, self._shown = time.monotonic(), f"  Fréchet distance {value:.3f}"
         return self._shown

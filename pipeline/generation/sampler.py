@@ -1,4 +1,4 @@
-"""What turns pieces of the plan into files, in an actor or anywhere else."""
+"""What turns chunks of the plan into files, in an actor or anywhere else."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,37 +7,37 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pipeline import storage
 from pipeline.config import ModelSpec
-from pipeline.data import storage
 from pipeline.data.images import encode_png
 from pipeline.errors import InputError
 from pipeline.evaluation.features import Extractor
 from pipeline.evaluation.frechet import Moments, merge_moments, moments_of, moments_to_bytes
 from pipeline.generation import ledger, writers
+from pipeline.generation.chunks import Chunk, batches, cut_into_chunks
 from pipeline.generation.config import GenerateConfig
-from pipeline.generation.ledger import Note
-from pipeline.generation.plan import Piece, batches, pieces
+from pipeline.generation.ledger import ChunkRecord
 from pipeline.models.export import unpack_model
+from pipeline.models.sampling import sample_floats, to_uint8
 from pipeline.rng import Purpose, uniform
-from pipeline.sampling import sample_floats, to_uint8
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What an actor needs beside its pieces; travels to it through the object store, once."""
+    """What an actor needs beside its chunks; travels to it through the object store, once."""
 
     model: tuple[bytes, bytes]
     """What `pack_model` gives: the nodes need not see the model's folder."""
     config: GenerateConfig
     output: str
     settings: str
-    """Digest of the settings, for the notes."""
+    """Digest of the settings, for the records."""
     extractor: Extractor | None
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The samples of a piece.
+    """The samples of a chunk.
 
     Attributes:
         images: uint8 [N, C, H, W], on the device.
@@ -51,7 +51,7 @@ class Rendered:
 
 
 class Renderer:
-    """Holds the model and makes the samples of a piece.
+    """Holds the model and makes the samples of a chunk.
 
     Raises:
         InputError: a damaged model, or a GPU that the settings don't fit.
@@ -70,11 +70,11 @@ class Renderer:
         if self.config.compile:
             self.model = torch.compile(self.model, dynamic=False)
 
-    def render(self, piece: Piece) -> Rendered:
-        """The samples of a piece, computed in its whole batches."""
+    def render(self, chunk: Chunk) -> Rendered:
+        """The samples of a chunk, computed in its whole batches."""
         parts = [
             tuple(part[mine] if part is not None else None for part in self._batch(indices))
-            for indices, mine in batches(piece, self.config.batch_size)
+            for indices, mine in batches(chunk, self.config.batch_size)
         ]
         images, labels, finite = zip(*parts, strict=True)
         return Rendered(
@@ -101,22 +101,22 @@ class Renderer:
             )
         return to_uint8(x_0), labels, x_0.isfinite().flatten(1).all(1)
 
-    def places(self, output: str, piece: Piece) -> list[str]:
-        """Where a piece's files are: one, or one for each image."""
+    def places(self, output: str, chunk: Chunk) -> list[str]:
+        """Where a chunk's files are: one, or one for each image."""
         form = self.config.format
         if form != "png":
-            return [ledger.data_uri(output, piece, form)]
-        names, folders = range(piece.start, piece.stop), writers.class_folders(self.spec.image.classes)
-        labels = sample_labels(self.config, self.spec, torch.arange(piece.start, piece.stop))
+            return [ledger.data_uri(output, chunk, form)]
+        names, folders = range(chunk.start, chunk.stop), writers.class_folders(self.spec.image.classes)
+        labels = sample_labels(self.config, self.spec, torch.arange(chunk.start, chunk.stop))
         return [
             storage.join(output, ledger.DATA, writers.png_place(index, label, folders))
             for index, label in zip(names, labels_or_none(labels, len(names)), strict=True)
         ]
 
-    def contents(self, piece: Piece, samples: Rendered) -> list[bytes]:
+    def contents(self, chunk: Chunk, samples: Rendered) -> list[bytes]:
         """The bytes of those files."""
         pixels = samples.images.permute(0, 2, 3, 1).cpu().numpy()
-        labels, indices = labels_or_none(samples.labels, len(pixels)), range(piece.start, piece.stop)
+        labels, indices = labels_or_none(samples.labels, len(pixels)), range(chunk.start, chunk.stop)
         rows = [
             writers.Row(encode_png(image), label, index, self.config.seed)
             for image, label, index in zip(pixels, labels, indices, strict=True)
@@ -128,7 +128,7 @@ class Renderer:
         return [writers.parquet(rows, self.spec.image.classes)]
 
 
-class Sampler:
+class SamplerActor:
     """Called with spans of samples; writes their files.
 
     Raises:
@@ -148,28 +148,28 @@ class Sampler:
         Raises:
             InputError: the output can't be written.
         """
-        span, made, bad, moments = Piece(int(row["start"]), int(row["stop"])), 0, 0, list[Moments]()
+        span, made, bad, moments = Chunk(int(row["start"]), int(row["stop"])), 0, 0, list[Moments]()
         try:
-            for piece in pieces(span, self._setup.config.rows_per_file):
+            for chunk in cut_into_chunks(span, self._setup.config.rows_per_file):
                 # A killed actor's span comes again, and what it had finished is kept.
-                note = ledger.read_note(
-                    self._setup.output, piece, self._setup.config.format, self._setup.settings
+                record = ledger.read_record(
+                    self._setup.output, chunk, self._setup.config.format, self._setup.settings
                 )
-                if note is None:
-                    note = self._make(piece, moments)
-                    made += note.rows
-                bad += note.blank + note.nonfinite
+                if record is None:
+                    record = self._make(chunk, moments)
+                    made += record.rows
+                bad += record.blank + record.nonfinite
         except OSError as error:
             raise InputError(unwritable(self._setup.output, error)) from None
         merged = moments_to_bytes(merge_moments(moments)) if moments else b""
         return {"start": span.start, "stop": span.stop, "made": made, "bad": bad, "moments": merged}
 
-    def _make(self, piece: Piece, moments: list[Moments]) -> Note:
+    def _make(self, chunk: Chunk, moments: list[Moments]) -> ChunkRecord:
         renderer, output, config = self._renderer, self._setup.output, self._setup.config
-        samples = renderer.render(piece)
+        samples = renderer.render(chunk)
         length, digest = 0, hashlib.sha256()
-        contents = renderer.contents(piece, samples)
-        for uri, data in zip(renderer.places(output, piece), contents, strict=True):
+        contents = renderer.contents(chunk, samples)
+        for uri, data in zip(renderer.places(output, chunk), contents, strict=True):
             storage.write_atomic(uri, data)
             length += len(data)
             digest.update(data)
@@ -181,11 +181,11 @@ class Sampler:
                 batches_of = samples.images.split(config.batch_size)
                 features = torch.cat([self._embed(part).cpu() for part in batches_of])
             moments.append(moments_of(features.numpy()))
-        note = Note(
-            piece.stop - piece.start, length, digest.hexdigest(), blank, nonfinite, self._setup.settings
+        record = ChunkRecord(
+            chunk.stop - chunk.start, length, digest.hexdigest(), blank, nonfinite, self._setup.settings
         )
-        ledger.write_note(output, piece, config.format, note)
-        return note
+        ledger.write_record(output, chunk, config.format, record)
+        return record
 
 
 def sample_labels(config: GenerateConfig, spec: ModelSpec, ids: Tensor) -> Tensor | None:

@@ -1,13 +1,7 @@
 """Averages of the weights: standard EMA at several decays at once, and EDM2's power-function profiles.
 
 Only parameters are averaged. `init` and `update_` work on lists of tensors in the order of `model.parameters()`.
-A snapshot is a power-function average as it stood at some step, in a file whose name says which; from the
-snapshots of one or two lengths the average of any other length is reconstructed after the training.
 """
-
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -64,50 +58,6 @@ def reconstruction_weights(
     gram = np.array([[_inner(a, b) for b in stored] for a in stored])
     solution, *_ = np.linalg.lstsq(gram, np.array([_inner(a, wanted) for a in stored]), rcond=None)
     return [float(w) for w in solution]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """When a stored average was taken, and its relative length."""
-
-    step: int
-    sigma_rel: float
-
-    @property
-    def name(self) -> str:
-        """Its file's name."""
-        return f"step-{self.step:09d}-length-{self.sigma_rel:g}.safetensors"
-
-
-def parse_snapshot(name: str) -> Snapshot | None:
-    """The inverse of `Snapshot.name`; None for any other file."""
-    found = re.fullmatch(r"step-(\d+)-length-([\d.e-]+)\.safetensors", name)
-    return Snapshot(int(found[1]), float(found[2])) if found else None
-
-
-def reconstruct(
-    snapshots: list[Snapshot], read: Callable[[Snapshot], dict[str, Tensor]], sigma_rels: list[float]
-) -> list[dict[str, Tensor]]:
-    """Averages of any lengths at the newest step, mixed from stored ones.
-
-    Args:
-        read: the tensors of a snapshot by name; called once for each, and one at a time is held in memory.
-        sigma_rels: the lengths that are wanted.
-
-    Returns:
-        the parameters by name for each length, of the snapshots' dtype.
-    """
-    steps, lengths = [s.step for s in snapshots], [s.sigma_rel for s in snapshots]
-    mixes = [reconstruction_weights(steps, lengths, max(steps), wanted) for wanted in sigma_rels]
-    sums: list[dict[str, Tensor]] = [{} for _ in sigma_rels]
-    dtypes: dict[str, torch.dtype] = {}
-    for i, snapshot in enumerate(snapshots):
-        for name, tensor in read(snapshot).items():
-            dtypes[name] = tensor.dtype
-            for mix, total in zip(mixes, sums, strict=True):
-                # In float64: the weights may be large and of both signs.
-                total[name] = total.get(name, 0) + mix[i] * tensor.double()
-    return [{name: tensor.to(dtypes[name]) for name, tensor in total.items()} for total in sums]
 
 
 def _inner(a: tuple[float, float], b: tuple[float, float]) -> float:

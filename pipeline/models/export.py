@@ -90,7 +90,7 @@ def model_card(spec: ModelSpec) -> str:
         f"{diffusion.schedule} schedule, T = {diffusion.timesteps}, variance {diffusion.variance}.\n"
         f"Class-conditional: {classes}.\n\n"
         "    from pathlib import Path\n"
-        "    from pipeline.models.export import load_model\n"
+        "    from pipeline import load_model\n"
         '    model, spec = load_model(Path("this-folder"))\n\n'
         f"| provenance | |\n| --- | --- |\n{provenance}"
     )

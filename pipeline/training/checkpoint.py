@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.training.loop import TrainState
 
 FORMAT = 2
 STATE = "state.json"
-WEIGHTS, AVERAGES, OPTIMIZER, SAMPLER = (
+WEIGHTS, AVERAGES, OPTIMIZER, TIMESTEP_SAMPLER = (
     f"{part}.safetensors" for part in ("weights", "averages", "optimizer", "sampler")
 )
 
@@ -44,7 +44,7 @@ class Saved:
     weights: dict[str, Tensor]
     averages: list[dict[str, Tensor]]
     optimizer: dict[str, Tensor]
-    sampler: dict[str, Tensor]
+    timestep_sampler: dict[str, Tensor]
 
 
 def capture(state: TrainState) -> Saved:
@@ -67,7 +67,7 @@ def capture(state: TrainState) -> Saved:
             for name in names
             for key, value in state.optimizer.state.get(parameters[name], {}).items()
         },
-        sampler={name: copy(tensor) for name, tensor in state.sampler.items()},
+        timestep_sampler={name: copy(tensor) for name, tensor in state.timestep_sampler.items()},
     )
 
 
@@ -88,7 +88,7 @@ def restore(state: TrainState, saved: Saved) -> None:
             for key, value in saved.optimizer.items()
             if key.rpartition("/")[0] == name
         }
-    state.sampler = dict(saved.sampler)
+    state.timestep_sampler = dict(saved.timestep_sampler)
     state.step = saved.step
 
 
@@ -115,7 +115,7 @@ def write(uri: str, saved: Saved, extra: dict[str, Any]) -> None:
             for name, tensor in average.items()
         },
         OPTIMIZER: saved.optimizer,
-        SAMPLER: saved.sampler,
+        TIMESTEP_SAMPLER: saved.timestep_sampler,
     }
     digests = {}
     for name, tensors in files.items():
@@ -148,7 +148,7 @@ def read(uri: str) -> tuple[Saved, dict[str, Any]]:
         weights=_read_tensors(uri, state, WEIGHTS),
         averages=_read_averages(uri, state),
         optimizer=_read_tensors(uri, state, OPTIMIZER),
-        sampler=_read_tensors(uri, state, SAMPLER),
+        timestep_sampler=_read_tensors(uri, state, TIMESTEP_SAMPLER),
     )
     return saved, state
 

@@ -1,7 +1,9 @@
-"""How much arithmetic a training step is, and how much a worker's device could do in the same time."""
+"""How much arithmetic a training step is, how much a worker's device could do in the same time, how busy it is."""
 
+import contextlib
 import time
 
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,6 +12,7 @@ from pipeline.models.unet import build
 
 MEASURED_SECONDS = 0.2
 SIDE = {"cpu": 512, "cuda": 8192}
+MEGABYTE = 1e6
 
 
 def flops_per_image(spec: ModelSpec) -> int:
@@ -40,3 +43,27 @@ def peak_flops(device: torch.device, bf16: bool) -> float:
     first = seconds()  # makes the kernels ready
     tries = [seconds() for _ in range(max(2, min(100, int(MEASURED_SECONDS / first))))]
     return 2 * side**3 / min(tries)  # the fastest: others may use the machine, too
+
+
+def utilisation(device: torch.device) -> dict[str, float]:
+    """Of this node and process, and of the worker's GPU, under the names by which MLflow shows system metrics.
+
+    The CPU's share is the mean since the last call.
+    """
+    memory = psutil.virtual_memory()
+    figures = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_percentage": memory.percent,
+        "system/process_memory_megabytes": psutil.Process().memory_info().rss / MEGABYTE,
+    }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        busy = 0.0
+        with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py
+            busy = float(torch.cuda.utilization(device))
+        figures |= {
+            "system/gpu_utilization_percentage": busy,
+            "system/gpu_memory_usage_percentage": 100 * (1 - free / total),
+            "system/gpu_memory_usage_megabytes": (total - free) / MEGABYTE,
+        }
+    return figures

@@ -4,19 +4,19 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from pipeline import __version__, tracking
+from pipeline import __version__, storage
 from pipeline.config import ModelSpec, TrainConfig, to_dict
-from pipeline.data import storage
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
-from pipeline.training.progress import CURVES
+from pipeline.tracking import runs
+from pipeline.training.run_channel import CURVES
 
 RUN_FILE = "run.json"
 
 
 def open_run(
     config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run_id: str = ""
-) -> tracking.Run:
+) -> runs.Run:
     """One MLflow run for one output folder, whatever number of restarts; `run_id` where the caller opened it."""
     note = storage.join(output, RUN_FILE)
     settings = to_dict(replace(config, resume=False))
@@ -33,16 +33,16 @@ def open_run(
                     f"--resume: {key} was {before} in {config.output} and is {now} now; keep it, or train in "
                     "another folder"
                 )
-        if run := tracking.reopen_run(run_id or old["run_id"], CURVES):
+        if run := runs.reopen_run(run_id or old["run_id"], CURVES):
             return run
-    run = (tracking.reopen_run(run_id, CURVES) if run_id else None) or tracking.start_run(
+    run = (runs.reopen_run(run_id, CURVES) if run_id else None) or runs.start_run(
         config.experiment,
         config.run_name,
         settings,
         {"ray_ddpm.version": __version__, "ray_ddpm.output": output},
     )
-    tracking.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
-    tracking.log_config(run, settings)
+    runs.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
+    runs.log_config(run, settings)
     content = {"run_id": run.id, "fixed": _fixed(config, spec, index), "config": settings}
     storage.write_atomic(note, json.dumps(content, indent=1).encode())
     return run

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import ModelSpec, TrainConfig
+from pipeline.data.batch import Batch
 from pipeline.diffusion import timesteps
 from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.process import Process, make_process
@@ -28,31 +28,20 @@ from pipeline.training.meter import Meter
 from pipeline.training.network import uses_bf16
 
 
-class Batch(Protocol):
-    """What the loop needs of a batch (see `pipeline.data.stream.Batch`)."""
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    epochs: Tensor
-    weights: Tensor
-    bad: dict[str, str]
-
-
 @dataclass
 class TrainState:
     """All that changes while training; what a checkpoint holds.
 
     Attributes:
         averages: for each entry of `ema_decays`, then of `ema_lengths`, the averaged parameters.
-        sampler: state of the timestep sampler, the same on every worker.
+        timestep_sampler: its state, the same on every worker.
         step: optimizer steps done.
     """
 
     model: UNet
     optimizer: torch.optim.AdamW
     averages: list[list[Tensor]]
-    sampler: dict[str, Tensor]
+    timestep_sampler: dict[str, Tensor]
     step: int = 0
 
 
@@ -116,7 +105,7 @@ def prepare(
     if spec.model.class_conditional:
         null = len(spec.image.classes)
         labels = batch.labels.to(device, non_blocking=True)
-        hidden = (draw(Purpose.LABEL_DROP) < config.class_dropout) | (labels < 0)
+        hidden = (draw(Purpose.LABEL_DROP) < config.label_dropout) | (labels < 0)
         labels = torch.where(hidden, null, labels)
     return Prepared(
         x_0=x_0.contiguous(memory_format=torch.channels_last),
@@ -176,7 +165,7 @@ def train_step(
     if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
         rank = dist.get_rank() if world_size > 1 else 0
         torch.manual_seed((config.seed * 1_000_003 + state.step) * 4096 + rank)
-    data = prepare(config, spec, state.sampler, batch, device)
+    data = prepare(config, spec, state.timestep_sampler, batch, device)
     losses = backward(config, spec, process, model, data, world_size)
     limit = options.clip_norm or math.inf
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit, foreach=True)
@@ -194,7 +183,7 @@ def train_step(
     ema.update_(state.averages, list(state.model.parameters()), decays(config, state.step + 1))
     if spec.diffusion.timestep_sampler != "uniform":
         _, _, t, all_losses = gather_by_id(batch.ids, batch.epochs, data.t, losses, world_size)
-        state.sampler = timesteps.update(state.sampler, t, all_losses)
+        state.timestep_sampler = timesteps.update(state.timestep_sampler, t, all_losses)
     state.step += 1
     return (losses * data.weights).sum() / config.batch_size, norm
 

@@ -4,7 +4,7 @@ Both are carried by checkpoints, so that a curve's point and the record are thos
 """
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config import TrainConfig
+from pipeline.data.batch import Batch
 from pipeline.errors import InputError
-from pipeline.training.system import utilisation
+from pipeline.training.flops import utilisation
 
 BAD_IMAGES_BEFORE_JUDGING = 100
-
-
-class SeenBatch(Protocol):
-    """What is counted of a batch."""
-
-    ids: Tensor
-    epochs: Tensor
-    bad: dict[str, str]
 
 
 def samples_digest(epochs: np.ndarray, ids: np.ndarray) -> int:
@@ -68,19 +61,19 @@ class Meter:
         self._norm, self._steps, self._skipped, self._bad = 0.0, 0, 0, 0
         self._here, self._waited, self._began = 0, 0.0, time.perf_counter()
 
-    def add(self, loss: Tensor, norm: Tensor, waited: float, batch: SeenBatch) -> None:
+    def add(self, loss: Tensor, norm: Tensor, waited: float, batch: Batch) -> None:
         """Counts a step: its local part of the mean loss, and the global gradient norm."""
         self._loss += loss
         self._norm += float(norm)
         self._steps += 1
         self._count(waited, batch)
 
-    def add_skipped(self, waited: float, batch: SeenBatch) -> None:
+    def add_skipped(self, waited: float, batch: Batch) -> None:
         """Counts a step that was not made."""
         self._skipped += 1
         self._count(waited, batch)
 
-    def _count(self, waited: float, batch: SeenBatch) -> None:
+    def _count(self, waited: float, batch: Batch) -> None:
         self._here += 1
         self._waited += waited
         digest = np.uint64(samples_digest(batch.epochs.numpy(), batch.ids.numpy())).astype(np.int64)

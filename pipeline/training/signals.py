@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run in order: the workers save, then the job exits."""
+"""Ends in order: what stops a run, or its worker group, first lets the workers save."""
 
 import contextlib
 import signal
@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import ray
 
+from pipeline.cluster.ray_internals import ControllerCallback, PreemptingState, ResizingState, RunningState
 from pipeline.errors import Interrupted
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2
 
 
-def run_until_signal(work: Callable[[], T], mailbox: Any, say: Callable[[str], None]) -> tuple[T, int]:
+def run_until_signal(work: Callable[[], T], channel: Any, say: Callable[[str], None]) -> tuple[T, int]:
     """Does the work, and on the first signal asks the workers to save and end it early; a second one ends the process.
 
     Returns:
@@ -43,7 +44,7 @@ def run_until_signal(work: Callable[[], T], mailbox: Any, say: Callable[[str], N
         while not wait([done], timeout=POLL_SECONDS).done:
             if heard and not asked:
                 asked = True
-                if not ray.get(mailbox.ask_to_stop.remote()):
+                if not ray.get(channel.ask_to_stop.remote()):
                     raise Interrupted("stopped before the training began; go on with --resume", heard[0])
                 say("asked to stop: saving; a second signal ends it at once")
         return done.result(), heard[0] if heard else 0
@@ -68,3 +69,21 @@ def _first_signal() -> Iterator[list[int]]:
         yield heard
     finally:
         restore()
+
+
+class SaveBeforeShutdown(ControllerCallback):
+    """Saves before Ray Train stops a healthy worker group, to resize it or because a node is going away.
+
+    Elastic training and spot machines then lose no step that was made. It runs in Ray Train's controller, and holds
+    it up until the workers have saved, a minute at most.
+    """
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if isinstance(previous_state, RunningState) and isinstance(
+            current_state, (ResizingState, PreemptingState)
+        ):
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._channel.save_now.remote())

@@ -9,16 +9,22 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    DataConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    ValidationConfig,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.validation_config import ValidationConfig
 
-from pipeline import __version__, tracking
-from pipeline.cluster import spilled_bytes
+from pipeline import __version__, storage
+from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ModelSpec, TrainConfig
-from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
-from pipeline.data.plan import Plan
+from pipeline.data.order import Plan
 from pipeline.data.stream import RankStream
 from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
@@ -26,12 +32,12 @@ from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.models.ema import power_gamma
 from pipeline.models.unet import check_model
+from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
-from pipeline.training.history import CHECKPOINTS, mend, sweep
+from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, sweep
 from pipeline.training.identity import open_run
-from pipeline.training.leaving import SaveBeforeLeaving
-from pipeline.training.progress import Courier, Point, open_mailbox, read_quarantine
-from pipeline.training.signals import run_until_signal
+from pipeline.training.run_channel import ChannelReader, Point, open_channel, read_quarantine
+from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
 from pipeline.training.validation import Validator, save_model_at
 
 
@@ -63,7 +69,7 @@ class Trained:
         model: its name for the other jobs.
     """
 
-    run: tracking.Run
+    run: runs.Run
     folder: Path
     spec: ModelSpec
     model: str
@@ -161,22 +167,22 @@ def train(
     run = open_run(config, spec, index, output, hooks.run_id)
     folder = storage.join(output, CHECKPOINTS)
     mend(folder)
-    mailbox = open_mailbox(read_quarantine(output))
-    trainer = _trainer(config, spec, index, output, run, mailbox, callbacks, hooks)
+    channel = open_channel(read_quarantine(output))
+    trainer = _trainer(config, spec, index, output, run, channel, callbacks, hooks)
     display = Display("train", config.steps, "steps")
 
     def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
         spilled = {"spilled_bytes": float(spilled_bytes())}
-        tracking.log_points(run, [(time, step, values | spilled) for time, step, values in points])
+        runs.log_points(run, [(time, step, values | spilled) for time, step, values in points])
         for path, content in files:
             storage.write_atomic(storage.join(output, path), content)
-            tracking.log_bytes(run, path, content)
+            runs.log_bytes(run, path, content)
 
     status = "FAILED"
     try:
-        with Courier(mailbox, display, run.last_steps, deliver, on_point) as courier:
-            result, signal_number = run_until_signal(trainer.fit, mailbox, display.note)
-            if reason := ray.get(mailbox.reason_to_give_up.remote()):
+        with ChannelReader(channel, display, run.last_steps, deliver, on_point) as reader:
+            result, signal_number = run_until_signal(trainer.fit, channel, display.note)
+            if reason := ray.get(channel.reason_to_give_up.remote()):
                 raise InputError(reason)
         sweep(folder, [entry for entry, _ in result.best_checkpoints or []])
         weights, step = _newest_model(folder)
@@ -195,16 +201,16 @@ def train(
         status = "KILLED"
         raise
     finally:
-        ray.kill(mailbox)
+        ray.kill(channel)
         if status != "RUNNING":
-            tracking.end_run(run, status)
+            runs.end_run(run, status)
     place = storage.join(output, "model")
     exported = save_model_at(place, weights, spec)
     name = place
     if hooks.log_model:
-        logged = tracking.log_model(run, exported, config.register, config.alias)
+        logged = registry.log_model(run, exported, config.register, config.alias)
         name = logged if config.register else name
-    return Trained(run, exported, spec, name, courier.latest)
+    return Trained(run, exported, spec, name, reader.latest)
 
 
 def _trainer(
@@ -212,8 +218,8 @@ def _trainer(
     spec: ModelSpec,
     index: DatasetIndex,
     output: str,
-    run: tracking.Run,
-    mailbox: Any,
+    run: runs.Run,
+    channel: Any,
     callbacks: Sequence[Any],
     hooks: worker.Hooks,
 ) -> TorchTrainer:
@@ -229,13 +235,13 @@ def _trainer(
     if config.validate_every:
         held_out = open_dataset(config.data, "validation", spec.image.size)
         validation = ValidationConfig(
-            Validator(config, spec, held_out, output, mailbox),
+            Validator(config, spec, held_out, output, channel),
             ray_remote_kwargs=_validation_resources(config, gpu),
         )
         scored = {"checkpoint_score_attribute": BITS_PER_DIM, "checkpoint_score_order": "min"}
     return TorchTrainer(
-        worker.run,
-        train_loop_config={"task": worker.Task(config, spec, output, mailbox, run.id, index.rows, hooks)},
+        worker.train_loop_per_worker,
+        train_loop_config={"task": worker.Task(config, spec, output, channel, run.id, index.rows, hooks)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
@@ -250,7 +256,7 @@ def _trainer(
             checkpoint_config=CheckpointConfig(config.keep_checkpoints, **scored),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[SaveBeforeLeaving(mailbox), *callbacks],
+            callbacks=[SaveBeforeShutdown(channel), *callbacks],
         ),
         datasets={"train": lambda: index},
         dataset_config=PlannedData(plan, config.readers, config.random_crop),

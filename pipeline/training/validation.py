@@ -16,8 +16,8 @@ import ray
 import ray.train
 import torch
 
+from pipeline import storage
 from pipeline.config import ModelSpec, TrainConfig
-from pipeline.data import storage
 from pipeline.data.index import DatasetIndex
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
@@ -25,7 +25,7 @@ from pipeline.evaluation.work import choose
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.training import checkpoint
-from pipeline.training.history import CHECKPOINTS
+from pipeline.training.checkpoint_manager import CHECKPOINTS
 
 BEST = "best"
 
@@ -43,14 +43,14 @@ class Validator:
     spec: ModelSpec
     held_out: DatasetIndex
     output: str
-    mailbox: Any
+    channel: Any
 
     def __call__(self, reported: ray.train.Checkpoint, *, step: int) -> dict[str, Any]:
         """Posts the figures to the curve and the grid to the run; keeps the best model in `OUTPUT/best`."""
         try:
             return self._validate(storage.name(reported.path), step)
         except Exception as error:  # Ray Train goes on without it, and says so only in its own logs
-            self.mailbox.notice.remote(f"step {step} could not be validated: {type(error).__name__}: {error}")
+            self.channel.notice.remote(f"step {step} could not be validated: {type(error).__name__}: {error}")
             raise
 
     def _validate(self, name: str, step: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Validator:
             choose(self.held_out.rows, config.validation_images, config.seed),
             terms=min(config.validation_terms, self.spec.diffusion.timesteps),
             seed=config.seed,
-            run=lambda work, tasks, title="": map(work.start(device), tasks),
+            pool=lambda work, tasks, title="": map(work.start(device), tasks),
         )
         figures = {BITS_PER_DIM: bits.bits_per_dim, f"{BITS_PER_DIM}_stderr": bits.stderr}
         self._post(model.to(device), step, figures)
@@ -79,13 +79,13 @@ class Validator:
 
     def _post(self, model: UNet, step: int, figures: dict[str, float]) -> None:
         # Not before: the driver, which imports this module too, draws nothing.
-        from pipeline.pictures import draw_samples
+        from pipeline.pictures.make import draw_samples
 
         with tempfile.TemporaryDirectory() as folder:
             picture = draw_samples(model, self.spec, Path(folder) / "grid.png", rows=4, seed=self.config.seed)
             path = f"samples/step-{step:09d}.png"
-            self.mailbox.post_file.remote(path, picture.read_bytes())
-        ray.get(self.mailbox.post.remote([(int(time.time() * 1000), step, figures)]))
+            self.channel.post_file.remote(path, picture.read_bytes())
+        ray.get(self.channel.post_points.remote([(int(time.time() * 1000), step, figures)]))
 
     def _keep_best(self, weights: dict[str, torch.Tensor], step: int, bits: float) -> None:
         place = storage.join(self.output, BEST)

@@ -12,16 +12,16 @@ import ray.train
 import ray.train.torch
 from safetensors.torch import save as pack
 
+from pipeline import storage
 from pipeline.config import ModelSpec, TrainConfig
-from pipeline.data import storage
 from pipeline.errors import InputError
-from pipeline.models import ema
+from pipeline.models.snapshots import Snapshot
 from pipeline.training import checkpoint, flops, loop, network
 from pipeline.training.agreement import Agreement
-from pipeline.training.history import CHECKPOINTS, History
+from pipeline.training.checkpoint_manager import CHECKPOINTS, CheckpointManager
 from pipeline.training.identity import RUN_FILE
 from pipeline.training.meter import Meter
-from pipeline.training.progress import Ask, Point
+from pipeline.training.run_channel import Command, Point
 
 SNAPSHOTS = "snapshots"
 
@@ -56,7 +56,7 @@ class Task:
 
     Args:
         output: URI of the run.
-        mailbox: see progress.py.
+        channel: see run_channel.py.
         run_id: of the MLflow run.
         rows: samples in an epoch.
     """
@@ -64,73 +64,73 @@ class Task:
     config: TrainConfig
     spec: ModelSpec
     output: str
-    mailbox: Any
+    channel: Any
     run_id: str
     rows: int
     hooks: Hooks
 
 
-def run(settings: dict[str, Task]) -> None:
+def train_loop_per_worker(settings: dict[str, Task]) -> None:
     """What Ray Train runs on every worker."""
     task = settings["task"]
     # Ray Train restarts the group after any error; where a restart can't help, it ends here instead.
-    if ray.get(task.mailbox.reason_to_give_up.remote()):
+    if ray.get(task.channel.reason_to_give_up.remote()):
         return
     try:
         _run(task)
     except InputError as error:
-        ray.get(task.mailbox.give_up.remote(str(error)))
+        ray.get(task.channel.give_up.remote(str(error)))
         raise
     except loop.NonFinite as error:
         reason = f"{error}; their ids are in {_nonfinite_file(error)} of the output, and the last checkpoint is good"
         advice = "resume with a smaller --learning-rate, or pass --skip-nonfinite"
-        ray.get(task.mailbox.give_up.remote(f"{reason}: {advice}"))
+        ray.get(task.channel.give_up.remote(f"{reason}: {advice}"))
         raise
 
 
 def _run(task: Task) -> None:
-    config, spec, mailbox = task.config, task.spec, task.mailbox
+    config, spec, channel = task.config, task.spec, task.channel
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     _check_shared(task)
     device = ray.train.torch.get_device()
     network.prepare_device(config, device)
 
-    history = History(
+    manager = CheckpointManager(
         storage.join(task.output, CHECKPOINTS),
         rank,
-        mailbox,
+        channel,
         validate=lambda step: is_validated(config, step),
-        also=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
+        on_write=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
     )
     state = loop.new_state(config, spec, device)
     peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
     per_image = flops.flops_per_image(spec) if rank == 0 else 0  # rank 0 posts the curve
     meter = Meter(config, world_size, device, per_image, peak)
     points: list[Point] = []
-    if found := history.restore():
+    if found := manager.restore():
         saved, kept = found
         checkpoint.restore(state, saved)
         meter.restore(kept, rank)
         if rank == 0:  # the driver may have been killed before it had delivered them
-            mailbox.post.remote([tuple(point) for point in kept["points"]])
+            channel.post_points.remote([tuple(point) for point in kept["points"]])
     elif task.hooks.start_from:
         checkpoint.restore(state, checkpoint.read(task.hooks.start_from)[0])
     # From here on images are read and decoded, while the model is made ready.
     stream = ray.train.get_dataset_shard("train")
     batches = stream.batches(
-        state.step, config.steps, pin=device.type == "cuda", on_bad=mailbox.quarantine.remote
+        state.step, config.steps, pin=device.type == "cuda", on_bad=channel.quarantine.remote
     )
     model = network.wrap(config, state.model, world_size)
 
-    asked = Asked(mailbox, state.step, world_size) if rank == 0 else None
+    commands = CommandListener(channel, state.step, world_size) if rank == 0 else None
     agreement = Agreement(world_size)
     last_saved = state.step
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
         if rank == 0:
             points.append((int(time.time() * 1000), step, metrics | {"workers": world_size}))
-            mailbox.post.remote(points[-1:])
+            channel.post_points.remote(points[-1:])
 
     def capture() -> checkpoint.Saved:
         return checkpoint.capture(state)
@@ -146,22 +146,22 @@ def _run(task: Task) -> None:
 
     def on_checkpoint(_: loop.TrainState) -> None:
         nonlocal last_saved
-        history.save(capture, state.step, facts())
+        manager.save(capture, state.step, facts())
         points.clear()
         last_saved = state.step
 
     def should_stop() -> bool:
         if task.hooks.watch is not None and task.hooks.watch(state, rank, world_size):
             return True
-        ask = agreement(asked() if asked else Ask.NOTHING)
-        if ask == Ask.SAVE:
-            history.save_apart(capture, state.step, facts())
-        return ask == Ask.STOP
+        command = agreement(commands() if commands else Command.NOTHING)
+        if command == Command.SAVE:
+            manager.save_now(capture, state.step, facts())
+        return command == Command.STOP
 
     def on_skip(error: loop.NonFinite) -> None:
         if rank == 0:
-            mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
-            mailbox.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
+            channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
+            channel.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
 
     try:
         with contextlib.closing(batches):
@@ -180,9 +180,9 @@ def _run(task: Task) -> None:
                 on_skip,
             )
     except (InputError, loop.NonFinite) as error:
-        history.flush()  # what was good until here
+        manager.flush()  # what was good until here
         if rank == 0 and isinstance(error, loop.NonFinite):
-            ray.get(mailbox.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
+            ray.get(channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
         raise
     if task.hooks.watch is not None and state.step == config.steps:
         task.hooks.watch(state, rank, world_size)
@@ -190,19 +190,19 @@ def _run(task: Task) -> None:
         on_checkpoint(state)
 
 
-class Asked:
-    """What the driver asks, as rank 0 hears of it without waiting."""
+class CommandListener:
+    """What the driver commands, as rank 0 hears of it without waiting."""
 
-    def __init__(self, mailbox: Any, step: int, workers: int) -> None:
-        self._mailbox = mailbox
-        self._next = mailbox.asked.remote(ray.get(mailbox.begin.remote(step, workers)))
+    def __init__(self, channel: Any, step: int, workers: int) -> None:
+        self._channel = channel
+        self._next = channel.next_command.remote(ray.get(channel.begin.remote(step, workers)))
 
-    def __call__(self) -> Ask:
+    def __call__(self) -> Command:
         if not ray.wait([self._next], timeout=0)[0]:
-            return Ask.NOTHING
-        ask, seen = ray.get(self._next)
-        self._next = self._mailbox.asked.remote(seen)
-        return Ask(ask)
+            return Command.NOTHING
+        command, seen = ray.get(self._next)
+        self._next = self._channel.next_command.remote(seen)
+        return Command(command)
 
 
 def is_validated(config: TrainConfig, step: int) -> bool:
@@ -213,11 +213,11 @@ def is_validated(config: TrainConfig, step: int) -> bool:
 
 
 def keep_snapshots(folder: str, config: TrainConfig, saved: checkpoint.Saved) -> None:
-    """Writes the power-function averages where no checkpoint's removal takes them (see `models.ema`)."""
+    """Writes the power-function averages where no checkpoint's removal takes them (see `models.snapshots`)."""
     options = config.optimizer
     lengths = saved.averages[len(options.ema_decays) :]
     for length, average in zip(options.ema_lengths, lengths, strict=True):
-        storage.write_atomic(storage.join(folder, ema.Snapshot(saved.step, length).name), pack(average))
+        storage.write_atomic(storage.join(folder, Snapshot(saved.step, length).name), pack(average))
 
 
 def position(config: TrainConfig, step: int, rows: int) -> dict[str, int]:

@@ -51,11 +51,11 @@ class TuneConfig:
     max_images: int = 256
     """Held-out images that every trial is judged on; 0 = all."""
     samples: int = 512
-    """Samples of the Frechet distance."""
+    """Samples of the Fréchet distance."""
     sampling_steps: int = 25
     """Model evaluations for each of those samples (DDIM), the same for every trial."""
     features: str = "classifier"
-    """Features of the Frechet distance: see jobs/evaluate.py --features."""
+    """Features of the Fréchet distance: see jobs/evaluate.py --features."""
     seed: int = 0
     """Seed of the search, of every trial's training and of every measurement."""
     experiment: str = "ray-ddpm"

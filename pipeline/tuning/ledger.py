@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import storage
 from pipeline.config import from_dict, to_dict
-from pipeline.data import storage
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 TRIALS, RECORD = "trials", "trial.json"
@@ -41,7 +41,7 @@ class Record:
     Attributes:
         parameters: Optuna's.
         flags: the training flags that they stand for; population based training changes them.
-        leg: how often the weights of another trial were taken over; each leg trains in a folder of its own.
+        incarnation: how often the weights of another trial were taken over; each one trains in a folder of its own.
         run_id: nested MLflow run.
         reason: why it failed.
     """
@@ -52,7 +52,7 @@ class Record:
     status: Status = "waiting"
     reason: str = ""
     rungs: tuple[Rung, ...] = field(default=())
-    leg: int = 0
+    incarnation: int = 0
     run_id: str = ""
     history: tuple[str, ...] = ()
 
@@ -84,7 +84,7 @@ def folder(output: str, name: str) -> Path:
 
 def run_folder(output: str, record: Record) -> Path:
     """Where a trial's training run lives."""
-    return folder(output, record.name) / f"run-{record.leg}"
+    return folder(output, record.name) / f"run-{record.incarnation}"
 
 
 def write(output: str, record: Record) -> None:

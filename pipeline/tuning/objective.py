@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline import storage
 from pipeline.config import ModelSpec
-from pipeline.data import storage
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsWork
@@ -24,9 +24,9 @@ from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, measure, read_torchscript
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
-from pipeline.evaluation.work import Partial, Runner, Work, choose, cut
+from pipeline.evaluation.work import Partial, Pool, Work, choose, cut
+from pipeline.models.sampling import sample_images
 from pipeline.models.unet import UNet
-from pipeline.sampling import sample_images
 from pipeline.tuning.config import TuneConfig
 
 IMAGES_PER_TASK = 64
@@ -43,7 +43,7 @@ class Measured:
 class Objective(Protocol):
     """Measures a model; travels to the training workers by pickle, within the job."""
 
-    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured: ...
+    def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured: ...
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class HeldOutBits:
     terms: int
     seed: int
 
-    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured:
+    def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured:
         """See `Objective`; where T is no larger than `terms` every term is evaluated."""
         terms = 0 if self.terms >= spec.diffusion.timesteps else self.terms
         work = BitsWork(self.index, model, spec, terms, self.seed)
-        total = np.concatenate([part["total"] for part in run(work, cut(self.ids, IMAGES_PER_TASK))])
+        total = np.concatenate([part["total"] for part in pool(work, cut(self.ids, IMAGES_PER_TASK))])
         stderr = float(total.std(ddof=1) / math.sqrt(len(total)))
         return Measured(
             {BITS_PER_DIM: float(total.mean()), f"{BITS_PER_DIM}_stderr": stderr},
@@ -81,12 +81,12 @@ class SampleFrechet:
     steps: int
     seed: int
 
-    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured:
+    def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured:
         """See `Objective`."""
         work = _SampleWork(model, spec, min(self.steps, spec.diffusion.timesteps), self.seed, self.extractor)
         parts = [
             Moments(int(part["count"][0]), part["mean"], part["m2"])
-            for part in run(work, cut(np.arange(self.samples), IMAGES_PER_TASK))
+            for part in pool(work, cut(np.arange(self.samples), IMAGES_PER_TASK))
         ]
         return Measured({FRECHET: frechet_distance(self.reference, merge_moments(parts))})
 
@@ -130,9 +130,9 @@ class Both:
 
     parts: tuple[Objective, ...]
 
-    def __call__(self, model: UNet, spec: ModelSpec, run: Runner) -> Measured:
+    def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured:
         """See `Objective`."""
-        results = [part(model, spec, run) for part in self.parts]
+        results = [part(model, spec, pool) for part in self.parts]
         metrics = {name: value for result in results for name, value in result.metrics.items()}
         return Measured(metrics, next((r.per_image for r in results if r.per_image), ()))
 
@@ -152,7 +152,7 @@ def make_objective(config: TuneConfig) -> Objective:
         parts.append(HeldOutBits(held_out, ids, config.terms, config.seed))
     if FRECHET in config.metrics:
         train, extractor = open_dataset(config.data), _extractor(config)
-        (real,) = measure([train], extractor, keep=1, seed=config.seed, run=ActorPool())
+        (real,) = measure([train], extractor, keep=1, seed=config.seed, pool=ActorPool())
         parts.append(
             SampleFrechet(extractor, real.moments, config.samples, config.sampling_steps, config.seed)
         )
@@ -166,7 +166,7 @@ def _extractor(config: TuneConfig) -> Extractor:
     if features == "classifier":
         if not storage.exists(storage.join(kept, CONFIG)):
             train, held_out = open_dataset(config.data), open_dataset(config.data, "validation")
-            net, score = train_classifier(train, held_out, seed=config.seed, run=ActorPool(1))
+            net, score = train_classifier(train, held_out, seed=config.seed, pool=ActorPool(1))
             save_classifier(kept, net, train.image, score)
         features = kept
     if storage.exists(storage.join(features, CONFIG)):
@@ -177,8 +177,8 @@ def _extractor(config: TuneConfig) -> Extractor:
     return read_torchscript(features)
 
 
-def over_ranks(device: torch.device, rank: int, world_size: int) -> Runner:
-    """A runner in which each training worker does its share, and every worker gets all results."""
+def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
+    """A pool in which each training worker does its share, and every worker gets all results."""
 
     def run(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
         do = work.start(device)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import plots
+from pipeline import storage
 from pipeline.config import ModelSpec
-from pipeline.data import storage
 from pipeline.diffusion.process import make_process
 from pipeline.diffusion.schedules import resolve
 from pipeline.models.export import load_model
-from pipeline.sampling import sample_images
+from pipeline.models.sampling import sample_images
+from pipeline.pictures import draw
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record
@@ -113,7 +113,7 @@ def _draw(config: TuneConfig, records: list[Record], folder: Path) -> list[tuple
     }
     columns[metric] = [record.metrics[metric] for record in best]
     pictures = [(folder / "parallel.png", "Every trial as a line through its settings, coloured by rank.")]
-    plots.save_parallel_coordinates(columns, pictures[-1][0])
+    draw.save_parallel_coordinates(columns, pictures[-1][0])
     curves = {
         name: (
             [rung.images for rung in record.rungs],
@@ -123,7 +123,7 @@ def _draw(config: TuneConfig, records: list[Record], folder: Path) -> list[tuple
         for name, record in zip(names, best, strict=True)
     }
     pictures.append((folder / "objective.png", "The objective over images seen, measured at the rungs."))
-    plots.save_objective(curves, metric, pictures[-1][0])
+    draw.save_objective(curves, metric, pictures[-1][0])
     bars = {
         name: make_process(resolve(training(config, record).diffusion)).alpha_bar.numpy()
         for name, record in zip(names, best, strict=True)
@@ -131,7 +131,7 @@ def _draw(config: TuneConfig, records: list[Record], folder: Path) -> list[tuple
     pictures.append(
         (folder / "alpha_bar.png", "The signal that each trial's schedule keeps, coloured by rank.")
     )
-    plots.save_ranked_schedules(bars, pictures[-1][0])
+    draw.save_ranked_schedules(bars, pictures[-1][0])
     if len(config.metrics) > 1:
         first, second = config.metrics
         front = [record.number for record in ledger.pareto_front(records, config.metrics)]
@@ -140,12 +140,12 @@ def _draw(config: TuneConfig, records: list[Record], folder: Path) -> list[tuple
             for record in best
         }
         pictures.append((folder / "pareto.png", "Both objectives; the Pareto front is joined."))
-        plots.save_pareto(points, (first, second), pictures[-1][0])
+        draw.save_pareto(points, (first, second), pictures[-1][0])
     if grids := _samples(config, best, names):
         pictures.append(
             (folder / "samples.png", "Samples of the best trials from the same noise, side by side.")
         )
-        plots.save_side_by_side(grids, pictures[-1][0])
+        draw.save_side_by_side(grids, pictures[-1][0])
     return pictures
 
 

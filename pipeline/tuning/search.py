@@ -17,14 +17,14 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.execution import class_cache
 
-from pipeline import tracking
+from pipeline import storage
+from pipeline.cluster.ray_internals import ENV_VARS_TO_PROPAGATE
 from pipeline.config import to_dict
-from pipeline.data import storage
 from pipeline.data.index import open_dataset
 from pipeline.display import Display
 from pipeline.errors import InputError
+from pipeline.tracking import registry, runs
 from pipeline.tuning import ledger, report
 from pipeline.tuning.config import TuneConfig, base, check, finished
 from pipeline.tuning.ledger import Record
@@ -76,14 +76,14 @@ def search(config: TuneConfig, trial: type[Trial] = TrainTrial) -> dict[str, Any
     objective = make_objective(config)
     records = ledger.read_all(config.output)
     # A trial that was killed before it knew its run will open another.
-    tracking.delete_children(parent, keep={record.run_id for record in records})
+    runs.delete_children(parent, keep={record.run_id for record in records})
     left = config.trials - sum(record.over for record in records)
     try:
         if left > 0:
             _run(config, space, records, left, at_a_time, trial, objective, parent)
         return _conclude(config, parent)
     except InputError:
-        tracking.end_run(parent, "FAILED")
+        runs.end_run(parent, "FAILED")
         raise
 
 
@@ -95,7 +95,7 @@ def _run(
     at_a_time: int,
     trial: type[Trial],
     objective: Objective,
-    parent: tracking.Run,
+    parent: runs.Run,
 ) -> None:
     """Runs `left` trials with Ray Tune."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -103,7 +103,7 @@ def _run(
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # Ray Tune would write the driver's keys into every trial's runtime environment, which whoever may list a
     # cluster's actors can read. The nodes have keys of their own.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
+    ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
     random.seed(config.seed)
     proposals = Proposals(config, space, records)
     names = proposals.names
@@ -139,14 +139,14 @@ def _run(
         if result.error is not None and not record.over:
             reason = f"its process died: {' '.join(str(result.error).split())[-300:]}"
             if record.run_id:
-                tracking.end_run(tracking.Run(record.run_id), "FAILED", reason=reason)
+                runs.end_run(runs.Run(record.run_id), "FAILED", reason=reason)
             ledger.write(config.output, replace(record, status="failed", reason=reason))
     # Also those of starts that were killed.
     for folder in Path(config.output).glob(f"{SESSION}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _conclude(config: TuneConfig, parent: tracking.Run) -> dict[str, Any]:
+def _conclude(config: TuneConfig, parent: runs.Run) -> dict[str, Any]:
     """Table, report, winner."""
     records = ledger.read_all(config.output)
     best = ledger.ranked(records, config.metrics[0])
@@ -157,14 +157,14 @@ def _conclude(config: TuneConfig, parent: tracking.Run) -> dict[str, Any]:
     command = train_command(replace(training(config, winner, output=f"{config.output}/winner"), run_name=""))
     files = report.write(config, records, command)
     for file in files:
-        tracking.log_file(parent, file)
-    tracking.log_points(parent, [(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
+        runs.log_file(parent, file)
+    runs.log_points(parent, [(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
     model = str(ledger.run_folder(config.output, winner) / "model")
     if config.register and storage.exists(model):
-        nested = tracking.Run(winner.run_id)
-        model = tracking.log_model(nested, Path(model), config.register, config.alias)
-        tracking.end_run(nested)
-    tracking.end_run(parent)
+        nested = runs.Run(winner.run_id)
+        model = registry.log_model(nested, Path(model), config.register, config.alias)
+        runs.end_run(nested)
+    runs.end_run(parent)
     print(report.table(config, records), file=sys.stderr)
     print(f"winner's training again:\n  {command}", file=sys.stderr)
     return {
@@ -179,11 +179,11 @@ def _conclude(config: TuneConfig, parent: tracking.Run) -> dict[str, Any]:
     }
 
 
-def _open(config: TuneConfig, space: Space) -> tracking.Run:
+def _open(config: TuneConfig, space: Space) -> runs.Run:
     """One parent run for one search, and a note of what can't change under it."""
     note = Path(config.output) / SEARCH_FILE
     fixed = _fixed(config, space)
-    run: tracking.Run | None = None
+    run: runs.Run | None = None
     if note.exists():
         old = json.loads(note.read_text())
         for key, now in fixed.items():
@@ -192,11 +192,11 @@ def _open(config: TuneConfig, space: Space) -> tracking.Run:
                     f"--resume: {key} was {old['fixed'].get(key)} in {config.output} and is {now} now; keep it, or "
                     "search in another folder"
                 )
-        run = tracking.reopen_run(old["run_id"], config.metrics)
+        run = runs.reopen_run(old["run_id"], config.metrics)
     if run is None:
         params = to_dict(config) | {"search": fixed["space"]}
         tags = {"ray_ddpm.search": config.output}
-        run = tracking.start_run(config.experiment, "search", params, tags)
+        run = runs.start_run(config.experiment, "search", params, tags)
     storage.write_atomic(str(note), json.dumps({"run_id": run.id, "fixed": fixed}, indent=1).encode())
     return run
 

@@ -19,7 +19,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from pipeline.config import TrainConfig, from_dict, load_yaml, to_dict
+from pipeline.config import RENAMED, TrainConfig, from_dict, load_yaml, to_dict
 from pipeline.errors import InputError
 
 DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
@@ -41,7 +41,7 @@ RESERVED = frozenset(
 # What can change under a model that is half trained: what population based training may mutate.
 MUTABLE = frozenset(
     f"optimizer.{name}" for name in ("learning_rate", "weight_decay", "clip_norm")
-) | frozenset({"class_dropout", "diffusion.vlb_weight", "diffusion.min_snr_gamma"})
+) | frozenset({"label_dropout", "diffusion.vlb_weight", "diffusion.min_snr_gamma"})
 
 Flags = dict[str, Any]
 
@@ -137,6 +137,7 @@ def resolve_flag(name: str, where: str = "--space") -> str:
         InputError: no such flag, or one that the search itself sets.
     """
     wanted = name.lstrip("-").replace("-", "_")
+    wanted = RENAMED.get(wanted, wanted)
     found = [flag for flag in _flags() if wanted in (flag, flag.rpartition(".")[2])]
     if not found:
         raise InputError(f"{where}: {name!r} is no flag of jobs/train.py (see its --help)")

@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipeline import tracking
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
 from pipeline.config import TrainConfig, to_dict
 from pipeline.errors import InputError
+from pipeline.tracking import runs
 from pipeline.training import checkpoint, trainer
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger, space
@@ -74,7 +74,7 @@ class Trial(tune.Trainable):
             if self.stopped_early():
                 self.keep(status="stopped")
         except Exception as error:
-            # Under population based training the record already is the next leg's.
+            # Under population based training the record already is the next incarnation's.
             if self.job.scheduler != "pbt":
                 self.fail(line(error))
 
@@ -131,7 +131,7 @@ class TrainTrial(Trial):
                 self._asked = rung
                 if rung.step > self._logged:
                     point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.images})
-                    tracking.log_points(tracking.Run(self.record.run_id), [point])
+                    runs.log_points(runs.Run(self.record.run_id), [point])
                 return rung
             if self._future is not None and self._future.done():
                 self._future.result()
@@ -143,10 +143,10 @@ class TrainTrial(Trial):
         assert self._future is not None
         future, self._future = self._future, None
         future.result()
-        tracking.end_run(tracking.Run(self.record.run_id))
+        runs.end_run(runs.Run(self.record.run_id))
 
     def stopped_early(self) -> bool:
-        """See `Trial`; under population based training a stop is a pause, and the folder is left to the next leg."""
+        """See `Trial`; under population based training a stop is a pause: the folder is the next incarnation's."""
         if self._future is None:
             return False
         self._answer(False)
@@ -154,7 +154,7 @@ class TrainTrial(Trial):
         future.result()
         if self.job.scheduler == "pbt":
             return False
-        tracking.end_run(tracking.Run(self.record.run_id), reason="stopped by the scheduler")
+        runs.end_run(runs.Run(self.record.run_id), reason="stopped by the scheduler")
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -163,12 +163,12 @@ class TrainTrial(Trial):
         (Path(checkpoint_dir) / "trial").write_text(self.record.name)
 
     def load_checkpoint(self, saved: Any) -> None:
-        """For population based training: a new leg, from a trial's weights (or its own), with changed flags.
+        """For population based training: a new incarnation, from a trial's weights (or its own), with changed flags.
 
         Also a trial that goes on where it was gets a new folder: its old workers may still be on their way out.
         """
-        donor, leg = (Path(saved) / "trial").read_text(), self.record.leg + 1
-        start = self._start_folder(leg)
+        donor, incarnation = (Path(saved) / "trial").read_text(), self.record.incarnation + 1
+        start = self._start_folder(incarnation)
         shutil.rmtree(start, ignore_errors=True)
         shutil.copytree(saved, start)
         _, step = checkpoint.read_model(str(start))
@@ -178,7 +178,7 @@ class TrainTrial(Trial):
             history = (*history, f"after {self.record.images} images: weights of trial {donor}, {changed}")
         # What was measured on weights that are given up doesn't count.
         rungs = tuple(rung for rung in self.record.rungs if rung.step <= step)
-        self.keep(leg=leg, flags=dict(self.config), history=history, rungs=rungs)
+        self.keep(incarnation=incarnation, flags=dict(self.config), history=history, rungs=rungs)
 
     def failed(self, reason: str) -> None:
         """See `Trial`."""
@@ -188,25 +188,25 @@ class TrainTrial(Trial):
             wait([self._future], timeout=STOP_SECONDS)
         self._future, self._asked = None, None
         if self.record.run_id:
-            tracking.end_run(tracking.Run(self.record.run_id), "FAILED", reason=reason)
+            runs.end_run(runs.Run(self.record.run_id), "FAILED", reason=reason)
 
     def _start(self) -> None:
         config = training(self.job, self.record)
-        run = tracking.reopen_run(self.record.run_id, (IMAGES,)) if self.record.run_id else None
+        run = runs.reopen_run(self.record.run_id, (IMAGES,)) if self.record.run_id else None
         if run is None:
-            run = tracking.start_run(
+            run = runs.start_run(
                 config.experiment,
                 config.run_name,
                 to_dict(config),
                 {"ray_ddpm.output": config.output},
                 parent=self.settings["parent_run"],
             )
-            tracking.log_config(run, to_dict(config))
+            runs.log_config(run, to_dict(config))
             self.keep(run_id=run.id)
         # What another trial's weights are measured at again is shown beside what was given up for them.
-        self._logged = -1 if self.record.leg else run.last_steps.get(IMAGES, -1)
+        self._logged = -1 if self.record.incarnation else run.last_steps.get(IMAGES, -1)
         _, spec = trainer.check(config)
-        start = self._start_folder(self.record.leg)
+        start = self._start_folder(self.record.incarnation)
         begun = checkpoint.read_model(str(start))[1] if start.exists() else -1
         behind = max([begun, *(rung.step for rung in self.record.rungs)])
         rungs = {k: v for k, v in rung_steps(self.job, config.batch_size).items() if k > behind}
@@ -223,9 +223,9 @@ class TrainTrial(Trial):
         self._future = pool.submit(trainer.train, config, hooks=hooks)
         pool.shutdown(wait=False)
 
-    def _start_folder(self, leg: int | None) -> Path:
-        """The state that a leg starts from; of None, the state at the last rung."""
-        name = "newest" if leg is None else f"start-{leg}"
+    def _start_folder(self, incarnation: int | None) -> Path:
+        """The state that an incarnation starts from; of None, the state at the last rung."""
+        name = "newest" if incarnation is None else f"start-{incarnation}"
         return ledger.folder(self.job.output, self.record.name) / name
 
     def _answer(self, go_on: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
 from tests.data.s3 import s3_server
 
 

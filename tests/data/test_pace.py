@@ -7,7 +7,7 @@ import ray.data
 from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.data.pace import STEP_SECONDS
+from pipeline.cluster.pace import STEP_SECONDS
 
 
 class Steps(ExecutionCallback):

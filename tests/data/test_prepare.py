@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.data.images import decode
 from pipeline.data.index import open_dataset, read_rows
 from pipeline.data.shards import Manifest, PrepareConfig, prepare

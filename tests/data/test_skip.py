@@ -12,7 +12,7 @@ from pipeline.config import ImageConfig
 from pipeline.data import reads
 from pipeline.data.images import encode_png
 from pipeline.data.index import DatasetIndex, Group, row_group
-from pipeline.data.plan import Plan, windows_between
+from pipeline.data.order import Plan, windows_between
 from pipeline.data.reads import make_reads
 from pipeline.data.stream import RankStream
 

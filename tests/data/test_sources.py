@@ -15,9 +15,9 @@ import webdataset
 
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset, read_rows
-from pipeline.data.parquet import read_row_group
-from pipeline.data.parts import Item, Source
-from pipeline.data.sources import find_source, plan, read_part
+from pipeline.data.sources.parquet import read_row_group
+from pipeline.data.sources.parts import Item, Source
+from pipeline.data.sources.registry import find_source, list_source, read_part
 from pipeline.errors import InputError
 from tests.data.common import (
     CLASSES,
@@ -42,7 +42,7 @@ WRITERS: dict[Source, Callable[[Path, list[bytes]], Path]] = {
 
 
 def read_all(source: Source, uri: Path, images_per_part: int = 50) -> list[Item]:
-    parts = plan(source, str(uri), images_per_part).parts
+    parts = list_source(source, str(uri), images_per_part).parts
     return [item for part in parts for item in read_part(part)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.data.index import open_dataset
 from pipeline.errors import InputError
 from tests.jobs.common import ROOT

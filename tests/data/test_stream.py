@@ -14,10 +14,10 @@ import pytest
 import ray
 import torch
 
-from pipeline.cluster import spilled_bytes
+from pipeline.cluster.session import spilled_bytes
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset
-from pipeline.data.plan import Plan, window_rows, windows_between
+from pipeline.data.order import Plan, window_rows, windows_between
 from pipeline.data.stream import Batch, RankStream
 from tests.data.common import encode, encoded, label_of, picture, write_folder, write_tars
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.shards import PrepareConfig, prepare
 

@@ -91,7 +91,7 @@ def test_actors_measure_what_one_process_measures(held_out: DatasetIndex) -> Non
     ids = choose(held_out.rows, 24, seed=0)
     here = held_out_bits(model, spec, held_out, ids, batch_size=8)
     one, two = (
-        held_out_bits(model, spec, held_out, ids, batch_size=8, run=ActorPool(actors)) for actors in (1, 2)
+        held_out_bits(model, spec, held_out, ids, batch_size=8, pool=ActorPool(actors)) for actors in (1, 2)
     )
     assert one == two
     assert two.bits_per_dim == pytest.approx(here.bits_per_dim, rel=1e-6)

@@ -19,7 +19,7 @@ from pipeline.evaluation.classifier import (
 from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import TorchScriptExtractor, measure, read_torchscript
 from pipeline.evaluation.reading import open_samples, read_images
-from pipeline.evaluation.work import run_here
+from pipeline.evaluation.work import in_process
 from tests.evaluation.common import DIGITS, write_samples
 
 
@@ -85,8 +85,8 @@ def test_moments_are_numpys_over_all_images_whoever_computes_them(
 ) -> None:
     monkeypatch.setattr(features, "IMAGES_PER_TASK", 300)
     results = [
-        measure([train, held_out], inception, keep=0, run=run)
-        for run in (run_here, ActorPool(1), ActorPool(2))
+        measure([train, held_out], inception, keep=0, pool=pool)
+        for pool in (in_process, ActorPool(1), ActorPool(2))
     ]
     for index, one, two, three in zip((train, held_out), *results, strict=True):
         images = read_images(index, np.arange(index.rows))[0].numpy().astype(np.float64)

@@ -7,7 +7,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation import distances
 from pipeline.evaluation.distances import squared_distances
 from pipeline.evaluation.knn import knn_label_accuracy
-from pipeline.evaluation.manifold import precision_recall
+from pipeline.evaluation.precision_recall import precision_recall
 
 
 @pytest.fixture(autouse=True)

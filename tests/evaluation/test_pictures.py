@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from pipeline import pictures, plots
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.diffusion.process import make_process
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.models.export import save_model
-from pipeline.sampling import sample_images
+from pipeline.models.sampling import sample_images
+from pipeline.pictures import draw, make
 from tests.evaluation.common import small_model
 
 
@@ -30,13 +30,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
     calls: dict[str, tuple[Any, ...]] = {}
 
     def record(name: str) -> None:
-        draw = getattr(plots, name)
+        original = getattr(draw, name)
 
         def recorded(*arguments: Any) -> None:
             calls[name] = arguments
-            draw(*arguments)
+            original(*arguments)
 
-        monkeypatch.setattr(plots, name, recorded)
+        monkeypatch.setattr(draw, name, recorded)
 
     for name in ("save_process_strip", "save_schedules", "save_bound_terms", "save_nearest"):
         record(name)
@@ -51,23 +51,23 @@ def is_picture(path: Path) -> bool:
 def test_the_strip_goes_from_data_to_noise_and_from_noise_to_a_sample(
     digits: Path, train: DatasetIndex, model_folder: Path, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
 ) -> None:
-    path = pictures.process_strip(model_folder, str(digits), tmp_path / "process.png", examples=2, seed=4)
+    path = make.process_strip(model_folder, str(digits), tmp_path / "process.png", examples=2, seed=4)
     assert is_picture(path)
     forward, times, reverse, back, _ = drawn["save_process_strip"]
     assert (times[0], times[-1], back) == (0, 20, times[::-1])
-    real, _ = pictures.real_images(train, 2)
-    np.testing.assert_array_equal(forward[0], pictures.as_pixels(real))
+    real, _ = make.real_images(train, 2)
+    np.testing.assert_array_equal(forward[0], make.as_pixels(real))
     # Both ends of noise are the same x_T, but for the little that is left of the image.
     assert np.abs(forward[-1].astype(int) - reverse[0]).max() <= 3
     sample = sample_images(*small_model(), torch.arange(2), labels=torch.arange(2), seed=4)
-    np.testing.assert_array_equal(reverse[-1], pictures.as_pixels(sample))
+    np.testing.assert_array_equal(reverse[-1], make.as_pixels(sample))
 
 
 def test_the_curves_are_those_of_the_schedules(
     model_folder: Path, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
 ) -> None:
     _, spec = small_model()
-    assert is_picture(pictures.schedule_curves(spec, tmp_path / "schedules.png"))
+    assert is_picture(make.schedule_curves(spec, tmp_path / "schedules.png"))
     curves, _ = drawn["save_schedules"]
     assert list(curves)[:5] == ["linear", "quadratic", "cosine", "sigmoid", "constant"]
     alpha_bar, snr = curves["this model (cosine)"]
@@ -82,7 +82,7 @@ def test_the_bound_over_t_is_that_of_the_evaluation(
     tmp_path: Path,
     drawn: dict[str, tuple[Any, ...]],
 ) -> None:
-    assert is_picture(pictures.bound_terms(model_folder, str(digits), tmp_path / "bound.png", examples=8))
+    assert is_picture(make.bound_terms(model_folder, str(digits), tmp_path / "bound.png", examples=8))
     terms, _, steps = drawn["save_bound_terms"]
     exact = held_out_bits(*small_model(), held_out, np.arange(8)).terms
     np.testing.assert_allclose(terms, np.array(exact)[steps - 1], rtol=1e-4)
@@ -92,11 +92,11 @@ def test_the_bound_over_t_is_that_of_the_evaluation(
 def test_beside_each_sample_is_the_training_image_nearest_to_it(
     digits: Path, model_folder: Path, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
 ) -> None:
-    path = pictures.nearest_neighbours(model_folder, str(digits), tmp_path / "nearest.png", count=16)
+    path = make.nearest_neighbours(model_folder, str(digits), tmp_path / "nearest.png", count=16)
     assert is_picture(path)
     samples, nearest, _ = drawn["save_nearest"]
     index = open_dataset(str(digits))
-    real = pictures.as_pixels(pictures.real_images(index, index.rows)[0]).reshape(index.rows, -1)
+    real = make.as_pixels(make.real_images(index, index.rows)[0]).reshape(index.rows, -1)
     distance = cdist(samples.reshape(16, -1), real)
     found = np.linalg.norm(samples.reshape(16, -1).astype(float) - nearest.reshape(16, -1), axis=1)
     np.testing.assert_allclose(found, distance.min(axis=1), rtol=1e-6)

@@ -9,9 +9,9 @@ from typing import Any
 
 import datasets
 
-from pipeline.generation import pool
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.job import generate
+from pipeline.generation.pool import Pool, in_process
 
 
 def config(output: Path | str, **changes: Any) -> GenerateConfig:
@@ -22,9 +22,9 @@ def config(output: Path | str, **changes: Any) -> GenerateConfig:
     return dataclasses.replace(base, **changes)
 
 
-def make(settings: GenerateConfig, model: Path, run: pool.Runner = pool.run_here) -> dict[str, Any]:
+def make(settings: GenerateConfig, model: Path, pool: Pool = in_process) -> dict[str, Any]:
     """Generates in this process, unless told otherwise."""
-    return generate(settings, str(model), "models:/m/1", run)
+    return generate(settings, str(model), "models:/m/1", pool)
 
 
 def digests(output: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ import pytest
 import ray
 import torch
 
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.models.export import save_model
 from pipeline.models.unet import build

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.generation.ledger import Note
+from pipeline.generation.ledger import ChunkRecord
 from tests.generation.common import config, digests, make, manifest, opened, times
 
 
@@ -168,6 +168,6 @@ def test_bad_settings_are_refused_in_one_line(
 
 
 def test_every_note_says_what_its_file_holds(whole: Path) -> None:
-    notes = [Note(**json.loads(path.read_text())) for path in sorted((whole / "notes").iterdir())]
+    notes = [ChunkRecord(**json.loads(path.read_text())) for path in sorted((whole / "notes").iterdir())]
     assert [note.rows for note in notes] == [8] * 5
     assert [note.sha256 for note in notes] == list(digests(whole).values())

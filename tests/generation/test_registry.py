@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tracking
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.job import generate, model_to_use
-from pipeline.generation.pool import run_here
+from pipeline.generation.pool import in_process
+from pipeline.tracking import registry, runs
 from tests.generation.common import config, manifest
 from tests.generation.conftest import save
 
@@ -17,21 +17,21 @@ def test_an_alias_is_resolved_once_and_pinned_in_the_output(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
-    run = tracking.start_run("e", "r", {}, {})
-    assert tracking.log_model(run, model, "digits", "newest") == "models:/digits/1"
+    run = runs.start_run("e", "r", {}, {})
+    assert registry.log_model(run, model, "digits", "newest") == "models:/digits/1"
 
     def settings(name: str, count: int) -> GenerateConfig:
         return config(tmp_path / name, count=count, model="models:/digits@newest", guidance=1.0)
 
     def pinned(wanted: GenerateConfig) -> str:
-        folder, name = tracking.resolve_model(model_to_use(wanted))
+        folder, name = registry.resolve_model(model_to_use(wanted))
 
-        generate(wanted, str(folder), name, run_here)
+        generate(wanted, str(folder), name, in_process)
         return name
 
     assert pinned(settings("first", 8)) == "models:/digits/1"
     other = save(tmp_path / "other", model_channels=64)
-    assert tracking.log_model(run, other, "digits", "newest") == "models:/digits/2"
+    assert registry.log_model(run, other, "digits", "newest") == "models:/digits/2"
     assert pinned(settings("first", 16)) == "models:/digits/1"
     assert pinned(settings("second", 8)) == "models:/digits/2"
     about = manifest(tmp_path / "first")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import storage
+from pipeline import storage
 from tests.generation.common import config, digests, make
 from tests.jobs.common import run_job
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.generation.plan import Piece
+from pipeline.generation.chunks import Chunk
 from pipeline.generation.sampler import Renderer, Setup
 from pipeline.models.export import load_model, pack_model, save_model
 from tests.generation.common import config, digests, make, manifest
@@ -18,35 +18,35 @@ def renderer(model: Path, **changes: object) -> Renderer:
 
 def test_a_sample_is_the_same_in_any_piece_and_in_any_order(model: Path) -> None:
     made = renderer(model)
-    together = made.render(Piece(0, 24)).images
-    alone = [made.render(Piece(i, i + 1)).images for i in reversed(range(24))]
+    together = made.render(Chunk(0, 24)).images
+    alone = [made.render(Chunk(i, i + 1)).images for i in reversed(range(24))]
     assert torch.equal(together, torch.cat(alone[::-1]))
-    assert torch.equal(together[5:19], renderer(model).render(Piece(5, 19)).images)
+    assert torch.equal(together[5:19], renderer(model).render(Chunk(5, 19)).images)
 
 
 def test_the_number_of_threads_of_the_process_changes_nothing(model: Path) -> None:
     torch.set_num_threads(1)
-    one = renderer(model).render(Piece(0, 8)).images
+    one = renderer(model).render(Chunk(0, 8)).images
     torch.set_num_threads(4)
-    many = renderer(model).render(Piece(0, 8)).images
+    many = renderer(model).render(Chunk(0, 8)).images
     assert torch.equal(one, many)
 
 
 def test_bf16_is_close_to_fp32_and_not_the_same(model: Path) -> None:
-    full = renderer(model).render(Piece(0, 40))
-    half = renderer(model, precision="bf16").render(Piece(0, 40))
+    full = renderer(model).render(Chunk(0, 40))
+    half = renderer(model, precision="bf16").render(Chunk(0, 40))
     assert half.finite.all()
-    assert torch.equal(half.images, renderer(model, precision="bf16").render(Piece(0, 40)).images)
+    assert torch.equal(half.images, renderer(model, precision="bf16").render(Chunk(0, 40)).images)
     assert not torch.equal(half.images, full.images)
     assert (half.images.float() - full.images.float()).abs().mean() < 4
 
 
 def test_a_compiled_network_makes_nearly_the_same_images_and_repeats_them(model: Path) -> None:
-    plain = renderer(model).render(Piece(0, 8)).images.float()
+    plain = renderer(model).render(Chunk(0, 8)).images.float()
     compiled = renderer(model, compile=True)
-    images = compiled.render(Piece(0, 8)).images
+    images = compiled.render(Chunk(0, 8)).images
     assert (images.float() - plain).abs().max() <= 1
-    assert torch.equal(images, compiled.render(Piece(0, 8)).images)
+    assert torch.equal(images, compiled.render(Chunk(0, 8)).images)
 
 
 def with_bias(model: Path, folder: Path, bias: float) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.generation.plan import Piece
+from pipeline.generation.chunks import Chunk
 from pipeline.generation.sampler import Renderer, Setup
 from pipeline.models.export import pack_model
 from tests.generation.common import config, digests, make, times
@@ -63,9 +63,9 @@ def test_samples_that_do_not_come_out_again_are_named(model: Path, whole: Path, 
     """A file that is sound by its checksum, and holds other samples than its settings say."""
     other = Path(shutil.copytree(whole, tmp_path / "copy"))
     forged = Renderer(Setup(pack_model(model), config(other, seed=4), str(other), "", None))
-    piece = Piece(8, 16)
-    data = forged.contents(piece, forged.render(piece))[0]
-    place = Path(forged.places(str(other), piece)[0])
+    chunk = Chunk(8, 16)
+    data = forged.contents(chunk, forged.render(chunk))[0]
+    place = Path(forged.places(str(other), chunk)[0])
     note = other / "notes" / f"{place.name}.json"
     true = digests(other)[place.name]
     size = place.stat().st_size

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline import cli
+from pipeline.commands import cli
 from pipeline.errors import InputError
 from tests.k8s import schemas
 from tests.k8s.references import containers, dangling, pod_templates
@@ -50,8 +50,8 @@ def parse_entrypoint(entrypoint: str) -> object:
     python, script, *flags = expand(entrypoint)
     job = re.fullmatch(r"/app/jobs/(\w+)\.py", script)
     assert python == "python" and job, entrypoint
-    module = importlib.import_module(f"jobs.{job[1]}")
-    return cli.parse(get_type_hints(module.run)["config"], flags, job[1], module.__doc__ or "")
+    module = importlib.import_module(f"pipeline.commands.{job[1]}")
+    return cli.parse(get_type_hints(module.execute)["config"], flags, job[1], module.__doc__ or "")
 
 
 def test_the_little_renderer_makes_what_kustomize_makes(overlay: str, standing: list, jobs: list) -> None:

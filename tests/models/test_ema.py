@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.models import ema
+from pipeline.models import ema, snapshots
 
 
 def test_averages_follow_their_decays() -> None:
@@ -54,7 +54,7 @@ def test_a_snapshot_length_is_reconstructed_as_it_was_stored() -> None:
 
 
 def test_reconstruction_reads_each_snapshot_once_and_mixes_every_parameter() -> None:
-    stored: dict[ema.Snapshot, dict[str, Tensor]] = {}
+    stored: dict[snapshots.Snapshot, dict[str, Tensor]] = {}
     steps, lengths, wanted = 1000, (0.05, 0.15), [0.05, 0.1]
     shapes = [torch.zeros(3), torch.zeros(2, 2)]
     averages = ema.init(shapes, 3)
@@ -63,23 +63,23 @@ def test_reconstruction_reads_each_snapshot_once_and_mixes_every_parameter() -> 
         ema.update_(averages, values, [ema.power_decay(r, step) for r in (*lengths, wanted[1])])
         if step % 100 == 0:
             for length, (a, b) in zip(lengths, averages, strict=False):
-                stored[ema.Snapshot(step, length)] = {"a": a.clone(), "b": b.clone()}
-    reads = list[ema.Snapshot]()
+                stored[snapshots.Snapshot(step, length)] = {"a": a.clone(), "b": b.clone()}
+    reads = list[snapshots.Snapshot]()
 
-    def read(snapshot: ema.Snapshot) -> dict[str, Tensor]:
+    def read(snapshot: snapshots.Snapshot) -> dict[str, Tensor]:
         reads.append(snapshot)
         return stored[snapshot]
 
-    kept, made = ema.reconstruct(list(stored), read, wanted)
+    kept, made = snapshots.mix_snapshots(list(stored), read, wanted)
     assert sorted(reads, key=str) == sorted(stored, key=str)
-    torch.testing.assert_close(kept, stored[ema.Snapshot(steps, 0.05)])
+    torch.testing.assert_close(kept, stored[snapshots.Snapshot(steps, 0.05)])
     torch.testing.assert_close(made, {"a": averages[2][0], "b": averages[2][1]}, rtol=2e-3, atol=2e-3)
 
 
 def test_the_name_of_a_snapshot_tells_its_step_and_length() -> None:
-    snapshot = ema.Snapshot(12_000, 0.075)
-    assert ema.parse_snapshot(snapshot.name) == snapshot
-    assert ema.parse_snapshot(snapshot.name + ".partial") is None
+    snapshot = snapshots.Snapshot(12_000, 0.075)
+    assert snapshots.parse_snapshot(snapshot.name) == snapshot
+    assert snapshots.parse_snapshot(snapshot.name + ".partial") is None
 
 
 @pytest.mark.parametrize("length", [0.0, -0.1, 0.29, float("nan")])

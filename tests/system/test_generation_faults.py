@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
-from pipeline.generation.pool import run_here
+from pipeline.generation.pool import in_process
 from pipeline.models.export import save_model
 from pipeline.models.unet import build
 from tests.generation.common import config, digests, make, manifest
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     output = tmp_path_factory.mktemp("faults") / "undisturbed"
-    make(config(output, count=COUNT, max_blank_fraction=1.0), model, run_here)
+    make(config(output, count=COUNT, max_blank_fraction=1.0), model, in_process)
     torch.set_num_threads(threads)
     return output
 

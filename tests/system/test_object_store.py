@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.data.index import open_dataset
 from tests.data.common import encoded, write_folder
 from tests.data.s3 import s3_server

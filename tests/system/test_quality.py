@@ -25,8 +25,8 @@ from pipeline.diffusion.process import make_process
 from pipeline.evaluation.classifier import fit
 from pipeline.evaluation.frechet import frechet_distance, moments_of
 from pipeline.evaluation.knn import knn_label_accuracy
+from pipeline.models.sampling import sample_images
 from pipeline.rng import Purpose, normal, uniform
-from pipeline.sampling import sample_images
 from pipeline.training import loop
 from tests.jobs.common import ROOT, environment
 from tests.training.common import MemoryBatch
@@ -128,7 +128,8 @@ def test_the_measurement_runs_on_mnist_padded_to_32x32(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable,
-            "benchmarks/quality.py",
+            "-m",
+            "benchmarks.quality",
             "--data",
             "mnist",
             "--smoke",

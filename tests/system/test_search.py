@@ -14,11 +14,11 @@ import pytest
 import ray
 import yaml
 
-from pipeline import tracking
-from pipeline.cluster import connect
+from pipeline.cluster.session import connect
 from pipeline.config import TrainConfig
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.config import BITS_PER_DIM
+from pipeline.tracking import runs
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record
@@ -180,7 +180,7 @@ def check_tracking(home: Path, result: dict[str, Any], after: dict[str, Record],
 def check_command(printed: str, best: Record) -> None:
     import shlex
 
-    from pipeline import cli
+    from pipeline.commands import cli
 
     words = shlex.split(printed)
     assert words[:2] == ["python", "jobs/train.py"]
@@ -214,7 +214,7 @@ def test_the_search_finds_the_known_best_of_gaussian_data(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     (tmp_path / "space.yaml").write_text(json.dumps(dict(zip(FLAGS, VALUES, strict=True))))
-    connect(environment={"MLFLOW_TRACKING_URI": tracking.tracking_uri()})
+    connect(environment={"MLFLOW_TRACKING_URI": runs.tracking_uri()})
     try:
         prepare(PrepareConfig(output=str(tmp_path / "digits")))
         config = TuneConfig(

@@ -108,7 +108,7 @@ def test_the_tour(cluster: Served) -> None:
             capture_output=True,
             text=True,
             timeout=240,
-        )  # fmt: skip
+        )
     )
     assert plotted.code == 0, plotted.stderr
     assert len(list(pictures.glob("*.png"))) == plotted.result["count"] == 5

@@ -11,7 +11,7 @@ import mlflow
 import pytest
 import torch
 
-from pipeline.data import storage
+from pipeline import storage
 from pipeline.training import checkpoint
 from tests.jobs.common import command, environment, run_job
 from tests.system.cluster import LocalCluster, local_cluster

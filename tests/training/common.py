@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, OptimizerConfig, TrainConfig
-from pipeline.data.plan import Plan, window_rows, windows_between
+from pipeline.data.order import Plan, window_rows, windows_between
 
 IMAGE = ImageConfig(size=8, channels=1, classes=("even", "odd"))
 MODEL = ModelConfig(

@@ -7,18 +7,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline.training.agreement import Agreement
-from pipeline.training.progress import Ask
+from pipeline.training.run_channel import Command
 from tests.training.test_loop import _free_port
 
-ASKED = {1: (3, Ask.SAVE), 0: (6, Ask.STOP)}  # by rank: at which step, and what
+ASKED = {1: (3, Command.SAVE), 0: (6, Command.STOP)}  # by rank: at which step, and what
 
 
 def _one_rank(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     agreement, heard = Agreement(2), list[int]()
     step, what = ASKED[rank]
-    while not heard or heard[-1] != Ask.STOP:
-        heard.append(agreement(what if len(heard) == step else Ask.NOTHING))
+    while not heard or heard[-1] != Command.STOP:
+        heard.append(agreement(what if len(heard) == step else Command.NOTHING))
     Path(folder, f"{rank}.json").write_text(json.dumps(heard))
     dist.destroy_process_group()
 
@@ -26,9 +26,13 @@ def _one_rank(rank: int, port: int, folder: str) -> None:
 def test_every_worker_hears_at_the_same_step_what_any_was_asked(tmp_path: Path) -> None:
     mp.start_processes(_one_rank, (_free_port(), str(tmp_path)), 2, start_method="spawn")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second == [0, 0, 0, 0, Ask.SAVE, 0, 0, Ask.STOP]
+    assert first == second == [0, 0, 0, 0, Command.SAVE, 0, 0, Command.STOP]
 
 
 def test_a_worker_alone_hears_at_once() -> None:
     agreement = Agreement(1)
-    assert [agreement(ask) for ask in (Ask.NOTHING, Ask.SAVE, Ask.STOP)] == [Ask.NOTHING, Ask.SAVE, Ask.STOP]
+    assert [agreement(ask) for ask in (Command.NOTHING, Command.SAVE, Command.STOP)] == [
+        Command.NOTHING,
+        Command.SAVE,
+        Command.STOP,
+    ]

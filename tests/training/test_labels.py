@@ -12,7 +12,7 @@ COUNT = 4000
 
 
 def labels_of(ids: torch.Tensor, dropout: float = 0.3, known: bool = True) -> torch.Tensor:
-    config, spec = problem(class_dropout=dropout)
+    config, spec = problem(label_dropout=dropout)
     size = len(ids)
     batch = MemoryBatch(
         images=torch.zeros(size, 1, 8, 8, dtype=torch.uint8),

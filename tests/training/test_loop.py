@@ -60,7 +60,7 @@ def _one_rank(
     seen = meter.state()["seen"]
     if rank == 0:
         torch.save(
-            {"weights": flat(state), "losses": losses, "sampler": state.sampler, "seen": seen},
+            {"weights": flat(state), "losses": losses, "sampler": state.timestep_sampler, "seen": seen},
             f"{folder}/{world_size}.pt",
         )
     dist.barrier()  # gloo aborts the others of a group that one of them leaves
@@ -172,7 +172,10 @@ def test_a_non_finite_step_is_named_and_leaves_everything_as_it_was() -> None:
         train(config, spec, state, state.model, _Poisoned(config), CPU, 1, lambda *_: None, lambda _: None)
     before, _ = run(dataclasses.replace(config, steps=2), spec)
     assert torch.equal(flat(state), flat(before))
-    assert all(torch.equal(state.sampler[name], before.sampler[name]) for name in before.sampler)
+    assert all(
+        torch.equal(state.timestep_sampler[name], before.timestep_sampler[name])
+        for name in before.timestep_sampler
+    )
     *_, third = (batch for batch, _ in zip(batches(config), range(3), strict=False))
     assert [sample["id"] for sample in caught.value.samples] == sorted(third.ids.tolist())
 

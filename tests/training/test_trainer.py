@@ -13,13 +13,13 @@ import ray
 import ray.train
 import torch
 
-from pipeline import tracking
-from pipeline.cluster import connect
+from pipeline import storage
+from pipeline.cluster.session import connect
 from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
-from pipeline.data import storage
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from pipeline.models.export import load_model
+from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint
 from pipeline.training.trainer import Trained, train
 from tests.data.s3 import s3_server
@@ -69,7 +69,7 @@ def newest(output: str) -> tuple[checkpoint.Saved, dict[str, Any]]:
 
 def curve(trained: Trained, name: str) -> dict[int, float]:
     """A curve of MLflow, which must have one point a step."""
-    history = tracking._client().get_metric_history(trained.run.id, name)
+    history = runs.open_client().get_metric_history(trained.run.id, name)
     assert len({point.step for point in history}) == len(history)
     return {point.step: point.value for point in history}
 
@@ -110,8 +110,8 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(home: Path, stra
         curve(trained, "loss").items()
         >= {s: v for s, v in curve(straight, "loss").items() if s != 12}.items()
     )
-    runs = tracking._client().search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
-    assert [run.info.run_id for run in runs] == [trained.run.id]
+    found = runs.open_client().search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
+    assert [run.info.run_id for run in found] == [trained.run.id]
 
     mine, state = newest(output)
     reference, _ = newest(str(home / "straight"))
@@ -120,8 +120,11 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(home: Path, stra
     for a, b in zip(mine.averages, reference.averages, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)
     assert all(torch.equal(mine.optimizer[name], reference.optimizer[name]) for name in reference.optimizer)
-    assert all(torch.equal(mine.sampler[name], reference.sampler[name]) for name in reference.sampler)
-    assert int(mine.sampler["count"].sum()) > 0
+    assert all(
+        torch.equal(mine.timestep_sampler[name], reference.timestep_sampler[name])
+        for name in reference.timestep_sampler
+    )
+    assert int(mine.timestep_sampler["count"].sum()) > 0
     assert state["run_id"] == trained.run.id
     assert state["position"] == {"samples": ROWS, "epoch": 1, "row": 0}
     assert state["seen"] == {"samples": ROWS, "digest": epochs_digest(1, ROWS), "undecodable": 0}
@@ -132,8 +135,8 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(home: Path, stra
     best = json.loads(storage.read_bytes(f"{output}/best/config.json"))["provenance"]
     assert (best["steps"], best["bits_per_dim"]) == min(bits.items(), key=lambda item: item[1])
     assert trained.model == f"{output}/model"
-    assert load_model(tracking.resolve_model(trained.model)[0])[1].provenance["steps"] == 18
-    artifacts = tracking._client().list_artifacts(trained.run.id, "samples")
+    assert load_model(registry.resolve_model(trained.model)[0])[1].provenance["steps"] == 18
+    artifacts = runs.open_client().list_artifacts(trained.run.id, "samples")
     assert [artifact.path for artifact in artifacts] == [
         f"samples/step-{step:09d}.png" for step in (6, 10, 12, 18)
     ]
@@ -175,7 +178,7 @@ def test_a_non_finite_step_stops_the_run_and_keeps_its_samples(home: Path) -> No
     saved, _ = newest(output)
     assert saved.step == record["step"] - 1
     run_id = json.loads((Path(output) / "run.json").read_text())["run_id"]
-    client = tracking._client()
+    client = runs.open_client()
     assert client.get_run(run_id).info.status == "FAILED"
     assert [a.path for a in client.list_artifacts(run_id, "nonfinite")] == [f"nonfinite/{file.name}"]
 

@@ -14,8 +14,8 @@ from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.features import ClassifierExtractor, measure
 from pipeline.evaluation.frechet import frechet_distance, moments_of
-from pipeline.evaluation.work import choose, run_here
-from pipeline.sampling import sample_images
+from pipeline.evaluation.work import choose, in_process
+from pipeline.models.sampling import sample_images
 from pipeline.tuning.objective import (
     Both,
     HeldOutBits,
@@ -44,7 +44,7 @@ def test_held_out_bits_are_those_of_an_evaluation(held_out: DatasetIndex) -> Non
     model, spec = small_model()
     ids = choose(held_out.rows, 70, seed=4)
     for terms in (0, 8, 20, 100):
-        mine = HeldOutBits(held_out, ids, terms, seed=4)(model, spec, run_here)
+        mine = HeldOutBits(held_out, ids, terms, seed=4)(model, spec, in_process)
         theirs = held_out_bits(model, spec, held_out, ids, terms=0 if terms == 100 else terms, seed=4)
         assert mine.metrics[BITS_PER_DIM] == pytest.approx(theirs.bits_per_dim, rel=1e-6)
         assert mine.metrics[f"{BITS_PER_DIM}_stderr"] == pytest.approx(theirs.stderr, rel=1e-5)
@@ -58,7 +58,7 @@ def test_the_frechet_distance_is_that_of_the_samples_numbered_from_0(digits: Pat
         extractor = ClassifierExtractor(Classifier(DIGITS).eval().requires_grad_(False))
     (real,) = measure([open_dataset(str(digits))], extractor, keep=1)
     objective = SampleFrechet(extractor, real.moments, samples=96, steps=5, seed=3)
-    found = objective(model, spec, run_here)
+    found = objective(model, spec, in_process)
     images = torch.cat(
         [
             sample_images(model, spec, ids, sampler="ddim", sampling_steps=5, seed=3)
@@ -77,7 +77,7 @@ def test_both_objectives_are_measured_in_one_go(digits: Path, held_out: DatasetI
     extractor = ClassifierExtractor(Classifier(DIGITS).eval().requires_grad_(False))
     (real,) = measure([open_dataset(str(digits))], extractor, keep=1)
     bits = HeldOutBits(held_out, np.arange(8), 4, 0)
-    found = Both((bits, SampleFrechet(extractor, real.moments, 64, 2, 0)))(model, spec, run_here)
+    found = Both((bits, SampleFrechet(extractor, real.moments, 64, 2, 0)))(model, spec, in_process)
     assert set(found.metrics) == {BITS_PER_DIM, f"{BITS_PER_DIM}_stderr", FRECHET}
     assert len(found.per_image) == 8
 
@@ -86,7 +86,7 @@ def test_one_worker_does_every_task_in_order(held_out: DatasetIndex) -> None:
     model, spec = small_model()
     objective = HeldOutBits(held_out, np.arange(130), 4, 0)
     alone = objective(model, spec, over_ranks(torch.device("cpu"), 0, 1))
-    assert alone == objective(model, spec, run_here)
+    assert alone == objective(model, spec, in_process)
 
 
 def test_common_random_numbers_tell_two_schedules_apart_with_fewer_images() -> None:

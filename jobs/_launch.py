@@ -1,0 +1,25 @@
+"""What every jobs/NAME.py does: call pipeline/commands/NAME.py, or say how to set up the environment that it needs."""
+
+import importlib
+import sys
+from typing import NoReturn
+
+
+def launch(job: str) -> NoReturn:
+    """Ends the process with the job's exit code, or with 2 where this Python can't run it."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (whoever has an older one shall be told)
+        refuse(
+            job, f"Python 3.11 or newer is needed, and this is {sys.version_info[0]}.{sys.version_info[1]}"
+        )
+    try:
+        command = importlib.import_module(f"pipeline.commands.{job}")
+    except ModuleNotFoundError as error:
+        refuse(job, f"this Python ({sys.executable}) has no package {error.name!r}")
+    sys.exit(command.main(sys.argv[1:]))
+
+
+def refuse(job: str, reason: str) -> NoReturn:
+    """Says what is missing and what to do about it."""
+    setup = "`make setup` makes the environment, `source .venv/bin/activate` enters it"
+    print(f"{job}: {reason}: {setup}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,39 @@
+"""Every private module of Ray that the project uses: an upgrade of Ray has this one place to look, and one test.
+
+    from pipeline.cluster.ray_internals import ExecutionCallback
+
+A name is looked up when it is asked for: all of them together would take seconds, and Ray reads the environment
+when it is imported, which `session.connect` sets first.
+"""
+
+import importlib
+from typing import Any
+
+INTERNALS = {
+    # Bytes that the object stores of all nodes have spilled to disk: a curve beside every run.
+    "get_memory_info_reply": "ray._private.internal_api",
+    "get_state_from_address": "ray._private.internal_api",
+    # The token that `ray start` keeps in the home folder, for this machine's own cluster.
+    "maybe_enable_token_auth_if_token_available": "ray._private.authentication.authentication_token_setup",
+    # The pace of Ray Data's loop, and a bound on what its tasks hold.
+    "ExecutionCallback": "ray.data._internal.execution.execution_callback",
+    "BackpressurePolicy": "ray.data._internal.execution.backpressure_policy.backpressure_policy",
+    "ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY": "ray.data._internal.execution.backpressure_policy",
+    # Ray Train's controller says when it is about to end a healthy worker group, which then saves.
+    "ControllerCallback": "ray.train.v2._internal.execution.callback",
+    "RunningState": "ray.train.v2._internal.execution.controller.state",
+    "ResizingState": "ray.train.v2._internal.execution.controller.state",
+    "PreemptingState": "ray.train.v2._internal.execution.controller.state",
+    # Variables that Ray Tune copies from the driver into every trial's settings, which anyone may read.
+    "ENV_VARS_TO_PROPAGATE": "ray.tune.execution.class_cache",
+}
+# Loggers of Ray's job client, which repeat in several lines what is said in one.
+JOB_CLIENT_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.authentication"
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in INTERNALS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(INTERNALS[name]), name)

@@ -1,0 +1,134 @@
+"""Joining or starting Ray, quietly."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Ray reads these when it is imported or when its workers start.
+_QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    # Ray Data's own actor pools make Ray's core print an error that is none.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    # The core warns of four times as many processes as this (else the CPUs), many of which only wait here.
+    "RAY_worker_maximum_startup_concurrency": "8",
+}
+
+
+def spilled_bytes() -> int:
+    """Bytes that the object stores of all nodes have spilled to disk so far; 0 where nobody answers."""
+    import ray
+
+    from pipeline.cluster.ray_internals import get_memory_info_reply, get_state_from_address
+
+    try:
+        address = ray.get_runtime_context().gcs_address
+        reply = get_memory_info_reply(get_state_from_address(address), timeout_seconds=5.0)
+    except Exception:  # a node is going down: a figure for a curve is worth no failure
+        return 0
+    return int(reply.store_stats.spilled_bytes_total)
+
+
+def connect(verbose: bool = False, environment: dict[str, str] | None = None) -> None:
+    """Joins the cluster at RAY_ADDRESS, or starts a Ray of this process's own on this machine.
+
+    Args:
+        verbose: let Ray's own logs and progress bars through.
+        environment: variables that every worker gets.
+
+    Raises:
+        InputError: RAY_ADDRESS is set and nothing answers there.
+    """
+    if not verbose:
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    import ray
+    from ray.data import DataContext
+
+    from pipeline.cluster.pace import set_pace
+    from pipeline.errors import InputError
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = {
+            "log_to_driver": verbose,
+            "logging_level": logging.INFO if verbose else logging.ERROR,
+            "configure_logging": True,
+            "runtime_env": {"env_vars": _worker_environment(environment or {})},
+        }
+        if not address:
+            options |= {"address": "local", "include_dashboard": False}
+        try:
+            with contextlib.nullcontext() if verbose else _muted():
+                ray.init(**options)
+        except ConnectionError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}") from None
+    context = DataContext.get_current()
+    set_pace(context)
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        context.enable_progress_bars = False
+        context.enable_operator_progress_bars = False
+        context.print_on_execution_start = False
+
+
+def submitted_settings() -> dict[str, Any]:
+    """The runtime environment of the job that this process is the driver of; empty for one that nobody submitted."""
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env")
+    return settings or {}
+
+
+def disconnect() -> None:
+    """Leaves the cluster, or ends the Ray that `connect` started."""
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Keeps stderr back, at descriptor level; it is shown only if what is inside fails.
+
+    Ray's core announces there, in a line that no setting stops, that it was told to be quiet.
+    """
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, ConnectionError):
+                kept.seek(0)
+                os.write(real, kept.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, 2)
+            os.close(real)
+
+
+def _worker_environment(environment: dict[str, str]) -> dict[str, str]:
+    """What workers get beside their nodes' own environment."""
+    job = submitted_settings()
+    # A submitted job's tree is on every node already, and Ray refuses to be told a variable twice.
+    if "working_dir" not in job:
+        root = str(Path(__file__).parents[2])
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            **environment,
+        }
+    return {name: value for name, value in environment.items() if name not in job.get("env_vars", {})}

@@ -1,0 +1,243 @@
+"""Jobs sent to a Ray cluster from outside, through Ray's own job API."""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.cluster.job_server import connect
+from pipeline.cluster.packing import pack
+from pipeline.errors import InputError, JobFailed
+from pipeline.redact import redact
+
+JOBS = ("prepare", "train", "tune", "generate", "evaluate")
+Action = Literal["prepare", "train", "tune", "generate", "evaluate", "status", "logs", "stop", "list"]
+PACKAGE = Path(__file__).parents[1]
+FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
+# Enough of the end of a job's output to hold its result line and its last complaint.
+KEPT_CHARACTERS = 100_000
+LOST_SECONDS = 60.0
+# Of a job that is stopped, between the signal and its end: training saves a checkpoint first.
+STOP_SECONDS = "60"
+_SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential")
+
+
+@dataclass(frozen=True)
+class SubmitConfig:
+    """What to do on the cluster; flags of the job itself follow after `--`."""
+
+    action: Annotated[Action, tyro.conf.Positional]
+    """A job to submit, or what to do with one that was: status, logs, stop (with --id), list."""
+    address: str = ""
+    """Ray's job server, http:// or https://; left out = RAY_ADDRESS, else http://127.0.0.1:8265."""
+    id: str = ""
+    """Submission id. The same id again joins the job that runs under it, or reports the one that ended."""
+    wait: bool = False
+    """Stream the job's output, exit with its exit code and print its result; also for logs and stop."""
+    forward: tuple[str, ...] = ()
+    """Environment variables that the job gets from here (MLFLOW_TRACKING_URI, say); never secrets."""
+    verify: str = "true"
+    """Check of an https:// server: true, false, or a file or folder with certificates of trusted authorities."""
+    max_megabytes: int = 20
+    """Largest working tree that is sent."""
+
+
+def act(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
+    """Submits a job, or asks about one.
+
+    Returns:
+        for a job with `wait`, its own result line with `id` and `status`; else `id` and `status`.
+
+    Raises:
+        InputError: nothing answers at the address, the token is refused, no such job, a flag that can't work.
+        JobFailed: with `wait`, the job ended badly.
+    """
+    if config.id and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", config.id):
+        raise InputError(f"--id {config.id}: letters, digits, '.', '_' and '-' only")
+    if config.action in JOBS:
+        _check_flags(flags)
+    elif flags:
+        raise InputError(f"{config.action} takes no flags after --")
+    elif config.action != "list" and not config.id:
+        raise InputError(f"{config.action} needs --id; `jobs/submit.py list` shows the ids")
+    client = connect(config.address, config.verify)
+    if config.action == "list":
+        return _list(client)
+    if config.action in JOBS:
+        job_id = _submit(client, config, flags)
+        print(f"submitted as {job_id}", file=sys.stderr)
+        return _follow(client, job_id) if config.wait else _state(client, job_id)
+    if _find(client, config.id) is None:
+        raise InputError(f"--id {config.id}: the cluster knows no such job")
+    if config.action == "logs" and not config.wait:
+        print(client.get_job_logs(config.id), end="", file=sys.stderr)
+    elif config.action == "logs":
+        _Output().show(client, config.id)
+    elif config.action == "stop":
+        client.stop_job(config.id)
+        while config.wait and _state(client, config.id)["status"] not in FINISHED:
+            time.sleep(0.5)
+    return _state(client, config.id)
+
+
+def _list(client: Any) -> dict[str, Any]:
+    jobs = [job for job in client.list_jobs() if job.submission_id]
+    for job in jobs:
+        print(f"{job.submission_id}  {job.status.value}  {redact(job.entrypoint)}", file=sys.stderr)
+    return {"output": "", "count": len(jobs), "jobs": {job.submission_id: job.status.value for job in jobs}}
+
+
+def _check_flags(flags: list[str]) -> None:
+    """Refuses what would go wrong, or leak, on the cluster."""
+    for flag in flags:
+        if redact(flag) != flag:
+            raise InputError(
+                f"{redact(flag)} holds a secret, and flags are logged: credentials belong to the cluster's environment"
+            )
+    for name, value in pairwise([*flags, ""]):
+        name, equals, given = name.partition("=")
+        place = given if equals else value
+        if name == "--output" and place and "://" not in place and not place.startswith("/"):
+            raise InputError(
+                f"--output {place}: a relative path would lie in the job's own copy of the tree, which goes away; "
+                "give an absolute path that all nodes see, or a URI"
+            )
+
+
+def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
+    """The id of a job with this id and these flags: one that is there, else a new one."""
+    entrypoint = shlex.join(["python", "-m", "pipeline.commands", config.action, *flags])
+    job = _find(client, config.id) if config.id else None
+    if job is None:
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / "tree.zip"
+            pack(_tree(), package, config.max_megabytes, base=PACKAGE.parent)
+            runtime_env = {"working_dir": str(package), "env_vars": _environment(config.forward)}
+            try:
+                submitted: str = client.submit_job(
+                    entrypoint=entrypoint, submission_id=config.id or None, runtime_env=runtime_env
+                )
+                return submitted
+            except RuntimeError as error:
+                # Another submitter with the same id may have come first.
+                job = _find(client, config.id) if config.id else None
+                if job is None:
+                    raise InputError(f"the cluster refuses the job: {' '.join(str(error).split())}") from None
+    if job.entrypoint != entrypoint:
+        raise InputError(f"--id {config.id} is another job: {redact(job.entrypoint)}; take another id")
+    if job.status.value in ("FAILED", "STOPPED"):
+        print(f"{config.id} ended before; give another --id to run it again", file=sys.stderr)
+    return config.id
+
+
+def _tree() -> Path:
+    """What jobs on the cluster run: the checkout, or, where the package is installed, the package alone."""
+    return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE
+
+
+def _environment(names: tuple[str, ...]) -> dict[str, str]:
+    """What a job gets of this environment: anyone who may ask the cluster about the job can read it."""
+    values = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS}
+    for name in names:
+        value = os.environ.get(name)
+        if value is None:
+            raise InputError(f"--forward {name}: no such variable is set")
+        if _SECRET_NAME.search(name) or redact(value) != value:
+            raise InputError(f"--forward {name}: job settings can be read by others; put it on the cluster")
+        values[name] = value
+    return values
+
+
+def _find(client: Any, job_id: str) -> Any | None:
+    try:
+        return client.get_job_info(job_id)
+    except RuntimeError as error:
+        if "404" in str(error):
+            return None
+        raise
+
+
+def _state(client: Any, job_id: str) -> dict[str, Any]:
+    return {"output": "", "id": job_id, "status": client.get_job_info(job_id).status.value}
+
+
+def _follow(client: Any, job_id: str) -> dict[str, Any]:
+    """Shows a job's output to its end, and takes over its result or its failure."""
+    output = _Output()
+    output.show(client, job_id)
+    job = client.get_job_info(job_id)
+    status = job.status.value
+    if status == "SUCCEEDED":
+        return {**output.result(), "id": job_id, "status": status}
+    reason = output.last_line() or " ".join((job.message or "no output").split())
+    raise JobFailed(f"job {job_id} {status.lower()}: {reason[:300]}", _exit_code(job.driver_exit_code))
+
+
+def _exit_code(code: int | None) -> int:
+    """A driver's exit code as a shell would give it: 128 + N for signal N, 1 where it has none."""
+    if code is None:
+        return 1
+    return 128 - code if code < 0 else code or 1
+
+
+class _Output:
+    """What a job prints: shown once, however often the stream is opened anew."""
+
+    def __init__(self) -> None:
+        self._shown, self._end = 0, ""
+
+    def show(self, client: Any, job_id: str) -> None:
+        """Shows it on stderr until the job has ended.
+
+        Raises:
+            InputError: the cluster has not answered for a minute.
+        """
+        lost_at: float | None = None
+        while True:
+            try:
+                asyncio.run(self._tail(client, job_id))
+                if client.get_job_info(job_id).status.value in FINISHED:
+                    return
+                lost_at = None
+            except (RuntimeError, OSError) as error:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > LOST_SECONDS:
+                    raise InputError(
+                        f"the job server is gone ({redact(str(error))[:200]}); job {job_id} may go on: "
+                        "`submit.py logs --wait` with its --id joins it again"
+                    ) from None
+            time.sleep(1.0)
+
+    async def _tail(self, client: Any, job_id: str) -> None:
+        position = 0
+        async for text in client.tail_job_logs(job_id):
+            new = text[max(0, self._shown - position) :]
+            position += len(text)
+            self._shown = max(self._shown, position)
+            self._end = (self._end + new)[-KEPT_CHARACTERS:]
+            print(new, end="", file=sys.stderr, flush=True)
+
+    def last_line(self) -> str:
+        """The last line that is not empty."""
+        return next((line for line in reversed(self._end.splitlines()) if line.strip()), "")
+
+    def result(self) -> dict[str, Any]:
+        """The job's own last line on stdout."""
+        for line in reversed(self._end.splitlines()):
+            if line.startswith("{"):
+                try:
+                    value: dict[str, Any] = json.loads(line)
+                except ValueError:
+                    continue
+                return value
+        return {"output": ""}

@@ -1,0 +1,102 @@
+"""The whole pipeline on real handwritten digits: prepare, train, register, generate, draw."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.commands import cli, generate, plot, prepare, train
+from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.data.shards import PrepareConfig
+from pipeline.errors import InputError
+from pipeline.generation.config import GenerateConfig
+from pipeline.tracking import runs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Where the demo's results go, and how long it trains."""
+
+    output: str = "demo"
+    """Folder for the shards, the run, the samples and the pictures; it must not exist yet."""
+    steps: int = 300
+    """Optimizer steps."""
+    workers: int = 2
+    """Data-parallel training workers."""
+    count: int = 256
+    """Samples to generate."""
+
+
+def execute(config: DemoConfig) -> dict[str, Any]:
+    """Runs the jobs one after the other in one Ray, as a user would run them by hand."""
+    root = Path(config.output).absolute()
+    if root.exists() and any(root.iterdir()):
+        raise InputError(f"--output {config.output} is not empty: remove it, or choose another folder")
+    data, samples, pictures = root / "digits", root / "samples", root / "pictures"
+    timed("prepare", lambda: prepare.execute(PrepareConfig(output=str(data))))
+    trained = timed("train", lambda: train.execute(training(config, data, root / "run")))
+    model = "models:/digits@newest"
+    generated = timed(
+        "generate",
+        lambda: generate.execute(
+            GenerateConfig(
+                model=model,
+                output=str(samples),
+                count=config.count,
+                sampler="ddim",
+                sampling_steps=25,
+                guidance=1.5,
+            )
+        ),
+    )
+    timed("plot", lambda: plot.execute(plot.PlotConfig(model, str(data), str(pictures))))
+    say(f"pictures   {pictures}/samples.png, process.png, schedules.png, bound.png, nearest.png")
+    say(f"dataset    {samples}  ({generated['count']} samples)")
+    say(f"model      {trained['model']}  (also the folder {root / 'run' / 'model'})")
+    say(f"MLflow     {runs.ui_command()}")
+    return {**trained, "output": str(root), "count": generated["count"]}
+
+
+def training(config: DemoConfig, data: Path, output: Path) -> TrainConfig:
+    """A small class-conditional UNet for 8x8 digits."""
+    return TrainConfig(
+        data=str(data),
+        output=str(output),
+        steps=config.steps,
+        workers=config.workers,
+        batch_size=128,
+        model=ModelConfig(
+            model_channels=32,
+            channel_multipliers=(1, 2),
+            attention_resolutions=(4,),
+            class_conditional=True,
+        ),
+        diffusion=DiffusionConfig(schedule="cosine", timesteps=400),
+        optimizer=OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,)),
+        log_every=25,
+        checkpoint_every=150,
+        run_name="digits",
+        register="digits",
+    )
+
+
+def timed(name: str, run: Callable[[], T]) -> T:
+    """Runs a part and says how long it took."""
+    began = time.perf_counter()
+    result = run()
+    say(f"{name:10} {time.perf_counter() - began:.1f} s")
+    return result
+
+
+def say(line: str) -> None:
+    """To a person, on stderr: stdout carries the result alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    return cli.main("demo", __doc__ or "", DemoConfig, execute, arguments)

@@ -1,0 +1,18 @@
+"""Measure a model: held-out bits/dim, and the quality of a generated dataset beside the real one."""
+
+from typing import Any
+
+from pipeline.commands import cli
+from pipeline.evaluation.evaluate import EvaluateConfig, evaluate
+from pipeline.tracking import registry
+
+
+def execute(config: EvaluateConfig) -> dict[str, Any]:
+    """Resolves the model once, then measures it over the cluster."""
+    folder, pinned = registry.resolve_model(config.model)
+    return {"output": config.output, "model": pinned, "metrics": evaluate(config, str(folder))}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    return cli.main("evaluate", __doc__ or "", EvaluateConfig, execute, arguments)

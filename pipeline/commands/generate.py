@@ -1,0 +1,20 @@
+"""Generate a dataset of samples from a trained model, exactly once, byte for byte."""
+
+from typing import Any
+
+from pipeline.commands import cli
+from pipeline.generation.config import GenerateConfig
+from pipeline.tracking import registry
+
+
+def execute(config: GenerateConfig) -> dict[str, Any]:
+    """Resolves the model once, then generates what is missing."""
+    from pipeline.generation.job import generate, model_to_use
+
+    folder, pinned = registry.resolve_model(model_to_use(config))
+    return {**generate(config, str(folder), pinned), "model": pinned}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    return cli.main("generate", __doc__ or "", GenerateConfig, execute, arguments)

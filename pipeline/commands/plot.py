@@ -1,0 +1,50 @@
+"""Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands import cli
+from pipeline.errors import InputError
+from pipeline.tracking import registry
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """What to draw, and where."""
+
+    model: str
+    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
+    data: str
+    """The dataset that the model was trained on (URI)."""
+    output: str
+    """Folder for the pictures."""
+    seed: int = 0
+    """Seed of the samples drawn."""
+
+
+def execute(config: PlotConfig) -> dict[str, Any]:
+    """Draws every picture."""
+    from pipeline.models.export import load_model
+    from pipeline.pictures import make
+
+    folder, pinned = registry.resolve_model(config.model)
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {config.output}: can't be written: {error.strerror}") from None
+    _, spec = load_model(folder)
+    paths = [
+        make.sample_grid(folder, output / "samples.png", seed=config.seed),
+        make.process_strip(folder, config.data, output / "process.png", seed=config.seed),
+        make.schedule_curves(spec, output / "schedules.png"),
+        make.bound_terms(folder, config.data, output / "bound.png", seed=config.seed),
+        make.nearest_neighbours(folder, config.data, output / "nearest.png", seed=config.seed),
+    ]
+    return {"output": config.output, "model": pinned, "count": len(paths)}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    return cli.main("plot", __doc__ or "", PlotConfig, execute, arguments)

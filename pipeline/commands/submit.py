@@ -1,0 +1,10 @@
+"""Submit a job to a Ray cluster: jobs/submit.py [--address URL] [--wait] JOB -- FLAGS…"""
+
+from pipeline.cluster.submit import SubmitConfig, act
+from pipeline.commands import cli
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    own, flags = cli.split_at_dashes(arguments)
+    return cli.main("submit", __doc__ or "", SubmitConfig, lambda config: act(config, flags), own, ray=False)

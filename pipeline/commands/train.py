@@ -1,0 +1,44 @@
+"""Train a diffusion model on image shards with Ray Train, tracked in MLflow.
+
+SIGTERM and Ctrl-C save the run and end it with exit code 128 + the signal's number (143, 130); --resume goes on from the
+newest whole checkpoint in --output, and starts a new run where there is none.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands import cli
+from pipeline.config import TrainConfig
+from pipeline.tracking import runs
+
+
+def execute(config: TrainConfig) -> dict[str, Any]:
+    """Trains, exports, logs a grid of samples, registers."""
+    from pipeline.pictures.make import sample_grid
+    from pipeline.training.trainer import train
+
+    trained = train(config)
+    with tempfile.TemporaryDirectory() as folder:
+        picture = sample_grid(trained.folder, Path(folder) / "samples.png", seed=config.seed)
+        runs.log_file(trained.run, picture)
+    runs.end_run(trained.run)
+    return {
+        "output": config.output,
+        "model": trained.model,
+        "run_id": trained.run.id,
+        "metrics": trained.metrics,
+        "count": config.steps,
+    }
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses what can't work, before a cluster is asked for anything."""
+    from pipeline.training.trainer import check as check_training
+
+    check_training(config)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    return cli.main("train", __doc__ or "", TrainConfig, execute, arguments, check=check)

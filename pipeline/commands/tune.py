@@ -1,0 +1,25 @@
+"""Search schedules, T, learning rate, width and any other flag of training, by held-out bits/dim or sample quality."""
+
+from typing import Any
+
+from pipeline.commands import cli
+from pipeline.tuning.config import TuneConfig
+
+
+def execute(config: TuneConfig) -> dict[str, Any]:
+    """Runs the search."""
+    from pipeline.tuning.search import search
+
+    return search(config)
+
+
+def check(config: TuneConfig) -> None:
+    """Refuses what can't work, before a cluster is asked for anything."""
+    from pipeline.tuning.search import check_search
+
+    check_search(config)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    return cli.main("tune", __doc__ or "", TuneConfig, execute, arguments, check=check)

@@ -1,0 +1,50 @@
+"""What lies beside a dataset's images and says what it is: the manifest of prepared shards, and names of files."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MANIFEST = "manifest.json"
+UNFINISHED = "parts/settings.json"
+FORMAT, SAMPLES_FORMAT = "ray-ddpm-shards", "ray-ddpm-samples"
+SAMPLES = "data"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    file: str
+    rows: int
+    row_groups: list[int]
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order."""
+
+    rows: int
+    shards: list[Shard]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says of a prepared dataset.
+
+    Attributes:
+        fingerprint: a hash of the set of (pixels, label) pairs: how they are cut into shards does not matter.
+        mean, std: per channel over the training split, of pixels in [0, 1].
+        quarantined: images left out; named in quarantine.jsonl.
+    """
+
+    format: str
+    version: int
+    image: dict[str, Any]
+    splits: dict[str, Split]
+    fingerprint: str
+    mean: list[float]
+    std: list[float]
+    quarantined: int
+    settings: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,65 @@
+"""From an exported model to images: sample i is a function of (model, settings, seed, i)."""
+
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ModelSpec, SamplerName
+from pipeline.diffusion.losses import Model
+from pipeline.diffusion.process import make_process
+from pipeline.diffusion.samplers import sample
+from pipeline.rng import Purpose, normal
+
+
+class SamplerSettings(TypedDict, total=False):
+    """How samples are drawn; what is left out has the default of the job's flag.
+
+    Keys:
+        sampler: "ancestral", "ddim" or "dpm_solver".
+        sampling_steps: 0 = T.
+        eta: noise of DDIM.
+        guidance: 1 = none.
+        labels: class of each sample, int64 [N]; None = unconditional.
+        seed: any integer.
+    """
+
+    sampler: SamplerName
+    sampling_steps: int
+    eta: float
+    guidance: float
+    labels: Tensor | None
+    seed: int
+
+
+def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack[SamplerSettings]) -> Tensor:
+    """Draws the samples numbered `ids` (int64 [N], on the model's device) of a seed, in one batch.
+
+    Returns:
+        uint8 [N, C, H, W].
+    """
+    return to_uint8(sample_floats(model, spec, ids, **settings))
+
+
+@torch.inference_mode()
+def sample_floats(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack[SamplerSettings]) -> Tensor:
+    """As `sample_images`, but x_0 as the sampler leaves it: float32, in [-1, 1] and a little beyond."""
+    image, seed = spec.image, settings.get("seed", 0)
+    shape = (image.channels, image.size, image.size)
+    return sample(
+        make_process(spec.diffusion),
+        model,
+        normal(seed, 0, ids, Purpose.SAMPLING, shape),
+        lambda step: normal(seed, step + 1, ids, Purpose.SAMPLING, shape),
+        settings.get("sampler", "ancestral"),
+        settings.get("sampling_steps", 0) or spec.diffusion.timesteps,
+        eta=settings.get("eta", 0.0),
+        labels=settings.get("labels"),
+        guidance=settings.get("guidance", 1.0),
+        null_label=len(image.classes),
+    )
+
+
+def to_uint8(x_0: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, rounded; what is not a number becomes the middle."""
+    return x_0.nan_to_num(0.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

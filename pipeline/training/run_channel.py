@@ -1,0 +1,227 @@
+"""The channel between a run's workers and its driver: an actor that both call, and the driver's reader of it.
+
+`ray.train.report` is a barrier that waits for the controller's next poll; a curve's point should cost nothing.
+Workers post without waiting; the driver writes what it finds to MLflow, to the output and to the terminal.
+Nothing here imports torch, which would cost the actor's start two seconds.
+"""
+
+import asyncio
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline import storage
+from pipeline.display import Display
+from pipeline.evaluation.config import BITS_PER_DIM
+
+# The value by which a point is known as one of a curve: of the training, and of the validation.
+CURVES = ("loss", BITS_PER_DIM)
+# Milliseconds since 1970, step, values.
+Point = tuple[int, int, dict[str, float]]
+POLL_SECONDS = 0.5
+SAVE_SECONDS = 60
+QUARANTINE = "quarantine.jsonl"
+
+
+class Command(IntEnum):
+    """What the driver can tell the workers to do; the larger one wins."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+@dataclass
+class Messages:
+    """What was posted: points of curves, files by their path in the run's output, lines for the user."""
+
+    points: list[Point] = field(default_factory=list)
+    files: list[tuple[str, bytes]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class RunChannel:
+    """What workers have posted and the driver has not yet taken; what the driver commands."""
+
+    def __init__(self, bad: dict[str, str]) -> None:
+        self._messages = Messages()
+        self._reason = ""
+        self._bad = dict(bad)
+        self._running = False
+        self._commands: list[Command] = []
+        self._changed = asyncio.Condition()
+        self._saved = asyncio.Event()
+
+    async def give_up(self, reason: str) -> None:
+        """Says that the run can't go on, however often the worker group is restarted."""
+        self._reason = self._reason or reason
+
+    async def reason_to_give_up(self) -> str:
+        return self._reason
+
+    async def begin(self, step: int, workers: int) -> int:
+        """A worker group begins its steps; returns how many commands were given before."""
+        if self._running:
+            self._messages.notices.append(f"the workers were started again: {workers} go on from step {step}")
+        self._running = True
+        return len(self._commands)
+
+    async def ask_to_stop(self) -> bool:
+        """Asks the workers to save and end; returns whether there are any."""
+        await self._command(Command.STOP)
+        return self._running
+
+    async def save_now(self) -> None:
+        """Asks the workers to save and go on; returns when the checkpoint is whole, or after a minute."""
+        self._saved.clear()
+        await self._command(Command.SAVE)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._saved.wait(), SAVE_SECONDS)
+
+    async def saved(self) -> None:
+        """Says that what was asked for is saved."""
+        self._saved.set()
+
+    async def next_command(self, seen: int) -> tuple[Command, int]:
+        """Waits for a command after the first `seen`; a stop is for all groups to come, too."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._commands) > seen or Command.STOP in self._commands)
+        return max(self._commands[seen:], default=Command.STOP), len(self._commands)
+
+    async def _command(self, what: Command) -> None:
+        async with self._changed:
+            self._commands.append(what)
+            self._changed.notify_all()
+
+    async def post_points(self, points: list[Point]) -> None:
+        self._messages.points += points
+
+    async def post_file(self, path: str, content: bytes) -> None:
+        self._messages.files.append((path, content))
+
+    async def notice(self, line: str) -> None:
+        self._messages.notices.append(line)
+
+    async def quarantine(self, bad: dict[str, str]) -> None:
+        """Keeps the list of images that could not be decoded, and why; every epoch finds the same ones."""
+        known = len(self._bad)
+        self._bad |= bad
+        if len(self._bad) > known:
+            lines = (
+                json.dumps({"path": path, "reason": reason}, ensure_ascii=False)
+                for path, reason in sorted(self._bad.items())
+            )
+            self._messages.files.append((QUARANTINE, "".join(line + "\n" for line in lines).encode()))
+            self._messages.notices.append(
+                f"{len(self._bad)} images can't be decoded: see {QUARANTINE} of the output"
+            )
+
+    async def take(self) -> Messages:
+        messages, self._messages = self._messages, Messages()
+        return messages
+
+
+def read_quarantine(output: str) -> dict[str, str]:
+    """The images that a run could not decode before it was resumed, and why."""
+    uri = storage.join(output, QUARANTINE)
+    lines = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
+    return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def open_channel(bad: dict[str, str]) -> Any:
+    """A channel on the driver's own node: it lives as long as the driver, whatever happens to other nodes.
+
+    Args:
+        bad: images that are known to be undecodable, and why.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return RunChannel.options(scheduling_strategy=here).remote(bad)  # type: ignore[attr-defined]
+
+
+class ChannelReader:
+    """Takes what is in the channel, in a thread of the driver, until the `with` block ends.
+
+    A worker group that restarts makes some steps again, and posts their points again: each point of a curve is
+    delivered once.
+
+    Args:
+        last_steps: by curve, the last step that it already has.
+        deliver: takes new points and files; what it could not take (it raised) is offered again.
+    """
+
+    def __init__(
+        self,
+        channel: Any,
+        display: Display,
+        last_steps: dict[str, int],
+        deliver: Callable[[list[Point], list[tuple[str, bytes]]], None],
+        on_point: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self._channel, self._display, self._deliver, self._on_point = channel, display, deliver, on_point
+        self._last, self._kept, self._error = dict(last_steps), Messages(), ""
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="run-channel")
+        self.latest: dict[str, float] = {}
+
+    def _run(self) -> None:
+        while not self._done.wait(POLL_SECONDS):
+            self._round()
+
+    def _round(self) -> None:
+        try:
+            messages: Messages = ray.get(self._channel.take.remote(), timeout=10)
+        except (ray.exceptions.RayError, ConnectionError):
+            return  # the node is busy or going down; the next round asks again
+        for line in messages.notices:
+            self._display.note(line)
+        fresh = [point for point in messages.points if self._is_new(point)]
+        for _, step, values in fresh:
+            self._on_point(step, values)
+            self.latest |= values
+            if "loss" in values:
+                note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+                self._display.update(step, note)
+        self._kept.points += fresh
+        self._kept.files += messages.files
+        if not (self._kept.points or self._kept.files):
+            return
+        try:
+            self._deliver(self._kept.points, self._kept.files)
+        except Exception as error:  # whatever the server is down with: training goes on, nothing is lost
+            if not self._error:
+                self._error = " ".join(str(error).split())[:200]
+                self._display.note(f"the curves wait until MLflow takes them: {self._error}")
+        else:
+            self._kept, self._error = Messages(), ""
+
+    def _is_new(self, point: Point) -> bool:
+        _, step, values = point
+        curve = next(name for name in CURVES if name in values)
+        if step <= self._last.get(curve, -1):
+            return False
+        self._last[curve] = step
+        return True
+
+    def __enter__(self) -> "ChannelReader":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._round()
+        self._display.close()
+        if self._error:
+            print(f"MLflow did not take the last points: {self._error}", file=sys.stderr, flush=True)

@@ -1,0 +1,181 @@
+"""Whatever is wrong with the way to a cluster is said in one line, and soon."""
+
+import datetime
+import ipaddress
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from pipeline.cluster import job_server
+from pipeline.cluster.job_server import connect
+from pipeline.errors import InputError
+
+
+@contextmanager
+def server(
+    answer: Callable[[str], tuple[int, str]],
+    certificate: tuple[Path, Path] | None = None,
+    token: str = "",
+    host: str = "127.0.0.1",
+) -> Iterator[str]:
+    """An HTTP server; `answer` turns a path into a status and a body, for those who bring the token."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = not token or self.headers.get("Authorization") == f"Bearer {token}"
+            status, body = answer(self.path) if known else (401, "no token")
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = ThreadingHTTPServer((host, 0), Handler)
+    scheme = "http"
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        running.socket = context.wrap_socket(running.socket, server_side=True)
+        scheme = "https"
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    try:
+        yield f"{scheme}://{host}:{running.server_port}"
+    finally:
+        running.shutdown()
+        running.server_close()
+        thread.join()
+
+
+def ray_like(path: str) -> tuple[int, str]:
+    """As a cluster without a token answers."""
+    return (200, '{"ray_version": "2.60.0"}') if path == "/api/version" else (404, "no such job")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_an_address_given_goes_before_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    with server(ray_like) as address:
+        assert connect(address).get_address() == address
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert connect("").get_address() == address
+
+
+def test_a_certificate_is_checked_unless_told_otherwise(certificate: tuple[Path, Path]) -> None:
+    with server(ray_like, certificate) as address:
+        with pytest.raises(InputError, match=r"not trusted.*--verify FILE"):
+            connect(address)
+        assert connect(address, str(certificate[0])).get_address() == address
+        assert connect(address, "false").get_address() == address
+
+
+@pytest.mark.parametrize(
+    ("status", "complaint"), [(401, "asks for a token: set RAY_AUTH_MODE=token"), (403, "refuses the token")]
+)
+def test_what_is_wrong_with_the_token_is_said(status: int, complaint: str) -> None:
+    with server(lambda path: (status, "no")) as address, pytest.raises(InputError, match=complaint):
+        connect(address)
+
+
+def test_rays_own_token_goes_to_this_machines_cluster_and_to_no_other(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    token = "0123456789abcdef" * 4
+    (tmp_path / ".ray" / "auth_token").write_text(token)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    program = "import sys; from pipeline.cluster.job_server import connect; connect(sys.argv[1])"
+
+    def asked(address: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, address],
+            env=environment | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    with server(ray_like, token=token) as address:
+        known = asked(address)
+        assert known.returncode == 0, known.stderr
+    with server(ray_like, token=token, host="127.0.0.2") as address:
+        assert "asks for a token" in asked(address).stderr
+
+
+def test_another_server_is_told_from_a_job_server() -> None:
+    with (
+        server(lambda path: (200, "<html>")) as address,
+        pytest.raises(InputError, match="is no Ray job server"),
+    ):
+        connect(address)
+    with server(lambda path: (404, "")) as address, pytest.raises(InputError, match="is no Ray job server"):
+        connect(address)
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_server, "SECONDS", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(InputError, match="no Ray job server answers"):
+            connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["10.0.0.1:8265", "ray://head:10001", "http://", "http://head:99999", "http://me:planted@head:8265"],
+)
+def test_an_address_that_cannot_be_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match="expected http://HOST:8265 or https://HOST") as caught:
+        connect(address)
+    assert "planted" not in str(caught.value)
+
+
+def test_certificates_that_are_not_there_are_named() -> None:
+    with pytest.raises(InputError, match="--verify nowhere"):
+        connect("https://127.0.0.1:9", "nowhere")

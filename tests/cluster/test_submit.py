@@ -1,0 +1,97 @@
+"""What submission refuses before it asks a cluster, and how it follows a job over a connection that breaks."""
+
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.cluster import submit
+from pipeline.cluster.submit import SubmitConfig, act
+from pipeline.errors import InputError, JobFailed
+
+LOG = "one\ntwo\nthree\n" + '{"output": "s3://b/x", "count": 3}\n'
+
+
+class BreakingClient:
+    """A job server whose connection breaks after ever more of the log."""
+
+    def __init__(self, status: str = "SUCCEEDED", code: int | None = 0, breaks: int = 3) -> None:
+        self.asked, self.breaks = 0, breaks
+        self.job = SimpleNamespace(
+            status=SimpleNamespace(value=status), driver_exit_code=code, message="its own message"
+        )
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        self.asked += 1
+        if self.asked > self.breaks:
+            yield LOG[:8]
+            yield LOG[8:]
+            return
+        yield LOG[: 5 * self.asked]
+        raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return self.job
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+
+
+def test_a_stream_that_breaks_is_joined_again_and_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    client = BreakingClient()
+    assert submit._follow(client, "a") == {
+        "output": "s3://b/x", "count": 3, "id": "a", "status": "SUCCEEDED"
+    }  # fmt: skip
+    assert client.asked == 4
+    assert capsys.readouterr().err == LOG
+
+
+def test_a_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "LOST_SECONDS", 0.05)
+    with pytest.raises(InputError, match=r"job server is gone .* job a may go on"):
+        submit._follow(BreakingClient(breaks=10**9), "a")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [("FAILED", 3, 3), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 1)],
+)
+def test_a_job_that_fails_gives_its_own_exit_code(status: str, code: int | None, expected: int) -> None:
+    with pytest.raises(JobFailed, match=f"job a {status.lower()}") as caught:
+        submit._follow(BreakingClient(status, code, breaks=0), "a")
+    assert caught.value.code == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "complaint"),
+    [
+        (SubmitConfig("train"), ["--data", "s3://me:planted@b/x"], r"\*\*\*@b/x holds a secret"),
+        (SubmitConfig("train"), ["--output", "runs/x"], "--output runs/x: a relative path"),
+        (SubmitConfig("train"), ["--output=runs/x"], "--output runs/x: a relative path"),
+        (SubmitConfig("train", id="../x"), [], r"--id \.\./x: letters"),
+        (SubmitConfig("logs"), [], "logs needs --id"),
+        (SubmitConfig("stop", id="a"), ["--steps", "3"], "stop takes no flags"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_cluster_is_asked(
+    config: SubmitConfig, flags: list[str], complaint: str
+) -> None:
+    with pytest.raises(InputError, match=complaint) as caught:
+        act(config, flags)
+    assert "planted" not in str(caught.value)
+
+
+def test_only_variables_that_others_may_read_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "planted")
+    monkeypatch.setenv("DATABASE", "postgresql://me:planted@db/x")
+    assert submit._environment(("MLFLOW_TRACKING_URI",))["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    assert not {"AWS_ACCESS_KEY_ID", "DATABASE"} & submit._environment(()).keys()
+    for name, complaint in (
+        ("AWS_ACCESS_KEY_ID", "read by others"), ("DATABASE", "read by others"), ("ABSENT", "no such")
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=complaint) as caught:
+            submit._environment((name,))
+        assert "planted" not in str(caught.value)

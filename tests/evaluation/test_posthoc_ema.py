@@ -1,0 +1,81 @@
+"""Averages of other lengths, from a run's snapshots to the bits/dim of each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.errors import InputError
+from pipeline.evaluation.config import EvaluateConfig, check
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.models.export import load_model
+from pipeline.models.snapshots import Snapshot, parse_snapshot, posthoc_ema
+from pipeline.training.trainer import train
+from tests.evaluation.common import small_model
+
+LENGTHS = (0.05, 0.15)
+
+
+def test_a_runs_snapshots_outlive_its_checkpoints_and_are_swept_over_lengths(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = TrainConfig(
+        data=str(digits),
+        output=str(tmp_path / "run"),
+        steps=8,
+        batch_size=16,
+        model=ModelConfig(32, (1,), res_blocks=1, attention_resolutions=()),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decays=(0.5,), ema_lengths=LENGTHS),
+        checkpoint_every=2,
+        keep_checkpoints=1,
+    )
+    folder = train(config).folder
+    snapshots = tmp_path / "run" / "snapshots"
+    kept = {parse_snapshot(file.name): file for file in snapshots.iterdir()}
+    assert set(kept) == {Snapshot(step, length) for step in (2, 4, 6, 8) for length in LENGTHS}
+
+    output = tmp_path / "evaluation"
+    settings = EvaluateConfig(
+        model="", data=str(digits), output=str(output), metrics=("bits",), max_images=4, terms=4, actors=1,
+        snapshots=str(snapshots), ema_lengths=(0.05, 0.1),
+    )  # fmt: skip
+    metrics = evaluate(settings, str(folder))
+    # A length that was stored comes out as it was stored.
+    weights = load_model(output / "ema-0.05")[0].state_dict()
+    torch.testing.assert_close(weights, load_file(kept[Snapshot(8, 0.05)]), rtol=1e-4, atol=1e-5)
+    _, spec = load_model(output / "ema-0.1")
+    assert spec.provenance["ema_length"] == 0.1
+    for length in ("0.05", "0.1"):
+        again = EvaluateConfig(model="", data=str(digits), metrics=("bits",), max_images=4, terms=4, actors=1)
+        alone = evaluate(again, str(output / f"ema-{length}"))["bits_per_dim"]
+        assert metrics[f"bits_per_dim_ema_{length}"] == pytest.approx(alone, rel=1e-5)
+    assert metrics["bits_per_dim_ema_0.05"] != pytest.approx(metrics["bits_per_dim_ema_0.1"], rel=1e-6)
+
+
+def test_snapshots_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> None:
+    model, _ = small_model()
+    with pytest.raises(InputError, match="no such file or folder"):
+        posthoc_ema(model, str(tmp_path / "nowhere"), (0.1,))
+    (tmp_path / "notes.txt").write_text("not a snapshot")
+    with pytest.raises(InputError, match="train with --ema-lengths"):
+        posthoc_ema(model, str(tmp_path), (0.1,))
+    file = tmp_path / Snapshot(3, 0.05).name
+    file.write_bytes(b"torn")
+    with pytest.raises(InputError, match="damaged"):
+        posthoc_ema(model, str(tmp_path), (0.1,))
+    save_file({"other": torch.zeros(2)}, file)
+    with pytest.raises(InputError, match="not of the model"):
+        posthoc_ema(model, str(tmp_path), (0.1,))
+    with pytest.raises(InputError, match="EMA length"):
+        posthoc_ema(model, str(tmp_path), (0.4,))
+
+
+def test_lengths_need_snapshots_and_bits() -> None:
+    for options in ({"ema_lengths": (0.1,)}, {"snapshots": "there"}):
+        with pytest.raises(InputError, match="go together"):
+            check(EvaluateConfig(model="", data="", **options))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="add bits"):
+        check(EvaluateConfig("", "", "samples", metrics=("knn",), ema_lengths=(0.1,), snapshots="there"))

@@ -1,0 +1,36 @@
+"""MLflow under many writers."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from pipeline.tracking import runs
+
+
+def test_runs_that_start_together_share_experiment_and_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    runs.start_run("other", "", {}, {})  # makes the tables
+    real, asked = mlflow.MlflowClient.get_experiment_by_name, []
+
+    def too_early(client: mlflow.MlflowClient, name: str) -> object:
+        """Each run looks once before any of them has made the experiment."""
+        asked.append(name)
+        return None if len(asked) <= 4 else real(client, name)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", too_early)
+
+    def start(name: str) -> str:
+        run = runs.start_run("new", name, {}, {})
+        runs.log_dataset(run, "s3://bucket/digits", "f" * 32, 10)
+        return run.id
+
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(start, "abcd"))
+    client = mlflow.MlflowClient()
+    stored = [client.get_run(run) for run in ids]
+    assert len({run.info.experiment_id for run in stored}) == 1
+    assert all(run.inputs.dataset_inputs[0].dataset.name == "digits" for run in stored)
