@@ -28,8 +28,7 @@ from pipeline.evaluation.features import (
 )
 from pipeline.evaluation.frechet import frechet_distance, moments_to_bytes
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
-from pipeline.evaluation.knn import knn_label_accuracy
-from pipeline.evaluation.precision_recall import precision_recall
+from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
 from pipeline.evaluation.reading import open_samples
 from pipeline.evaluation.work import Pool, choose
 from pipeline.models.export import load_model, save_model

@@ -1,4 +1,4 @@
-"""What to draw: from a model and its data to the arrays that plots.py puts on paper."""
+"""What to draw: from a model and its data to the arrays that draw.py puts on paper."""
 
 import contextlib
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Checkpoints: all of `TrainState` as safetensors and JSON, checked against their own digests on reading.
 
-A checkpoint is a folder on any storage (see data/storage.py). `state.json` is written last and holds the SHA-256
+A checkpoint is a folder on any storage (see storage.py). `state.json` is written last and holds the SHA-256
 of every file, itself included: a half-written or damaged checkpoint is told from a good one before anything of it
 is used. The storage is the only record of which checkpoints there are: no list of them can disagree with it.
 """

@@ -5,9 +5,9 @@ import time
 import pyarrow as pa
 import ray.data
 from ray.data import ExecutionResources
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from pipeline.cluster.pace import STEP_SECONDS
+from pipeline.cluster.ray_internals import ExecutionCallback
 
 
 class Steps(ExecutionCallback):

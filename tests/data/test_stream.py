@@ -128,7 +128,7 @@ SLACK = 160 * MEGABYTE  # blocks that tasks are writing, those that wait in the 
 
 
 def store_bytes() -> int:
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+    from pipeline.cluster.ray_internals import get_memory_info_reply, get_state_from_address
 
     return int(
         get_memory_info_reply(

@@ -4,15 +4,13 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from pipeline.errors import InputError
-from pipeline.evaluation import distances
-from pipeline.evaluation.distances import squared_distances
-from pipeline.evaluation.knn import knn_label_accuracy
-from pipeline.evaluation.precision_recall import precision_recall
+from pipeline.evaluation import neighbours
+from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall, squared_distances
 
 
 @pytest.fixture(autouse=True)
 def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distances, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(neighbours, "ROWS_AT_A_TIME", 7)
 
 
 def line(*points: float) -> np.ndarray:

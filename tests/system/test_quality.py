@@ -24,7 +24,7 @@ from pipeline.diffusion.losses import stratified_vlb
 from pipeline.diffusion.process import make_process
 from pipeline.evaluation.classifier import fit
 from pipeline.evaluation.frechet import frechet_distance, moments_of
-from pipeline.evaluation.knn import knn_label_accuracy
+from pipeline.evaluation.neighbours import knn_label_accuracy
 from pipeline.models.sampling import sample_images
 from pipeline.rng import Purpose, normal, uniform
 from pipeline.training import loop

@@ -1,13 +1,12 @@
 """A tiny training problem in memory, in the order of the real plan, without Ray."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, OptimizerConfig, TrainConfig
+from pipeline.data.batch import Batch
 from pipeline.data.order import Plan, window_rows, windows_between
 
 IMAGE = ImageConfig(size=8, channels=1, classes=("even", "odd"))
@@ -18,16 +17,6 @@ MODEL = ModelConfig(
     attention_resolutions=(4,),
     class_conditional=True,
 )
-
-
-@dataclass(frozen=True)
-class MemoryBatch:
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    epochs: Tensor
-    weights: Tensor
-    bad: dict[str, str] = field(default_factory=dict)
 
 
 def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
@@ -53,7 +42,7 @@ def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
     return config, ModelSpec(MODEL, IMAGE, diffusion)
 
 
-def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[MemoryBatch]:
+def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[Batch]:
     """The rank's batches from step `start` on, of 37 random images in four groups."""
     generator = np.random.default_rng(0)
     images = torch.from_numpy(generator.integers(0, 256, (37, 1, 8, 8), dtype=np.uint8))
@@ -69,6 +58,6 @@ def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int 
     for step in range(start, config.steps):
         here = [i for i, s in enumerate(steps) if s == step]
         chosen = torch.tensor([ids[i] for i in here])
-        yield MemoryBatch(
+        yield Batch(
             images[chosen], chosen % 2, chosen, torch.tensor([epochs[i] for i in here]), torch.ones(len(here))
         )

@@ -4,9 +4,10 @@ import dataclasses
 
 import torch
 
+from pipeline.data.batch import Batch
 from pipeline.diffusion.timesteps import init_state
 from pipeline.training import loop
-from tests.training.common import MemoryBatch, problem
+from tests.training.common import problem
 
 COUNT = 4000
 
@@ -14,7 +15,7 @@ COUNT = 4000
 def labels_of(ids: torch.Tensor, dropout: float = 0.3, known: bool = True) -> torch.Tensor:
     config, spec = problem(label_dropout=dropout)
     size = len(ids)
-    batch = MemoryBatch(
+    batch = Batch(
         images=torch.zeros(size, 1, 8, 8, dtype=torch.uint8),
         labels=ids % 2 if known else torch.full((size,), -1),
         ids=ids,
@@ -49,7 +50,7 @@ def test_an_image_without_a_label_trains_the_unconditional_model() -> None:
 def test_a_model_without_classes_gets_no_labels() -> None:
     config, spec = problem()
     spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, class_conditional=False))
-    batch = MemoryBatch(
+    batch = Batch(
         torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
         torch.tensor([0, 1]),
         torch.arange(2),

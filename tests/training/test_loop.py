@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from pipeline.data.batch import Batch
 from pipeline.training import checkpoint, loop
 from pipeline.training.loop import NonFinite, new_state, train
 from pipeline.training.meter import Meter, samples_digest
 from pipeline.training.network import wrap
-from tests.training.common import MemoryBatch, batches, problem
+from tests.training.common import batches, problem
 
 CPU = torch.device("cpu")
 
@@ -100,7 +101,7 @@ def test_fifty_steps_of_several_workers_are_those_of_one(
     one, losses = run(config, spec, meter=meter)
     assert (several["weights"] - flat(one)).norm() < 1e-4 * flat(one).norm()
     assert several["losses"] == pytest.approx(losses, rel=1e-4)
-    assert torch.equal(several["sampler"]["count"], one.sampler["count"])
+    assert torch.equal(several["sampler"]["count"], one.timestep_sampler["count"])
     assert several["seen"] == meter.state()["seen"]
 
 
@@ -157,7 +158,7 @@ class _Poisoned:
     def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
         self._batches, self._count = batches(config), 0
 
-    def __next__(self) -> MemoryBatch:
+    def __next__(self) -> Batch:
         batch, self._count = next(self._batches), self._count + 1
         return dataclasses.replace(batch, weights=batch.weights * float("nan")) if self._count == 3 else batch
 

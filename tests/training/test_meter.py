@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.data.batch import Batch
 from pipeline.errors import InputError
 from pipeline.training.meter import Meter, samples_digest
-from tests.training.common import MemoryBatch, problem
+from tests.training.common import problem
 
 
 def digest(*pairs: tuple[int, int]) -> int:
@@ -31,9 +32,9 @@ def test_the_digest_is_of_a_multiset() -> None:
     )
 
 
-def batch(count: int, bad: int = 0) -> MemoryBatch:
+def batch(count: int, bad: int = 0) -> Batch:
     ids = torch.arange(count)
-    return MemoryBatch(
+    return Batch(
         torch.zeros(count, 1, 8, 8),
         ids,
         ids,

@@ -1,0 +1,88 @@
+"""Figures by nearest neighbours: precision and recall of features, and whether samples look like their class."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.errors import InputError
+
+ROWS_AT_A_TIME = 1024
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """How much of what is generated is real, and how much of what is real is generated (Kynkäänniemi et al. 2019).
+
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest
+    neighbour in the set (equation 1). Precision is the share of `fake` inside the manifold of `real`, recall
+    the share of `real` inside that of `fake` (equation 2).
+
+    Args:
+        real, fake: features, [N, D] and [M, D].
+
+    Raises:
+        InputError: a side has no k neighbours.
+    """
+    real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
+    fake_inside, real_inside = np.zeros(len(fake), bool), np.zeros(len(real), bool)
+    for rows, distances in squared_distances(fake, real):
+        fake_inside[rows] = (distances <= real_radii).any(axis=1)
+        real_inside |= (distances <= fake_radii[rows, None]).any(axis=0)
+    return float(fake_inside.mean()), float(real_inside.mean())
+
+
+def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
+    if len(points) <= k:
+        raise InputError(
+            f"precision and recall with k = {k} need more than {k} images a side, got {len(points)}"
+        )
+    radii = np.empty(len(points))
+    for rows, distances in squared_distances(points, points):
+        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = np.inf
+        radii[rows] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def knn_label_accuracy(
+    reference: np.ndarray, reference_labels: np.ndarray, queries: np.ndarray, labels: np.ndarray, k: int = 5
+) -> float:
+    """The share of `queries` that their k nearest neighbours in `reference` take for their label.
+
+    It says whether class-conditional samples look like their class. The neighbours vote; of classes with equal votes the one whose voters rank nearer wins.
+
+    Args:
+        reference, queries: vectors, [N, D] and [M, D].
+        reference_labels, labels: int64, [N] and [M], from 0.
+
+    Raises:
+        InputError: fewer than k reference vectors.
+    """
+    if len(reference) < k:
+        raise InputError(f"{k} nearest neighbours need at least {k} real images, got {len(reference)}")
+    classes = int(reference_labels.max()) + 1
+    # Each vote counts one and a bit more the nearer it is; all the bits together are less than a vote.
+    weights = 1 + (k - np.arange(k)) / (k * (k + 1))
+    right = 0
+    for rows, distances in squared_distances(queries, reference):
+        nearest = np.argpartition(distances, k - 1, axis=1)[:, :k]
+        order = np.take_along_axis(distances, nearest, axis=1).argsort(axis=1, kind="stable")
+        voters = reference_labels[np.take_along_axis(nearest, order, axis=1)]
+        votes = (np.eye(classes)[voters] * weights[:, None]).sum(axis=1)
+        right += int((votes.argmax(axis=1) == labels[rows]).sum())
+    return right / len(queries)
+
+
+def squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """||a_i - b_j||^2 for rows of `a` [N, D] against all of `b` [M, D].
+
+    Returns:
+        slices of the rows of `a` in order, and their distances, float64 [rows, M], never negative.
+    """
+    # About the centre the squares are smaller, and so is what cancels between them.
+    centre = b.mean(axis=0, dtype=np.float64)
+    b = b - centre
+    b_squares = (b**2).sum(axis=1)
+    for start in range(0, len(a), ROWS_AT_A_TIME):
+        rows = slice(start, min(start + ROWS_AT_A_TIME, len(a)))
+        part = a[rows] - centre
+        distances = (part**2).sum(axis=1)[:, None] + b_squares - 2 * part @ b.T
+        yield rows, distances.clip(min=0)

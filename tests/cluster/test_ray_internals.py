@@ -1,0 +1,73 @@
+"""What each private name of Ray is for, tried on the installed Ray: where one fails, an upgrade has moved it."""
+
+import importlib
+import inspect
+
+import pytest
+import ray
+from ray.data import DataContext
+
+from pipeline.cluster import ray_internals
+from pipeline.cluster.pace import InFlightLimit, PacedExecution, set_in_flight, set_pace
+from pipeline.cluster.ray_internals import INTERNALS
+from pipeline.cluster.session import connect, spilled_bytes
+from pipeline.training.signals import SaveBeforeShutdown
+from pipeline.tuning.search import SECRETS
+
+
+@pytest.mark.parametrize("name", INTERNALS)
+def test_it_is_where_it_is_looked_for(name: str) -> None:
+    assert getattr(ray_internals, name) is not None
+
+
+def test_a_name_that_is_not_listed_is_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'RayTaskError'"):
+        _ = ray_internals.RayTaskError
+
+
+def test_memory_info_counts_what_the_object_stores_spilled() -> None:
+    mine = not ray.is_initialized()
+    connect()
+    try:
+        address = ray.get_runtime_context().gcs_address
+        state = ray_internals.get_state_from_address(address)
+        reply = ray_internals.get_memory_info_reply(state, timeout_seconds=5.0)
+        assert reply.store_stats.object_store_bytes_avail > 0
+        assert spilled_bytes() == reply.store_stats.spilled_bytes_total
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def test_the_token_of_this_machine_is_turned_on_without_a_warning() -> None:
+    """Called in job_server.connect; tests/cluster/test_job_server.py tries it with a token."""
+    parameters = inspect.signature(ray_internals.maybe_enable_token_auth_if_token_available).parameters
+    assert "warn_if_disabled" in parameters
+
+
+def test_ray_data_calls_the_pace_and_asks_the_policy() -> None:
+    assert hasattr(ray_internals.ExecutionCallback, "on_execution_step")
+    assert hasattr(ray_internals.BackpressurePolicy, "can_add_input")
+    context = DataContext()
+    set_pace(context)
+    set_pace(context)
+    assert context.custom_execution_callback_classes.count(PacedExecution) == 1
+    set_in_flight(context, 100, 10)
+    key = ray_internals.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
+    assert context.get_config(key) == [InFlightLimit]
+
+
+def test_ray_trains_controller_tells_of_every_change_of_its_state() -> None:
+    hook = ray_internals.ControllerCallback.after_controller_state_update
+    assert list(inspect.signature(hook).parameters) == ["self", "previous_state", "current_state"]
+    assert issubclass(SaveBeforeShutdown, ray_internals.ControllerCallback)
+    states = [getattr(ray_internals, name) for name in ("RunningState", "ResizingState", "PreemptingState")]
+    assert len({state.__name__ for state in states}) == 3
+
+
+def test_ray_tune_copies_the_variables_in_this_set_into_trials() -> None:
+    """search.py takes the driver's keys out of it, which it would else hold."""
+    module = importlib.import_module(INTERNALS["ENV_VARS_TO_PROPAGATE"])
+    assert ray_internals.ENV_VARS_TO_PROPAGATE is module.ENV_VARS_TO_PROPAGATE
+    assert isinstance(module.ENV_VARS_TO_PROPAGATE, set)
+    assert all(f'"{name}"' in inspect.getsource(module) for name in SECRETS)

@@ -1,0 +1,102 @@
+"""The house: every module has its room, imports point one way, and what is private to Ray has one door."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.cluster.ray_internals import INTERNALS
+from pipeline.commands.__main__ import JOBS
+from tests.jobs.common import ROOT
+
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+SCRIPT = 'from _launch import launch\n\nif __name__ == "__main__":\n    launch("{}")\n'
+# Private parts of Ray by the names of their packages; those with an underscore are private by their name.
+PRIVATE = ("ray.dashboard", "ray.tune.execution", "ray.train.v2")
+
+
+def modules() -> set[str]:
+    """What lies straight below pipeline/."""
+    return {
+        path.stem
+        for path in (ROOT / "pipeline").iterdir()
+        if path.name != "__init__.py" and (path.suffix == ".py" or (path / "__init__.py").exists())
+    }
+
+
+def test_every_module_has_its_place_in_the_contract() -> None:
+    layers = next(contract for contract in SETTINGS["contracts"] if contract["type"] == "layers")
+    places = [name.strip() for layer in layers["layers"] for name in layer.split("|")]
+    assert len(places) == len(set(places))
+    assert set(places) == modules()
+    assert layers["exhaustive"] and layers["containers"] == ["pipeline"]
+
+
+def test_a_module_without_a_place_and_an_import_that_runs_up_break_the_contract(tmp_path: Path) -> None:
+    """`make lint` would say so: the contract is tried on a small tree with both faults."""
+    for name, content in (("errors", "import pipeline.commands\n"), ("commands", ""), ("homeless", "")):
+        folder = tmp_path / "pipeline" / name
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(content)
+    (tmp_path / "pipeline" / "__init__.py").touch()
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.importlinter]\nroot_package = "pipeline"\n[[tool.importlinter.contracts]]\nname = "x"\n'
+        'type = "layers"\ncontainers = ["pipeline"]\nexhaustive = true\nlayers = ["commands", "errors"]\n'
+    )
+    linted = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=tmp_path, capture_output=True, text=True
+    )  # fmt: skip
+    assert linted.returncode == 1
+    assert "pipeline.errors -> pipeline.commands" in linted.stdout
+    assert "homeless" in linted.stdout
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, each name of a `from` import with its module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_private(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] == "ray" and (any(p.startswith("_") for p in parts) or name.startswith(PRIVATE))
+
+
+def test_private_modules_of_ray_are_imported_in_one_place_alone() -> None:
+    assert all(is_private(f"{module}.{name}") for name, module in INTERNALS.items())
+    files = [
+        *(ROOT / "pipeline").rglob("*.py"),
+        *(ROOT / "jobs").glob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]
+    found = {path.relative_to(ROOT).as_posix(): [n for n in imports(path) if is_private(n)] for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_jobs_only_call_their_commands() -> None:
+    scripts = {path.stem: path.read_text() for path in (ROOT / "jobs").glob("[!_]*.py")}
+    assert scripts == {job: SCRIPT.format(job) for job in JOBS}
+    assert all((ROOT / "pipeline" / "commands" / f"{job}.py").exists() for job in JOBS)
+
+
+@pytest.mark.parametrize("name", pipeline.__all__)
+def test_the_public_names_are_there(name: str) -> None:
+    assert getattr(pipeline, name) is not None
+
+
+def test_the_public_names_are_imported_when_they_are_asked_for() -> None:
+    asked = (
+        "import sys, pipeline; pipeline.TrainConfig; loaded = {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules);"
+        "assert not loaded, loaded; assert 'train' in dir(pipeline); pipeline.load_model; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", asked], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pipeline.nothing
