@@ -1,4 +1,4 @@
-"""Every job, submitted from outside to a real cluster that asks for a token, with MLflow and S3 beside it."""
+"""Jobs submitted from outside to a real cluster that asks for a token, with MLflow and S3 beside it."""
 
 import json
 import re
@@ -8,14 +8,13 @@ from typing import Any
 import mlflow
 import pytest
 import requests
-import yaml
 
 from tests.jobs.common import Outcome
 from tests.system.served import BUCKET, Served, served_cluster, wait_for
 
 pytestmark = pytest.mark.system
 
-DATA, SAMPLES = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/samples"
+DATA = f"s3://{BUCKET}/digits"
 RUN = f"s3://{BUCKET}/runs/digits"
 SMALL = [
     "--model-channels",
@@ -108,22 +107,6 @@ def test_a_jobs_own_exit_code_and_last_line_come_back(cluster: Served) -> None:
     assert cluster.submit("status", "--id", "nobody").code == 2
 
 
-def test_a_search_runs_on_the_cluster(cluster: Served, prepared: Outcome) -> None:
-    space = {
-        "batch_size": 32, "model.model_channels": 32, "model.channel_multipliers": [[1]], "model.res_blocks": 1,
-        "model.attention_resolutions": [[]], "diffusion.timesteps": [20, 30],
-    }  # fmt: skip
-    (cluster.home / "space.yaml").write_text(yaml.safe_dump(space))
-    tuned = cluster.submit(
-        "--wait", "tune", "--", "--data", DATA, "--output", cluster.home / "search", "--trials", 2,
-        "--space", cluster.home / "space.yaml", "--images", 320, "--rungs", 1, "--terms", 4, "--max-images", 16,
-        timeout=500,
-    )  # fmt: skip
-    assert tuned.code == 0, tuned.stderr
-    assert tuned.result["count"] == 2
-    assert tuned.result["metrics"]["bits_per_dim"] > 0
-
-
 def test_training_outlives_a_node_with_one_run_and_one_curve(
     cluster: Served, trained: dict[str, Any]
 ) -> None:
@@ -135,25 +118,6 @@ def test_training_outlives_a_node_with_one_run_and_one_curve(
     points = client.get_metric_history(trained["run_id"], "loss")
     assert [point.step for point in points] == list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
     assert str(client.get_model_version_by_alias("digits", "newest").version) == "1"
-
-
-def test_generating_and_evaluating_go_through_registry_and_storage(
-    cluster: Served, trained: dict[str, Any]
-) -> None:
-    generated = cluster.submit(
-        "--wait", "generate", "--", "--model", "models:/digits@newest", "--output", SAMPLES, "--count", 64,
-        "--sampler", "ddim", "--sampling-steps", 5, "--actors", 1,
-    )  # fmt: skip
-    assert generated.code == 0, generated.stderr
-    assert (generated.result["count"], generated.result["model"]) == (64, "models:/digits/1")
-    evaluated = cluster.submit(
-        "--wait", "evaluate", "--", "--model", "models:/digits@newest", "--data", DATA, "--samples", SAMPLES,
-        "--output", f"s3://{BUCKET}/report", "--terms", 4, "--max-images", 16, "--max-features", 64,
-        "--classifier-steps", 20, "--metrics", "bits", "frechet", "--actors", 1,
-    )  # fmt: skip
-    assert evaluated.code == 0, evaluated.stderr
-    assert {"bits_per_dim", "frechet_distance"} <= evaluated.result["metrics"].keys()
-    assert "report/metrics.json" in listed(cluster, "report/")
 
 
 def test_a_job_is_stopped(cluster: Served, prepared: Outcome) -> None:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
 
 DATA, RUN, SAMPLES, REPORT = (f"s3://{BUCKET}/{name}" for name in ("digits", "run", "samples", "report"))
 MODEL = "models:/digits@newest"
-STEPS, CHECKPOINT_EVERY, COUNT = 400, 40, 64
+STEPS, CHECKPOINT_EVERY, COUNT = 160, 20, 64
 NETWORK: dict[str, Any] = {
     "model_channels": 32, "channel_multipliers": [1], "res_blocks": 1, "attention_resolutions": [4]
 }  # fmt: skip
@@ -41,8 +41,8 @@ def test_the_tour(cluster: Served) -> None:
     training = (
         "train", "--data", DATA, "--output", RUN, "--steps", STEPS, "--workers", 2, "--batch-size", 32,
         "--timesteps", 50, "--class-conditional", *network, "--checkpoint-every", CHECKPOINT_EVERY,
-        "--validate-every", 5, "--validation-images", 16, "--validation-terms", 4, "--log-every", 20,
-        "--register", "digits", "--resume",
+        "--validate-every", STEPS // CHECKPOINT_EVERY, "--validation-images", 16, "--validation-terms", 4,
+        "--log-every", 20, "--register", "digits", "--resume",
     )  # fmt: skip
     killed = cluster.start_submit("--wait", "--id", "killed", training[0], "--", *training[1:])
     wait_for("a checkpoint", lambda: has_checkpoint(cluster) or killed.poll() is not None, seconds=240)
@@ -67,7 +67,7 @@ def test_the_tour(cluster: Served) -> None:
     (cluster.home / "space.yaml").write_text(yaml.safe_dump(space))
     tuned = submitted(
         cluster, "tune", "--data", DATA, "--output", cluster.home / "search", "--space", cluster.home / "space.yaml",
-        "--trials", 2, "--images", 960, "--rungs", 2, "--terms", 4, "--max-images", 16,
+        "--trials", 2, "--images", 320, "--rungs", 2, "--terms", 4, "--max-images", 16,
     )  # fmt: skip
     assert tuned["count"] == 2 and tuned["metrics"]["bits_per_dim"] > 0
     assert client.get_model_version_by_alias("tuned", "best").version == "1"
