@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parents[1]
 # Ray reads these when it is imported or when its workers start.
 _QUIET = {
     "RAY_DEDUP_LOGS": "1",
@@ -86,6 +87,12 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
         context.print_on_execution_start = False
 
 
+def checkout() -> Path | None:
+    """The working tree that this code runs from; None where the package is installed."""
+    root = PACKAGE.parent
+    return root if (root / "pyproject.toml").is_file() else None
+
+
 def submitted_settings() -> dict[str, Any]:
     """The runtime environment of the job that this process is the driver of; empty for one that nobody submitted."""
     settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env")
@@ -125,10 +132,9 @@ def _worker_environment(environment: dict[str, str]) -> dict[str, str]:
     """What workers get beside their nodes' own environment."""
     job = submitted_settings()
     # A submitted job's tree is on every node already, and Ray refuses to be told a variable twice.
-    if "working_dir" not in job:
-        root = str(Path(__file__).parents[2])
+    if "working_dir" not in job and (root := checkout()):
         environment = {
-            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
             **environment,
         }
     return {name: value for name, value in environment.items() if name not in job.get("env_vars", {})}

@@ -17,12 +17,12 @@ import tyro
 
 from pipeline.cluster.job_server import connect
 from pipeline.cluster.packing import pack
+from pipeline.cluster.session import PACKAGE, checkout
 from pipeline.errors import InputError, JobFailed
 from pipeline.redact import redact
 
 JOBS = ("prepare", "train", "tune", "generate", "evaluate")
 Action = Literal["prepare", "train", "tune", "generate", "evaluate", "status", "logs", "stop", "list"]
-PACKAGE = Path(__file__).parents[1]
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 # Enough of the end of a job's output to hold its result line and its last complaint.
 KEPT_CHARACTERS = 100_000
@@ -121,7 +121,8 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
     if job is None:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "tree.zip"
-            pack(_tree(), package, config.max_megabytes, base=PACKAGE.parent)
+            # Where the package is installed it goes alone, without what lies beside it.
+            pack(checkout() or PACKAGE, package, config.max_megabytes, base=PACKAGE.parent)
             runtime_env = {"working_dir": str(package), "env_vars": _environment(config.forward)}
             try:
                 submitted: str = client.submit_job(
@@ -138,11 +139,6 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
     if job.status.value in ("FAILED", "STOPPED"):
         print(f"{config.id} ended before; give another --id to run it again", file=sys.stderr)
     return config.id
-
-
-def _tree() -> Path:
-    """What jobs on the cluster run: the checkout, or, where the package is installed, the package alone."""
-    return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE
 
 
 def _environment(names: tuple[str, ...]) -> dict[str, str]:

@@ -13,7 +13,7 @@ JOBS = {
     "generate": "make a dataset of samples, each exactly once",
     "evaluate": "measure a model and its samples",
     "plot": "draw a model: samples, the process, schedules, the bound",
-    "submit": "run any of these on a Ray cluster, from outside",
+    "submit": "run a job on a Ray cluster, from outside",
     "demo": "the whole pipeline on handwritten digits",
 }
 
@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage(), file=sys.stdout if job else sys.stderr)
         return 0 if job else 2
     near = difflib.get_close_matches(job, JOBS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    print(f"ray-ddpm: no job {job!r}{hint} It has {', '.join(JOBS)}", file=sys.stderr)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    print(f"ray-ddpm: no job {job!r}{hint}: give one of {', '.join(JOBS)}", file=sys.stderr)
     return 2
 
 

@@ -47,7 +47,8 @@ def knn_label_accuracy(
 ) -> float:
     """The share of `queries` that their k nearest neighbours in `reference` take for their label.
 
-    It says whether class-conditional samples look like their class. The neighbours vote; of classes with equal votes the one whose voters rank nearer wins.
+    It says whether class-conditional samples look like their class. The neighbours vote; of classes with equal
+    votes the one whose voters rank nearer wins.
 
     Args:
         reference, queries: vectors, [N, D] and [M, D].

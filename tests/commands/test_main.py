@@ -24,7 +24,12 @@ def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"), [(["trian"], "did you mean train?"), (["x"], "no job 'x'"), ([], "usage")]
+    ("words", "says"),
+    [
+        (["trian"], "(did you mean train?): give one of prepare, train"),
+        (["x"], "no job 'x': give one of"),
+        ([], "usage"),
+    ],
 )
 def test_what_is_no_job_is_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
@@ -100,8 +105,9 @@ def test_an_installed_package_has_the_command_and_sends_itself_to_a_cluster(tmp_
         check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     ask = (
-        "import json, zipfile, pipeline; from pathlib import Path; from pipeline.cluster import submit, packing;"
-        "packing.pack(submit._tree(), Path('t.zip'), 20, base=submit.PACKAGE.parent);"
+        "import json, zipfile, pipeline; from pathlib import Path; from pipeline.cluster import session, packing;"
+        "assert session.checkout() is None;"
+        "packing.pack(session.PACKAGE, Path('t.zip'), 20, base=session.PACKAGE.parent);"
         "names = zipfile.ZipFile('t.zip').namelist(); print(json.dumps([pipeline.__file__, names]))"
     )
     env = environment(elsewhere) | {"PYTHONPATH": str(place)}
