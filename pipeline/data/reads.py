@@ -1,4 +1,4 @@
-"""The plan as reads: read and decode, beside the trainer that asks for it.
+"""The plan as read tasks: read and decode, beside the trainer that asks for it.
 
 Free of torch: a reading process starts without the seconds that it takes.
 """
@@ -27,8 +27,8 @@ _KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Read:
-    """One read task: a rank's rows of some windows that follow each other. Holds only what those need.
+class ReadTask:
+    """A rank's rows of some windows that follow each other. Holds only what those need.
 
     Attributes:
         groups: the groups of the windows, by number, with the sample id of their first row.
@@ -112,7 +112,7 @@ def pixel_bytes(image: ImageConfig) -> int:
 
 
 def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
-    """The images of a table that `Read` made: uint8 [N, H, W, C], not copied where it is one chunk."""
+    """The images of a table that `ReadTask` made: uint8 [N, H, W, C], not copied where it is one chunk."""
     size = pixel_bytes(image)
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
@@ -123,18 +123,18 @@ def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
 
 
 class Reader:
-    """Does reads, by their number, in a process that stays for all of them.
+    """Does read tasks, by their number, in a process that stays for all of them.
 
-    Ray ends a worker process that was idle for a second: reads as tasks would each start one anew beside a trainer
-    that needs few of them.
+    Ray ends a worker process that was idle for a second: as Ray tasks, each would start a process anew beside a
+    trainer that needs few of them.
     """
 
-    def __init__(self, reads: list[Read]) -> None:
-        self._reads = reads
+    def __init__(self, tasks: list[ReadTask]) -> None:
+        self._tasks = tasks
 
     def __call__(self, numbers: pa.Table) -> Iterator[pa.Table]:
-        for number in numbers["read"].to_pylist():
-            yield from self._reads[number]()
+        for number in numbers["task"].to_pylist():
+            yield from self._tasks[number]()
 
 
 def rows_ahead(plan: Plan, world_size: int) -> int:
@@ -142,7 +142,7 @@ def rows_ahead(plan: Plan, world_size: int) -> int:
     return BATCHES_AHEAD * plan.batch_size // world_size
 
 
-def make_reads(
+def make_read_tasks(
     index: DatasetIndex,
     plan: Plan,
     windows: list[Window],
@@ -151,17 +151,19 @@ def make_reads(
     rank: int,
     world_size: int,
     random_crop: bool,
-) -> list[Read]:
+) -> list[ReadTask]:
     """Cuts a run of windows into read tasks, each of some batches and about a block, and of one window at least."""
     image = replace(index.image, classes=())  # thousands of tasks would carry thousands of names
     size = pixel_bytes(image)
-    reads, some, held = list[Read](), list[Window](), 0
+    tasks, some, held = list[ReadTask](), list[Window](), 0
     least, most = ROWS_PER_READ
     most = min(most, max(least, rows_ahead(plan, world_size)))
 
     def close() -> None:
         groups = {g: (index.groups[g], int(plan.first_id[g])) for window in some for g in window.groups}
-        reads.append(Read(tuple(some), groups, image, plan.seed, start, stop, rank, world_size, random_crop))
+        tasks.append(
+            ReadTask(tuple(some), groups, image, plan.seed, start, stop, rank, world_size, random_crop)
+        )
 
     for window in windows:
         rows = window.rows // world_size
@@ -172,4 +174,4 @@ def make_reads(
         held += rows
     if some:
         close()
-    return reads
+    return tasks

@@ -23,7 +23,7 @@ from pipeline.config import ImageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Plan, local_batch_size, windows_between
-from pipeline.data.reads import BLOCK_BYTES, Reader, make_reads, pixel_bytes, pixels_of, rows_ahead
+from pipeline.data.reads import BLOCK_BYTES, Reader, make_read_tasks, pixel_bytes, pixels_of, rows_ahead
 
 WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
@@ -81,23 +81,23 @@ class RankStream:
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         windows = windows_between(self.plan, start, stop)
         while some := list(islice(windows, WINDOWS_PER_EXECUTION)):
-            reads = make_reads(
+            tasks = make_read_tasks(
                 self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
             )
             # Ray Data's iterator holds some tables for us; each reader has one read in work and one to come.
-            largest = max(read.decoded_bytes for read in reads)
+            largest = max(task.decoded_bytes for task in tasks)
             batches = rows_ahead(self.plan, self.world_size) * pixel_bytes(self.index.image)
-            numbers = [{"read": number} for number in range(len(reads))]
+            numbers = [{"task": number} for number in range(len(tasks))]
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
-            dataset = ray.data.from_items(numbers, override_num_blocks=len(reads)).map_batches(
+            dataset = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
                 Reader,
-                fn_constructor_args=(reads,),
+                fn_constructor_args=(tasks,),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=0,
                 label_selector=here,
                 compute=ActorPoolStrategy(
-                    size=min(self.readers, len(reads)), max_tasks_in_flight_per_actor=2
+                    size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=2
                 ),
             )
             context = dataset.context

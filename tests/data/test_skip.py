@@ -13,7 +13,7 @@ from pipeline.data import reads
 from pipeline.data.images import encode_png
 from pipeline.data.index import DatasetIndex, Group, row_group
 from pipeline.data.order import Plan, windows_between
-from pipeline.data.reads import make_reads
+from pipeline.data.reads import make_read_tasks
 from pipeline.data.stream import RankStream
 
 ROWS, GROUPS = 8, 6
@@ -50,10 +50,10 @@ def test_what_was_seen_is_neither_read_nor_decoded(
 
     def tables(self: RankStream, start: int, stop: int) -> Iterator[pa.Table]:
         windows = list(windows_between(self.plan, start, stop))
-        for read in make_reads(
+        for task in make_read_tasks(
             self.index, self.plan, windows, start, stop, self.rank, self.world_size, False
         ):
-            yield from read()
+            yield from task()
 
     real_read, real_decode = reads.read_rows, reads.decode
     monkeypatch.setattr(reads, "read_rows", read_rows)
