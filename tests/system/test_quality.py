@@ -20,6 +20,7 @@ from pipeline.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from pipeline.data.batch import Batch
 from pipeline.diffusion.losses import stratified_vlb
 from pipeline.diffusion.process import make_process
 from pipeline.evaluation.classifier import fit
@@ -29,14 +30,13 @@ from pipeline.models.sampling import sample_images
 from pipeline.rng import Purpose, normal, uniform
 from pipeline.training import loop
 from tests.jobs.common import ROOT, environment
-from tests.training.common import MemoryBatch
 
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
 IMAGE = ImageConfig(8, 1, tuple("0123456789"))
 HELD_OUT = 360
 
 
-def batches(config: TrainConfig, images: Tensor, labels: Tensor) -> Iterator[MemoryBatch]:
+def batches(config: TrainConfig, images: Tensor, labels: Tensor) -> Iterator[Batch]:
     """Epochs of shuffled images."""
     size = config.batch_size
     per_epoch = len(images) // size
@@ -44,7 +44,7 @@ def batches(config: TrainConfig, images: Tensor, labels: Tensor) -> Iterator[Mem
         epoch, part = divmod(step, per_epoch)
         order = uniform(config.seed, epoch, torch.arange(len(images)), Purpose.LABEL)[:, 0].argsort()
         ids = order[part * size : (part + 1) * size]
-        yield MemoryBatch(images[ids], labels[ids], ids, torch.full((size,), epoch), torch.ones(size))
+        yield Batch(images[ids], labels[ids], ids, torch.full((size,), epoch), torch.ones(size))
 
 
 @pytest.mark.system
