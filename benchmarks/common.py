@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, TrainConfig
+from pipeline.data.batch import Batch
 from pipeline.data.shards import PrepareConfig, prepare
-from pipeline.data.stream import Batch
 from pipeline.training.trainer import train
 
 UNET = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())

@@ -2,7 +2,10 @@
 
 import importlib
 import sys
+from pathlib import Path
 from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(job: str) -> NoReturn:
@@ -15,6 +18,10 @@ def launch(job: str) -> NoReturn:
         command = importlib.import_module(f"pipeline.commands.{job}")
     except ModuleNotFoundError as error:
         refuse(job, f"this Python ({sys.executable}) has no package {error.name!r}")
+    # An installed package may run these scripts; another checkout would run code that nobody looks at here.
+    tree = Path(str(command.__file__)).resolve().parents[2]
+    if tree != ROOT and (tree / "pyproject.toml").exists():
+        refuse(job, f"this Python ({sys.executable}) runs the code of {tree}, not of {ROOT}")
     sys.exit(command.main(sys.argv[1:]))
 
 

@@ -132,9 +132,7 @@ def _worker_environment(environment: dict[str, str]) -> dict[str, str]:
     """What workers get beside their nodes' own environment."""
     job = submitted_settings()
     # A submitted job's tree is on every node already, and Ray refuses to be told a variable twice.
-    if "working_dir" not in job and (root := checkout()):
-        environment = {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
-            **environment,
-        }
+    path = os.pathsep.join(filter(None, [str(checkout() or ""), os.environ.get("PYTHONPATH")]))
+    if "working_dir" not in job and path:
+        environment = {"PYTHONPATH": path, **environment}
     return {name: value for name, value in environment.items() if name not in job.get("env_vars", {})}

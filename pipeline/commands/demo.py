@@ -84,10 +84,10 @@ def training(config: DemoConfig, data: Path, output: Path) -> TrainConfig:
     )
 
 
-def timed(name: str, run: Callable[[], T]) -> T:
+def timed(name: str, part: Callable[[], T]) -> T:
     """Runs a part and says how long it took."""
     began = time.perf_counter()
-    result = run()
+    result = part()
     say(f"{name:10} {time.perf_counter() - began:.1f} s")
     return result
 

@@ -1,4 +1,4 @@
-"""Submit a job to a Ray cluster: jobs/submit.py [--address URL] [--wait] JOB -- FLAGS…"""
+"""Submit a job to a Ray cluster, from outside: submit [--address URL] [--wait] JOB -- FLAGS…"""
 
 from pipeline.cluster.submit import SubmitConfig, act
 from pipeline.commands import cli

@@ -84,7 +84,7 @@ class RankStream:
             tasks = make_read_tasks(
                 self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
             )
-            # Ray Data's iterator holds some tables for us; each reader has one read in work and one to come.
+            # Ray Data's iterator holds some tables for us; each reader has one read task in work and one to come.
             largest = max(task.decoded_bytes for task in tasks)
             batches = rows_ahead(self.plan, self.world_size) * pixel_bytes(self.index.image)
             numbers = [{"task": number} for number in range(len(tasks))]

@@ -1,4 +1,4 @@
-"""What turns chunks of the plan into files, in an actor or anywhere else."""
+"""What turns chunks into files, in an actor or anywhere else."""
 
 import hashlib
 from dataclasses import dataclass

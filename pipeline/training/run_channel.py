@@ -76,20 +76,20 @@ class RunChannel:
         self._running = True
         return len(self._commands)
 
-    async def ask_to_stop(self) -> bool:
-        """Asks the workers to save and end; returns whether there are any."""
+    async def stop(self) -> bool:
+        """Tells the workers to save and end; returns whether there are any."""
         await self._command(Command.STOP)
         return self._running
 
     async def save_now(self) -> None:
-        """Asks the workers to save and go on; returns when the checkpoint is whole, or after a minute."""
+        """Tells the workers to save and go on; returns when the checkpoint is whole, or after a minute."""
         self._saved.clear()
         await self._command(Command.SAVE)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._saved.wait(), SAVE_SECONDS)
 
     async def saved(self) -> None:
-        """Says that what was asked for is saved."""
+        """Says that the workers have saved."""
         self._saved.set()
 
     async def next_command(self, seen: int) -> tuple[Command, int]:

@@ -44,7 +44,7 @@ def run_until_signal(work: Callable[[], T], channel: Any, say: Callable[[str], N
         while not wait([done], timeout=POLL_SECONDS).done:
             if heard and not asked:
                 asked = True
-                if not ray.get(channel.ask_to_stop.remote()):
+                if not ray.get(channel.stop.remote()):
                     raise Interrupted("stopped before the training began; go on with --resume", heard[0])
                 say("asked to stop: saving; a second signal ends it at once")
         return done.result(), heard[0] if heard else 0

@@ -180,7 +180,7 @@ def _extractor(config: TuneConfig) -> Extractor:
 def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
     """A pool in which each training worker does its share, and every worker gets all results."""
 
-    def run(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
+    def pool(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
         do = work.start(device)
         parts: list[list[Partial]] = [[] for _ in range(world_size)]
         parts[rank] = [do(task) for task in tasks[rank::world_size]]
@@ -188,7 +188,7 @@ def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
             dist.all_gather_object(parts, parts[rank])
         return (parts[i % world_size][i // world_size] for i in range(len(tasks)))
 
-    return run
+    return pool
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:

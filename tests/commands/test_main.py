@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_without_the_environment_a_job_says_how_to_set_it_up(job: str, bare: Pat
     assert done.stderr.startswith(f"{job}: this Python ({bare}) has no package 'pipeline': `make setup`")
 
 
+def test_another_checkouts_code_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    for name in ("_launch.py", "train.py"):
+        (tmp_path / "jobs" / name).write_text((ROOT / "jobs" / name).read_text())
+    done = subprocess.run(
+        [sys.executable, tmp_path / "jobs" / "train.py", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"runs the code of {ROOT}, not of {tmp_path}" in done.stderr
+
+
 @pytest.mark.system
 def test_an_installed_package_has_the_command_and_sends_itself_to_a_cluster(tmp_path: Path) -> None:
     """`pip install .` without the checkout beside it: what the package needs is in it."""
@@ -123,6 +138,13 @@ def test_an_installed_package_has_the_command_and_sends_itself_to_a_cluster(tmp_
         "pipeline/tuning/space.yaml",
     } <= set(names)
     assert all(name.startswith("pipeline/") for name in names)
+    # What a node of the cluster unpacks runs there by itself.
+    zipfile.ZipFile(elsewhere / "t.zip").extractall(elsewhere / "node")
+    words = "-m", "pipeline.commands", "train", "--help"
+    unpacked = subprocess.run(
+        [sys.executable, *words], cwd=elsewhere / "node", env=env, capture_output=True, text=True
+    )
+    assert unpacked.returncode == 0 and "usage: ray-ddpm train" in unpacked.stdout
     shown = subprocess.run(
         [sys.executable, place / "bin" / "ray-ddpm", "--help"],
         cwd=elsewhere,

@@ -103,7 +103,7 @@ def test_the_same_bytes_again_and_in_pieces(
     folder, _ = prepared
     prepare(config(source, tmp_path))
     assert contents(tmp_path) == contents(folder)
-    # A run that was killed has some notes, and perhaps shards without a note, but no manifest.
+    # A run that was killed has some records, and perhaps shards without one, but no manifest.
     for name in ("manifest.json", "parts/00001.json", "parts/00003.json", "data/train-00003.parquet"):
         (tmp_path / name).unlink()
     with pytest.raises(InputError, match="not finished"):

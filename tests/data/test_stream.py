@@ -15,10 +15,11 @@ import ray
 import torch
 
 from pipeline.cluster.session import spilled_bytes
+from pipeline.data.batch import Batch
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.order import Plan, window_rows, windows_between
-from pipeline.data.stream import Batch, RankStream
+from pipeline.data.stream import RankStream
 from tests.data.common import encode, encoded, label_of, picture, write_folder, write_tars
 
 IMAGES = encoded(200, 20, 12)

@@ -1,4 +1,4 @@
-"""The chunk plan: arithmetic that covers every sample once."""
+"""Chunks: arithmetic that covers every sample once."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

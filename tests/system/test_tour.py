@@ -4,6 +4,7 @@ It goes through all that a change of the layout can break: the working tree that
 on other nodes import of it, and what travels to them by pickle.
 """
 
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def test_the_tour(cluster: Served) -> None:
     training = (
         "train", "--data", DATA, "--output", RUN, "--steps", STEPS, "--workers", 2, "--batch-size", 32,
         "--timesteps", 50, "--class-conditional", *network, "--checkpoint-every", CHECKPOINT_EVERY,
+        "--keep-checkpoints", STEPS // CHECKPOINT_EVERY,
         "--validate-every", STEPS // CHECKPOINT_EVERY, "--validation-images", 16, "--validation-terms", 4,
         "--log-every", 20, "--register", "digits", "--resume",
     )  # fmt: skip
@@ -58,6 +60,12 @@ def test_the_tour(cluster: Served) -> None:
     (run,) = client.search_runs([client.get_run(trained["run_id"]).info.experiment_id])
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [point.step for point in points] == list(range(20, STEPS + 1, 20))
+    assert {"data_wait_share", "undecodable_images"} <= set(trained["metrics"])
+    # No step was made again that a checkpoint had: none of them is there twice.
+    saved = [
+        int(step) for step in re.findall(r"checkpoints/step-(\d+)-\d+/state.json", keys(cluster, "run/"))
+    ]
+    assert len(saved) == len(set(saved)) and max(saved) == STEPS
     assert run.info.status == "FINISHED" and "bits_per_dim" in run.data.metrics
 
     space = {
@@ -86,6 +94,8 @@ def test_the_tour(cluster: Served) -> None:
         evaluated["metrics"]
     )
 
+    assert "report/metrics.json" in keys(cluster, "report/")
+
     # Pictures are drawn where the user sits: this driver joins the cluster.
     words = "plot", "--model", MODEL, "--data", DATA, "--output", "pictures"
     done = subprocess.run(
@@ -99,6 +109,7 @@ def test_the_tour(cluster: Served) -> None:
     plotted = outcome(done)
     assert plotted.code == 0, plotted.stderr
     assert len(list((cluster.home / "pictures").glob("*.png"))) == plotted.result["count"] == 5
+    assert not (cluster.home / "s3:").exists()
 
 
 def submitted(cluster: Served, job: str, *flags: object) -> dict[str, Any]:
@@ -110,8 +121,12 @@ def submitted(cluster: Served, job: str, *flags: object) -> dict[str, Any]:
 
 
 def has_checkpoint(cluster: Served) -> bool:
-    address = f"{cluster.s3}/{BUCKET}?list-type=2&prefix=run/checkpoints/step-"
-    return "state.json" in requests.get(address, timeout=30).text
+    return "state.json" in keys(cluster, "run/checkpoints/step-")
+
+
+def keys(cluster: Served, prefix: str) -> str:
+    """The bucket's listing, as the server gives it."""
+    return requests.get(f"{cluster.s3}/{BUCKET}?list-type=2&prefix={prefix}", timeout=30).text
 
 
 def flag(name: str) -> str:

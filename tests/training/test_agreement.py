@@ -1,4 +1,4 @@
-"""All workers hear of what one was asked, at the same step."""
+"""All workers hear of what one was told, at the same step."""
 
 import json
 from pathlib import Path
@@ -10,20 +10,20 @@ from pipeline.training.agreement import Agreement
 from pipeline.training.run_channel import Command
 from tests.training.test_loop import _free_port
 
-ASKED = {1: (3, Command.SAVE), 0: (6, Command.STOP)}  # by rank: at which step, and what
+TOLD = {1: (3, Command.SAVE), 0: (6, Command.STOP)}  # by rank: at which step, and what
 
 
 def _one_rank(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     agreement, heard = Agreement(2), list[int]()
-    step, what = ASKED[rank]
+    step, what = TOLD[rank]
     while not heard or heard[-1] != Command.STOP:
         heard.append(agreement(what if len(heard) == step else Command.NOTHING))
     Path(folder, f"{rank}.json").write_text(json.dumps(heard))
     dist.destroy_process_group()
 
 
-def test_every_worker_hears_at_the_same_step_what_any_was_asked(tmp_path: Path) -> None:
+def test_every_worker_hears_at_the_same_step_what_any_was_told(tmp_path: Path) -> None:
     mp.start_processes(_one_rank, (_free_port(), str(tmp_path)), 2, start_method="spawn")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second == [0, 0, 0, 0, Command.SAVE, 0, 0, Command.STOP]
@@ -31,7 +31,7 @@ def test_every_worker_hears_at_the_same_step_what_any_was_asked(tmp_path: Path) 
 
 def test_a_worker_alone_hears_at_once() -> None:
     agreement = Agreement(1)
-    assert [agreement(ask) for ask in (Command.NOTHING, Command.SAVE, Command.STOP)] == [
+    assert [agreement(command) for command in (Command.NOTHING, Command.SAVE, Command.STOP)] == [
         Command.NOTHING,
         Command.SAVE,
         Command.STOP,

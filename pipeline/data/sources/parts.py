@@ -17,7 +17,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What is read of a source at a time.
+    """A part of a source: what one task reads.
 
     Attributes:
         uris: the files of this part.
