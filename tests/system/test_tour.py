@@ -42,9 +42,7 @@ def test_the_tour(cluster: Served) -> None:
     training = (
         "train", "--data", DATA, "--output", RUN, "--steps", STEPS, "--workers", 2, "--batch-size", 32,
         "--timesteps", 50, "--class-conditional", *network, "--checkpoint-every", CHECKPOINT_EVERY,
-        "--keep-checkpoints", STEPS // CHECKPOINT_EVERY,
-        "--validate-every", STEPS // CHECKPOINT_EVERY, "--validation-images", 16, "--validation-terms", 4,
-        "--log-every", 20, "--register", "digits", "--resume",
+        "--keep-checkpoints", STEPS // CHECKPOINT_EVERY, "--log-every", 20, "--register", "digits", "--resume",
     )  # fmt: skip
     killed = cluster.start_submit("--wait", "--id", "killed", training[0], "--", *training[1:])
     wait_for("a checkpoint", lambda: has_checkpoint(cluster) or killed.poll() is not None, seconds=240)
@@ -66,7 +64,7 @@ def test_the_tour(cluster: Served) -> None:
         int(step) for step in re.findall(r"checkpoints/step-(\d+)-\d+/state.json", keys(cluster, "run/"))
     ]
     assert len(saved) == len(set(saved)) and max(saved) == STEPS
-    assert run.info.status == "FINISHED" and "bits_per_dim" in run.data.metrics
+    assert run.info.status == "FINISHED"
 
     space = {
         f"model.{name}": [value] if isinstance(value, list) else value for name, value in NETWORK.items()
