@@ -3,6 +3,8 @@
 import gzip
 import io
 import tarfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,3 +101,16 @@ def write_idx(root: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
         gzip.compress(header + labels.astype(np.uint8).tobytes())
     )
     return root
+
+
+def leave_ray() -> None:
+    """Leaves Ray when nobody asks it any more.
+
+    Ray Data's threads of a stream that was closed early ask Ray once more, which ends a process that has left it.
+    """
+    import ray  # not above: most who come here for images do without
+
+    end = time.monotonic() + 30
+    while any(t.name == "iter_threaded" for t in threading.enumerate()) and time.monotonic() < end:
+        time.sleep(0.1)
+    ray.shutdown()

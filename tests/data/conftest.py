@@ -1,11 +1,10 @@
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 import ray
 
 from pipeline.cluster.session import connect
+from tests.data.common import leave_ray
 from tests.data.s3 import s3_server
 
 
@@ -22,8 +21,4 @@ def cluster(s3: str) -> Iterator[None]:
     connect()
     yield
     if mine:
-        # Ray Data's threads of a stream that was closed early ask Ray once more, which ends a process that has left it.
-        end = time.monotonic() + 30
-        while any(t.name == "iter_threaded" for t in threading.enumerate()) and time.monotonic() < end:
-            time.sleep(0.1)
-        ray.shutdown()
+        leave_ray()

@@ -7,6 +7,7 @@ import ray
 from pipeline.cluster.session import connect
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.shards import PrepareConfig, prepare
+from tests.data.common import leave_ray
 
 
 @pytest.fixture(scope="package")
@@ -16,7 +17,7 @@ def cluster() -> Iterator[None]:
     connect()
     yield
     if mine:
-        ray.shutdown()
+        leave_ray()
 
 
 @pytest.fixture(scope="package")

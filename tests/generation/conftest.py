@@ -9,6 +9,7 @@ from pipeline.cluster.session import connect
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.models.export import save_model
 from pipeline.models.unet import build
+from tests.data.common import leave_ray
 from tests.data.s3 import s3_server
 from tests.generation.common import config, make
 
@@ -19,7 +20,7 @@ def cluster() -> Iterator[None]:
     connect()
     yield
     if mine:
-        ray.shutdown()
+        leave_ray()
 
 
 @pytest.fixture(autouse=True, scope="package")
