@@ -18,7 +18,7 @@ def launch(job: str) -> NoReturn:
         command = importlib.import_module(f"pipeline.commands.{job}")
     except ModuleNotFoundError as error:
         refuse(job, f"this Python ({sys.executable}) has no package {error.name!r}")
-    # An installed package may run these scripts; another checkout would run code that nobody looks at here.
+    # An installed package may serve these scripts. Another checkout's would run other code than lies beside them.
     tree = Path(str(command.__file__)).resolve().parents[2]
     if tree != ROOT and (tree / "pyproject.toml").exists():
         refuse(job, f"this Python ({sys.executable}) runs the code of {tree}, not of {ROOT}")

@@ -121,7 +121,7 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
     if job is None:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "tree.zip"
-            # Where the package is installed it goes alone, without what lies beside it.
+            # An installed package is sent alone: beside it lie all other packages of the environment.
             pack(checkout() or PACKAGE, package, config.max_megabytes, base=PACKAGE.parent)
             runtime_env = {"working_dir": str(package), "env_vars": _environment(config.forward)}
             try:
