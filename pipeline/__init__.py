@@ -18,7 +18,7 @@ _MODULES = {
     "pipeline.errors": ("InputError", "Interrupted", "JobFailed"),
     "pipeline.cluster.session": ("connect", "disconnect"),
     "pipeline.data.shards": ("PrepareConfig", "prepare"),
-    "pipeline.data.index": ("DatasetIndex", "open_dataset"),
+    "pipeline.data.index": ("DatasetIndex", "Splits", "open_dataset", "open_splits"),
     "pipeline.training.trainer": ("Trained", "train"),
     "pipeline.tuning.config": ("TuneConfig",),
     "pipeline.tuning.search": ("search",),

@@ -242,6 +242,22 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
         raise InputError(f"{where}: {error}") from None
 
 
+def check_at_least(config: Any, **least: float) -> None:
+    """Refuses settings below their least value, or that are not a number.
+
+    Args:
+        least: by field name.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for name, value in least.items():
+        if not getattr(config, name) >= value:
+            raise InputError(
+                f"--{name.replace('_', '-')} must be at least {value}, got {getattr(config, name)}"
+            )
+
+
 def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     """A YAML (or JSON) file as a dict; raises InputError when it can't be read or isn't a mapping."""
     try:

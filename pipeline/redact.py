@@ -33,6 +33,12 @@ def redact(text: str) -> str:
     return text
 
 
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """An error's words in one line without secrets; its kind, where it has no words."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return redact(words)[:limit]
+
+
 def secret_values() -> dict[str, str]:
     """The secrets that this process knows of, by the name of their variable."""
     values = {name: os.environ.get(name, "") for name in SECRET_VARIABLES}

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +9,9 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.config import ImageConfig
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
-from pipeline.data.scan import Scan, scan
+from pipeline.data.scan import scan
 from pipeline.data.sources.parquet import read_row_group
-from pipeline.data.sources.parts import Part, Source
+from pipeline.data.sources.parts import Part
 from pipeline.data.sources.registry import find_source, read_part
 from pipeline.errors import InputError
 
@@ -67,7 +66,43 @@ def row_group(uri: str, number: int, rows: int) -> Group:
     return Group(Part("huggingface", (uri,), number, 1), rows)
 
 
+@dataclass(frozen=True)
+class Splits:
+    """A dataset, opened once: `splits["train"]` is the index of a split.
+
+    Attributes:
+        indexes: of the splits that hold images, by name.
+    """
+
+    uri: str
+    indexes: dict[str, DatasetIndex]
+
+    def __getitem__(self, name: str) -> DatasetIndex:
+        """One split.
+
+        Raises:
+            InputError: there is none of that name, or it holds no images.
+        """
+        if name not in self.indexes:
+            raise InputError(
+                f"--data {self.uri}: has no images in a split {name!r}; it has {', '.join(self.indexes)}"
+            )
+        return self.indexes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.indexes
+
+
 def open_dataset(uri: str, split: str = "train", image_size: int = 0) -> DatasetIndex:
+    """One split of a dataset; see `open_splits`, which opens all of them for the price of one.
+
+    Raises:
+        InputError: see `open_splits`; no such split, or no images in it.
+    """
+    return open_splits(uri, image_size)[split]
+
+
+def open_splits(uri: str, image_size: int = 0) -> Splits:
     """Opens what jobs/prepare.py or jobs/generate.py wrote, or any of the formats that the former reads.
 
     Images that were not prepared are read once, here, undecoded: for their hashes, by which a tenth of them is held
@@ -77,74 +112,69 @@ def open_dataset(uri: str, split: str = "train", image_size: int = 0) -> Dataset
         image_size: to bring the images to; 0 = their own.
 
     Raises:
-        InputError: no such folder, nothing in it that could be read, or no such split.
+        InputError: no such folder, or nothing in it that could be read.
     """
     uri = storage.absolute(uri)
     if not storage.exists(uri):
         raise InputError(f"--data {uri}: no such folder")
     if storage.exists(storage.join(uri, MANIFEST)):
-        return _open_prepared(uri, split, image_size)
+        return _open_prepared(uri, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
         raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run that again, it goes on")
-    return _open_source(uri, split, image_size)
+    return _open_source(uri, image_size)
 
 
-def _open_prepared(uri: str, split: str, image_size: int) -> DatasetIndex:
+def _open_prepared(uri: str, image_size: int) -> Splits:
     try:
         manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
         if manifest["format"] == SAMPLES_FORMAT:
-            return _open_source(storage.join(uri, SAMPLES), split, image_size)
+            return _open_source(storage.join(uri, SAMPLES), image_size)
         if manifest["format"] != FORMAT:
             raise InputError(f"--data {uri}: {MANIFEST} is not one of jobs/prepare.py or jobs/generate.py")
-        splits = manifest["splits"]
-        if split not in splits or not splits[split]["rows"]:
-            raise InputError(f"--data {uri}: has no images in a split {split!r}; it has {', '.join(splits)}")
-        image = manifest["image"]
-        return DatasetIndex(
-            uri=uri,
-            split=split,
-            image=ImageConfig(image_size or image["size"], image["channels"], tuple(image["classes"])),
-            groups=tuple(
-                row_group(storage.join(uri, shard["file"]), number, rows)
-                for shard in splits[split]["shards"]
-                for number, rows in enumerate(shard["row_groups"])
-            ),
-            fingerprint=manifest["fingerprint"],
-            quarantined=manifest["quarantined"],
-        )
+        stored = manifest["image"]
+        image = ImageConfig(image_size or stored["size"], stored["channels"], tuple(stored["classes"]))
+        indexes = {
+            name: DatasetIndex(
+                uri=uri,
+                split=name,
+                image=image,
+                groups=tuple(
+                    row_group(storage.join(uri, shard["file"]), number, rows)
+                    for shard in split["shards"]
+                    for number, rows in enumerate(shard["row_groups"])
+                ),
+                fingerprint=manifest["fingerprint"],
+                quarantined=manifest["quarantined"],
+            )
+            for name, split in manifest["splits"].items()
+            if split["rows"]
+        }
+        return Splits(uri, indexes)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"--data {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
 
 
-def _open_source(uri: str, split: str, image_size: int) -> DatasetIndex:
-    if split not in SPLITS:
-        raise InputError(f"--data {uri}: has no split {split!r}; it has {', '.join(SPLITS)}")
-    source = find_source(uri)
-    found = _scanned(source, uri, storage.signature(uri))
+def _open_source(uri: str, image_size: int) -> Splits:
+    found = scan(find_source(uri), uri)
     size = image_size or found.size
     if not size:
         raise InputError(f"--data {uri}: its images are not squares of one size: give --image-size")
+    image = ImageConfig(size, found.channels, found.classes)
     numbers = {name: number for number, name in enumerate(found.classes)}
-    groups = []
+    groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
     for part in found.parts:
-        wanted = [
-            i for i, d in enumerate(part.digests) if held_out(d, VALIDATION_FRACTION) == (split != "train")
-        ]
-        if wanted:
-            labels = tuple(numbers.get(part.labels[i] or "", -1) for i in wanted)
-            kept = None if len(wanted) == len(part.digests) else tuple(wanted)
-            groups.append(Group(part.part, len(wanted), kept, labels))
-    if not groups:
-        raise InputError(f"--data {uri}: has no images in a split {split!r}")
-    return DatasetIndex(
-        uri, split, ImageConfig(size, found.channels, found.classes), tuple(groups), found.fingerprint
-    )
-
-
-@lru_cache(maxsize=4)
-def _scanned(source: Source, uri: str, signature: str) -> Scan:
-    """A job opens its data several times; as long as no file changes, it is read through once."""
-    return scan(source, uri)
+        splits = [SPLITS[held_out(digest, VALIDATION_FRACTION)] for digest in part.digests]
+        for name in SPLITS:
+            if wanted := [i for i, split in enumerate(splits) if split == name]:
+                labels = tuple(numbers.get(part.labels[i] or "", -1) for i in wanted)
+                kept = None if len(wanted) == len(splits) else tuple(wanted)
+                groups[name].append(Group(part.part, len(wanted), kept, labels))
+    indexes = {
+        name: DatasetIndex(uri, name, image, tuple(some), found.fingerprint)
+        for name, some in groups.items()
+        if some
+    }
+    return Splits(uri, indexes)
 
 
 def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
