@@ -1,134 +1,320 @@
-"""One driver an output.
+"""Whose an output folder is: the settings that it belongs to, and the one driver that writes there.
 
-On a local or mounted file system the kernel holds the lock: it can't be taken twice on one machine, and goes when its
-process does, however that ends. For drivers on other machines, and on object stores, the lock says when its owner
-was last alive; an owner that has been silent for `DEAD_SECONDS` is taken for dead. There two drivers that find the
-same dead owner at the same moment both wait, and the one that wrote last goes on. Should even that fail, nothing
-is lost: both write the same bytes, and each file appears whole.
+The lock is `lock.json` in the folder. On a disk the kernel holds it, and it goes with its process, however that ends.
+Elsewhere it is a lease: its owner renews it, and when it has expired another driver takes it over. Both takings are
+conditional: a file is created only where there is none, so of many drivers one succeeds. An owner that finds its lock
+taken over stops at once.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
-from pipeline import storage
-from pipeline.errors import InputError
+import psutil
 
-DEAD_SECONDS = 60.0
-BEAT_SECONDS = 10.0
-SETTLE_SECONDS = 2.0
+from pipeline import __version__, storage
+from pipeline.errors import InputError
+from pipeline.versions import OF_0_1_0, VERSIONS, check_same
+
+LEASE_SECONDS = 60.0
+RENEW_SECONDS = 10.0
+POLL_SECONDS = 1.0
 LOCK = "lock.json"
+
+
+class LeaseLost(InputError):
+    """Another driver has taken over the output; this one must not write there any more."""
+
+
+def read_claim(output: str, name: str) -> dict[str, Any] | None:
+    """What an output was begun with; None where it is new.
+
+    Args:
+        name: of the file that says it.
+
+    Returns:
+        `fixed`, the settings; `versions`; and what else was kept beside them.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    uri = storage.join(output, name)
+    try:
+        content = json.loads(storage.read_bytes(uri))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{uri} is damaged: {error}: restore it, or choose another folder") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{uri} is damaged: restore it, or choose another folder")
+    # 0.1.0 kept some settings without a name around them, and no versions.
+    return content if "fixed" in content else {"fixed": content, "versions": OF_0_1_0, **content}
+
+
+def check_claim(
+    output: str,
+    before: dict[str, Any],
+    fixed: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    hints: dict[str, str] | None = None,
+) -> None:
+    """Whether what an output was begun with allows to go on with `fixed`: an output belongs to one set of settings.
+
+    Args:
+        before: what `read_claim` gave.
+        defaults: of settings that an older release did not have.
+        hints: by setting, what else is to be said of its former value.
+
+    Raises:
+        InputError: other settings, or a release that works otherwise.
+    """
+    check_same(before.get("versions"), f"--output {output}")
+    for key, now in fixed.items():
+        if (then := before["fixed"].get(key, (defaults or {}).get(key))) != now:
+            raise InputError(
+                f"--output {output} was begun with {key} = {then}{(hints or {}).get(key, '')}, now it is {now}: keep it, "
+                "or choose another folder"
+            )
+
+
+def write_claim(output: str, name: str, fixed: dict[str, Any], **beside: Any) -> None:
+    """Makes an output belong to `fixed`; what is `beside` it is kept, and may change."""
+    content = {"versions": {**VERSIONS, "release": f"ray-ddpm {__version__}"}, "fixed": fixed, **beside}
+    storage.write_atomic(storage.join(output, name), json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 @contextlib.contextmanager
 def locked(output: str) -> Iterator[None]:
-    """Holds the lock of an output; it is gone afterwards.
+    """Holds the lock of an output, waiting for an expired one; it is gone afterwards.
 
     Raises:
         InputError: another driver that is alive holds it.
+        LeaseLost: another driver took it over. In the main thread it is raised wherever the program is.
     """
     place = storage.join(output, LOCK)
-    hold = _local if storage.is_local(output) else _remote
-    with hold(output, place):
-        yield
+    with contextlib.ExitStack() as stack:
+        lock: _Local | _Remote
+        if storage.is_local(output):
+            lock = _Local(place, stack.enter_context(_flocked(output, place)))
+        else:
+            lock = _Remote(place)
+        _take(output, lock)
+        try:
+            with _renewed(output, lock):
+                yield
+        finally:
+            lock.release()
+
+
+class _Local:
+    """The lock as a file that the kernel has locked. It tells other machines, whose kernels may not know, too."""
+
+    def __init__(self, place: str, file: IO[str]) -> None:
+        self._place, self._file = place, file
+
+    def other(self) -> dict[str, Any]:
+        """What another machine's driver wrote; this machine's are gone, since the kernel gave us the file."""
+        lock = _parsed(Path(self._place).read_bytes())
+        return {} if _is_here(lock) else lock
+
+    def take(self, dead: dict[str, Any]) -> bool:
+        return self.renew()
+
+    def renew(self) -> bool:
+        """Whether it still is ours."""
+        if not _same_file(self._file, self._place):
+            return False
+        # In place: a new file under this name would not be the one that the kernel has locked.
+        self._file.seek(0)
+        self._file.write(_content("").decode())
+        self._file.truncate()
+        self._file.flush()
+        return True
+
+    def release(self) -> None:
+        """While it is still locked, so that nobody else's can be meant."""
+        if _same_file(self._file, self._place):
+            Path(self._place).unlink(missing_ok=True)
+
+
+class _Remote:
+    """The lock as a file on an object store."""
+
+    def __init__(self, place: str) -> None:
+        self._place, self._owner = place, uuid.uuid4().hex
+
+    def other(self) -> dict[str, Any]:
+        """What the present owner wrote; nothing where there is none, or it was a process of this machine that is gone."""
+        lock, _ = self._read()
+        gone = _is_here(lock) and lock.get("pids", _pids()) == _pids() and not psutil.pid_exists(lock["pid"])
+        return {} if gone else lock
+
+    def take(self, seen: dict[str, Any]) -> bool:
+        """Takes a free lock, or a dead owner's; of many who try, one does."""
+        lock, version = self._read()
+        if version is None:
+            return storage.create(self._place, _content(self._owner))
+        if seen and lock != seen:
+            return False
+        # Some stores ignore the condition: there the one that wrote last has it.
+        return storage.replace(self._place, _content(self._owner), version) and self._is_ours(self._read()[0])
+
+    def renew(self) -> bool:
+        """Whether it still is ours."""
+        lock, version = self._read()
+        return self._is_ours(lock) and storage.replace(self._place, _content(self._owner), version or "")
+
+    def release(self) -> None:
+        with contextlib.suppress(Exception):  # it expires by itself
+            if self._is_ours(self._read()[0]):
+                storage.remove(self._place)
+
+    def _is_ours(self, lock: dict[str, Any]) -> bool:
+        return lock.get("owner") == self._owner
+
+    def _read(self) -> tuple[dict[str, Any], str | None]:
+        try:
+            content, version = storage.read_version(self._place)
+        except FileNotFoundError:
+            return {}, None
+        return _parsed(content), version
+
+
+def _take(output: str, lock: _Local | _Remote) -> None:
+    """Takes the lock. An owner that may be dead has until its lease ends to show that it is not."""
+    seen, since = lock.other(), time.monotonic()
+    while True:
+        # By the clock of who wrote it, or by ours: whichever says first that the lease has ended.
+        silent = max(time.time() - seen.get("time", 0.0), time.monotonic() - since)
+        if expired := silent >= LEASE_SECONDS:
+            if lock.take(seen):
+                return
+        elif time.monotonic() - since < POLL_SECONDS:
+            print(
+                f"--output {output} is held by {_holder(seen)}, which may be dead: "
+                f"taking over in {LEASE_SECONDS - silent:.0f} s unless it says that it is not",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(POLL_SECONDS)
+        found = lock.other()
+        if found and (found != seen or expired):
+            raise _refusal(output, found)
+        seen = found
 
 
 @contextlib.contextmanager
-def _local(output: str, place: str) -> Iterator[None]:
-    file = _open_locked(output, place)
-    try:
-        _refuse_if_alive(output, file.read().encode(), elsewhere_only=True)
-    except InputError:
-        file.close()
-        raise
-    try:
-
-        def beat() -> None:
-            # In place: a new file under this name would not be the one that the kernel has locked.
-            content = json.dumps(_content(""))
-            file.seek(0)
-            file.write(content)
-            file.truncate()
-            file.flush()
-
-        with _beating(beat):
-            yield
-    finally:
-        # While it is still locked, so that nobody else's can be meant.
-        Path(place).unlink(missing_ok=True)
-        file.close()
-
-
-def _open_locked(output: str, place: str) -> IO[str]:
+def _flocked(output: str, place: str) -> Iterator[IO[str]]:
     """The lock's file, locked by the kernel where the file system can."""
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT, 0o644), "r+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            content = file.read().encode()
-            file.close()
-            raise _refusal(output, _parsed(content)) from None
-        except OSError:
-            return file  # a file system without locks: the times in the file have to do
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == Path(place).stat().st_ino:
-                return file
-        # Its last owner removed the file between our opening and our locking it.
-        file.close()
+        with os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _refusal(output, _parsed(file.read().encode())) from None
+            except OSError:
+                pass  # a file system without locks: the times in the file have to do
+            # Else its last owner removed the file between our opening and our locking it.
+            if _same_file(file, place):
+                yield file
+                return
+
+
+def _same_file(file: IO[str], place: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.fstat(file.fileno()).st_ino == Path(place).stat().st_ino
+    return False
 
 
 @contextlib.contextmanager
-def _remote(output: str, place: str) -> Iterator[None]:
-    owner = uuid.uuid4().hex
+def _renewed(output: str, lock: "_Local | _Remote") -> Iterator[None]:
+    """Renews a lock from a thread. A storage that is away only delays that: nobody else can take the lock there."""
+    done, lost = threading.Event(), threading.Event()
+    main = threading.current_thread() is threading.main_thread()
 
-    def beat() -> None:
-        storage.write_atomic(place, json.dumps(_content(owner)).encode())
+    def hear(number: int, frame: FrameType | None) -> None:
+        raise LeaseLost(
+            f"--output {output} was taken over by another driver while this one was silent: it stops here, the other "
+            "one goes on"
+        )
 
-    if not storage.create(place, json.dumps(_content(owner)).encode()):
-        with contextlib.suppress(FileNotFoundError):
-            _refuse_if_alive(output, storage.read_bytes(place), elsewhere_only=False)
-        beat()
-        time.sleep(SETTLE_SECONDS)
-        lock = _parsed(storage.read_bytes(place))
-        if lock.get("owner") != owner:
-            raise _refusal(output, lock)
+    def run() -> None:
+        while not done.wait(RENEW_SECONDS):
+            # Object stores raise errors of their own kinds.
+            with contextlib.suppress(Exception):
+                if not lock.renew():
+                    lost.set()
+                    if main:
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                    return
+
+    former = signal.signal(signal.SIGUSR2, hear) if main else None
+    thread = threading.Thread(target=run, daemon=True, name="lease")
+    thread.start()
     try:
-        with _beating(beat):
-            yield
+        yield
+        if lost.is_set():
+            hear(0, None)
     finally:
-        with contextlib.suppress(OSError):
-            if _parsed(storage.read_bytes(place)).get("owner") == owner:
-                storage.remove(place)
-
-
-def _refuse_if_alive(output: str, content: bytes, *, elsewhere_only: bool) -> None:
-    lock = _parsed(content)
-    here = lock.get("host") == socket.gethostname()
-    if here and (elsewhere_only or not Path(f"/proc/{lock.get('pid')}").exists()):
-        return
-    if time.time() - lock.get("time", 0.0) < DEAD_SECONDS:
-        raise _refusal(output, lock)
+        done.set()
+        thread.join()
+        if main:
+            signal.signal(signal.SIGUSR2, former or signal.SIG_DFL)
 
 
 def _refusal(output: str, lock: dict[str, Any]) -> InputError:
     return InputError(
-        f"--output {output} is being written by process {lock.get('pid', '?')} on {lock.get('host', '?')}: wait for "
-        "it, or choose another folder"
+        f"--output {output} is being written by {_holder(lock)}: wait for it, or choose another folder"
     )
 
 
-def _content(owner: str) -> dict[str, Any]:
-    return {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+def _holder(lock: dict[str, Any]) -> str:
+    return f"process {lock.get('pid', '?')} on {lock.get('host', '?')}"
+
+
+def _content(owner: str) -> bytes:
+    content = {
+        "owner": owner,
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pids": _pids(),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
+    return json.dumps(content).encode()
+
+
+def _is_here(lock: dict[str, Any]) -> bool:
+    """Whether a process under this machine's kernel wrote it; 0.1.0 knew machines by name."""
+    if "machine" in lock:
+        return bool(lock["machine"] == _machine())
+    return bool(lock.get("host") == socket.gethostname())
+
+
+def _machine() -> str:
+    """This start of the kernel: containers share it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def _pids() -> str:
+    """Where process ids mean the same: not in another container."""
+    with contextlib.suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -137,23 +323,3 @@ def _parsed(content: bytes) -> dict[str, Any]:
         if isinstance(lock := json.loads(content), dict):
             return lock
     return {}
-
-
-@contextlib.contextmanager
-def _beating(beat: Any) -> Iterator[None]:
-    """Calls `beat` now and every few seconds, from a thread; a beat that fails is only late."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                beat()
-
-    beat()
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

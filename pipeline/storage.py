@@ -1,6 +1,7 @@
 """Files wherever they are: local paths, s3://, gs://, hf:// and the rest, through fsspec."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -132,6 +133,29 @@ def create(uri: str, data: bytes) -> bool:
     try:
         fs.pipe_file(path, data, mode="create")
     except FileExistsError:
+        return False
+    return True
+
+
+def read_version(uri: str) -> tuple[bytes, str]:
+    """A whole file, and by what `replace` knows it again."""
+    fs, path = open_fs(uri)
+    fs.invalidate_cache()
+    # The version first: if the file changes between the two, `replace` finds that out.
+    version = str(fs.info(path).get("ETag", ""))
+    return fs.cat_file(path), version
+
+
+def replace(uri: str, data: bytes, version: str) -> bool:
+    """Overwrites a file only where it still is of that version; whether it did. Atomic on S3."""
+    fs, path = open_fs(uri)
+    try:
+        fs.pipe_file(path, data, **({"IfMatch": version} if version else {}))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what s3fs makes of a condition that does not hold
+            raise
         return False
     return True
 

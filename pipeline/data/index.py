@@ -14,6 +14,7 @@ from pipeline.data.sources.parquet import read_row_group
 from pipeline.data.sources.parts import Part
 from pipeline.data.sources.registry import find_source, read_part
 from pipeline.errors import InputError
+from pipeline.versions import check_readable
 
 VALIDATION_FRACTION = 0.1
 
@@ -127,6 +128,7 @@ def open_splits(uri: str, image_size: int = 0) -> Splits:
 def _open_prepared(uri: str, image_size: int) -> Splits:
     try:
         manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        check_readable(manifest.get("versions"), f"--data {uri}")
         if manifest["format"] == SAMPLES_FORMAT:
             return _open_source(storage.join(uri, SAMPLES), image_size)
         if manifest["format"] != FORMAT:

@@ -48,3 +48,4 @@ class Manifest:
     std: list[float]
     quarantined: int
     settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)

@@ -31,6 +31,8 @@ from pipeline.data.sources.registry import (
 )
 from pipeline.display import Display
 from pipeline.errors import InputError
+from pipeline.output import check_claim, locked, read_claim, write_claim
+from pipeline.versions import VERSIONS
 
 QUARANTINE = "quarantine.jsonl"
 NAMED_BAD_IMAGES = 5
@@ -73,11 +75,17 @@ def prepare(config: PrepareConfig) -> Manifest:
     _check(config)
     source = with_class_names(list_source(config.source, config.input, config.rows_per_shard))
     image = _image(config, source)
-    settings = {
-        key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")
-    }
     output = storage.absolute(config.output)
-    _claim(output, settings)
+    with locked(output):
+        return _prepare(config, source, image, output)
+
+
+def _prepare(config: PrepareConfig, source: SourceListing, image: ImageConfig, output: str) -> Manifest:
+    settings, defaults = (_settings(some) for some in (config, PrepareConfig(output="")))
+    if before := read_claim(output, UNFINISHED):
+        check_claim(output, before, settings, defaults)
+    else:
+        write_claim(output, UNFINISHED, settings)
     missing = [n for n in range(len(source.parts)) if not storage.exists(_record_uri(output, n))]
     if missing:
         display = Display("prepare", len(source.parts), "parts")
@@ -121,19 +129,9 @@ def _image(config: PrepareConfig, source: SourceListing) -> ImageConfig:
     return ImageConfig(size, config.channels or source.channels or 3, source.classes)
 
 
-def _claim(output: str, settings: dict[str, Any]) -> None:
-    """A folder belongs to one set of settings, from the first part on."""
-    place = storage.join(output, UNFINISHED)
-    if storage.exists(place):
-        before = json.loads(storage.read_bytes(place))
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            raise InputError(
-                f"--output {output} was begun with {changed[0]} = {before.get(changed[0])}, now it is "
-                f"{settings[changed[0]]}: keep it, or choose another folder"
-            )
-    else:
-        storage.write_atomic(place, json.dumps(settings, indent=1, sort_keys=True).encode())
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the bytes of the shards."""
+    return {key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")}
 
 
 def _record_uri(output: str, number: int) -> str:
@@ -237,6 +235,7 @@ def _finish(
         std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
         quarantined=len(bad),
         settings=settings,
+        versions=VERSIONS,
     )
     storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
     storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())

@@ -27,6 +27,7 @@ from pipeline.generation.chunks import Chunk, file_name
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
 from pipeline.generation.sampler import labels_or_none, sample_labels
+from pipeline.versions import VERSIONS
 
 SHEET, SHEET_COLUMNS, SHEET_ROWS = "contact-sheet.png", 16, 4
 _LABELS_TOGETHER = 65_536
@@ -49,6 +50,7 @@ def describe(
         storage.write_atomic(storage.join(output, ledger.DATA, ledger.PNG_METADATA), data)
     head = {
         "format": SAMPLES_FORMAT,
+        "versions": VERSIONS,
         "code": {"ray-ddpm": __version__, "commit": _commit(), "torch": torch.__version__},
         **about,
         "trained_on": spec.provenance,

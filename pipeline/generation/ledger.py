@@ -20,6 +20,7 @@ from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE
 from pipeline.errors import InputError
 from pipeline.generation.chunks import Chunk, file_name, parse_name
 from pipeline.generation.writers import SUFFIX, png_name
+from pipeline.output import check_claim, read_claim, write_claim
 
 SETTINGS = "settings.json"
 CARD = "README.md"
@@ -83,12 +84,11 @@ def read_record(output: str, chunk: Chunk, form: str, settings: str) -> ChunkRec
 
 
 def saved_settings(output: str) -> dict[str, Any] | None:
-    """What the output was begun with; None where that is not known."""
+    """What the output was begun with, and the model; None where that is not known."""
     try:
-        settings = json.loads(storage.read_bytes(storage.join(output, SETTINGS)))
-    except (FileNotFoundError, ValueError):
+        return read_claim(output, SETTINGS)
+    except InputError:
         return None
-    return settings if isinstance(settings, dict) else None
 
 
 def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
@@ -100,19 +100,11 @@ def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
     Raises:
         InputError: it holds other samples, or something else altogether.
     """
-    before = saved_settings(output)
-    if before is None:
+    if before := saved_settings(output):
+        check_claim(output, before, wanted, hints={"model_fingerprint": f" ({before.get('model')})"})
+    else:
         _check_unclaimed(output, digest(wanted))
-        content = json.dumps({**wanted, **model}, indent=1).encode()
-        storage.write_atomic(storage.join(output, SETTINGS), content)
-        return
-    for key, value in wanted.items():
-        if before.get(key) != value:
-            hint = f" ({before.get('model')})" if key == "model_fingerprint" else ""
-            raise InputError(
-                f"--output {output} holds samples made with {key} = {before.get(key)}{hint}, now it is {value}: "
-                "keep it, or choose another folder"
-            )
+        write_claim(output, SETTINGS, wanted, **model)
 
 
 def _check_unclaimed(output: str, settings: str) -> None:

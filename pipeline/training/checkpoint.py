@@ -17,10 +17,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import InputError
 from pipeline.training.loop import TrainState
+from pipeline.versions import VERSIONS, check_readable, check_same
 
-FORMAT = 2
 STATE = "state.json"
 WEIGHTS, AVERAGES, OPTIMIZER, TIMESTEP_SAMPLER = (
     f"{part}.safetensors" for part in ("weights", "averages", "optimizer", "sampler")
@@ -123,7 +122,7 @@ def write(uri: str, saved: Saved, extra: dict[str, Any]) -> None:
         storage.write_atomic(storage.join(uri, name), data)
         digests[name] = _digest(data)
     state = {
-        "format": FORMAT,
+        "versions": VERSIONS,
         "step": saved.step,
         "averages": len(saved.averages),
         "sha256": digests,
@@ -141,8 +140,10 @@ def read(uri: str) -> tuple[Saved, dict[str, Any]]:
 
     Raises:
         DamagedCheckpoint: a file is missing, cut short or altered.
+        InputError: a release that works otherwise wrote it.
     """
     state = _read_state(uri)
+    check_same(state.get("versions"), uri)
     saved = Saved(
         step=state["step"],
         weights=_read_tensors(uri, state, WEIGHTS),
@@ -171,10 +172,7 @@ def _read_state(uri: str) -> dict[str, Any]:
             raise DamagedCheckpoint(f"{storage.name(uri)}: {STATE} is damaged")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{storage.name(uri)}: {STATE}: {type(error).__name__}: {error}") from error
-    if state["format"] != FORMAT:
-        raise InputError(
-            f"{uri}: written by another version of this program (format {state['format']}, this one reads {FORMAT})"
-        )
+    check_readable(state.get("versions"), uri)
     return state
 
 

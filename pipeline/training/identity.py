@@ -1,13 +1,21 @@
 """Which run an output folder holds: one MLflow run, with settings that a resume can't change."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
-from pipeline import __version__, storage
-from pipeline.config import ModelSpec, TrainConfig, to_dict
+from pipeline import __version__
+from pipeline.config import (
+    DiffusionConfig,
+    ImageConfig,
+    ModelConfig,
+    ModelSpec,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
+from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import runs
 from pipeline.training.run_channel import CURVES
 
@@ -18,22 +26,18 @@ def open_run(
     config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run_id: str = ""
 ) -> runs.Run:
     """One MLflow run for one output folder, whatever number of restarts; `run_id` where the caller opened it."""
-    note = storage.join(output, RUN_FILE)
-    settings = to_dict(replace(config, resume=False))
-    if storage.exists(note):
-        old = json.loads(storage.read_bytes(note))
+    settings, fixed = to_dict(replace(config, resume=False)), _fixed(config, spec, index)
+    before = read_claim(output, RUN_FILE)
+    if before is not None:
         if not config.resume:
             raise InputError(
-                f"--output {config.output} already holds a run: pass --resume, or another folder"
+                f"--output {config.output} already holds a run: pass --resume, or choose another folder"
             )
-        for key, now in _fixed(config, spec, index).items():
-            before = old["fixed"].get(key)
-            if before != now:
-                raise InputError(
-                    f"--resume: {key} was {before} in {config.output} and is {now} now; keep it, or train in "
-                    "another folder"
-                )
-        if run := runs.reopen_run(run_id or old["run_id"], CURVES):
+        # Fields that the release which began the run did not have are at their defaults.
+        for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
+            before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
+        check_claim(output, before, fixed)
+        if run := runs.reopen_run(run_id or before["run_id"], CURVES):
             return run
     run = (runs.reopen_run(run_id, CURVES) if run_id else None) or runs.start_run(
         config.experiment,
@@ -43,8 +47,7 @@ def open_run(
     )
     runs.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
     runs.log_config(run, settings)
-    content = {"run_id": run.id, "fixed": _fixed(config, spec, index), "config": settings}
-    storage.write_atomic(note, json.dumps(content, indent=1).encode())
+    write_claim(output, RUN_FILE, fixed, run_id=run.id, config=settings)
     return run
 
 

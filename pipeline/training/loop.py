@@ -7,7 +7,7 @@ what ran before in the process.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -188,51 +188,63 @@ def train_step(
     return (losses * data.weights).sum() / config.batch_size, norm
 
 
+class Observer:
+    """What a run tells its surroundings and asks of them, on every worker alike; this one keeps still."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes the figures of a logging interval."""
+
+    def save(self) -> None:
+        """Takes a checkpoint of the state."""
+
+    def should_stop(self) -> bool:
+        """Whether the run ends before its next step; every worker must get the same answer."""
+        return False
+
+    def skipped(self, error: NonFinite) -> None:
+        """Is told of a step that was skipped because it was not finite."""
+
+
 def train(
     config: TrainConfig,
     spec: ModelSpec,
     state: TrainState,
     model: nn.Module,
     batches: Iterator[Batch],
-    device: torch.device,
-    world_size: int,
-    on_log: Callable[[int, dict[str, float]], None],
-    on_checkpoint: Callable[[TrainState], None],
-    meter: Meter | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_skip: Callable[[NonFinite], None] = lambda error: None,
+    meter: Meter,
+    observer: Observer,
 ) -> None:
-    """Steps until `config.steps`, calling back at each logging and checkpoint interval (on every worker).
+    """Steps until `config.steps`, in place.
 
     Args:
-        meter: where another left off; a new one otherwise.
-        should_stop: asked before every step, with the same answer on every worker.
-        on_skip: told of each step that was skipped because it was not finite.
+        model: `state.model` as a step calls it: see `network.wrap`.
+        batches: this worker's part of the global batches from `state.step` on.
 
     Raises:
         NonFinite: unless `skip_nonfinite`.
     """
-    process = make_process(spec.diffusion).to(device)
-    meter = meter or Meter(config, world_size, device)
+    process = make_process(spec.diffusion).to(meter.device)
     state.model.train()
-    while state.step < config.steps and not should_stop():
+    while state.step < config.steps and not observer.should_stop():
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began
         try:
-            loss, norm = train_step(config, spec, process, state, model, batch, device, world_size)
+            loss, norm = train_step(
+                config, spec, process, state, model, batch, meter.device, meter.world_size
+            )
         except NonFinite as error:
             if not config.skip_nonfinite:
                 raise
-            on_skip(error)
+            observer.skipped(error)
             state.step += 1
             meter.add_skipped(waited, batch)
         else:
             meter.add(loss, norm, waited, batch)
         if state.step % config.log_every == 0 or state.step == config.steps:
-            on_log(state.step, meter.read(learning_rate(config, state.step - 1)))
+            observer.log(state.step, meter.read(learning_rate(config, state.step - 1)))
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
-            on_checkpoint(state)
+            observer.save()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

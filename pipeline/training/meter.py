@@ -48,7 +48,7 @@ class Meter:
             flops_per_image: of a training step.
             peak_flops: what this worker could do a second; 0 leaves the model FLOPs utilisation out.
         """
-        self._config, self._world_size, self._device = config, world_size, device
+        self._config, self.world_size, self.device = config, world_size, device
         self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
         utilisation(device)
         self._named: list[str] = []
@@ -57,7 +57,7 @@ class Meter:
         self._new_interval()
 
     def _new_interval(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._norm, self._steps, self._skipped, self._bad = 0.0, 0, 0, 0
         self._here, self._waited, self._began = 0, 0.0, time.perf_counter()
 
@@ -90,7 +90,7 @@ class Meter:
     def read(self, rate: float) -> dict[str, float]:
         """The interval's averages over all workers; a new interval begins. A collective call."""
         seconds = time.perf_counter() - self._began
-        system = utilisation(self._device)
+        system = utilisation(self.device)
         loss, waited, bad, peak, *means = self._total(
             self._loss, self._waited, self._bad, self._peak_flops, *system.values()
         )
@@ -100,10 +100,10 @@ class Meter:
             "gradient_norm": self._norm / max(self._steps, 1),
             "learning_rate": rate,
             "images_per_second": rate_of_images,
-            "data_wait_share": waited / self._world_size / seconds,
+            "data_wait_share": waited / self.world_size / seconds,
             "undecodable_images": bad,
             "skipped_steps": self._skipped,
-            **{name: mean / self._world_size for name, mean in zip(system, means, strict=True)},
+            **{name: mean / self.world_size for name, mean in zip(system, means, strict=True)},
         }
         if peak:
             result["mfu"] = rate_of_images * self._flops_per_image / peak
@@ -113,8 +113,8 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON: the sums over all workers. A collective call."""
         loss, bad = self._total(self._loss, self._bad)
-        seen = torch.from_numpy(self._seen.copy()).to(self._device)
-        if self._world_size > 1:
+        seen = torch.from_numpy(self._seen.copy()).to(self.device)
+        if self.world_size > 1:
             dist.all_reduce(seen)
         samples, digest, undecodable = seen.tolist()
         return {
@@ -144,7 +144,7 @@ class Meter:
 
     def _total(self, *values: Tensor | float) -> list[float]:
         """Each value summed over the workers."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self._device) for v in values])
-        if self._world_size > 1:
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()

@@ -89,105 +89,122 @@ def train_loop_per_worker(settings: dict[str, Task]) -> None:
 
 
 def _run(task: Task) -> None:
-    config, spec, channel = task.config, task.spec, task.channel
-    context = ray.train.get_context()
+    """Builds the training state, restores it, trains."""
+    config, spec, hooks = task.config, task.spec, task.hooks
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     _check_shared(task)
-    device = ray.train.torch.get_device()
     network.prepare_device(config, device)
-
-    manager = CheckpointManager(
-        storage.join(task.output, CHECKPOINTS),
-        rank,
-        channel,
-        validate=lambda step: is_validated(config, step),
-        on_write=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
-    )
     state = loop.new_state(config, spec, device)
     peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
     per_image = flops.flops_per_image(spec) if rank == 0 else 0  # rank 0 posts the curve
     meter = Meter(config, world_size, device, per_image, peak)
-    points: list[Point] = []
-    if found := manager.restore():
-        saved, kept = found
-        checkpoint.restore(state, saved)
-        meter.restore(kept, rank)
-        if rank == 0:  # the driver may have been killed before it had delivered them
-            channel.post_points.remote([tuple(point) for point in kept["points"]])
-    elif task.hooks.start_from:
-        checkpoint.restore(state, checkpoint.read(task.hooks.start_from)[0])
+    run = RunObserver(task, state, meter, rank)
+
+    run.restore()
     # From here on images are read and decoded, while the model is made ready.
-    stream = ray.train.get_dataset_shard("train")
-    batches = stream.batches(
-        state.step, config.steps, pin=device.type == "cuda", on_bad=channel.quarantine.remote
+    batches = ray.train.get_dataset_shard("train").batches(
+        state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
     model = network.wrap(config, state.model, world_size)
 
-    commands = CommandListener(channel, state.step, world_size) if rank == 0 else None
-    agreement = Agreement(world_size)
-    last_saved = state.step
-
-    def on_log(step: int, metrics: dict[str, float]) -> None:
-        if rank == 0:
-            points.append((int(time.time() * 1000), step, metrics | {"workers": world_size}))
-            channel.post_points.remote(points[-1:])
-
-    def capture() -> checkpoint.Saved:
-        return checkpoint.capture(state)
-
-    def facts() -> dict[str, Any]:
-        return {
-            "run_id": task.run_id,
-            "position": position(config, state.step, task.rows),
-            "learning_rate": loop.learning_rate(config, state.step),
-            **meter.state(),
-            "points": list(points),
-        }
-
-    def on_checkpoint(_: loop.TrainState) -> None:
-        nonlocal last_saved
-        manager.save(capture, state.step, facts())
-        points.clear()
-        last_saved = state.step
-
-    def should_stop() -> bool:
-        if task.hooks.watch is not None and task.hooks.watch(state, rank, world_size):
-            return True
-        command = agreement(commands() if commands else Command.NOTHING)
-        if command == Command.SAVE:
-            manager.save_now(capture, state.step, facts())
-        return command == Command.STOP
-
-    def on_skip(error: loop.NonFinite) -> None:
-        if rank == 0:
-            channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
-            channel.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
-
+    run.begin()
     try:
         with contextlib.closing(batches):
-            loop.train(
-                config,
-                spec,
-                state,
-                model,
-                batches,
-                device,
-                world_size,
-                on_log,
-                on_checkpoint,
-                meter,
-                should_stop,
-                on_skip,
-            )
+            loop.train(config, spec, state, model, batches, meter, run)
     except (InputError, loop.NonFinite) as error:
-        manager.flush()  # what was good until here
-        if rank == 0 and isinstance(error, loop.NonFinite):
-            ray.get(channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
+        run.fail(error)
         raise
-    if task.hooks.watch is not None and state.step == config.steps:
-        task.hooks.watch(state, rank, world_size)
-    if state.step != last_saved:  # asked to stop
-        on_checkpoint(state)
+    if hooks.watch is not None and state.step == config.steps:
+        hooks.watch(state, rank, world_size)
+    run.save()
+
+
+class RunObserver(loop.Observer):
+    """One worker's hand on the run: its checkpoints, its curve, what the driver and a caller's watch want of it."""
+
+    def __init__(self, task: Task, state: loop.TrainState, meter: Meter, rank: int) -> None:
+        config = task.config
+        self._task, self._state, self._meter, self._rank = task, state, meter, rank
+        self._points: list[Point] = []
+        self._saved_step = -1
+        self._manager = CheckpointManager(
+            storage.join(task.output, CHECKPOINTS),
+            rank,
+            task.channel,
+            validate=lambda step: is_validated(config, step),
+            on_write=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
+        )
+
+    def restore(self) -> None:
+        """Puts the newest whole checkpoint into the state and the meter, or what the run is to start from."""
+        task = self._task
+        if found := self._manager.restore():
+            saved, kept = found
+            checkpoint.restore(self._state, saved)
+            self._meter.restore(kept, self._rank)
+            if self._rank == 0:  # the driver may have been killed before it had delivered them
+                task.channel.post_points.remote([tuple(point) for point in kept["points"]])
+        elif task.hooks.start_from:
+            checkpoint.restore(self._state, checkpoint.read(task.hooks.start_from)[0])
+        self._saved_step = self._state.step
+
+    def begin(self) -> None:
+        """Tells the driver that the steps begin, and listens to it from now on."""
+        world_size = self._meter.world_size
+        self._agreement = Agreement(world_size)
+        self._commands = (
+            CommandListener(self._task.channel, self._state.step, world_size) if self._rank == 0 else None
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """See `loop.Observer`."""
+        if self._rank == 0:
+            point = (int(time.time() * 1000), step, metrics | {"workers": self._meter.world_size})
+            self._points.append(point)
+            self._task.channel.post_points.remote([point])
+
+    def save(self) -> None:
+        """See `loop.Observer`; nothing where this state is saved already."""
+        if self._state.step != self._saved_step:
+            self._manager.save(self._capture, self._state.step, self._facts())
+            self._points.clear()
+            self._saved_step = self._state.step
+
+    def should_stop(self) -> bool:
+        """See `loop.Observer`."""
+        watch = self._task.hooks.watch
+        if watch is not None and watch(self._state, self._rank, self._meter.world_size):
+            return True
+        command = self._agreement(self._commands() if self._commands else Command.NOTHING)
+        if command == Command.SAVE:
+            self._manager.save_now(self._capture, self._state.step, self._facts())
+        return command == Command.STOP
+
+    def skipped(self, error: loop.NonFinite) -> None:
+        """See `loop.Observer`."""
+        if self._rank == 0:
+            self._task.channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
+            self._task.channel.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
+
+    def fail(self, error: Exception) -> None:
+        """Keeps what was good until here, and what was not."""
+        self._manager.flush()
+        if self._rank == 0 and isinstance(error, loop.NonFinite):
+            ray.get(self._task.channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
+
+    def _capture(self) -> checkpoint.Saved:
+        return checkpoint.capture(self._state)
+
+    def _facts(self) -> dict[str, Any]:
+        config, step = self._task.config, self._state.step
+        return {
+            "run_id": self._task.run_id,
+            "position": position(config, step, self._task.rows),
+            "learning_rate": loop.learning_rate(config, step),
+            **self._meter.state(),
+            "points": list(self._points),
+        }
 
 
 class CommandListener:

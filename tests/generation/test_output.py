@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from pipeline import output as output_module
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.output import locked
+from pipeline.output import LeaseLost, locked
 from tests.jobs.common import ROOT
 
 HOLD = (
@@ -65,16 +66,72 @@ def test_a_process_that_lives_is_named_and_one_that_was_killed_is_followed(outpu
         assert json.loads(storage.read_bytes(f"{output}/lock.json"))["pid"] == os.getpid()
 
 
-def test_a_driver_on_another_machine_is_alive_until_it_has_been_silent(output: str) -> None:
+def test_a_driver_on_another_machine_is_waited_for_until_it_shows_that_it_is_alive(
+    output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output_module, "POLL_SECONDS", 0.05)
     place = f"{output}/lock.json"
     storage.write_atomic(place, owner(host="elsewhere", pid=7))
-    with pytest.raises(InputError, match="process 7 on elsewhere"), locked(output):
-        pass
-    storage.write_atomic(
-        place, owner(host="elsewhere", pid=7, time=time.time() - output_module.DEAD_SECONDS - 1)
-    )
+
+    def renew() -> None:
+        time.sleep(0.5)
+        storage.write_atomic(place, owner(host="elsewhere", pid=7))
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(renew)
+        with pytest.raises(InputError, match="being written by process 7 on elsewhere"), locked(output):
+            pass
+    assert "held by process 7 on elsewhere, which may be dead: taking over in 60 s" in capsys.readouterr().err
+
+
+def test_an_expired_lease_is_taken_over(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_module, "POLL_SECONDS", 0.05)
+    place = f"{output}/lock.json"
+    storage.write_atomic(place, owner(host="elsewhere", time=time.time() - output_module.LEASE_SECONDS - 1))
     with locked(output):
-        pass
+        assert json.loads(storage.read_bytes(place))["pid"] == os.getpid()
+    # Also one that is dated by a clock that is wrong: nothing has changed for as long as a lease lasts.
+    monkeypatch.setattr(output_module, "LEASE_SECONDS", 0.5)
+    storage.write_atomic(place, owner(host="elsewhere", time=time.time() + 3600))
+    with locked(output):
+        assert json.loads(storage.read_bytes(place))["pid"] == os.getpid()
+
+
+def test_a_driver_whose_lease_was_taken_over_stops_at_once_and_leaves_the_lock(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_module, "RENEW_SECONDS", 0.1)
+    began = time.monotonic()
+    with pytest.raises(LeaseLost, match="was taken over by another driver"), locked(output):
+        taken_over = owner(host="elsewhere", owner="y")
+        storage.write_atomic(f"{output}/lock.json", taken_over)
+        time.sleep(60)
+    assert time.monotonic() - began < 30
+    assert storage.read_bytes(f"{output}/lock.json") == taken_over
+
+
+def test_a_storage_that_is_away_for_a_while_takes_no_lease_away(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_module, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(output_module, "LEASE_SECONDS", 0.2)
+    with locked(output):
+        with monkeypatch.context() as outage:
+            outage.setattr(storage, "open_fs", lambda uri: (_ for _ in ()).throw(ConnectionError(uri)))
+            time.sleep(1)
+        time.sleep(0.5)
+        assert storage.exists(f"{output}/lock.json")
+
+
+def test_a_file_is_replaced_only_where_it_still_is_of_that_version(output: str) -> None:
+    uri = f"{output}/x"
+    assert storage.create(uri, b"1") and not storage.create(uri, b"2")
+    content, version = storage.read_version(uri)
+    assert content == b"1"
+    assert storage.replace(uri, b"3", version)
+    if not storage.is_local(uri):
+        assert not storage.replace(uri, b"4", version)
+    assert storage.read_bytes(uri) == b"3"
 
 
 def test_a_damaged_lock_belongs_to_nobody(output: str) -> None:
@@ -83,16 +140,21 @@ def test_a_damaged_lock_belongs_to_nobody(output: str) -> None:
         pass
 
 
-def test_of_many_drivers_at_once_exactly_one_gets_a_new_lock_and_one_a_dead_ones(output: str) -> None:
+def test_of_many_drivers_at_once_exactly_one_gets_a_new_lock_and_one_a_dead_ones(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_module, "POLL_SECONDS", 0.05)
     for dead in (False, True):
         if dead:
             storage.write_atomic(f"{output}/lock.json", owner(host="elsewhere", time=0.0))
+        over = threading.Barrier(4, timeout=60)
 
-        def attempt(_: int) -> bool:
+        def attempt(_: int, over: threading.Barrier = over) -> bool:
             try:
                 with locked(output):
-                    time.sleep(output_module.SETTLE_SECONDS + 1)
+                    over.wait()
             except InputError:
+                over.wait()
                 return False
             return True
 
@@ -103,7 +165,7 @@ def test_of_many_drivers_at_once_exactly_one_gets_a_new_lock_and_one_a_dead_ones
 def test_the_owner_says_again_and_again_that_it_is_alive(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(output_module, "RENEW_SECONDS", 0.05)
     with locked(output):
         before = json.loads(storage.read_bytes(f"{output}/lock.json"))["time"]
         deadline = time.monotonic() + 30

@@ -29,6 +29,7 @@ from pipeline.evaluation.neighbours import knn_label_accuracy
 from pipeline.models.sampling import sample_images
 from pipeline.rng import Purpose, normal, uniform
 from pipeline.training import loop
+from pipeline.training.meter import Meter
 from tests.jobs.common import ROOT, environment
 
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
@@ -60,17 +61,8 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     config = TrainConfig("", "", steps=300, batch_size=128, model=model, optimizer=optimizer)
     cpu = torch.device("cpu")
     state = loop.new_state(config, spec, cpu)
-    loop.train(
-        config,
-        spec,
-        state,
-        state.model,
-        batches(config, real, real_labels),
-        cpu,
-        1,
-        lambda step, metrics: None,
-        lambda state: None,
-    )
+    stream = batches(config, real, real_labels)
+    loop.train(config, spec, state, state.model, stream, Meter(config, 1, cpu), loop.Observer())
     with torch.no_grad():
         for parameter, average in zip(state.model.parameters(), state.averages[0], strict=True):
             parameter.copy_(average)

@@ -21,25 +21,33 @@ from tests.training.common import batches, problem
 CPU = torch.device("cpu")
 
 
+class Recorder(loop.Observer):
+    """Keeps what it is told; ends the run before step `stop`."""
+
+    def __init__(self, stop: int = -1) -> None:
+        self.figures: dict[int, dict[str, float]] = {}
+        self.skipped_steps: list[int] = []
+        self._left = stop
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.figures[step] = metrics
+
+    def should_stop(self) -> bool:
+        self._left -= 1
+        return self._left == -1
+
+    def skipped(self, error: NonFinite) -> None:
+        self.skipped_steps.append(error.step)
+
+
 def run(config, spec, state=None, rank: int = 0, world_size: int = 1, meter=None):  # type: ignore[no-untyped-def]
     """Trains to the end; returns the state and the logged losses."""
     state = state or new_state(config, spec, CPU)
     model = wrap(config, state.model, world_size)
-    losses: dict[int, float] = {}
     stream = batches(config, rank, world_size, state.step)
-    train(
-        config,
-        spec,
-        state,
-        model,
-        stream,
-        CPU,
-        world_size,
-        lambda s, m: losses.update({s: m["loss"]}),
-        lambda s: None,
-        meter,
-    )
-    return state, losses
+    observer = Recorder()
+    train(config, spec, state, model, stream, meter or Meter(config, world_size, CPU), observer)
+    return state, {step: figures["loss"] for step, figures in observer.figures.items()}
 
 
 def flat(state: loop.TrainState) -> Tensor:
@@ -110,11 +118,7 @@ def test_another_number_of_workers_goes_on_with_the_same_run(tmp_path: Path) -> 
     config, spec = problem(steps=37)
     straight, losses = run(config, spec)
     meter, half = Meter(config, 1, CPU), new_state(config, spec, CPU)
-    stop = iter([False] * 18 + [True])
-    train(
-        config, spec, half, half.model, batches(config), CPU, 1, lambda *_: None, lambda _: None, meter,
-        lambda: next(stop),
-    )  # fmt: skip
+    train(config, spec, half, half.model, batches(config), meter, Recorder(stop=18))
     checkpoint.write(str(tmp_path / "c"), checkpoint.capture(half), meter.state())
     several = several_workers(2, tmp_path, {"steps": 37}, str(tmp_path / "c"))
     assert (several["weights"] - flat(straight)).norm() < 1e-4 * flat(straight).norm()
@@ -170,7 +174,7 @@ def test_a_non_finite_step_is_named_and_leaves_everything_as_it_was() -> None:
     config, spec = problem(diffusion=dict(SAMPLER))
     state = new_state(config, spec, CPU)
     with pytest.raises(NonFinite, match=r"step 3: .*samples \d+") as caught:
-        train(config, spec, state, state.model, _Poisoned(config), CPU, 1, lambda *_: None, lambda _: None)
+        train(config, spec, state, state.model, _Poisoned(config), Meter(config, 1, CPU), loop.Observer())
     before, _ = run(dataclasses.replace(config, steps=2), spec)
     assert torch.equal(flat(state), flat(before))
     assert all(
@@ -183,12 +187,9 @@ def test_a_non_finite_step_is_named_and_leaves_everything_as_it_was() -> None:
 
 def test_a_non_finite_step_is_skipped_on_request() -> None:
     config, spec = problem(skip_nonfinite=True, diffusion=dict(SAMPLER))
-    state, skipped, losses = new_state(config, spec, CPU), list[int](), dict[int, dict[str, float]]()
-    train(
-        config, spec, state, state.model, _Poisoned(config), CPU, 1, losses.__setitem__, lambda _: None,
-        on_skip=lambda error: skipped.append(error.step),
-    )  # fmt: skip
-    assert (state.step, skipped) == (config.steps, [3])
+    state, observer = new_state(config, spec, CPU), Recorder()
+    train(config, spec, state, state.model, _Poisoned(config), Meter(config, 1, CPU), observer)
+    assert (state.step, observer.skipped_steps) == (config.steps, [3])
     assert bool(flat(state).isfinite().all())
-    assert losses[5]["skipped_steps"] == 1
-    assert np.isfinite(losses[5]["loss"])
+    assert observer.figures[5]["skipped_steps"] == 1
+    assert np.isfinite(observer.figures[5]["loss"])
