@@ -1,13 +1,42 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere; always on stderr."""
+"""What reaches the terminal: progress of long work, and what of other libraries' words is kept off it."""
 
+import contextlib
+import logging
+import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS = 10.0
+# Whatever they report as an error also comes as an exception, which is told in one line.
+TALKATIVE = (
+    "ray", "ray.data", "ray.train", "ray.tune", "mlflow", "alembic", "matplotlib", "fsspec", "urllib3", "httpx"
+)  # fmt: skip
+
+
+def quieten() -> None:
+    """No words of other libraries on stderr. Ray sets its loggers' levels when it starts: call it after that, too."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+@contextlib.contextmanager
+def redirected(descriptor: int, target: int) -> Iterator[int]:
+    """Sends what is written to a file descriptor to another, also by C++; yields a duplicate of the real one."""
+    stream = {1: sys.stdout, 2: sys.stderr}[descriptor]
+    stream.flush()
+    real = os.dup(descriptor)
+    os.dup2(target, descriptor)
+    try:
+        yield real
+    finally:
+        stream.flush()
+        os.dup2(real, descriptor)
+        os.close(real)
 
 
 class Display:

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import InputError
-from pipeline.redact import redact
+from pipeline.redact import one_line, redact
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 THIS_MACHINE = "127.0.0.1", "localhost", "::1"
@@ -60,7 +60,7 @@ def connect(address: str, verify: str = "true") -> Any:
         raise InputError(_token_line(address, str(error))) from None
     except (ConnectionError, RuntimeError) as error:
         if "404" not in str(error):
-            raise InputError(f"the job server at {address}: {_reason(error)}") from None
+            raise InputError(f"the job server at {address}: {one_line(error)}") from None
     return client
 
 
@@ -86,13 +86,13 @@ def _knock(address: str, verify: bool | str) -> None:
         answer.json()["ray_version"]
     except requests.exceptions.SSLError as error:
         raise InputError(
-            f"{address}: its certificate is not trusted: {_reason(error)}; "
+            f"{address}: its certificate is not trusted: {one_line(error)}; "
             "--verify FILE names the authority's certificate"
         ) from None
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-        raise InputError(f"no Ray job server answers at {address}: {_reason(error)}") from None
+        raise InputError(f"no Ray job server answers at {address}: {one_line(error)}") from None
     except (requests.exceptions.RequestException, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"what answers at {address} is no Ray job server: {_reason(error)}") from None
+        raise InputError(f"what answers at {address} is no Ray job server: {one_line(error)}") from None
 
 
 def _token_line(address: str, reason: str) -> str:
@@ -100,8 +100,4 @@ def _token_line(address: str, reason: str) -> str:
         return f"the cluster at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
     if "Authentication failed" in reason:
         return f"the cluster at {address} refuses the token: is RAY_AUTH_TOKEN that of this cluster?"
-    return f"no token for the cluster at {address}: {' '.join(reason.split())[:200]}"
-
-
-def _reason(error: Exception) -> str:
-    return redact(" ".join(str(error).split()))[:200]
+    return f"no token for the cluster at {address}: {one_line(reason)}"

@@ -33,6 +33,15 @@ JOB_CLIENT_LOGGERS = (
 )  # fmt: skip
 
 
+def silence_published_errors() -> None:
+    """Ray's driver prints every error that a node publishes, with its traceback and whatever its loggers' level.
+
+    Each also reaches its caller as an exception. With `log_to_driver=False` nothing else is printed by this function.
+    """
+    worker = importlib.import_module("ray._private.worker")
+    worker.print_to_stdstream = lambda data, ignore_prefix=False: None  # type: ignore[attr-defined]
+
+
 def __getattr__(name: str) -> Any:
     if name not in INTERNALS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.display import quieten, redirected
+from pipeline.errors import InputError
+from pipeline.redact import one_line
+
 PACKAGE = Path(__file__).parents[1]
 # Ray reads these when it is imported or when its workers start.
 _QUIET = {
@@ -59,7 +63,7 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
     from ray.data import DataContext
 
     from pipeline.cluster.pace import set_pace
-    from pipeline.errors import InputError
+    from pipeline.cluster.ray_internals import silence_published_errors
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
@@ -75,13 +79,12 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
             with contextlib.nullcontext() if verbose else _muted():
                 ray.init(**options)
         except ConnectionError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}") from None
+            raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
     context = DataContext.get_current()
     set_pace(context)
     if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        quieten()
+        silence_published_errors()
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False
         context.print_on_execution_start = False
@@ -107,14 +110,11 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """Keeps stderr back, at descriptor level; it is shown only if what is inside fails.
+    """Keeps stderr back; it is shown only if what is inside fails.
 
     Ray's core announces there, in a line that no setting stops, that it was told to be quiet.
     """
-    sys.stderr.flush()
-    real = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
+    with tempfile.TemporaryFile() as kept, redirected(2, kept.fileno()) as real:
         try:
             yield
         except BaseException as error:
@@ -122,10 +122,6 @@ def _muted() -> Iterator[None]:
                 kept.seek(0)
                 os.write(real, kept.read())
             raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(real, 2)
-            os.close(real)
 
 
 def _worker_environment(environment: dict[str, str]) -> dict[str, str]:

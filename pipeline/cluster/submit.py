@@ -19,10 +19,9 @@ from pipeline.cluster.job_server import connect
 from pipeline.cluster.packing import pack
 from pipeline.cluster.session import PACKAGE, checkout
 from pipeline.errors import InputError, JobFailed
-from pipeline.redact import redact
+from pipeline.redact import one_line, redact
 
-JOBS = ("prepare", "train", "tune", "generate", "evaluate")
-Action = Literal["prepare", "train", "tune", "generate", "evaluate", "status", "logs", "stop", "list"]
+Job = Literal["prepare", "train", "tune", "generate", "evaluate"]
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 # Enough of the end of a job's output to hold its result line and its last complaint.
 KEPT_CHARACTERS = 100_000
@@ -34,16 +33,16 @@ _SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential")
 
 @dataclass(frozen=True)
 class SubmitConfig:
-    """What to do on the cluster; flags of the job itself follow after `--`."""
+    """What to run on the cluster; flags of the job itself follow after `--`."""
 
-    action: Annotated[Action, tyro.conf.Positional]
-    """A job to submit, or what to do with one that was: status, logs, stop (with --id), list."""
+    job: Annotated[Job, tyro.conf.Positional]
+    """The job to submit. `ray job status`, `logs`, `stop` and `list` do the rest."""
     address: str = ""
     """Ray's job server, http:// or https://; left out = RAY_ADDRESS, else http://127.0.0.1:8265."""
     id: str = ""
     """Submission id. The same id again joins the job that runs under it, or reports the one that ended."""
     wait: bool = False
-    """Stream the job's output, exit with its exit code and print its result; also for logs and stop."""
+    """Stream the job's output, exit with its exit code and print its result."""
     forward: tuple[str, ...] = ()
     """Environment variables that the job gets from here (MLFLOW_TRACKING_URI, say); never secrets."""
     verify: str = "true"
@@ -52,49 +51,25 @@ class SubmitConfig:
     """Largest working tree that is sent."""
 
 
-def act(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
-    """Submits a job, or asks about one.
+def submit(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
+    """Submits a job, or joins the one that has its id.
 
     Returns:
-        for a job with `wait`, its own result line with `id` and `status`; else `id` and `status`.
+        with `wait`, the job's own result line with `id` and `status`; else `id` and `status`.
 
     Raises:
-        InputError: nothing answers at the address, the token is refused, no such job, a flag that can't work.
+        InputError: nothing answers at the address, the token is refused, a flag that can't work.
         JobFailed: with `wait`, the job ended badly.
     """
     if config.id and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", config.id):
         raise InputError(f"--id {config.id}: letters, digits, '.', '_' and '-' only")
-    if config.action in JOBS:
-        _check_flags(flags)
-    elif flags:
-        raise InputError(f"{config.action} takes no flags after --")
-    elif config.action != "list" and not config.id:
-        raise InputError(f"{config.action} needs --id; `jobs/submit.py list` shows the ids")
+    _check_flags(flags)
     client = connect(config.address, config.verify)
-    if config.action == "list":
-        return _list(client)
-    if config.action in JOBS:
-        job_id = _submit(client, config, flags)
-        print(f"submitted as {job_id}", file=sys.stderr)
-        return _follow(client, job_id) if config.wait else _state(client, job_id)
-    if _find(client, config.id) is None:
-        raise InputError(f"--id {config.id}: the cluster knows no such job")
-    if config.action == "logs" and not config.wait:
-        print(client.get_job_logs(config.id), end="", file=sys.stderr)
-    elif config.action == "logs":
-        _Output().show(client, config.id)
-    elif config.action == "stop":
-        client.stop_job(config.id)
-        while config.wait and _state(client, config.id)["status"] not in FINISHED:
-            time.sleep(0.5)
-    return _state(client, config.id)
-
-
-def _list(client: Any) -> dict[str, Any]:
-    jobs = [job for job in client.list_jobs() if job.submission_id]
-    for job in jobs:
-        print(f"{job.submission_id}  {job.status.value}  {redact(job.entrypoint)}", file=sys.stderr)
-    return {"output": "", "count": len(jobs), "jobs": {job.submission_id: job.status.value for job in jobs}}
+    job_id = _submit(client, config, flags)
+    print(f"submitted as {job_id}", file=sys.stderr)
+    if config.wait:
+        return _follow(client, job_id)
+    return {"output": "", "id": job_id, "status": client.get_job_info(job_id).status.value}
 
 
 def _check_flags(flags: list[str]) -> None:
@@ -116,7 +91,7 @@ def _check_flags(flags: list[str]) -> None:
 
 def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
     """The id of a job with this id and these flags: one that is there, else a new one."""
-    entrypoint = shlex.join(["python", "-m", "pipeline.commands", config.action, *flags])
+    entrypoint = shlex.join(["python", "-m", "pipeline.commands", config.job, *flags])
     job = _find(client, config.id) if config.id else None
     if job is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +108,7 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
                 # Another submitter with the same id may have come first.
                 job = _find(client, config.id) if config.id else None
                 if job is None:
-                    raise InputError(f"the cluster refuses the job: {' '.join(str(error).split())}") from None
+                    raise InputError(f"the cluster refuses the job: {one_line(error)}") from None
     if job.entrypoint != entrypoint:
         raise InputError(f"--id {config.id} is another job: {redact(job.entrypoint)}; take another id")
     if job.status.value in ("FAILED", "STOPPED"):
@@ -161,10 +136,6 @@ def _find(client: Any, job_id: str) -> Any | None:
         if "404" in str(error):
             return None
         raise
-
-
-def _state(client: Any, job_id: str) -> dict[str, Any]:
-    return {"output": "", "id": job_id, "status": client.get_job_info(job_id).status.value}
 
 
 def _follow(client: Any, job_id: str) -> dict[str, Any]:
@@ -209,8 +180,8 @@ class _Output:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > LOST_SECONDS:
                     raise InputError(
-                        f"the job server is gone ({redact(str(error))[:200]}); job {job_id} may go on: "
-                        "`submit.py logs --wait` with its --id joins it again"
+                        f"the job server is gone ({one_line(error)}); job {job_id} may go on: "
+                        "the same command with its --id joins it again"
                     ) from None
             time.sleep(1.0)
 

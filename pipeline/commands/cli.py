@@ -1,22 +1,26 @@
 """What every entry point does: parse flags, run, print one JSON line; one clear line on bad input."""
 
 import contextlib
-import io
+import dataclasses
+import difflib
 import json
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, get_type_hints
 
 import tyro
 
+# tyro prints a box of several lines where a command line is wrong. Its events say the same in words that fit one.
+from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, on_parse_error
+
 from pipeline.cluster.session import connect, disconnect
 from pipeline.config import RENAMED, from_dict, load_yaml
+from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
-from pipeline.redact import redact, refuse_secrets
+from pipeline.redact import one_line, redact, refuse_secrets
 from pipeline.tracking import runs
 
 T = TypeVar("T")
@@ -38,32 +42,68 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
         "the logs of Ray and MLflow through."
     )
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            return tyro.cli(
-                cls, args=arguments, prog=program(job), description=description, config=markers, **extra
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(_one_line(output.getvalue(), job)) from None
+
+    def refuse(event: ParseErrorEvent) -> None:
+        raise InputError(f"{_mistake(event, cls)} (see {program(job)} --help)")
+
+    with on_parse_error(refuse):
+        return tyro.cli(
+            cls, args=arguments, prog=program(job), description=description, config=markers, **extra
+        )
+
+
+def _mistake(event: ParseErrorEvent, cls: type) -> str:
+    """What is wrong with a command line, from what tyro says of it."""
+    unknown: list[str] = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
+    if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
+        near = difflib.get_close_matches(flag.replace("_", "-"), list(_flags(cls)), n=1, cutoff=0.7)
+        return f"no flag {flag}" + (f": did you mean {near[0]}?" if near else "")
+    if unknown:
+        return f"{unknown[0]!r} stands where a flag is expected"
+    if isinstance(event, MissingArgs):
+        return "required and not given: " + ", ".join(_name(part.arg) for part in event.missing_arguments)
+    argument = getattr(event, "argument", None)
+    flag = _name(argument) if argument else "the flags"
+    if isinstance(event, InvalidChoice):
+        near = difflib.get_close_matches(event.value, event.choices, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{flag} {event.value}: give one of {', '.join(event.choices)}{hint}"
+    if isinstance(event, BadValue):
+        return f"{flag}: a value is missing" if event.offending_value is None else f"{flag} takes no value"
+    expected = f" expects {argument.lowered.metavar}" if argument else ""
+    return f"{flag}{expected}: {one_line(getattr(event, 'message', type(event).__name__))}"
+
+
+def _name(argument: Any) -> str:
+    """A flag, or a positional argument's name, as the user writes it."""
+    return str(
+        argument.field.intern_name.upper() if argument.is_positional() else argument.lowered.name_or_flags[0]
+    )
+
+
+def _flags(cls: Any) -> Iterator[str]:
+    """Every flag of a configuration and of those inside it."""
+    for name, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _flags(hint)
+        else:
+            yield f"--{name.replace('_', '-')}"
 
 
 def main(
     job: str,
     about: str,
     cls: type[T],
-    execute: Callable[[T], dict[str, Any]],
+    execute: Callable[..., dict[str, Any]],
     arguments: list[str],
     *,
-    check: Callable[[T], object] = lambda config: None,
+    check: Callable[[T], Any] | None = None,
     ray: bool = True,
 ) -> int:
     """Runs a job: its result is the last line on stdout, everything else goes to stderr.
 
     Args:
-        execute: does the work, and returns the result.
+        execute: does the work, and returns the result; called with the configuration and with what `check` returned.
         check: raises InputError for what is known to be wrong before Ray is joined or started.
         ray: join or start Ray first.
 
@@ -76,11 +116,13 @@ def main(
         config = parse(cls, arguments, job, about)
         refuse_secrets(config)
         with result_stream() as stream:
-            _quieten(verbose)
-            check(config)
+            if not verbose:
+                quieten()
+                runs.quieten()
+            checked = (check(config),) if check else ()
             if ray:
                 connect(verbose, runs.environment())
-            result = execute(config)
+            result = execute(config, *checked)
             print(json.dumps(result), file=stream, flush=True)
             if ray:
                 # While stdout still leads to stderr: what Ray's core says as it goes must not follow the result.
@@ -113,26 +155,11 @@ def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:place], arguments[place + 1 :]
 
 
-def _quieten(verbose: bool) -> None:
-    if not verbose:
-        runs.quieten()
-        for name in ("mlflow", "alembic", "matplotlib", "fsspec", "urllib3", "httpx"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-
 @contextlib.contextmanager
 def result_stream() -> Iterator[IO[str]]:
-    """The real stdout, while everything else that prints there is sent to stderr (at descriptor level)."""
-    sys.stdout.flush()
-    real = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    try:
-        yield real
-    finally:
-        sys.stdout.flush()
-        real.flush()
-        os.dup2(real.fileno(), 1)
-        real.close()
+    """The real stdout, while everything else that is printed there goes to stderr."""
+    with redirected(1, 2) as real, os.fdopen(os.dup(real), "w") as stream:
+        yield stream
 
 
 def _current_flag(word: str) -> str:
@@ -163,8 +190,6 @@ def _take_switch(arguments: list[str], name: str) -> tuple[list[str], bool]:
 
 def _with_defaults(cls: type[T], values: dict[str, Any], where: str) -> T:
     """`values` as `cls`, where a required field that is missing is still asked for as a flag."""
-    import dataclasses
-
     required = {
         f.name
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -175,14 +200,3 @@ def _with_defaults(cls: type[T], values: dict[str, Any], where: str) -> T:
     for name in missing:
         object.__setattr__(config, name, tyro.MISSING)
     return config
-
-
-def _one_line(panel: str, job: str) -> str:
-    """The sense of tyro's boxed error."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in panel.splitlines()]
-    kept = [
-        line
-        for line in lines
-        if line and not line.startswith("For full helptext") and line != f"{program(job)} --help"
-    ]
-    return f"{' '.join(kept)} (see {program(job)} --help)"

@@ -38,7 +38,8 @@ def execute(config: DemoConfig) -> dict[str, Any]:
         raise InputError(f"--output {config.output} is not empty: remove it, or choose another folder")
     data, samples, pictures = root / "digits", root / "samples", root / "pictures"
     timed("prepare", lambda: prepare.execute(PrepareConfig(output=str(data))))
-    trained = timed("train", lambda: train.execute(training(config, data, root / "run")))
+    settings = training(config, data, root / "run")
+    trained = timed("train", lambda: train.execute(settings, train.check(settings)))
     model = "models:/digits@newest"
     generated = timed(
         "generate",

@@ -10,15 +10,16 @@ from typing import Any
 
 from pipeline.commands import cli
 from pipeline.config import TrainConfig
+from pipeline.data.index import Splits
 from pipeline.tracking import runs
 
 
-def execute(config: TrainConfig) -> dict[str, Any]:
-    """Trains, exports, logs a grid of samples, registers."""
+def execute(config: TrainConfig, data: Splits) -> dict[str, Any]:
+    """Trains on data that `check` opened, exports, logs a grid of samples, registers."""
     from pipeline.pictures.make import sample_grid
     from pipeline.training.trainer import train
 
-    trained = train(config)
+    trained = train(config, data)
     with tempfile.TemporaryDirectory() as folder:
         picture = sample_grid(trained.folder, Path(folder) / "samples.png", seed=config.seed)
         runs.log_file(trained.run, picture)
@@ -32,11 +33,11 @@ def execute(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def check(config: TrainConfig) -> None:
-    """Refuses what can't work, before a cluster is asked for anything."""
+def check(config: TrainConfig) -> Splits:
+    """Refuses what can't work, before a cluster is asked for anything; opens the data."""
     from pipeline.training.trainer import check as check_training
 
-    check_training(config)
+    return check_training(config)[0]
 
 
 def main(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.redact import redact
+from pipeline.redact import one_line, redact
 from pipeline.tracking import runs
 
 MODEL_FOLDER = "model"
@@ -81,7 +81,7 @@ def resolve_model(model: str) -> tuple[Path, str]:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target))
     except (MlflowException, OSError) as error:
         raise InputError(
-            f"--model {model}: not found in MLflow at {redact(runs.tracking_uri())}: {runs.one_line(error)}"
+            f"--model {model}: not found in MLflow at {redact(runs.tracking_uri())}: {one_line(error)}"
         ) from None
     # pyfunc keeps artifacts under their key, or under the folder's own name.
     for config in sorted(local.rglob("config.json")):

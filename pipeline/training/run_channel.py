@@ -22,6 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import storage
 from pipeline.display import Display
 from pipeline.evaluation.config import BITS_PER_DIM
+from pipeline.output import LeaseLost
+from pipeline.redact import one_line
 
 # The value by which a point is known as one of a curve: of the training, and of the validation.
 CURVES = ("loss", BITS_PER_DIM)
@@ -199,7 +201,7 @@ class ChannelReader:
             self._deliver(self._kept.points, self._kept.files)
         except Exception as error:  # whatever the server is down with: training goes on, nothing is lost
             if not self._error:
-                self._error = " ".join(str(error).split())[:200]
+                self._error = one_line(error)
                 self._display.note(f"the curves wait until MLflow takes them: {self._error}")
         else:
             self._kept, self._error = Messages(), ""
@@ -221,7 +223,8 @@ class ChannelReader:
     ) -> None:
         self._done.set()
         self._thread.join()
-        self._round()
+        if not isinstance(error, LeaseLost):
+            self._round()
         self._display.close()
         if self._error:
             print(f"MLflow did not take the last points: {self._error}", file=sys.stderr, flush=True)

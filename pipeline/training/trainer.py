@@ -22,8 +22,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import __version__, storage
 from pipeline.cluster.session import spilled_bytes
-from pipeline.config import ModelSpec, TrainConfig
-from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.config import ModelSpec, TrainConfig, check_at_least
+from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.data.order import Plan
 from pipeline.data.stream import RankStream
 from pipeline.diffusion.schedules import make_betas, resolve
@@ -32,6 +32,7 @@ from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.models.ema import power_gamma
 from pipeline.models.unet import check_model
+from pipeline.output import LeaseLost, locked
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, sweep
@@ -95,24 +96,20 @@ def make_spec(config: TrainConfig, index: DatasetIndex) -> ModelSpec:
     )
 
 
-def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
+def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, ModelSpec]:
     """Everything that can be known to be wrong before a cluster is asked for anything.
+
+    Args:
+        data: what `config.data` names, where it is open already.
+
+    Returns:
+        the data, and the model to train.
 
     Raises:
         InputError: in one line, what to change.
     """
-    positive = (
-        "steps",
-        "workers",
-        "batch_size",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "readers",
-    )
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    names = "steps workers batch_size log_every checkpoint_every keep_checkpoints readers"
+    check_at_least(config, **dict.fromkeys(names.split(), 1))
     if config.min_workers > config.workers:
         raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
     if config.batch_size < config.workers:
@@ -126,24 +123,24 @@ def check(config: TrainConfig) -> tuple[DatasetIndex, ModelSpec]:
         )
     for length in config.optimizer.ema_lengths:
         power_gamma(length)
-    index = open_dataset(config.data, image_size=config.image_size)
-    spec = make_spec(config, index)
+    data = data or open_splits(config.data, config.image_size)
+    spec = make_spec(config, data["train"])
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)
     if config.validate_every:
-        held_out = open_dataset(config.data, "validation", spec.image.size)
-        if held_out.rows < 2 or config.validation_images == 1:
+        if data["validation"].rows < 2 or config.validation_images == 1:
             raise InputError("--validate-every needs at least two held-out images")
         if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
             raise InputError(
                 f"--validation-terms {config.validation_terms}: give an even number, or 0 for every term"
             )
     storage.check_writable(config.output)
-    return index, spec
+    return data, spec
 
 
 def train(
     config: TrainConfig,
+    data: Splits | None = None,
     *,
     callbacks: Sequence[Any] = (),
     on_point: Callable[[int, dict[str, float]], None] = lambda step, values: None,
@@ -152,23 +149,40 @@ def train(
     """Trains, or goes on training, and exports the averaged model to `OUTPUT/model`.
 
     Args:
+        data: what `config.data` names, where it is open already.
         callbacks: `ray.train.UserCallback`s for Ray Train's controller.
         on_point: told, in a thread of this process, each new point of the curves once: its step and values. Those of
             the training hold `loss`, those of the validation `bits_per_dim`.
         hooks: see there.
 
     Raises:
-        InputError: see `check`; also a run in `output` that was not to be resumed, or with other settings.
+        InputError: see `check`; also a run in `output` that was not to be resumed, that has other settings, or that
+            another driver trains.
         Interrupted: a signal ended the run; it was saved first.
     """
-    index, spec = check(config)
+    data, spec = check(config, data)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
-    run = open_run(config, spec, index, output, hooks.run_id)
+    # A caller that opened the MLflow run holds the lock of the folder that the output lies in.
+    with contextlib.nullcontext() if hooks.run_id else locked(output):
+        run = open_run(config, spec, data["train"], output, hooks.run_id)
+        return _train(config, data, spec, output, run, callbacks, on_point, hooks)
+
+
+def _train(
+    config: TrainConfig,
+    data: Splits,
+    spec: ModelSpec,
+    output: str,
+    run: runs.Run,
+    callbacks: Sequence[Any],
+    on_point: Callable[[int, dict[str, float]], None],
+    hooks: worker.Hooks,
+) -> Trained:
     folder = storage.join(output, CHECKPOINTS)
     mend(folder)
     channel = open_channel(read_quarantine(output))
-    trainer = _trainer(config, spec, index, output, run, channel, callbacks, hooks)
+    trainer = _trainer(config, data, spec, output, run, channel, callbacks, hooks)
     display = Display("train", config.steps, "steps")
 
     def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
@@ -187,7 +201,6 @@ def train(
         sweep(folder, [entry for entry, _ in result.best_checkpoints or []])
         weights, step = _newest_model(folder)
         if signal_number and step < config.steps:
-            status = "KILLED"
             raise Interrupted(
                 f"stopped at step {step} of {config.steps}, which is saved; go on with --resume",
                 signal_number,
@@ -199,6 +212,9 @@ def train(
         status = "RUNNING"
     except Interrupted:
         status = "KILLED"
+        raise
+    except LeaseLost:
+        status = "RUNNING"  # by the other driver
         raise
     finally:
         ray.kill(channel)
@@ -215,8 +231,8 @@ def train(
 
 def _trainer(
     config: TrainConfig,
+    data: Splits,
     spec: ModelSpec,
-    index: DatasetIndex,
     output: str,
     run: runs.Run,
     channel: Any,
@@ -226,16 +242,16 @@ def _trainer(
     # How long a dead worker goes unnoticed, and a finished one is waited for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if config.min_workers:
-        # Room on a node that died unnoticed is waited for so long (a minute, by default) before fewer workers go on.
+        # Seconds that Ray waits for a dead node's resources before it continues with fewer workers; 60 by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    index = data["train"]
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     gpu = _use_gpu(config)
     filesystem, path = storage.arrow_fs(output)
     validation, scored = None, {}
     if config.validate_every:
-        held_out = open_dataset(config.data, "validation", spec.image.size)
         validation = ValidationConfig(
-            Validator(config, spec, held_out, output, channel),
+            Validator(config, spec, data["validation"], output, channel),
             ray_remote_kwargs=_validation_resources(config, gpu),
         )
         scored = {"checkpoint_score_attribute": BITS_PER_DIM, "checkpoint_score_order": "min"}

@@ -40,7 +40,8 @@ class Hooks:
     Attributes:
         watch: asked before each step and after the last one.
         start_from: folder of a checkpoint that a run without one of its own starts from.
-        run_id: MLflow run to log to, opened by the caller; empty = the run opens its own.
+        run_id: MLflow run to log to, opened by the caller, who holds the lock of a folder around the output; empty = the
+            run opens its own.
         log_model: log the exported model to MLflow.
     """
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import time
 
 import pytest
 import ray
@@ -39,6 +40,29 @@ def test_memory_info_counts_what_the_object_stores_spilled(monkeypatch: pytest.M
     finally:
         if mine:
             ray.shutdown()
+
+
+def test_errors_that_a_node_publishes_stay_off_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    from ray._private import worker
+    from ray._private.utils import publish_error_to_driver
+
+    mine = not ray.is_initialized()
+    connect()
+    try:
+        shown: list[dict[str, object]] = []
+        silent = worker.print_to_stdstream
+        worker.print_to_stdstream = lambda data, ignore_prefix=False: (shown.append(data), silent(data))[1]
+        deadline = time.monotonic() + 60
+        while not shown and time.monotonic() < deadline:
+            publish_error_to_driver("test", "Traceback of a node", gcs_client=worker.global_worker.gcs_client)
+            time.sleep(0.1)
+        worker.print_to_stdstream = silent
+        assert shown[0]["lines"] == ["Traceback of a node"]  # this is the function through which they come
+    finally:
+        if mine:
+            ray.shutdown()
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
 
 
 def test_the_token_of_this_machine_is_turned_on_without_a_warning() -> None:

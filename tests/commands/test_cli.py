@@ -1,0 +1,48 @@
+"""What a mistake in a command line gets: one line in words, with the nearest right one."""
+
+import pytest
+
+from pipeline.cluster.submit import SubmitConfig
+from pipeline.commands import cli
+from pipeline.config import TrainConfig
+from pipeline.data.shards import PrepareConfig
+from pipeline.errors import InputError
+from pipeline.generation.config import GenerateConfig
+
+GIVEN = ["--data", "d", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "words", "says"),
+    [
+        (TrainConfig, [*GIVEN, "--stepz", "3"], "no flag --stepz: did you mean --steps? (see"),
+        (TrainConfig, [*GIVEN, "--stepz=3"], "no flag --stepz: did you mean --steps?"),
+        (
+            TrainConfig,
+            [*GIVEN, "--learning_rte", "3"],
+            "no flag --learning_rte: did you mean --learning-rate?",
+        ),
+        (TrainConfig, ["--bogus", "1"], "no flag --bogus (see"),
+        (TrainConfig, ["--output", "o"], "required and not given: --data"),
+        (TrainConfig, [], "required and not given: --data, --output"),
+        (TrainConfig, [*GIVEN, "stray"], "'stray' stands where a flag is expected"),
+        (TrainConfig, [*GIVEN, "--steps"], "--steps: a value is missing"),
+        (TrainConfig, [*GIVEN, "--steps", "x"], "--steps expects INT: "),
+        (TrainConfig, [*GIVEN, "--variance", "fixed_smal"], "did you mean fixed_small?"),
+        (
+            TrainConfig,
+            [*GIVEN, "--variance", "x"],
+            "--variance x: give one of fixed_large, fixed_small, learned_range",
+        ),
+        (PrepareConfig, ["--output", "o", "--background", "1", "2"], "--background: a value is missing"),
+        (GenerateConfig, ["--model", "m", "--output", "o", "--labels", "a"], "--labels expects"),
+        (SubmitConfig, [], "required and not given: JOB"),
+        (SubmitConfig, ["trian"], "JOB trian: give one of prepare, train, "),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(cls: type, words: list[str], says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        cli.parse(cls, words, "train", "")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value) and "│" not in str(caught.value)
+    assert str(caught.value).endswith("(see ray-ddpm train --help)")
