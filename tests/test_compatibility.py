@@ -2,19 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pipeline.commands import cli
 from pipeline.config import TrainConfig, from_dict, to_dict
+from pipeline.data.index import open_dataset
+from pipeline.errors import InputError
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.output import check_claim, read_claim, write_claim
+from pipeline.training import checkpoint
+from pipeline.training.loop import new_state
 from pipeline.tuning import ledger
 from pipeline.tuning.space import apply, parse_space
+from pipeline.versions import VERSIONS
 from tests.generation.conftest import save
+from tests.training.common import problem
 
+CPU = torch.device("cpu")
 # The script that 0.1.0 logged with every model, without its comments.
 PYFUNC = """
 from pathlib import Path
@@ -59,6 +69,67 @@ def test_fields_of_files_keep_their_old_names(tmp_path: Path) -> None:
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"number": 3, "parameters": {}, "flags": {}, "leg": 2}))
     assert ledger.read(str(tmp_path), "0003").incarnation == 2
+
+
+def strip_versions(path: Path) -> dict[str, Any]:
+    """Turns a file into one of 0.1.0, which knew no versions."""
+    content = json.loads(path.read_text())
+    del content["versions"]
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_a_release_that_works_otherwise_refuses_to_go_on_and_opens_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"seed": 1, "sampler": "ddim"}
+    samples, run = str(tmp_path / "samples"), str(tmp_path / "run")
+    # 0.1.0 kept the settings of samples without a name around them, and those of a run under one.
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "settings.json").write_text(json.dumps({**settings, "model": "models:/m/1"}))
+    write_claim(run, "run.json", settings, run_id="abc")
+    strip_versions(tmp_path / "run" / "run.json")
+    claims = {samples: "settings.json", run: "run.json"}
+    config, spec = problem()
+    checkpoint.write(str(tmp_path / "c"), checkpoint.capture(new_state(config, spec, CPU)), {})
+    stored = json.loads((tmp_path / "c" / "state.json").read_text())["state"]
+    assert stored["versions"] == VERSIONS
+
+    for output, name in claims.items():
+        before = read_claim(output, name)
+        assert before is not None
+        check_claim(output, before, settings)
+        with pytest.raises(InputError, match=r"begun with seed = 1, now it is 2: keep it"):
+            check_claim(output, before, settings | {"seed": 2})
+    assert read_claim(samples, "settings.json")["model"] == "models:/m/1"  # type: ignore[index]
+
+    for name in ("order", "noise", "kernels"):
+        with monkeypatch.context() as later:
+            later.setitem(VERSIONS, name, 7)
+            for output, file in claims.items():
+                with pytest.raises(InputError, match=rf"{output}: begun by ray-ddpm 0.1.0.*{name} 1, now 7"):
+                    check_claim(output, read_claim(output, file) or {}, settings)
+            with pytest.raises(InputError, match=f"{name} 1, now 7"):
+                checkpoint.read(str(tmp_path / "c"))
+            assert checkpoint.read_model(str(tmp_path / "c"))[1] == 0
+
+
+def test_prepared_data_opens_in_later_releases_and_not_in_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = {"size": 8, "channels": 1, "classes": []}
+    shard = {"file": "data/train-00000.parquet", "rows": 3, "row_groups": [3], "bytes": 1, "sha256": ""}
+    splits = {"train": {"rows": 3, "shards": [shard]}}
+    manifest = {"format": "ray-ddpm-shards", "version": 1, "image": image, "splits": splits}
+    manifest |= {"fingerprint": "f", "mean": [0], "std": [1], "quarantined": 0}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for name in VERSIONS:
+        with monkeypatch.context() as later:
+            later.setitem(VERSIONS, name, 7)
+            assert open_dataset(str(tmp_path)).rows == 3
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"versions": VERSIONS | {"format": 9}}))
+    with pytest.raises(InputError, match=r"written by a later release of ray-ddpm \(format 9, .*upgrade"):
+        open_dataset(str(tmp_path))
 
 
 def test_models_that_it_registered_load_through_mlflow(

@@ -75,10 +75,12 @@ def train_loop_per_worker(settings: dict[str, Task]) -> None:
     """What Ray Train runs on every worker."""
     task = settings["task"]
     # Ray Train restarts the group after any error; where a restart can't help, it ends here instead.
-    if ray.get(task.channel.reason_to_give_up.remote()):
-        return
     try:
+        if ray.get(task.channel.reason_to_give_up.remote()):
+            return
         _run(task)
+    except ray.exceptions.ActorDiedError:
+        return  # the channel: its driver has left the run to another one
     except InputError as error:
         ray.get(task.channel.give_up.remote(str(error)))
         raise

@@ -110,6 +110,31 @@ def test_a_driver_whose_lease_was_taken_over_stops_at_once_and_leaves_the_lock(
     assert storage.read_bytes(f"{output}/lock.json") == taken_over
 
 
+def test_a_driver_that_slept_past_its_lease_wakes_up_and_stops(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = f"{bucket}/{tmp_path.name}"
+    quick = "import pipeline.output as o; o.LEASE_SECONDS = 2; o.RENEW_SECONDS = 0.2\n"
+    for name, value in (("LEASE_SECONDS", 2.0), ("RENEW_SECONDS", 0.2), ("POLL_SECONDS", 0.1)):
+        monkeypatch.setattr(output_module, name, value)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", quick + HOLD, output], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match=f"being written by process {holder.pid}"), locked(output):
+            pass
+        holder.send_signal(signal.SIGSTOP)
+        with locked(output):
+            holder.send_signal(signal.SIGCONT)
+            _, complaint = holder.communicate(timeout=60)
+            assert b"LeaseLost: --output" in complaint and holder.returncode == 1
+            assert json.loads(storage.read_bytes(f"{output}/lock.json"))["pid"] == os.getpid()
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 def test_a_storage_that_is_away_for_a_while_takes_no_lease_away(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

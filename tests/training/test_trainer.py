@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, Train
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from pipeline.models.export import load_model
+from pipeline.output import LeaseLost
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint
 from pipeline.training.trainer import Trained, train
@@ -140,6 +142,41 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(home: Path, stra
     assert [artifact.path for artifact in artifacts] == [
         f"samples/step-{step:09d}.png" for step in (6, 10, 12, 18)
     ]
+
+
+def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops(
+    home: Path, straight: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = "s3://runs/leased"
+    config = settings(home, output, resume=True)
+    refusals = list[str]()
+
+    def disturb(step: int, values: dict[str, float]) -> None:
+        if step == 4:
+            with pytest.raises(InputError, match="is being written by process") as refused:
+                train(config)
+            refusals.append(str(refused.value))
+            # As another driver does that found this one silent for too long.
+            monkeypatch.setattr("pipeline.output.RENEW_SECONDS", 0.1)
+            storage.write_atomic(f"{output}/lock.json", b'{"owner": "another"}')
+
+    monkeypatch.setattr("pipeline.output.RENEW_SECONDS", 0.5)
+    with pytest.raises(LeaseLost, match="taken over by another driver"):
+        train(dataclasses.replace(config, steps=100_000), on_point=disturb)
+    assert len(refusals) == 1
+    for thread in threading.enumerate():
+        if thread.name == "train":
+            thread.join(120)
+    assert storage.read_bytes(f"{output}/lock.json") == b'{"owner": "another"}'
+    storage.remove(f"{output}/lock.json")
+    (run,) = runs.open_client().search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
+    assert run.info.status == "RUNNING"  # the other driver's
+    end = newest(output)[0].step // 4 * 4 + 8
+    trained = train(dataclasses.replace(config, steps=end))
+    assert trained.run.id == run.info.run_id
+    assert list(curve(trained, "loss")) == list(range(4, end + 1, 4))
+    shared = {step: loss for step, loss in curve(straight, "loss").items() if step < 18}
+    assert curve(trained, "loss").items() >= shared.items()
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
