@@ -9,7 +9,7 @@ it is first asked for, so that `import pipeline` needs neither torch nor Ray.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "pipeline.config": (
