@@ -31,7 +31,8 @@ from pipeline.data.sources.registry import (
 )
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.output import check_claim, locked, read_claim, write_claim
+from pipeline.lock import locked
+from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.versions import VERSIONS
 
 QUARANTINE = "quarantine.jsonl"

@@ -17,8 +17,8 @@ from pipeline.generation.pool import MOST_TASKS, Pool, actor_pool
 from pipeline.generation.quality import RunningDistance, open_reference
 from pipeline.generation.sampler import SamplerActor, Setup, unwritable
 from pipeline.generation.verify import verify
+from pipeline.lock import locked
 from pipeline.models.export import model_fingerprint, pack_model, unpack_model
-from pipeline.output import locked
 
 
 def model_to_use(config: GenerateConfig) -> str:

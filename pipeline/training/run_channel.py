@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import storage
 from pipeline.display import Display
 from pipeline.evaluation.config import BITS_PER_DIM
-from pipeline.output import LeaseLost
+from pipeline.lock import LeaseLost
 from pipeline.redact import one_line
 
 # The value by which a point is known as one of a curve: of the training, and of the validation.

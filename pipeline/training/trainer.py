@@ -30,9 +30,9 @@ from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
+from pipeline.lock import LeaseLost, locked
 from pipeline.models.ema import power_gamma
 from pipeline.models.unet import check_model
-from pipeline.output import LeaseLost, locked
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, sweep

@@ -19,8 +19,8 @@ from pipeline.cluster.session import connect
 from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
+from pipeline.lock import LeaseLost
 from pipeline.models.export import load_model
-from pipeline.output import LeaseLost
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint
 from pipeline.training.trainer import Trained, train
@@ -157,10 +157,10 @@ def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops
                 train(config)
             refusals.append(str(refused.value))
             # As another driver does that found this one silent for too long.
-            monkeypatch.setattr("pipeline.output.RENEW_SECONDS", 0.1)
+            monkeypatch.setattr("pipeline.lock.RENEW_SECONDS", 0.1)
             storage.write_atomic(f"{output}/lock.json", b'{"owner": "another"}')
 
-    monkeypatch.setattr("pipeline.output.RENEW_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.lock.RENEW_SECONDS", 0.5)
     with pytest.raises(LeaseLost, match="taken over by another driver"):
         train(dataclasses.replace(config, steps=100_000), on_point=disturb)
     assert len(refusals) == 1

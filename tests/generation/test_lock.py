@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import output as output_module
+from pipeline import lock as lock_module
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.output import LeaseLost, locked
+from pipeline.lock import LeaseLost, locked
 from tests.jobs.common import ROOT
 
 HOLD = (
-    "import sys, time; from pipeline.output import locked\n"
+    "import sys, time; from pipeline.lock import locked\n"
     "with locked(sys.argv[1]):\n print('held', flush=True)\n time.sleep(600)"
 )
 
@@ -69,7 +69,7 @@ def test_a_process_that_lives_is_named_and_one_that_was_killed_is_followed(outpu
 def test_a_driver_on_another_machine_is_waited_for_until_it_shows_that_it_is_alive(
     output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(output_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "POLL_SECONDS", 0.05)
     place = f"{output}/lock.json"
     storage.write_atomic(place, owner(host="elsewhere", pid=7))
 
@@ -85,13 +85,13 @@ def test_a_driver_on_another_machine_is_waited_for_until_it_shows_that_it_is_ali
 
 
 def test_an_expired_lease_is_taken_over(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "POLL_SECONDS", 0.05)
     place = f"{output}/lock.json"
-    storage.write_atomic(place, owner(host="elsewhere", time=time.time() - output_module.LEASE_SECONDS - 1))
+    storage.write_atomic(place, owner(host="elsewhere", time=time.time() - lock_module.LEASE_SECONDS - 1))
     with locked(output):
         assert json.loads(storage.read_bytes(place))["pid"] == os.getpid()
     # Also one that is dated by a clock that is wrong: nothing has changed for as long as a lease lasts.
-    monkeypatch.setattr(output_module, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(lock_module, "LEASE_SECONDS", 0.5)
     storage.write_atomic(place, owner(host="elsewhere", time=time.time() + 3600))
     with locked(output):
         assert json.loads(storage.read_bytes(place))["pid"] == os.getpid()
@@ -100,7 +100,7 @@ def test_an_expired_lease_is_taken_over(output: str, monkeypatch: pytest.MonkeyP
 def test_a_driver_whose_lease_was_taken_over_stops_at_once_and_leaves_the_lock(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_module, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lock_module, "RENEW_SECONDS", 0.1)
     began = time.monotonic()
     with pytest.raises(LeaseLost, match="was taken over by another driver"), locked(output):
         taken_over = owner(host="elsewhere", owner="y")
@@ -114,9 +114,9 @@ def test_a_driver_that_slept_past_its_lease_wakes_up_and_stops(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = f"{bucket}/{tmp_path.name}"
-    quick = "import pipeline.output as o; o.LEASE_SECONDS = 2; o.RENEW_SECONDS = 0.2\n"
+    quick = "import pipeline.lock as o; o.LEASE_SECONDS = 2; o.RENEW_SECONDS = 0.2\n"
     for name, value in (("LEASE_SECONDS", 2.0), ("RENEW_SECONDS", 0.2), ("POLL_SECONDS", 0.1)):
-        monkeypatch.setattr(output_module, name, value)
+        monkeypatch.setattr(lock_module, name, value)
     holder = subprocess.Popen(
         [sys.executable, "-c", quick + HOLD, output], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     )
@@ -138,8 +138,8 @@ def test_a_driver_that_slept_past_its_lease_wakes_up_and_stops(
 def test_a_storage_that_is_away_for_a_while_takes_no_lease_away(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_module, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(output_module, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(lock_module, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "LEASE_SECONDS", 0.2)
     with locked(output):
         with monkeypatch.context() as outage:
             outage.setattr(storage, "open_fs", lambda uri: (_ for _ in ()).throw(ConnectionError(uri)))
@@ -168,7 +168,7 @@ def test_a_damaged_lock_belongs_to_nobody(output: str) -> None:
 def test_of_many_drivers_at_once_exactly_one_gets_a_new_lock_and_one_a_dead_ones(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "POLL_SECONDS", 0.05)
     for dead in (False, True):
         if dead:
             storage.write_atomic(f"{output}/lock.json", owner(host="elsewhere", time=0.0))
@@ -190,7 +190,7 @@ def test_of_many_drivers_at_once_exactly_one_gets_a_new_lock_and_one_a_dead_ones
 def test_the_owner_says_again_and_again_that_it_is_alive(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_module, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "RENEW_SECONDS", 0.05)
     with locked(output):
         before = json.loads(storage.read_bytes(f"{output}/lock.json"))["time"]
         deadline = time.monotonic() + 30
