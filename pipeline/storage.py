@@ -2,10 +2,9 @@
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import posixpath
+import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +16,11 @@ from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError
+from pipeline.redact import one_line
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
-_AGES = ("size", "mtime", "ETag", "LastModified", "etag", "updated", "blob_id")
-_READ_TOGETHER = 32
+_TOGETHER = 32
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -39,7 +38,7 @@ def open_fs(uri: str) -> tuple[Any, str]:
             f"{uri}: {scheme}:// needs a package that is not installed{extra} ({error})"
         ) from None
     except ValueError as error:
-        raise InputError(f"{uri}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{uri}: {one_line(error)}") from None
     return fs, path
 
 
@@ -64,23 +63,29 @@ def is_local(uri: str) -> bool:
     return isinstance(open_fs(uri)[0], LocalFileSystem)
 
 
-def exists(uri: str) -> bool:
-    """Whether there is a file or a folder.
+def exists(uri: str, pattern: bool = False) -> bool:
+    """Whether there is a file or a folder of that name.
+
+    Args:
+        pattern: what has no such name may be a pattern that some names match, as in `list_files`.
 
     Raises:
         InputError: the storage can't say.
     """
     fs, path = open_fs(uri)
+    try:
+        return _kind(fs, path) is not None or (pattern and has_magic(path) and bool(fs.glob(path)))
+    except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
+        raise InputError(f"{uri}: can't be read: {_words(error)}") from None
+
+
+def _kind(fs: Any, path: str) -> str | None:
+    """ "file" or "directory"; None where there is neither. Its `exists` takes every failure for a no."""
     fs.invalidate_cache()  # others write there too
     try:
-        if has_magic(path):
-            return bool(fs.glob(path))
-        fs.info(path)  # its `exists` takes every failure for a no
-        return True
+        return str(fs.info(path)["type"])
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
-        raise InputError(f"{uri}: can't be read: {_line(error)}") from None
+        return None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -99,7 +104,7 @@ def read_many(uris: list[str]) -> dict[str, bytes]:
         except OSError:
             return None
 
-    with ThreadPoolExecutor(_READ_TOGETHER) as pool:
+    with ThreadPoolExecutor(_TOGETHER) as pool:
         return {uri: data for uri, data in zip(uris, pool.map(read, uris), strict=True) if data is not None}
 
 
@@ -124,7 +129,10 @@ def move(uri: str, to: str) -> None:
     target = open_fs(to)[1]
     if isinstance(fs, LocalFileSystem):
         fs.makedirs(posixpath.dirname(target), exist_ok=True)
-    fs.mv(path, target)
+        os.replace(path, target)  # noqa: PTH105
+    else:  # its `mv` takes [ for a pattern
+        fs.cp_file(path, target)
+        fs.rm_file(path)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -163,8 +171,17 @@ def replace(uri: str, data: bytes, version: str) -> bool:
 def remove_folder(uri: str) -> None:
     """Deletes a folder and all that is in it; one that isn't there is fine."""
     fs, path = open_fs(uri)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+    if isinstance(fs, LocalFileSystem):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        _remove_below(fs, path)
+
+
+def _remove_below(fs: Any, path: str) -> None:
+    """Deletes what is in a folder of an object store, whose own `rm` takes [ for a pattern."""
+    fs.invalidate_cache()
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        list(pool.map(fs.rm_file, fs.find(path)))
 
 
 def write_atomic(uri: str, data: bytes) -> None:
@@ -188,34 +205,29 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Every file below a folder, or that a pattern with * matches, sorted, as URIs that `open_fs` takes.
+    """Every file below a folder, sorted, as URIs that `open_fs` takes.
+
+    Args:
+        uri: of a folder or a file; where there is none of that name, a pattern with *, ? or [] that names match.
 
     Raises:
         InputError: there is no such folder, or it can't be read.
     """
     fs, path = open_fs(uri)
-    fs.invalidate_cache()  # others write there too
     try:
-        if has_magic(path):
-            found = sorted(fs.glob(path))
-        else:
-            found = [path] if fs.isfile(path) else sorted(fs.find(path))
-            if not found and not fs.exists(path):
-                raise InputError(f"{uri}: no such file or folder")
-    except InputError:
-        raise
+        kind = _kind(fs, path)
+        matches = fs.glob(path, detail=True) if kind is None and has_magic(path) else {path: {"type": kind}}
+        found = [
+            file
+            for name, info in matches.items()
+            for file in (fs.find(name) if info["type"] == "directory" else [name])
+        ]
     except Exception as error:
-        raise InputError(f"{uri}: can't be read: {_line(error)}") from None
-    wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]
+        raise InputError(f"{uri}: can't be read: {_words(error)}") from None
+    if matches == {path: {"type": None}}:
+        raise InputError(f"{uri}: no such file or folder")
+    wanted = sorted(name for name in found if not suffixes or name.lower().endswith(suffixes))
     return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
-
-
-def signature(uri: str) -> str:
-    """A hash of the names, sizes and ages of the files that `list_files` gives: another one when any was changed."""
-    fs, path = open_fs(uri)
-    found = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
-    kept = [[name, *(str(info.get(key)) for key in _AGES)] for name, info in sorted(found.items())]
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def is_storage_error(error: Exception) -> bool:
@@ -225,8 +237,8 @@ def is_storage_error(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def _words(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def put_folder(folder: Path, uri: str) -> None:
@@ -241,7 +253,14 @@ def arrow_fs(uri: str) -> tuple[Any, str]:
     if isinstance(fs, LocalFileSystem):
         return pyarrow.fs.LocalFileSystem(), path
     options = {**fs.storage_options, "use_listings_cache": False}
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(type(fs)(**options))), path
+    return pyarrow.fs.PyFileSystem(_Handler(type(fs)(**options))), path
+
+
+class _Handler(pyarrow.fs.FSSpecHandler):
+    """fsspec for pyarrow, with folders deleted by their own name."""
+
+    def delete_dir(self, path: str) -> None:
+        _remove_below(self.fs, path)
 
 
 def list_folders(uri: str, prefix: str) -> list[str]:
@@ -279,4 +298,4 @@ def check_writable(uri: str) -> None:
         fs.pipe_file(probe, b"")
         fs.rm_file(probe)
     except Exception as error:  # every store has its own errors
-        raise InputError(f"--output {uri}: can't be written: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"--output {uri}: can't be written: {one_line(error)}") from None

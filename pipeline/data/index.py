@@ -116,7 +116,7 @@ def open_splits(uri: str, image_size: int = 0) -> Splits:
         InputError: no such folder, or nothing in it that could be read.
     """
     uri = storage.absolute(uri)
-    if not storage.exists(uri):
+    if not storage.exists(uri, pattern=True):
         raise InputError(f"--data {uri}: no such folder")
     if storage.exists(storage.join(uri, MANIFEST)):
         return _open_prepared(uri, image_size)

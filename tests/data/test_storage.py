@@ -53,12 +53,42 @@ def test_files_on_s3(s3: str) -> None:
     assert storage.read_bytes(uri) == b"abc"
     assert list(storage.sizes(f"{s3}/some").values()) == [3]
     assert storage.list_files(f"{s3}/some") == storage.list_files(f"{s3}/some/*.bin") == [uri]
-    before = storage.signature(f"{s3}/some")
-    storage.write_atomic(uri, b"abd")
-    assert storage.signature(f"{s3}/some") != before
     storage.check_writable(f"{s3}/some")
     storage.remove(uri)
     assert not storage.exists(uri)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("odd", ["a[1]", "a*", "what?", "a{1,2}", "[draft] x"])
+def test_a_name_is_taken_literally_where_it_exists(
+    odd: str, place: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    root = str(tmp_path) if place == "local" else request.getfixturevalue("s3")
+    folder, other = storage.join(root, odd), storage.join(root, "a1")
+    mine, theirs = storage.join(folder, "x[1].png"), storage.join(other, "x1.png")
+    storage.write_atomic(mine, b"mine")
+    storage.write_atomic(theirs, b"theirs")
+    assert storage.exists(folder) and storage.exists(mine)
+    assert storage.list_files(folder, (".png",)) == storage.list_files(mine) == [mine]
+    assert storage.read_bytes(mine) == b"mine"
+    assert storage.list_folders(root, odd) == [folder]
+    moved = storage.join(folder, "deep", "y[2].png")
+    storage.move(mine, moved)
+    assert storage.list_files(folder) == [moved] and not storage.exists(mine)
+    storage.remove_folder(folder)
+    assert not storage.exists(moved) and storage.read_bytes(theirs) == b"theirs"
+    storage.remove_folder(folder)
+    storage.write_atomic(moved, b"mine")
+    arrow, path = storage.arrow_fs(folder)
+    arrow.delete_dir(path)
+    assert not storage.exists(moved) and storage.read_bytes(theirs) == b"theirs"
+    # Where nothing has that name, it is a pattern.
+    assert storage.list_files(storage.join(root, "a[0-9]", "*.png")) == [theirs]
+    assert storage.list_files(storage.join(root, "a[0-9]")) == [theirs]
+    assert storage.exists(storage.join(root, "a?"), pattern=True) and not storage.exists(
+        storage.join(root, "a?")
+    )
+    assert not storage.exists(storage.join(root, "b?"), pattern=True)
 
 
 def test_local_writes_leave_nothing_half_done(tmp_path: Path) -> None:
