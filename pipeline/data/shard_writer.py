@@ -1,4 +1,4 @@
-"""One part's images as a Parquet file in exactly the Hugging Face convention, and sums over them."""
+"""Images as a Parquet file in exactly the Hugging Face convention, and sums over them."""
 
 import io
 import json
@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from pipeline.config import ImageConfig
 
 
 class Totals:
@@ -38,10 +36,14 @@ class Totals:
 
 
 class ShardWriter:
-    """Rows to the bytes of a Parquet file, row group by row group."""
+    """Images, labels and whole numbers to the bytes of a Parquet file, row group by row group.
 
-    def __init__(self, image: ImageConfig, classes: tuple[str, ...], rows_per_group: int) -> None:
-        self._schema = huggingface_schema(classes)
+    Args:
+        integers: names of the columns beside image and label.
+    """
+
+    def __init__(self, classes: tuple[str, ...], rows_per_group: int, integers: tuple[str, ...] = ()) -> None:
+        self._schema = huggingface_schema(classes, integers)
         self._buffer = io.BytesIO()
         self._writer = pq.ParquetWriter(
             self._buffer, self._schema, compression="none", write_statistics=False
@@ -54,8 +56,8 @@ class ShardWriter:
     def rows(self) -> int:
         return sum(self.row_groups) + len(self._rows)
 
-    def add(self, data: bytes, path: str, label: int | None) -> None:
-        self._rows.append({"image": {"bytes": data, "path": path}, "label": label})
+    def add(self, data: bytes, path: str, label: int | None, **integers: int) -> None:
+        self._rows.append({"image": {"bytes": data, "path": path}, "label": label, **integers})
         if len(self._rows) == self._limit:
             self._flush()
 
@@ -73,12 +75,24 @@ class ShardWriter:
         return self._buffer.getvalue()
 
 
-def huggingface_schema(classes: tuple[str, ...]) -> pa.Schema:
-    """image {bytes, path} and label, with the metadata that makes `datasets` give PIL images and class names."""
-    label = (
-        {"names": list(classes), "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
-    )
-    features = {"image": {"_type": "Image"}, "label": label}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema([("image", image), ("label", pa.int64())], metadata=metadata)
+_IMAGE = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def huggingface_schema(
+    classes: tuple[str, ...], integers: tuple[str, ...] = (), first: pa.Field = _IMAGE
+) -> pa.Schema:
+    """The columns image {bytes, path}, label and `integers`, with the metadata that gives `datasets` images and names.
+
+    Args:
+        classes: names of the labels; empty where there are none.
+        first: the column that says what the image is, if not its bytes: a file's name.
+    """
+    integer = {"dtype": "int64", "_type": "Value"}
+    is_image = pa.types.is_struct(first.type)
+    features = {
+        first.name: {"_type": "Image"} if is_image else {"dtype": "string", "_type": "Value"},
+        "label": {"names": list(classes), "_type": "ClassLabel"} if classes else integer,
+        **dict.fromkeys(integers, integer),
+    }
+    fields = [first, *(pa.field(name, pa.int64()) for name in ("label", *integers))]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.cluster.session import spilled_bytes
-from pipeline.config import ImageConfig, to_dict
+from pipeline.config import ImageConfig, check_at_least, to_dict
 from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import held_out
@@ -115,11 +115,7 @@ def _prepare(config: PrepareConfig, source: SourceListing, image: ImageConfig, o
 def _check(config: PrepareConfig) -> None:
     if not 0 <= config.validation_fraction < 1:
         raise InputError(f"--validation-fraction {config.validation_fraction} is outside 0 to 1")
-    for name in ("rows_per_shard", "rows_per_group"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    if config.image_size < 0:
-        raise InputError(f"--image-size {config.image_size} is negative")
+    check_at_least(config, rows_per_shard=1, rows_per_group=1, image_size=0)
     storage.check_writable(config.output)
 
 
@@ -148,7 +144,7 @@ def _write_part(
     output: str,
 ) -> dict[str, Any]:
     """Decodes one part and writes its shards, then its record."""
-    writers = {split: ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
+    writers = {split: ShardWriter(classes, config.rows_per_group) for split in SPLITS}
     bad: list[dict[str, str]] = []
     totals = Totals(image.channels)
     for item in read_part(part):
