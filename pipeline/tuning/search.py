@@ -75,12 +75,10 @@ def search(
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
     parent = _open(config, space, splits)
-    at_a_time = _concurrent(config)
-    objective = make_objective(config, splits)
     try:
-        trainable = tune.with_parameters(
-            trial, job=config, objective=objective, splits=splits, parent_run=parent.id
-        )
+        at_a_time, objective = _concurrent(config), make_objective(config, splits)
+        settings = {"job": config, "objective": objective, "splits": splits, "parent_run": parent.id}
+        trainable = tune.with_parameters(trial, **settings)
         _run(config, space, trainable, at_a_time, parent)
         return _conclude(config, parent)
     except InputError:
