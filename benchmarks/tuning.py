@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.cluster.session import connect
 from pipeline.commands.cli import result_stream
 from pipeline.config import DiffusionConfig, TrainConfig
-from pipeline.data.index import open_dataset
+from pipeline.data.index import DatasetIndex, open_splits
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
@@ -49,11 +49,10 @@ def run_search(config: TuneConfig) -> dict[str, Any]:
     return result | {"seconds": round(seconds)}
 
 
-def fresh(config: TrainConfig, data: str) -> float:
+def fresh(config: TrainConfig, held_out: DatasetIndex) -> float:
     """Trains anew; bits/dim on all held-out images."""
     trained = train(config, hooks=Hooks(log_model=False))
     end_run(trained.run)
-    held_out = open_dataset(data, "validation")
     model, spec = load_model(trained.folder)
     return held_out_bits(model, spec, held_out, np.arange(held_out.rows), pool=ActorPool()).bits_per_dim
 
@@ -104,6 +103,7 @@ def main() -> None:
     best = replace(training(base, winner), resume=False)
     # The default noise process of jobs/train.py, everything else as the winner has it.
     default = replace(best, diffusion=DiffusionConfig())
+    held_out = open_splits(data)["validation"]
     results: dict[str, list[float]] = {"winner": [], "default": []}
     for seed, (name, config) in itertools.product(
         range(1, options.seeds + 1), (("winner", best), ("default", default))
@@ -112,7 +112,8 @@ def main() -> None:
         note = home / "bits.json"
         if not note.exists():
             bits = fresh(
-                replace(config, seed=seed, output=str(home), run_name=home.name, resume=home.exists()), data
+                replace(config, seed=seed, output=str(home), run_name=home.name, resume=home.exists()),
+                held_out,
             )
             note.write_text(json.dumps(bits))
         results[name].append(json.loads(note.read_text()))

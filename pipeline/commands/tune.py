@@ -6,18 +6,18 @@ from pipeline.commands import cli
 from pipeline.tuning.config import TuneConfig
 
 
-def execute(config: TuneConfig) -> dict[str, Any]:
-    """Runs the search."""
+def execute(config: TuneConfig, checked: Any = None) -> dict[str, Any]:
+    """Runs the search in what `check` opened."""
     from pipeline.tuning.search import search
 
-    return search(config)
+    return search(config, checked=checked)
 
 
-def check(config: TuneConfig) -> None:
+def check(config: TuneConfig) -> Any:
     """Refuses what can't work, before a cluster is asked for anything."""
     from pipeline.tuning.search import check_search
 
-    check_search(config)
+    return check_search(config)
 
 
 def main(arguments: list[str]) -> int:

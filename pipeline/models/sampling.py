@@ -3,7 +3,7 @@
 from typing import TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import ModelSpec, SamplerName
 from pipeline.diffusion.losses import Model
@@ -39,6 +39,37 @@ def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
         uint8 [N, C, H, W].
     """
     return to_uint8(sample_floats(model, spec, ids, **settings))
+
+
+def preview(
+    model: nn.Module,
+    spec: ModelSpec,
+    count: int,
+    *,
+    first: int = 0,
+    steps: int = 25,
+    seed: int = 0,
+    classes: int = 0,
+) -> Tensor:
+    """Draws the samples numbered `first` to `first + count` with DDIM: quick, and good enough to look at.
+
+    Args:
+        steps: model evaluations a sample; T where that is fewer.
+        classes: the class of sample i is i modulo so many; 0 = all of a class-conditional model's.
+
+    Returns:
+        uint8 [N, C, H, W], on the model's device.
+    """
+    ids = torch.arange(first, first + count, device=next(model.parameters()).device)
+    return sample_images(
+        model,
+        spec,
+        ids,
+        sampler="ddim",
+        sampling_steps=min(steps, spec.diffusion.timesteps),
+        labels=ids % (classes or len(spec.image.classes)) if spec.model.class_conditional else None,
+        seed=seed,
+    )
 
 
 @torch.inference_mode()

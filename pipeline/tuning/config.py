@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, check_at_least
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 
-Scheduler = Literal["asha", "pbt", "none"]
+Scheduler = Literal["asha", "none"]
 Searcher = Literal["tpe", "random"]
 
 OBJECTIVES = {"bits": (BITS_PER_DIM,), "frechet": (FRECHET,), "both": (BITS_PER_DIM, FRECHET)}
@@ -33,7 +33,7 @@ class TuneConfig:
     searcher: Searcher = "tpe"
     """How trials are chosen: Optuna's TPE, or at random."""
     scheduler: Scheduler = "asha"
-    """asha stops weak trials at rungs; pbt copies strong trials over weak ones; none trains every trial to its end."""
+    """asha stops weak trials at rungs; none trains every trial to its end."""
     images: int = 40_960
     """Images that a trial sees in training, if it isn't stopped."""
     rungs: int = 3
@@ -85,13 +85,8 @@ def check(config: TuneConfig) -> None:
         )
     if config.objective not in OBJECTIVES:
         raise InputError(f"--objective {config.objective!r} is not one of {', '.join(OBJECTIVES)}")
-    least = {"trials": 1, "images": 1, "rungs": 1, "reduction": 2, "concurrent": 1, "workers": 1}
-    least |= {"terms": 0, "max_images": 0, "samples": 2, "sampling_steps": 1}
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be at least {value}, got {getattr(config, name)}"
-            )
+    check_at_least(config, trials=1, images=1, rungs=1, reduction=2, concurrent=1, workers=1)
+    check_at_least(config, terms=0, max_images=0, samples=2, sampling_steps=1)
     if config.images < config.reduction ** (config.rungs - 1):
         raise InputError(f"--images {config.images} are too few for --rungs {config.rungs}")
     if config.max_images == 1:
@@ -100,14 +95,10 @@ def check(config: TuneConfig) -> None:
         raise InputError(f"--terms {config.terms}: give an even number, or 0 for all terms of the bound")
     if not 0 < config.cpus_per_worker < float("inf"):
         raise InputError(f"--cpus-per-worker must be a positive number, got {config.cpus_per_worker}")
-    if config.scheduler == "pbt" and config.trials < 2:
-        raise InputError("--scheduler pbt needs a population: at least --trials 2")
 
 
 def rung_images(config: TuneConfig) -> list[int]:
-    """Images seen at each rung, ascending: geometric, or even for population based training."""
-    if config.scheduler == "pbt":
-        return [config.images * (k + 1) // config.rungs for k in range(config.rungs)]
+    """Images seen at each rung, ascending: a geometric series that ends at `images`."""
     first = -(-config.images // config.reduction ** (config.rungs - 1))
     return [first * config.reduction**k for k in range(config.rungs - 1)] + [config.images]
 
@@ -116,8 +107,7 @@ def rung_steps(config: TuneConfig, batch_size: int) -> dict[int, int]:
     """From optimizer steps to the rung's images, for a batch size; every one a multiple of the first."""
     rungs = rung_images(config)
     first = -(-rungs[0] // batch_size)
-    factors = [k + 1 if config.scheduler == "pbt" else config.reduction**k for k in range(config.rungs)]
-    return {first * factor: images for factor, images in zip(factors, rungs, strict=True)}
+    return {first * config.reduction**k: images for k, images in enumerate(rungs)}
 
 
 def base(config: TuneConfig) -> TrainConfig:

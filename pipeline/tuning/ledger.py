@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from pipeline import storage
 from pipeline.config import from_dict, to_dict
 
-Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+Status = Literal["waiting", "running", "finished", "stopped", "failed", "interrupted"]
 TRIALS, RECORD = "trials", "trial.json"
 
 
@@ -40,10 +42,11 @@ class Record:
 
     Attributes:
         parameters: Optuna's.
-        flags: the training flags that they stand for; population based training changes them.
-        incarnation: how often the weights of another trial were taken over; each one trains in a folder of its own.
+        flags: the training flags that they stand for.
+        status: "failed" is due to the settings and final; of "interrupted" a resume makes another attempt.
+        reason: why it failed or was interrupted.
+        incarnation: number of its training run's folder; 0, but for population based training in 0.1.0.
         run_id: nested MLflow run.
-        reason: why it failed.
     """
 
     number: int
@@ -54,7 +57,6 @@ class Record:
     rungs: tuple[Rung, ...] = field(default=())
     incarnation: int = 0
     run_id: str = ""
-    history: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,6 +67,11 @@ class Record:
     def over(self) -> bool:
         """Whether nothing of it is left to run."""
         return self.status in ("finished", "stopped", "failed")
+
+    @property
+    def lost(self) -> bool:
+        """Whether it failed, for good or until a resume."""
+        return self.status in ("failed", "interrupted")
 
     @property
     def images(self) -> int:
@@ -100,7 +107,9 @@ def read(output: str, name: str) -> Record:
         InputError: something else wrote it.
     """
     path = folder(output, name) / RECORD
-    return from_dict(Record, json.loads(path.read_text()), str(path))
+    values = json.loads(path.read_text())
+    values.pop("history", None)  # 0.1.0: what population based training did
+    return from_dict(Record, values, str(path))
 
 
 def read_all(output: str) -> list[Record]:
@@ -111,20 +120,19 @@ def read_all(output: str) -> list[Record]:
 
 def ranked(records: list[Record], metric: str) -> list[Record]:
     """Measured trials, best first: those that got furthest, by their last measurement."""
-    measured = [record for record in records if metric in record.metrics and record.status != "failed"]
+    measured = [record for record in records if metric in record.metrics and not record.lost]
     return sorted(measured, key=lambda record: (-record.images, record.metrics[metric]))
 
 
 def pareto_front(records: list[Record], metrics: tuple[str, ...]) -> list[Record]:
     """The finished trials than which no other is at least as good in all metrics and better in one."""
-    done = [record for record in records if record.status == "finished"]
-    values = {record.number: [record.metrics[name] for name in metrics] for record in done}
-
-    def dominated(mine: list[float]) -> bool:
-        return any(
-            all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine
-            for other in values.values()
-        )
-
-    front = [record for record in done if not dominated(values[record.number])]
-    return sorted(front, key=lambda record: values[record.number])
+    done = sorted(
+        (record for record in records if record.status == "finished"),
+        key=lambda record: [record.metrics[name] for name in metrics],
+    )
+    values = np.array([[record.metrics[name] for name in metrics] for record in done])
+    return [
+        record
+        for record, mine in zip(done, values, strict=True)
+        if not ((values <= mine).all(axis=1) & (values < mine).any(axis=1)).any()
+    ]

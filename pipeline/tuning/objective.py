@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pipeline import storage
 from pipeline.config import ModelSpec
-from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.data.index import DatasetIndex, Splits
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsWork
 from pipeline.evaluation.classifier import CONFIG, load_classifier, save_classifier, train_classifier
@@ -25,7 +25,7 @@ from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, measure, read_torchscript
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
 from pipeline.evaluation.work import Partial, Pool, Work, choose, cut
-from pipeline.models.sampling import sample_images
+from pipeline.models.sampling import preview
 from pipeline.models.unet import UNet
 from pipeline.tuning.config import TuneConfig
 
@@ -83,7 +83,7 @@ class SampleFrechet:
 
     def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured:
         """See `Objective`."""
-        work = _SampleWork(model, spec, min(self.steps, spec.diffusion.timesteps), self.seed, self.extractor)
+        work = _SampleWork(model, spec, self.steps, self.seed, self.extractor)
         parts = [
             Moments(int(part["count"][0]), part["mean"], part["m2"])
             for part in pool(work, cut(np.arange(self.samples), IMAGES_PER_TASK))
@@ -93,7 +93,7 @@ class SampleFrechet:
 
 @dataclass(frozen=True)
 class _SampleWork:
-    """The moments of the features of samples, by their numbers."""
+    """The moments of the features of samples, by their numbers, which follow one another."""
 
     model: UNet
     spec: ModelSpec
@@ -107,17 +107,8 @@ class _SampleWork:
 
         @torch.no_grad()
         def do(ids: np.ndarray) -> Partial:
-            numbers = torch.from_numpy(ids).to(device)
-            labels = numbers % len(self.spec.image.classes) if self.spec.model.class_conditional else None
-            images = sample_images(
-                model,
-                self.spec,
-                numbers,
-                sampler="ddim",
-                sampling_steps=self.steps,
-                labels=labels,
-                seed=self.seed,
-            )
+            first, count = int(ids[0]), len(ids)
+            images = preview(model, self.spec, count, first=first, steps=self.steps, seed=self.seed)
             moments = moments_of(embed(images).cpu().numpy())
             return {"count": np.array([moments.count]), "mean": moments.mean, "m2": moments.m2}
 
@@ -137,7 +128,7 @@ class Both:
         return Measured(metrics, next((r.per_image for r in results if r.per_image), ()))
 
 
-def make_objective(config: TuneConfig) -> Objective:
+def make_objective(config: TuneConfig, splits: Splits) -> Objective:
     """The objective that the settings ask for; features and reference moments are made once, for all trials.
 
     Raises:
@@ -145,33 +136,33 @@ def make_objective(config: TuneConfig) -> Objective:
     """
     parts: list[Objective] = []
     if BITS_PER_DIM in config.metrics:
-        held_out = open_dataset(config.data, "validation")
+        held_out = splits["validation"]
         ids = choose(held_out.rows, config.max_images, config.seed)
         if len(ids) < 2:
             raise InputError(f"--data {config.data}: fewer than two held-out images")
         parts.append(HeldOutBits(held_out, ids, config.terms, config.seed))
     if FRECHET in config.metrics:
-        train, extractor = open_dataset(config.data), _extractor(config)
-        (real,) = measure([train], extractor, keep=1, seed=config.seed, pool=ActorPool())
+        extractor = _extractor(config, splits)
+        (real,) = measure([splits["train"]], extractor, keep=1, seed=config.seed, pool=ActorPool())
         parts.append(
             SampleFrechet(extractor, real.moments, config.samples, config.sampling_steps, config.seed)
         )
     return parts[0] if len(parts) == 1 else Both(tuple(parts))
 
 
-def _extractor(config: TuneConfig) -> Extractor:
+def _extractor(config: TuneConfig, splits: Splits) -> Extractor:
     """The features that a search keeps: those of its first start, also after a resume."""
     kept = storage.join(config.output, "classifier")
     features = config.features
     if features == "classifier":
         if not storage.exists(storage.join(kept, CONFIG)):
-            train, held_out = open_dataset(config.data), open_dataset(config.data, "validation")
-            net, score = train_classifier(train, held_out, seed=config.seed, pool=ActorPool(1))
+            train = splits["train"]
+            net, score = train_classifier(train, splits["validation"], seed=config.seed, pool=ActorPool(1))
             save_classifier(kept, net, train.image, score)
         features = kept
     if storage.exists(storage.join(features, CONFIG)):
         net, image, _ = load_classifier(features)
-        if image != open_dataset(config.data).image:
+        if image != splits["train"].image:
             raise InputError(f"--features {features}: trained on images of another size or other classes")
         return ClassifierExtractor(net)
     return read_torchscript(features)

@@ -5,17 +5,15 @@ import csv
 import io
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from pipeline import storage
-from pipeline.config import ModelSpec
 from pipeline.diffusion.process import make_process
 from pipeline.diffusion.schedules import resolve
 from pipeline.models.export import load_model
-from pipeline.models.sampling import sample_images
+from pipeline.models.sampling import preview
 from pipeline.pictures import draw
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
@@ -74,7 +72,7 @@ def table_rows(config: TuneConfig, records: list[Record]) -> list[Row]:
         if len(config.metrics) > 1:
             row["Pareto front"] = "yes" if record in front else ""
         row |= {_short(flag): _shown(record.flags.get(flag, "default")) for flag in varied}
-        row["note"] = record.reason or "; ".join(record.history)
+        row["note"] = record.reason
         rows.append(row)
     return rows
 
@@ -155,18 +153,9 @@ def _samples(config: TuneConfig, best: list[Record], names: list[str]) -> dict[s
         folder = ledger.run_folder(config.output, record) / "model"
         if folder.exists():
             model, spec = load_model(folder)
-            grids[name] = _sample(model, spec, config)
+            images = preview(model, spec, SAMPLES, steps=config.sampling_steps, seed=config.seed)
+            grids[name] = images.permute(0, 2, 3, 1).numpy()
     return grids
-
-
-def _sample(model: Any, spec: ModelSpec, config: TuneConfig) -> np.ndarray:
-    ids = torch.arange(SAMPLES)
-    labels = ids % len(spec.image.classes) if spec.model.class_conditional else None
-    steps = min(config.sampling_steps, spec.diffusion.timesteps)
-    images = sample_images(
-        model, spec, ids, sampler="ddim", sampling_steps=steps, labels=labels, seed=config.seed
-    )
-    return images.permute(0, 2, 3, 1).numpy()
 
 
 def _page(
@@ -186,25 +175,24 @@ def _page(
     )
     counts = ", ".join(
         f"{sum(record.status == status for record in records)} {status}"
-        for status in ("finished", "stopped", "failed", "running", "waiting")
+        for status in get_args(ledger.Status)
         if any(record.status == status for record in records)
     )
     best = ledger.ranked(records, config.metrics[0])[0]
-    came = "".join(f"<li>{escape(note)}</li>" for note in best.history)
-    history = f"<p>The winner's weights came through other settings:</p><ul>{came}</ul>" if came else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Search</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; font-size: 13px }} .scroll {{ overflow-x: auto }}
 th, td {{ padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }}
-tr.failed td {{ color: #a33 }} tr.stopped td {{ color: #777 }} tr.finished:nth-child(1) td {{ font-weight: 600 }}
+tr.failed td, tr.interrupted td {{ color: #a33 }} tr.stopped td {{ color: #777 }}
+tr.finished:nth-child(1) td {{ font-weight: 600 }}
 figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
 pre {{ background: #f4f4f4; padding: .8rem; white-space: pre-wrap }}
 </style></head><body>
 <h1>Search by {escape(" and ".join(config.metrics))}</h1>
 <p>{len(records)} trials: {escape(counts)}. Lower is better. All trials are measured on the same held-out images with
 the same noise; “worse than the winner by” is the paired difference with its standard error.</p>
-<p>The winner, trial {escape(best.name)}, trains again with</p><pre>{escape(command)}</pre>{history}
+<p>The winner, trial {escape(best.name)}, trains again with</p><pre>{escape(command)}</pre>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table></div>
 {figures}</body></html>

@@ -5,11 +5,8 @@ The workers are started once for each trial: a measurement costs its own time an
 
 import asyncio
 import copy
-import shutil
 import time
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +15,6 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from pipeline.config import ModelSpec
 from pipeline.models.unet import UNet
-from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState
 from pipeline.tuning.ledger import Rung
 from pipeline.tuning.objective import Objective, over_ranks
@@ -59,40 +55,30 @@ class RungWatch:
     """A `training.worker.Watch` that measures the averaged weights at the rungs.
 
     Attributes:
-        rungs: from optimizer steps to images seen; those that a trial has behind it are left out.
-        keep: folder in which the state of each rung is kept for other trials to start from; empty = not kept.
+        rungs: from optimizer steps to images seen.
+        known: by step, what was measured before the trial was interrupted; it is asked about again, since the
+            answer may have been lost, but not measured again.
     """
 
     rungs: dict[int, int]
+    known: dict[int, Rung]
     spec: ModelSpec
     objective: Objective
     exchange: Any
-    keep: str = ""
 
     def __call__(self, state: TrainState, rank: int, world_size: int) -> bool:
         """See `Watch`."""
         if state.step not in self.rungs:
             return False
-        device = next(state.model.parameters()).device
-        measured = self.objective(averaged_model(state), self.spec, over_ranks(device, rank, world_size))
-        go_on = True
-        if rank == 0:
-            if self.keep:
-                self._keep(state)
-            rung = Rung(self.rungs[state.step], state.step, time.time(), measured.metrics, measured.per_image)
-            go_on = ray.get(self.exchange.ask.remote(rung))
+        rung = self.known.get(state.step)
+        if rung is None:
+            device = next(state.model.parameters()).device
+            found = self.objective(averaged_model(state), self.spec, over_ranks(device, rank, world_size))
+            rung = Rung(self.rungs[state.step], state.step, time.time(), found.metrics, found.per_image)
+        go_on = rank != 0 or ray.get(self.exchange.ask.remote(rung))
         if world_size > 1:
             go_on = broadcast_from_rank_zero(go_on)
         return not go_on
-
-    def _keep(self, state: TrainState) -> None:
-        """The newest state alone, which appears whole or not at all."""
-        newest = Path(self.keep)
-        partial = newest.with_name(f".{newest.name}-{uuid.uuid4().hex}")
-        partial.mkdir(parents=True)
-        checkpoint.write(str(partial), checkpoint.capture(state), {})
-        shutil.rmtree(newest, ignore_errors=True)
-        partial.replace(newest)
 
 
 def averaged_model(state: TrainState) -> UNet:

@@ -21,6 +21,7 @@ from optuna.distributions import (
 
 from pipeline.config import RENAMED, TrainConfig, from_dict, load_yaml, to_dict
 from pipeline.errors import InputError
+from pipeline.redact import one_line
 
 DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
 # What the search itself decides, the same way for every trial.
@@ -38,10 +39,6 @@ RESERVED = frozenset(
         "checkpoint_every",
     ]
 )
-# What can change under a model that is half trained: what population based training may mutate.
-MUTABLE = frozenset(
-    f"optimizer.{name}" for name in ("learning_rate", "weight_decay", "clip_norm")
-) | frozenset({"label_dropout", "diffusion.vlb_weight", "diffusion.min_snr_gamma"})
 
 Flags = dict[str, Any]
 
@@ -71,10 +68,6 @@ class Space:
             else:
                 flags[name] = value
         return flags
-
-    def mutable(self) -> dict[str, BaseDistribution]:
-        """The entries that may change while a model is trained."""
-        return {name: entry for name, entry in self.entries.items() if name in MUTABLE}
 
 
 def load_space(path: str = "") -> Space:
@@ -125,6 +118,8 @@ def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
         else:
             _check_value(flag, value, where)
             fixed[flag] = value
+    if "image_size" in owners and "image_size" not in fixed:
+        raise InputError(f"{where}: image_size: trials are compared on the same images: give one value")
     if not entries:
         raise InputError(f"{where}: nothing to search: give at least one flag a list of values or a range")
     return Space(fixed, entries, frozenset(together))
@@ -236,7 +231,7 @@ def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
     except KeyError as error:
         raise InputError(f"{where}: {flag}: a range needs {error}") from None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {flag}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{where}: {flag}: {one_line(error)}") from None
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

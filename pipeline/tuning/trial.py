@@ -2,10 +2,8 @@
 
 import contextlib
 import math
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,13 +12,13 @@ from ray import tune
 from pipeline.cluster.session import connect
 from pipeline.config import TrainConfig, to_dict
 from pipeline.errors import InputError
+from pipeline.redact import one_line
 from pipeline.tracking import runs
-from pipeline.training import checkpoint, trainer
+from pipeline.training import trainer
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger, space
 from pipeline.tuning.config import TuneConfig, base, finished, rung_steps
 from pipeline.tuning.ledger import Record, Rung
-from pipeline.tuning.objective import Objective
 from pipeline.tuning.rungs import Exchange, RungWatch
 
 POLL_SECONDS, STOP_SECONDS = 1.0, 60.0
@@ -41,6 +39,9 @@ def training(config: TuneConfig, record: Record, *, output: str = "") -> TrainCo
 class Trial(tune.Trainable):
     """Keeps a trial's record; what a rung costs is its subclass's matter.
 
+    A failure ends this trial alone. An InputError, or a measurement that is not finite, is due to its settings and
+    final; any other failure may be the infrastructure's, and a resume makes another attempt.
+
     Ray Tune calls `step` once for each rung, and `cleanup` when it is told to stop.
     """
 
@@ -51,20 +52,20 @@ class Trial(tune.Trainable):
         self.record = ledger.read(job.output, self.trial_name)
 
     def step(self) -> dict[str, Any]:
-        """Trains to the next rung and measures there; a failure is a result too, which ends this trial alone."""
+        """Trains to the next rung and measures there; a failure is a result too."""
         try:
-            self.keep(status="running")
+            self.keep(status="running", reason="")
             rung = self.advance()
-            if rung is not None:
+            if rung not in self.record.rungs:
+                check_finite(rung)
                 self.keep(rungs=(*self.record.rungs, rung))
-            if done := rung is None or rung.images >= self.job.images:
+            if done := rung.images >= self.job.images:
                 self.finish()
                 self.keep(status="finished")
         except Exception as error:  # whatever training raises: Ray Train has retried what can be
-            self.fail(line(error))
+            self.fail(error)
             return {**dict.fromkeys(self.job.metrics, math.nan), IMAGES: 0, FAILED: True, "done": True}
-        last = self.record.rungs[-1]
-        return {**last.metrics, IMAGES: last.images, FAILED: False, "done": done}
+        return {**rung.metrics, IMAGES: rung.images, FAILED: False, "done": done}
 
     def cleanup(self) -> None:
         """Ends an unfinished trial at its last rung, if Ray Tune told it to stop."""
@@ -74,9 +75,7 @@ class Trial(tune.Trainable):
             if self.stopped_early():
                 self.keep(status="stopped")
         except Exception as error:
-            # Under population based training the record already is the next incarnation's.
-            if self.job.scheduler != "pbt":
-                self.fail(line(error))
+            self.fail(error)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process, which saves the seconds of a start; see Ray Tune's reuse_actors."""
@@ -84,18 +83,19 @@ class Trial(tune.Trainable):
         self.record = ledger.read(self.job.output, self.trial_name)
         return True
 
-    def fail(self, reason: str) -> None:
+    def fail(self, error: Exception) -> None:
         """Clears up, and only then is over: a search that is killed meanwhile tries this trial again."""
-        self.failed(reason)
-        self.keep(status="failed", reason=reason)
+        status = "failed" if isinstance(error, InputError) else "interrupted"
+        self.failed(reason := reason_of(error))
+        self.keep(status=status, reason=reason)
 
     def keep(self, **changes: Any) -> None:
         """Changes the trial's record, in memory and on disk."""
         self.record = replace(self.record, **changes)
         ledger.write(self.job.output, self.record)
 
-    def advance(self) -> Rung | None:
-        """Goes on to the next rung; None where training ended without another."""
+    def advance(self) -> Rung:
+        """Goes on to the next rung; after a resume first to the last one again, if it wasn't left behind."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -110,7 +110,7 @@ class Trial(tune.Trainable):
 
 
 class TrainTrial(Trial):
-    """A trial that trains; `settings` hold the objective and the parent MLflow run.
+    """A trial that trains; `settings` hold the objective, the dataset's splits and the parent MLflow run.
 
     The training runs in a thread of its own, and its workers wait at each rung until the next call of `step`
     (go on) or `cleanup` (end here: the model is exported as it is).
@@ -120,11 +120,10 @@ class TrainTrial(Trial):
     _asked: Rung | None = None
     _logged = -1  # step of the newest measurement that MLflow has
 
-    def advance(self) -> Rung | None:
+    def advance(self) -> Rung:
         """See `Trial`."""
         self._answer(True)
-        if self._future is None:
-            self._start()
+        future = self._future = self._future or self._start()
         while True:
             rung: Rung | None = ray.get(self._exchange.next.remote(POLL_SECONDS))
             if rung is not None:
@@ -133,9 +132,9 @@ class TrainTrial(Trial):
                     point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.images})
                     runs.log_points(runs.Run(self.record.run_id), [point])
                 return rung
-            if self._future is not None and self._future.done():
-                self._future.result()
-                return None
+            if future.done():
+                future.result()
+                raise RuntimeError("training ended before its last rung")
 
     def finish(self) -> None:
         """See `Trial`."""
@@ -146,39 +145,14 @@ class TrainTrial(Trial):
         runs.end_run(runs.Run(self.record.run_id))
 
     def stopped_early(self) -> bool:
-        """See `Trial`; under population based training a stop is a pause: the folder is the next incarnation's."""
+        """See `Trial`."""
         if self._future is None:
             return False
         self._answer(False)
         future, self._future = self._future, None
         future.result()
-        if self.job.scheduler == "pbt":
-            return False
         runs.end_run(runs.Run(self.record.run_id), reason="stopped by the scheduler")
         return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """For population based training: the state at the last rung, and whose it is."""
-        shutil.copytree(self._start_folder(None), checkpoint_dir, dirs_exist_ok=True)
-        (Path(checkpoint_dir) / "trial").write_text(self.record.name)
-
-    def load_checkpoint(self, saved: Any) -> None:
-        """For population based training: a new incarnation, from a trial's weights (or its own), with changed flags.
-
-        Also a trial that goes on where it was gets a new folder: its old workers may still be on their way out.
-        """
-        donor, incarnation = (Path(saved) / "trial").read_text(), self.record.incarnation + 1
-        start = self._start_folder(incarnation)
-        shutil.rmtree(start, ignore_errors=True)
-        shutil.copytree(saved, start)
-        _, step = checkpoint.read_model(str(start))
-        history = self.record.history
-        if donor != self.record.name:
-            changed = {k: v for k, v in self.config.items() if self.record.flags.get(k) != v}
-            history = (*history, f"after {self.record.images} images: weights of trial {donor}, {changed}")
-        # What was measured on weights that are given up doesn't count.
-        rungs = tuple(rung for rung in self.record.rungs if rung.step <= step)
-        self.keep(incarnation=incarnation, flags=dict(self.config), history=history, rungs=rungs)
 
     def failed(self, reason: str) -> None:
         """See `Trial`."""
@@ -190,7 +164,7 @@ class TrainTrial(Trial):
         if self.record.run_id:
             runs.end_run(runs.Run(self.record.run_id), "FAILED", reason=reason)
 
-    def _start(self) -> None:
+    def _start(self) -> Future[trainer.Trained]:
         config = training(self.job, self.record)
         run = runs.reopen_run(self.record.run_id, (IMAGES,)) if self.record.run_id else None
         if run is None:
@@ -203,30 +177,21 @@ class TrainTrial(Trial):
             )
             runs.log_config(run, to_dict(config))
             self.keep(run_id=run.id)
-        # What another trial's weights are measured at again is shown beside what was given up for them.
-        self._logged = -1 if self.record.incarnation else run.last_steps.get(IMAGES, -1)
-        _, spec = trainer.check(config)
-        start = self._start_folder(self.record.incarnation)
-        begun = checkpoint.read_model(str(start))[1] if start.exists() else -1
-        behind = max([begun, *(rung.step for rung in self.record.rungs)])
-        rungs = {k: v for k, v in rung_steps(self.job, config.batch_size).items() if k > behind}
+        self._logged = run.last_steps.get(IMAGES, -1)
         self._exchange = Exchange.remote()  # type: ignore[attr-defined]
-        objective: Objective = self.settings["objective"]
-        keep = str(self._start_folder(None)) if self.job.scheduler == "pbt" else ""
-        hooks = Hooks(
-            watch=RungWatch(rungs, spec, objective, self._exchange, keep),
-            start_from=str(start) if start.exists() else "",
-            run_id=self.record.run_id,
-            log_model=False,
+        watch = RungWatch(
+            rung_steps(self.job, config.batch_size),
+            {rung.step: rung for rung in self.record.rungs},
+            trainer.make_spec(config, self.settings["splits"]["train"]),
+            self.settings["objective"],
+            self._exchange,
         )
+        hooks = Hooks(watch=watch, run_id=self.record.run_id, log_model=False)
         pool = ThreadPoolExecutor(1, thread_name_prefix="training")
-        self._future = pool.submit(trainer.train, config, hooks=hooks)
+        # MERGE: pass splits=self.settings["splits"] to trainer.train, which opens the data by itself today.
+        future = pool.submit(trainer.train, config, hooks=hooks)
         pool.shutdown(wait=False)
-
-    def _start_folder(self, incarnation: int | None) -> Path:
-        """The state that an incarnation starts from; of None, the state at the last rung."""
-        name = "newest" if incarnation is None else f"start-{incarnation}"
-        return ledger.folder(self.job.output, self.record.name) / name
+        return future
 
     def _answer(self, go_on: bool) -> None:
         if self._asked is not None:
@@ -234,9 +199,18 @@ class TrainTrial(Trial):
             self._asked = None
 
 
-def line(error: BaseException) -> str:
-    """An error's sense in one line: of a traceback, the last."""
-    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
-    text = lines[-1] if lines else ""
+def reason_of(error: Exception) -> str:
+    """An error in one line: of a traceback, the last, which says what it was."""
     name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-    return f"{name}{text}"[:500]
+    return one_line(name + str(error).strip().rpartition("\n")[2])
+
+
+def check_finite(rung: Rung) -> None:
+    """Refuses what can't be compared.
+
+    Raises:
+        InputError: a metric that is not finite.
+    """
+    for name, value in rung.metrics.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value} after {rung.images} images")

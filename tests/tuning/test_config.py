@@ -27,7 +27,6 @@ def test_the_training_loss_is_refused_as_an_objective_with_the_reason(name: str)
         ({"max_images": 1}, "--max-images"),
         ({"images": 5, "rungs": 4}, "--images 5"),
         ({"cpus_per_worker": 0.0}, "--cpus-per-worker"),
-        ({"scheduler": "pbt", "trials": 1}, "--trials 2"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(change: dict[str, object], named: str) -> None:
@@ -35,12 +34,11 @@ def test_settings_that_make_no_sense_are_named(change: dict[str, object], named:
         check(replace(CONFIG, **change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "pbt", "none"])
 @pytest.mark.parametrize("batch_size", [64, 100, 128, 1000])
-def test_rungs_are_the_same_images_for_every_batch_size(scheduler: str, batch_size: int) -> None:
-    config = replace(CONFIG, scheduler=scheduler, images=9000, rungs=3, reduction=3)  # type: ignore[arg-type]
+def test_rungs_are_the_same_images_for_every_batch_size(batch_size: int) -> None:
+    config = replace(CONFIG, images=9000, rungs=3, reduction=3)
     rungs = rung_images(config)
-    assert rungs == ([3000, 6000, 9000] if scheduler == "pbt" else [1000, 3000, 9000])
+    assert rungs == [1000, 3000, 9000]
     steps = rung_steps(config, batch_size)
     assert list(steps.values()) == rungs
     for (

@@ -1,6 +1,8 @@
 """The ledger: what it keeps, and how trials are ranked by it."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.tuning import ledger
@@ -25,6 +27,16 @@ def test_a_record_is_read_as_it_was_written_from_wherever_the_search_was_moved(t
     assert str(tmp_path) not in (tmp_path / "there" / "trials" / "0001" / "trial.json").read_text()
 
 
+def test_a_record_of_0_1_0_is_read_and_its_training_run_found(tmp_path: Path) -> None:
+    now = record(7, 3.0)
+    ledger.write(str(tmp_path), now)
+    path = tmp_path / "trials" / "0007" / "trial.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"incarnation": 2, "history": ["took over"]}))
+    read = ledger.read(str(tmp_path), "0007")
+    assert read == replace(now, incarnation=2)
+    assert ledger.run_folder(str(tmp_path), read) == tmp_path / "trials" / "0007" / "run-2"
+
+
 def test_who_got_further_ranks_first_and_then_who_measured_less() -> None:
     records = [
         record(0, 1.0, status="stopped"),
@@ -32,6 +44,7 @@ def test_who_got_further_ranks_first_and_then_who_measured_less() -> None:
         record(2, 3.0, 2.0),
         record(3, 9.0, 0.1, status="failed"),
         record(4),
+        record(5, 9.0, 0.1, status="interrupted"),
     ]
     assert [one.number for one in ranked(records, "a")] == [2, 1, 0]
 
@@ -45,3 +58,4 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both() -> None:
         record(4, 0.5, second=0.5, status="stopped"),
     ]
     assert [one.number for one in pareto_front(records, ("a", "b"))] == [0, 1, 3]
+    assert pareto_front(records[4:], ("a", "b")) == []

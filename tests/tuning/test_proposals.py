@@ -1,20 +1,22 @@
-"""Proposals: Optuna's choices on a bound that is known, and what a resume proposes."""
+"""Proposals: Optuna's choices on a bound that is known, what a resume proposes, and which trials are stopped."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
+from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.tuning import ledger
-from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.config import TuneConfig, rung_images
 from pipeline.tuning.ledger import Record, Rung
-from pipeline.tuning.proposals import Proposals, make_scheduler
+from pipeline.tuning.proposals import Halving, Proposals
 from pipeline.tuning.space import parse_space
 from tests.tuning.gaussian import known_bound
 
@@ -80,16 +82,19 @@ def test_a_resume_proposes_unfinished_trials_under_their_own_number_and_no_finis
         measured(2, 5.0, "stopped"),
         Record(3, {FLAGS[0]: '"cosine"', FLAGS[1]: "40", FLAGS[2]: '"fixed_small"'}, {"seed": 8}, "waiting"),
         Record(4, {FLAGS[0]: '"cosine"', FLAGS[1]: "80", FLAGS[2]: '"fixed_small"'}, {}, "failed", "why"),
+        Record(
+            5, {FLAGS[0]: '"cosine"', FLAGS[1]: "20", FLAGS[2]: '"fixed_large"'}, {}, "interrupted", "why"
+        ),
     ]
     for record in records:
         ledger.write(str(tmp_path), record)
-    proposals = Proposals(TuneConfig("", str(tmp_path), trials=7), SPACE, records)
-    flags = [proposals.suggest(name) for name in "abcd"]
-    assert [proposals.names[name] for name in "abcd"] == ["0001", "0003", "0005", "0006"]
+    proposals = Proposals(TuneConfig("", str(tmp_path), trials=8), SPACE, records)
+    flags = [proposals.suggest(name) for name in "abcde"]
+    assert [proposals.names[name] for name in "abcde"] == ["0001", "0003", "0005", "0006", "0007"]
     assert flags[0] == records[1].flags
     assert flags[1] == records[3].flags
     old = [record.parameters for record in records]
-    assert all(record.parameters not in old for record in ledger.read_all(str(tmp_path))[5:])
+    assert all(record.parameters not in old for record in ledger.read_all(str(tmp_path))[6:])
 
 
 def test_two_objectives_are_told_to_optuna_together(tmp_path: Path) -> None:
@@ -100,28 +105,83 @@ def test_two_objectives_are_told_to_optuna_together(tmp_path: Path) -> None:
         failed = i == 3
         result = {BITS_PER_DIM: 1.0 * i, FRECHET: -1.0 * i, "failed": failed}
         proposals.on_trial_complete(str(i), result)
-    states = [trial.state.name for trial in proposals._study.get_trials()]
+    states = [trial.state.name for trial in proposals.study.get_trials()]
     assert states.count("COMPLETE") == 5
-    assert len(proposals._study.best_trials) == 5
+    assert len(proposals.study.best_trials) == 5
 
 
-def test_asha_counts_what_was_measured_before_a_resume() -> None:
-    config = TuneConfig("", "", scheduler="asha", images=900, rungs=3, reduction=3)
-    before = [measured(i, 1.0 + i, "stopped") for i in range(6)]
-    verdicts = {}
-    for name, records in (("resumed", before), ("new", [])):
-        scheduler = make_scheduler(config, SPACE, records)
-        assert scheduler is not None
-        trial = SimpleNamespace(trial_id="late")
-        scheduler.on_trial_add(None, trial)
-        verdicts[name] = scheduler.on_trial_result(None, trial, {"images": 100, BITS_PER_DIM: 4.0})
-    assert verdicts == {"resumed": "STOP", "new": "CONTINUE"}
+def test_what_optuna_is_told_after_a_resume_is_what_it_knew_before(tmp_path: Path) -> None:
+    """In one study, by number of the trial: its settings, how it ended, and with what."""
+    config = TuneConfig("", str(tmp_path), trials=6)
+    proposals = Proposals(config, SPACE, [])
+    for i, status in enumerate(("finished", "stopped", "failed")):
+        proposals.suggest(str(i))
+        proposals.on_trial_complete(str(i), {BITS_PER_DIM: 5.0 + i, "failed": status == "failed"})
+        rungs = (Rung(100, 1, 0.0, {BITS_PER_DIM: 5.0 + i}),)
+        record = replace(ledger.read(str(tmp_path), f"{i:04d}"), status=status, rungs=rungs)  # type: ignore[arg-type]
+        ledger.write(str(tmp_path), record)
+
+    def known(study: optuna.Study) -> list[Any]:
+        return [(trial.params, trial.state, trial.values) for trial in study.get_trials()]
+
+    resumed = Proposals(config, SPACE, ledger.read_all(str(tmp_path)))
+    assert known(resumed.study) == known(proposals.study)
+    assert [state.name for _, state, _ in known(resumed.study)] == ["COMPLETE", "COMPLETE", "FAIL"]
 
 
-def test_population_based_training_needs_something_that_can_change() -> None:
-    config = TuneConfig("", "", scheduler="pbt")
-    with pytest.raises(InputError, match="learning_rate"):
-        make_scheduler(config, SPACE, [])
-    space = parse_space({"learning_rate": {"low": 0.001, "high": 0.01}, "schedule": ["linear", "cosine"]})
-    scheduler = make_scheduler(config, space, [])
-    assert list(scheduler._hyperparam_mutations) == ["optimizer.learning_rate"]  # type: ignore[union-attr]
+HALVING = TuneConfig("", "", images=900, rungs=3, reduction=3)
+Measurement = tuple[str, int, float]
+
+
+def play(seed: int) -> tuple[list[Measurement], list[bool]]:
+    """Measurements of 40 trials, in the order in which they come, and which of them Ray's ASHA ends a trial at."""
+    rng = np.random.default_rng(seed)
+    asha = ASHAScheduler(
+        time_attr="images", metric=BITS_PER_DIM, mode="min", grace_period=100, max_t=900, reduction_factor=3
+    )
+    trials = [SimpleNamespace(trial_id=f"{number:04d}") for number in range(40)]
+    ahead = {trial.trial_id: rung_images(HALVING) for trial in trials}
+    for trial in trials:
+        asha.on_trial_add(None, trial)  # type: ignore[arg-type]
+    measured, stopped = [], []
+    while left := [trial for trial in trials if ahead[trial.trial_id]]:
+        trial = left[rng.integers(min(len(left), 6))]
+        images, value = ahead[trial.trial_id].pop(0), float(rng.normal())
+        if images == HALVING.images:
+            continue
+        answer = asha.on_trial_result(None, trial, {"images": images, BITS_PER_DIM: value})  # type: ignore[arg-type]
+        measured.append((trial.trial_id, images, value))
+        stopped.append(answer == "STOP")
+        if stopped[-1]:
+            ahead[trial.trial_id] = []
+    return measured, stopped
+
+
+def in_ledger(measured: list[Measurement]) -> list[Record]:
+    rungs: dict[str, tuple[Rung, ...]] = {}
+    for time, (name, images, value) in enumerate(measured):
+        rungs[name] = (*rungs.get(name, ()), Rung(images, images, float(time), {BITS_PER_DIM: value}))
+    return [Record(int(name), {}, {}, "running", rungs=some) for name, some in sorted(rungs.items())]
+
+
+def ask(halving: Halving, measurement: Measurement) -> bool:
+    name, images, value = measurement
+    return halving(name, {"images": images, BITS_PER_DIM: value, "done": False})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_trials_are_stopped_as_rays_own_asha_stops_them_also_after_a_resume(seed: int) -> None:
+    measured, stopped = play(seed)
+    names = {name: name for name, _, _ in measured}
+    assert 20 < sum(stopped) < len(stopped) - 10
+    halving = Halving(HALVING, [], names)
+    assert [ask(halving, one) for one in measured] == stopped
+    for end in range(len(measured)):  # killed just after this measurement, before or after the answer
+        resumed = Halving(HALVING, in_ledger(measured[: end + 1]), names)
+        assert [ask(resumed, one) for one in measured[end : end + 5]] == stopped[end : end + 5]
+
+
+def test_a_trial_that_is_at_its_end_is_not_stopped() -> None:
+    halving = Halving(HALVING, in_ledger([("0000", 900, 1.0)]), {"a": "0001"})
+    assert not halving("a", {"images": 900, BITS_PER_DIM: 2.0, "done": True})
+    assert not halving.stop_all()

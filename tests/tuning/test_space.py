@@ -98,6 +98,8 @@ def test_a_choice_becomes_the_training_run_that_it_names() -> None:
         ({"x": [{"schedule": "linear"}], "schedule": ["cosine"]}, "twice"),
         ({"x": [{"bogus": 1}]}, "'bogus'"),
         ({"batch_size": 64}, "nothing to search"),
+        ({"image_size": [16, 32]}, "image_size"),
+        ({"x": [{"image_size": 16}, {"image_size": 32}]}, "image_size"),
     ],
 )
 def test_a_space_that_cannot_be_is_refused_in_one_line(values: dict[str, object], named: str) -> None:
