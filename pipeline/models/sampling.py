@@ -3,7 +3,7 @@
 from typing import TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import ModelSpec, SamplerName
 from pipeline.diffusion.losses import Model
@@ -38,7 +38,38 @@ def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
     Returns:
         uint8 [N, C, H, W].
     """
-    return to_uint8(sample_floats(model, spec, ids, **settings))
+    return to_pixels(sample_floats(model, spec, ids, **settings))
+
+
+def preview(
+    model: nn.Module,
+    spec: ModelSpec,
+    count: int,
+    *,
+    first: int = 0,
+    steps: int = 25,
+    seed: int = 0,
+    classes: int = 0,
+) -> Tensor:
+    """Draws the samples numbered `first` to `first + count` with DDIM: quick, and good enough to look at.
+
+    Args:
+        steps: model evaluations a sample; T where that is fewer.
+        classes: the class of sample i is i modulo so many; 0 = all of a class-conditional model's.
+
+    Returns:
+        uint8 [N, C, H, W], on the model's device.
+    """
+    ids = torch.arange(first, first + count, device=next(model.parameters()).device)
+    return sample_images(
+        model,
+        spec,
+        ids,
+        sampler="ddim",
+        sampling_steps=min(steps, spec.diffusion.timesteps),
+        labels=ids % (classes or len(spec.image.classes)) if spec.model.class_conditional else None,
+        seed=seed,
+    )
 
 
 @torch.inference_mode()
@@ -60,6 +91,11 @@ def sample_floats(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
     )
 
 
-def to_uint8(x_0: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, rounded; what is not a number becomes the middle."""
+def from_pixels(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return images.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
+
+
+def to_pixels(x_0: Tensor) -> Tensor:
+    """[-1, 1] to uint8 0..255, rounded; what is not a number becomes the middle."""
     return x_0.nan_to_num(0.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

@@ -13,7 +13,7 @@ from tests.generation.common import config, digests, make, manifest
 
 
 def renderer(model: Path, **changes: object) -> Renderer:
-    return Renderer(Setup(pack_model(model), config("unused", **changes), "unused", "", None))
+    return Renderer(Setup(pack_model(model), config("unused", **changes), "unused", ""))
 
 
 def test_a_sample_is_the_same_in_any_piece_and_in_any_order(model: Path) -> None:
