@@ -93,7 +93,9 @@ def test_a_conditional_model_gets_labels_that_it_knows_and_no_class_for_others(t
 
 def test_labels_outside_of_the_models_classes_are_no_class(tmp_path: Path) -> None:
     model = save(tmp_path / "model", ImageConfig(12, 3, ("cat",)), conditional=True)
-    assert drawn(model, write_folder(tmp_path / "data", COLOUR), tmp_path / "out") == PICTURES
+    data = write_folder(tmp_path / "data", COLOUR)
+    flat(data / "zebra", encoded(48)[12:])
+    assert drawn(model, data, tmp_path / "out") == PICTURES
 
 
 def test_a_conditional_model_beside_data_without_classes(tmp_path: Path) -> None:
