@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.cluster.session import submitted_settings
 from pipeline.errors import InputError
-from pipeline.redact import redact
+from pipeline.redact import one_line, redact
 
 T = TypeVar("T")
 _PARAMS_A_CALL = 100
@@ -201,8 +201,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def one_line(error: Exception) -> str:
-    """MLflow's own words, without secrets."""
-    return redact(" ".join(str(error).split()))[:300]
