@@ -33,12 +33,13 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from benchmarks.common import two_over_one
+from pipeline.cluster.pool import MOST_BLOCKS
 from pipeline.cluster.session import connect
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, Precision, TrainConfig
-from pipeline.generation import pool
 from pipeline.generation.chunks import Chunk, tasks
 from pipeline.generation.config import GenerateConfig
-from pipeline.generation.sampler import SamplerActor, Setup
+from pipeline.generation.job import actor_pool
+from pipeline.generation.sampler import SampleWork, Setup
 from pipeline.models.diffusers import unet_config
 from pipeline.models.export import load_model, pack_model, save_model
 from pipeline.models.unet import build
@@ -84,12 +85,12 @@ def diffusers_side(work: Work, precision: Precision) -> Callable[[], object]:
 
 def sampler_side(folder: Path, work: Work, precision: Precision, output: Path) -> Callable[[], object]:
     """What an actor does for a file of one batch."""
-    sampler = SamplerActor(setup(folder, work, precision, output, actors=1))
+    sampler = SampleWork(setup(folder, work, precision, output, actors=1)).start("cpu")
     starts = count(0, work.batch)
 
     def side() -> None:
         start = next(starts)
-        sampler({"start": start, "stop": start + work.batch})
+        sampler(Chunk(start, start + work.batch))
 
     return side
 
@@ -100,7 +101,7 @@ def setup(folder: Path, work: Work, precision: Precision, output: Path, actors: 
         "", str(output), count=(work.rounds + 1) * actors * work.batch, batch_size=work.batch,
         rows_per_file=work.batch, sampler="ddim", sampling_steps=work.steps, actors=actors, precision=precision,
     )  # fmt: skip
-    return Setup(pack_model(folder), config, str(output), "", None)
+    return Setup(pack_model(folder), config, str(output), "")
 
 
 def take_turns(sides: dict[str, Callable[[], object]], work: Work) -> dict[str, tuple[float, float]]:
@@ -120,8 +121,8 @@ def take_turns(sides: dict[str, Callable[[], object]], work: Work) -> dict[str, 
 def pool_rate(folder: Path, work: Work, precision: Precision, output: Path, actors: int) -> float:
     """Images/s of the actor pool; its start is left out."""
     given = setup(folder, work, precision, output, actors)
-    rows = [chunk._asdict() for chunk in tasks([Chunk(0, given.config.count)], work.batch, pool.MOST_TASKS)]
-    done = [time.perf_counter() for _ in pool.actor_pool(SamplerActor, rows, given)]
+    spans = tasks([Chunk(0, given.config.count)], work.batch, MOST_BLOCKS)
+    done = [time.perf_counter() for _ in actor_pool(given.config)(SampleWork(given), spans)]
     return work.batch * work.rounds * actors / (done[-1] - done[actors - 1])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cluster.pool import ActorPool
 from pipeline.cluster.session import connect
 from pipeline.commands.cli import result_stream
 from pipeline.config import DiffusionConfig, TrainConfig
@@ -23,7 +24,6 @@ from pipeline.data.index import DatasetIndex, open_splits
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
-from pipeline.evaluation.distributed import ActorPool
 from pipeline.models.export import load_model
 from pipeline.tracking.runs import end_run, quieten, tracking_uri
 from pipeline.training.trainer import train

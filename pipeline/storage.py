@@ -7,7 +7,6 @@ import posixpath
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -239,12 +238,6 @@ def is_storage_error(error: Exception) -> bool:
 
 def _words(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")
-
-
-def put_folder(folder: Path, uri: str) -> None:
-    """Copies the files of a local folder to an object store."""
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        write_atomic(join(uri, file.relative_to(folder).as_posix()), file.read_bytes())
 
 
 def arrow_fs(uri: str) -> tuple[Any, str]:

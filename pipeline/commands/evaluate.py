@@ -9,8 +9,8 @@ from pipeline.tracking import registry
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
     """Resolves the model once, then measures it over the cluster."""
-    folder, pinned = registry.resolve_model(config.model)
-    return {"output": config.output, "model": pinned, "metrics": evaluate(config, str(folder))}
+    model, pinned = registry.resolve_model(config.model)
+    return {"output": config.output, "model": pinned, "metrics": evaluate(config, model)}
 
 
 def main(arguments: list[str]) -> int:

@@ -11,8 +11,8 @@ def execute(config: GenerateConfig) -> dict[str, Any]:
     """Resolves the model once, then generates what is missing."""
     from pipeline.generation.job import generate, model_to_use
 
-    folder, pinned = registry.resolve_model(model_to_use(config))
-    return {**generate(config, str(folder), pinned), "model": pinned}
+    model, pinned = registry.resolve_model(model_to_use(config))
+    return {**generate(config, model, pinned), "model": pinned}
 
 
 def main(arguments: list[str]) -> int:

@@ -25,22 +25,25 @@ class PlotConfig:
 
 def execute(config: PlotConfig) -> dict[str, Any]:
     """Draws every picture."""
+    from pipeline.data.index import open_splits
     from pipeline.models.export import load_model
     from pipeline.pictures import make
 
-    folder, pinned = registry.resolve_model(config.model)
+    packed, pinned = registry.resolve_model(config.model)
+    model, spec = load_model(packed)
+    splits = open_splits(config.data, spec.image.size)
+    train, held_out = splits["train"], splits["validation" if "validation" in splits else "train"]
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {config.output}: can't be written: {error.strerror}") from None
-    _, spec = load_model(folder)
     paths = [
-        make.sample_grid(folder, output / "samples.png", seed=config.seed),
-        make.process_strip(folder, config.data, output / "process.png", seed=config.seed),
+        make.draw_samples(model, spec, output / "samples.png", seed=config.seed),
+        make.process_strip(model, spec, train, output / "process.png", seed=config.seed),
         make.schedule_curves(spec, output / "schedules.png"),
-        make.bound_terms(folder, config.data, output / "bound.png", seed=config.seed),
-        make.nearest_neighbours(folder, config.data, output / "nearest.png", seed=config.seed),
+        make.bound_terms(model, spec, held_out, output / "bound.png", seed=config.seed),
+        make.nearest_neighbours(model, spec, train, output / "nearest.png", seed=config.seed),
     ]
     return {"output": config.output, "model": pinned, "count": len(paths)}
 

@@ -16,12 +16,14 @@ from pipeline.tracking import runs
 
 def execute(config: TrainConfig, data: Splits) -> dict[str, Any]:
     """Trains on data that `check` opened, exports, logs a grid of samples, registers."""
-    from pipeline.pictures.make import sample_grid
+    from pipeline.models.export import load_model
+    from pipeline.pictures.make import draw_samples
     from pipeline.training.trainer import train
 
     trained = train(config, data)
     with tempfile.TemporaryDirectory() as folder:
-        picture = sample_grid(trained.folder, Path(folder) / "samples.png", seed=config.seed)
+        model = load_model(trained.folder)
+        picture = draw_samples(*model, Path(folder) / "samples.png", seed=config.seed)
         runs.log_file(trained.run, picture)
     runs.end_run(trained.run)
     return {

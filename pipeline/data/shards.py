@@ -7,16 +7,16 @@ it; a run that was killed goes on with the parts that have no record yet, and gi
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline import storage
+from pipeline.cluster.pool import ActorPool
 from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ImageConfig, check_at_least, to_dict
-from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import held_out
 from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
@@ -91,18 +91,11 @@ def _prepare(config: PrepareConfig, source: SourceListing, image: ImageConfig, o
     if missing:
         display = Display("prepare", len(source.parts), "parts")
         images = finished = 0
-        done = each_part(
-            _write_part,
-            source.parts,
-            missing,
-            image=image,
-            classes=source.classes,
-            config=config,
-            output=output,
-        )
+        work = _Shards(image, source.classes, config, output)
+        pool = ActorPool(len(missing), gpu=False, least=1, ordered=False)
         try:
-            for row in done:
-                finished, images = finished + 1, images + row["images"]
+            for rows in pool(work, [(n, source.parts[n]) for n in missing]):
+                finished, images = finished + 1, images + rows
                 display.update(len(source.parts) - len(missing) + finished, f"{images} images")
         finally:
             display.close()
@@ -135,6 +128,20 @@ def _record_uri(output: str, number: int) -> str:
     return storage.join(output, "parts", f"{number:05d}.json")
 
 
+@dataclass(frozen=True)
+class _Shards:
+    """Writes the shards of a numbered part, and says how many images are in them; see `pool.Work`."""
+
+    image: ImageConfig
+    classes: tuple[str, ...]
+    config: PrepareConfig
+    output: str
+
+    def start(self, device: str) -> Callable[[tuple[int, Part]], int]:
+        """Has nothing to set up."""
+        return lambda task: _write_part(*task, **vars(self))
+
+
 def _write_part(
     number: int,
     part: Part,
@@ -142,7 +149,7 @@ def _write_part(
     classes: tuple[str, ...],
     config: PrepareConfig,
     output: str,
-) -> dict[str, Any]:
+) -> int:
     """Decodes one part and writes its shards, then its record."""
     writers = {split: ShardWriter(classes, config.rows_per_group) for split in SPLITS}
     bad: list[dict[str, str]] = []
@@ -169,7 +176,7 @@ def _write_part(
             shards[split] = asdict(Shard(name, writer.rows, writer.row_groups, len(data), digest_hex))
     record = {"shards": shards, "bad": bad, **totals.to_dict()}
     storage.write_atomic(_record_uri(output, number), json.dumps(record).encode())
-    return {"part": number, "images": sum(shard["rows"] for shard in shards.values())}
+    return sum(shard["rows"] for shard in shards.values())
 
 
 def _pixels(data: bytes, image: ImageConfig, config: PrepareConfig) -> np.ndarray:

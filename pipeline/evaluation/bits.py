@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cluster.pool import Pool, in_process
 from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex
 from pipeline.diffusion.losses import prior_bits_per_dim, stratified_vlb, vlb_term, vlb_terms
 from pipeline.diffusion.process import Process, make_process, q_sample, take
 from pipeline.errors import InputError
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import Partial, Pool, cut, in_process
+from pipeline.evaluation.work import Partial, cut
+from pipeline.models.sampling import from_pixels
 from pipeline.models.unet import UNet
 from pipeline.rng import Purpose, normal, uniform
 
@@ -62,13 +64,13 @@ class BitsWork:
     terms: int
     seed: int
 
-    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
-        """See `work.Work`; partial results hold float64 total, variance, prior, decoder [N] and terms [T]."""
+    def start(self, device: str) -> Callable[[np.ndarray], Partial]:
+        """See `pool.Work`; partial results hold float64 total, variance, prior, decoder [N] and terms [T]."""
         model, process = self.model.to(device).eval(), make_process(self.spec.diffusion).to(device)
 
         def do(ids: np.ndarray) -> Partial:
             images, labels = read_images(self.index, ids)
-            x_0 = images.to(device).float() / 127.5 - 1
+            x_0 = from_pixels(images.to(device))
             result = self._bound(
                 model, process, x_0, self._labels(labels, device), torch.from_numpy(ids).to(device)
             )
@@ -76,7 +78,7 @@ class BitsWork:
 
         return do
 
-    def _labels(self, labels: Tensor, device: torch.device) -> Tensor | None:
+    def _labels(self, labels: Tensor, device: str) -> Tensor | None:
         if not self.spec.model.class_conditional:
             return None
         return torch.where(labels < 0, len(self.spec.image.classes), labels).to(device)

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import storage
+from pipeline.cluster.pool import Pool, in_process
 from pipeline.config import ImageConfig, from_dict, to_dict
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import Partial, Pool, choose, in_process
+from pipeline.evaluation.work import Partial, choose
+from pipeline.models.sampling import from_pixels
+from pipeline.redact import one_line
 from pipeline.rng import Purpose, uniform
 
 FEATURES = 64
@@ -59,7 +62,7 @@ class Classifier(nn.Module):
 
         Layer norm fixes their scale, so that distances do not grow with the length of the training.
         """
-        maps = self.body(images.float() / 127.5 - 1)
+        maps = self.body(from_pixels(images))
         return F.relu(F.layer_norm(self.embedding(maps.flatten(1)), (FEATURES,)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,8 +128,8 @@ class ClassifierWork:
     seed: int
     steps: int
 
-    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
-        """See `work.Work`; the partial result holds the weights by name, and the held-out accuracy."""
+    def start(self, device: str) -> Callable[[np.ndarray], Partial]:
+        """See `pool.Work`; the partial result holds the weights by name, and the held-out accuracy."""
 
         def do(ids: np.ndarray) -> Partial:
             images, labels = (part.to(device) for part in read_images(self.index, ids))
@@ -158,7 +161,7 @@ def train_classifier(
     (result,) = pool(work, [choose(index.rows, TRAINING_IMAGES, seed)], "classifier")
     score = float(result.pop("accuracy")[0])
     net = Classifier(index.image)
-    net.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in result.items()})
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in result.items()})
     return net.eval().requires_grad_(False), score
 
 
@@ -183,5 +186,5 @@ def load_classifier(uri: str) -> tuple[Classifier, ImageConfig, float]:
     except FileNotFoundError:
         raise InputError(f"--features {uri}: neither a TorchScript file nor a classifier folder") from None
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--features {uri}: damaged: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"--features {uri}: damaged: {one_line(error)}") from None
     return net.eval().requires_grad_(False), image, float(about["held_out_accuracy"])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.config import check_at_least
 from pipeline.errors import InputError
 
 # "manifold" is what 0.1.0 called precision_recall.
@@ -65,18 +66,9 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         InputError: names the one that doesn't.
     """
-    least = {
-        "batch_size": 1,
-        "classifier_steps": 1,
-        "kernel_subset_size": 2,
-        "precision_recall_neighbours": 1,
-    }
-    least |= {"knn_neighbours": 1, "terms": 0, "max_images": 0, "max_features": 0, "actors": 0}
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be at least {value}, got {getattr(config, name)}"
-            )
+    positive = ("batch_size", "classifier_steps", "precision_recall_neighbours", "knn_neighbours")
+    check_at_least(config, **dict.fromkeys(positive, 1), kernel_subset_size=2)
+    check_at_least(config, terms=0, max_images=0, max_features=0, actors=0)
     if bool(config.ema_lengths) != bool(config.snapshots):
         raise InputError("--ema-lengths and --snapshots go together: give both, or neither")
     if config.ema_lengths and "bits" not in config.metrics:

@@ -9,39 +9,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from pipeline import storage
+from pipeline.cluster.pool import ActorPool, Pool
 from pipeline.config import ModelSpec
-from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
 from pipeline.evaluation.classifier import save_classifier, train_classifier
 from pipeline.evaluation.config import EvaluateConfig, Metric, check
-from pipeline.evaluation.distributed import ActorPool
-from pipeline.evaluation.features import (
-    ClassifierExtractor,
-    Extractor,
-    FeatureSet,
-    measure,
-    open_extractor,
-)
-from pipeline.evaluation.frechet import frechet_distance, moments_to_bytes
+from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
+from pipeline.evaluation.frechet import frechet_distance
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
 from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
 from pipeline.evaluation.reading import open_samples
-from pipeline.evaluation.work import Pool, choose
-from pipeline.models.export import load_model, save_model
+from pipeline.evaluation.work import choose
+from pipeline.models.export import Packed, load_model, save_model
 from pipeline.models.snapshots import posthoc_ema
 from pipeline.models.unet import UNet
 from pipeline.pictures import draw
 
 
-def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
+def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[str, float]:
     """Measures a model over the cluster.
 
     Args:
-        model_folder: where the model that `config.model` names lies on this machine.
+        model_folder: the model that `config.model` names (path, URI, or packed); "" = none is measured.
 
     Returns:
         the metrics by name. `*_real` is what the held-out real images get where the samples would stand: no model
@@ -57,13 +50,14 @@ def evaluate(config: EvaluateConfig, model_folder: str) -> dict[str, float]:
         storage.check_writable(config.output)
     pool = ActorPool(config.actors, config.gpu)
     # Only the bound looks at the model; images of a folder that was not prepared are read at its size.
-    loaded = load_model(Path(model_folder)) if model_folder else None
-    held_out = open_dataset(config.data, config.split, loaded[1].image.size if loaded else 0)
+    loaded = load_model(model_folder) if model_folder else None
+    splits = open_splits(config.data, loaded[1].image.size if loaded else 0)
+    held_out = splits[config.split]
     metrics: dict[str, float] = {}
     if loaded and "bits" in config.metrics:
         metrics |= _bits(config, *loaded, held_out, pool)
     if config.samples and set(config.metrics) - {"bits"}:
-        metrics |= _quality(config, held_out, pool)
+        metrics |= _quality(config, splits, pool)
     _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
@@ -94,7 +88,7 @@ def _bits(
         sweep[f"bits_per_dim_ema_{length:g}"] = bound().bits_per_dim
         if config.output:
             about = replace(spec, provenance=spec.provenance | {"ema_length": length})
-            _write_model(storage.join(storage.absolute(config.output), f"ema-{length:g}"), weights, about)
+            save_model(storage.join(config.output, f"ema-{length:g}"), weights, about)
     return sweep | {
         "bits_per_dim": bits.bits_per_dim,
         "bits_per_dim_stderr": bits.stderr,
@@ -105,15 +99,13 @@ def _bits(
     }
 
 
-def _quality(config: EvaluateConfig, held_out: DatasetIndex, pool: Pool) -> dict[str, float]:
-    reference = open_dataset(config.data, config.reference_split, held_out.image.size)
+def _quality(config: EvaluateConfig, splits: Splits, pool: Pool) -> dict[str, float]:
+    held_out, reference = splits[config.split], splits[config.reference_split]
     samples = open_samples(config.samples, reference.image)
     sets = [reference, samples] + [held_out] * (config.split != config.reference_split)
     _check_counts(config, sets)
     extractor, metrics = _extractor(config, reference, held_out, pool)
     real, fake, *others = measure(sets, extractor, keep=config.max_features, seed=config.seed, pool=pool)
-    _write(config, "reference_moments.npz", moments_to_bytes(real.moments))
-    _write(config, "sample_moments.npz", moments_to_bytes(fake.moments))
     metrics |= {"samples": samples.rows} | _compare(config, real, fake)
     for other in others:
         yardstick = _compare(config, real, other)
@@ -193,11 +185,4 @@ def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:
 
 def _write(config: EvaluateConfig, name: str, data: bytes) -> None:
     if config.output:
-        storage.write_atomic(storage.join(storage.absolute(config.output), name), data)
-
-
-def _write_model(uri: str, weights: dict[str, Tensor], spec: ModelSpec) -> None:
-    """Writes a model folder wherever a URI may point."""
-    with tempfile.TemporaryDirectory() as here:
-        for file in sorted(save_model(Path(here) / "model", weights, spec).iterdir()):
-            storage.write_atomic(storage.join(uri, file.name), file.read_bytes())
+        storage.write_atomic(storage.join(config.output, name), data)

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import storage
+from pipeline.cluster.pool import Pool, in_process
 from pipeline.config import ImageConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.classifier import CONFIG, Classifier, load_classifier
 from pipeline.evaluation.frechet import Moments, merge_moments, moments_of
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import Partial, Pool, choose, cut, in_process
+from pipeline.evaluation.work import Partial, choose, cut
+from pipeline.redact import one_line
 
 IMAGES_PER_TASK = 2048
 IMAGES_PER_PASS = 64
@@ -31,7 +33,7 @@ Embed = Callable[[Tensor], Tensor]
 class Extractor(Protocol):
     """A network that can travel to where it is used."""
 
-    def load(self, device: torch.device) -> Embed:
+    def load(self, device: str) -> Embed:
         """The network on a device."""
 
 
@@ -41,7 +43,7 @@ class ClassifierExtractor:
 
     net: Classifier
 
-    def load(self, device: torch.device) -> Embed:
+    def load(self, device: str) -> Embed:
         """See `Extractor`."""
         return self.net.to(device).features
 
@@ -57,7 +59,7 @@ class TorchScriptExtractor:
 
     data: bytes
 
-    def load(self, device: torch.device) -> Embed:
+    def load(self, device: str) -> Embed:
         """See `Extractor`.
 
         Raises:
@@ -90,8 +92,8 @@ def read_torchscript(uri: str) -> TorchScriptExtractor:
     try:
         extractor = TorchScriptExtractor(storage.read_bytes(uri))
     except OSError as error:
-        raise InputError(f"--features {uri}: can't be read: {' '.join(str(error).split())}") from None
-    extractor.load(torch.device("cpu"))
+        raise InputError(f"--features {uri}: can't be read: {one_line(error)}") from None
+    extractor.load("cpu")
     return extractor
 
 
@@ -134,8 +136,8 @@ class FeatureWork:
     extractor: Extractor
     kept: np.ndarray
 
-    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
-        """See `work.Work`."""
+    def start(self, device: str) -> Callable[[np.ndarray], Partial]:
+        """See `pool.Work`."""
         embed = self.extractor.load(device)
 
         @torch.no_grad()

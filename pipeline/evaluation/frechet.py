@@ -3,8 +3,6 @@
 Moments of parts merge into the moments of the whole, so no process ever holds all features.
 """
 
-import io
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -85,27 +83,3 @@ def _symmetric_sqrt(matrix: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(matrix)
     root: np.ndarray = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     return root
-
-
-def moments_to_bytes(moments: Moments) -> bytes:
-    """The content of an .npz file of count, mean and m2."""
-    buffer = io.BytesIO()
-    np.savez(buffer, count=np.int64(moments.count), mean=moments.mean, m2=moments.m2)
-    return buffer.getvalue()
-
-
-def moments_from_bytes(data: bytes) -> Moments:
-    """The inverse of `moments_to_bytes`; nothing is unpickled.
-
-    Raises:
-        InputError: not such a file.
-    """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            moments = Moments(int(arrays["count"]), arrays["mean"], arrays["m2"])
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"not a file of moments: {' '.join(str(error).split())}") from None
-    dims = len(moments.mean) if moments.mean.ndim == 1 else -1
-    if moments.m2.shape != (dims, dims):
-        raise InputError(f"not a file of moments: shapes {moments.mean.shape} and {moments.m2.shape}")
-    return moments

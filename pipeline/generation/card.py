@@ -8,7 +8,6 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 
 from pipeline import __version__, storage
+from pipeline.cluster.session import checkout
 from pipeline.config import ImageConfig, ModelSpec
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
@@ -27,6 +27,7 @@ from pipeline.generation.chunks import Chunk, file_name
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
 from pipeline.generation.sampler import labels_or_none, sample_labels
+from pipeline.redact import one_line
 from pipeline.versions import VERSIONS
 
 SHEET, SHEET_COLUMNS, SHEET_ROWS = "contact-sheet.png", 16, 4
@@ -117,7 +118,7 @@ def first_images(
         return [decode(data, image.size, image.channels) for data in encoded]
     except (DecodeError, pa.ArrowInvalid, tarfile.TarError) as error:
         raise InputError(
-            f"--output {output}: a file is damaged ({' '.join(str(error).split())[:100]}): run the same command with "
+            f"--output {output}: a file is damaged ({one_line(error, 100)}): run the same command with "
             "--verify, then as before"
         ) from None
 
@@ -175,8 +176,8 @@ def _spans(whole: dict[Chunk, ChunkRecord]) -> Iterator[Chunk]:
 
 def _commit() -> str | None:
     """The commit that the code is of, where it runs from a checkout."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
+    root = checkout()
+    if not root or not (root / ".git").exists():
         return None
     done = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.config import ModelSpec, Precision, SamplerName
+from pipeline.config import ModelSpec, Precision, SamplerName, check_at_least
 from pipeline.errors import InputError
 
 Format = Literal["parquet", "webdataset", "png"]
@@ -53,10 +53,6 @@ class GenerateConfig:
     """parquet (Hugging Face image convention), webdataset (tars), png (folders by label)."""
     max_blank_fraction: float = 0.01
     """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
-    reference: str = ""
-    """Show the Fréchet distance to it while generating: the --output of an evaluation, or an .npz of moments (URI)."""
-    features: str = ""
-    """What --reference was measured with: a classifier folder or a TorchScript file; empty = as evaluated."""
     verify: bool = False
     """Generate nothing: check every file of --output, and that a random share of them comes out the same again."""
     verify_share: float = 0.05
@@ -74,9 +70,7 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     Raises:
         InputError: in one line, what to change.
     """
-    for name in ("count", "batch_size", "rows_per_file", "min_actors"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    check_at_least(config, count=1, batch_size=1, rows_per_file=1, min_actors=1, actors=0, max_actors=0)
     for name in ("eta", "max_blank_fraction", "verify_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} is outside 0 to 1")
@@ -87,15 +81,11 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     T = spec.diffusion.timesteps
     if not 0 <= config.sampling_steps <= T:
         raise InputError(f"--sampling-steps {config.sampling_steps} is outside 1 to the model's T = {T}")
-    if config.features and not config.reference:
-        raise InputError("--features does nothing without --reference")
     _check_actors(config)
     _check_labels(config, spec)
 
 
 def _check_actors(config: GenerateConfig) -> None:
-    if config.actors < 0 or config.max_actors < 0:
-        raise InputError("--actors and --max-actors must not be negative")
     if config.actors and (config.min_actors > 1 or config.max_actors):
         raise InputError(
             "--actors is a fixed number: leave it out where --min-actors or --max-actors is given"

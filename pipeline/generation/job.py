@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.cluster.pool import MOST_BLOCKS, ActorPool, Pool
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.generation import ledger
@@ -13,12 +14,10 @@ from pipeline.generation.card import describe
 from pipeline.generation.chunks import Chunk, gaps, tasks
 from pipeline.generation.config import GenerateConfig, check, identity
 from pipeline.generation.ledger import ChunkRecord
-from pipeline.generation.pool import MOST_TASKS, Pool, actor_pool
-from pipeline.generation.quality import RunningDistance, open_reference
-from pipeline.generation.sampler import SamplerActor, Setup, unwritable
+from pipeline.generation.sampler import SampleWork, Setup, unwritable
 from pipeline.generation.verify import verify
 from pipeline.lock import locked
-from pipeline.models.export import model_fingerprint, pack_model, unpack_model
+from pipeline.models.export import Packed, model_fingerprint, pack_model, read_spec
 
 
 def model_to_use(config: GenerateConfig) -> str:
@@ -29,36 +28,42 @@ def model_to_use(config: GenerateConfig) -> str:
     return config.model
 
 
+def actor_pool(config: GenerateConfig) -> ActorPool:
+    """The pool that the flags ask for, an actor a CPU; what is done first comes first."""
+    least, most = (0, config.actors) if config.actors else (config.min_actors, config.max_actors)
+    return ActorPool(most, config.gpu, least, cpus=1, ordered=False)
+
+
 def generate(
-    config: GenerateConfig, model_folder: str, model_name: str, pool: Pool = actor_pool
+    config: GenerateConfig, model_folder: str | Path | Packed, model_name: str, pool: Pool | None = None
 ) -> dict[str, Any]:
     """Makes what is missing of a dataset, or verifies one.
 
     Args:
-        model_folder: an exported model on this machine.
+        model_folder: an exported model (path, URI, or packed).
         model_name: how the manifest names it, with its version pinned.
+        pool: what the samples are made in; None = `actor_pool`.
 
     Raises:
         InputError: settings that don't fit the model, an output that holds something else, is being written by
             another driver or can't be written, too many blank images, a dataset that can't be verified.
     """
-    packed = pack_model(Path(model_folder))
-    _, spec = unpack_model(packed, model_folder)
+    packed = pack_model(model_folder)
+    spec = read_spec(packed)
     check(config, spec)
     storage.check_writable(config.output)
     output = storage.absolute(config.output)
-    reference = open_reference(config.reference, config.features, spec.image) if config.reference else None
-    wanted = identity(config, spec, model_fingerprint(Path(model_folder)))
+    wanted = identity(config, spec, model_fingerprint(packed))
     model = {"model": model_name, "model_asked": config.model}
-    setup = Setup(packed, config, output, ledger.digest(wanted), reference.extractor if reference else None)
+    setup = Setup(packed, config, output, ledger.digest(wanted))
+    pool = pool or actor_pool(config)
     try:
         with locked(output):
             ledger.claim(output, wanted, model)
             whole = ledger.finished(output, config.format, setup.settings)
             if config.verify:
                 return _result(config, whole, verify(setup, whole, pool))
-            distance = RunningDistance(reference.moments) if reference else None
-            metrics = _make(setup, whole, distance, pool)
+            metrics = _make(setup, whole, pool)
             whole = ledger.finished(output, config.format, setup.settings)
             _finish(config, output, whole)
             saved = ledger.saved_settings(output) or model
@@ -83,10 +88,8 @@ def _result(
     }
 
 
-def _make(
-    setup: Setup, whole: dict[Chunk, ChunkRecord], distance: RunningDistance | None, pool: Pool
-) -> dict[str, float]:
-    """Runs the actor pool over what is missing; says what was made."""
+def _make(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str, float]:
+    """Runs the pool over what is missing; says what was made."""
     config = setup.config
     kept = sum(record.rows for record in whole.values())
     bad = sum(record.blank + record.nonfinite for record in whole.values())
@@ -95,25 +98,20 @@ def _make(
     done, made, began = 0, 0, time.monotonic()
     _refuse_bad(bad, kept + total, config)
     if spans:
-        rows = [span._asdict() for span in tasks(spans, config.rows_per_file, MOST_TASKS)]
         display = Display("generate", total, "images")
         try:
-            for row in pool(SamplerActor, rows, setup):
-                done, made, bad = done + row["stop"] - row["start"], made + row["made"], bad + row["bad"]
+            for span in pool(SampleWork(setup), tasks(spans, config.rows_per_file, MOST_BLOCKS)):
+                done, made, bad = done + span.rows, made + span.made, bad + span.bad
                 _refuse_bad(bad, kept + total, config)
-                note = f"{made / (time.monotonic() - began):.1f} images/s"
-                if distance:
-                    distance.add(row["moments"])
-                    note += distance.shown()
-                display.update(done, note)
+                display.update(done, f"{made / (time.monotonic() - began):.1f} images/s")
         finally:
             display.close()
     seconds = time.monotonic() - began
-    metrics: dict[str, float] = {"generated": made, "kept": kept + total - made}
-    metrics["images_per_second"] = made / seconds if made else 0.0
-    if distance and (value := distance.value()) is not None:
-        metrics["frechet_distance"] = value
-    return metrics
+    return {
+        "generated": made,
+        "kept": kept + total - made,
+        "images_per_second": made / seconds if made else 0.0,
+    }
 
 
 def _refuse_bad(bad: int, total: int, config: GenerateConfig) -> None:

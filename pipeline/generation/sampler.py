@@ -1,8 +1,10 @@
 """What turns chunks into files, in an actor or anywhere else."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,28 +13,29 @@ from pipeline import storage
 from pipeline.config import ModelSpec
 from pipeline.data.images import encode_png
 from pipeline.errors import InputError
-from pipeline.evaluation.features import Extractor
-from pipeline.evaluation.frechet import Moments, merge_moments, moments_of, moments_to_bytes
 from pipeline.generation import ledger, writers
 from pipeline.generation.chunks import Chunk, batches, cut_into_chunks
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
-from pipeline.models.export import unpack_model
-from pipeline.models.sampling import sample_floats, to_uint8
+from pipeline.models.export import Packed, load_model
+from pipeline.models.sampling import sample_floats, to_pixels
+from pipeline.redact import one_line
 from pipeline.rng import Purpose, uniform
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What an actor needs beside its chunks; travels to it through the object store, once."""
+    """What an actor needs beside its chunks.
 
-    model: tuple[bytes, bytes]
-    """What `pack_model` gives: the nodes need not see the model's folder."""
+    Attributes:
+        model: the nodes need not see its folder.
+        settings: digest of the settings, for the records.
+    """
+
+    model: Packed
     config: GenerateConfig
     output: str
     settings: str
-    """Digest of the settings, for the records."""
-    extractor: Extractor | None
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,14 @@ class Renderer:
         InputError: a damaged model, or a GPU that the settings don't fit.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, device: str = "cpu") -> None:
         # One thread, whatever the number of actors and the machine: sums come out the same.
         torch.set_num_threads(1)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        self.config = setup.config
-        self.device = torch.device("cuda" if self.config.gpu else "cpu")
+        self.config, self.device = setup.config, torch.device(device)
         if self.config.gpu and self.config.bf16 and not torch.cuda.is_bf16_supported():
             raise InputError("--precision bf16: this GPU does not compute in bfloat16, use fp32")
-        network, self.spec = unpack_model(setup.model)
+        network, self.spec = load_model(setup.model)
         self.model: Any = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.compile:
             self.model = torch.compile(self.model, dynamic=False)
@@ -99,7 +101,7 @@ class Renderer:
                 labels=labels,
                 seed=config.seed,
             )
-        return to_uint8(x_0), labels, x_0.isfinite().flatten(1).all(1)
+        return to_pixels(x_0), labels, x_0.isfinite().flatten(1).all(1)
 
     def places(self, output: str, chunk: Chunk) -> list[str]:
         """Where a chunk's files are: one, or one for each image."""
@@ -128,64 +130,55 @@ class Renderer:
         return [writers.parquet(rows, self.spec.image.classes)]
 
 
-class SamplerActor:
-    """Called with spans of samples; writes their files.
+class Made(NamedTuple):
+    """What was done of a span of samples: how many there are, were made now, and are bad."""
 
-    Raises:
-        InputError: see `Renderer`.
-    """
+    rows: int
+    made: int
+    bad: int
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup, self._renderer = setup, Renderer(setup)
-        self._embed = setup.extractor and setup.extractor.load(self._renderer.device)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Makes what of a span is not made yet.
+@dataclass(frozen=True)
+class SampleWork:
+    """Makes what of a span of samples is not made yet; see `pool.Work`."""
 
-        Returns:
-            the span, how many images were made and how many are bad, and the moments of the new ones' features or b"".
+    setup: Setup
 
-        Raises:
-            InputError: the output can't be written.
-        """
-        span, made, bad, moments = Chunk(int(row["start"]), int(row["stop"])), 0, 0, list[Moments]()
-        try:
-            for chunk in cut_into_chunks(span, self._setup.config.rows_per_file):
-                # A killed actor's span comes again, and what it had finished is kept.
-                record = ledger.read_record(
-                    self._setup.output, chunk, self._setup.config.format, self._setup.settings
-                )
-                if record is None:
-                    record = self._make(chunk, moments)
-                    made += record.rows
-                bad += record.blank + record.nonfinite
-        except OSError as error:
-            raise InputError(unwritable(self._setup.output, error)) from None
-        merged = moments_to_bytes(merge_moments(moments)) if moments else b""
-        return {"start": span.start, "stop": span.stop, "made": made, "bad": bad, "moments": merged}
+    def start(self, device: str) -> Callable[[Chunk], Made]:
+        """Loads the model; raises InputError as `Renderer`, and where the output can't be written."""
+        return partial(_make_span, self.setup, Renderer(self.setup, device))
 
-    def _make(self, chunk: Chunk, moments: list[Moments]) -> ChunkRecord:
-        renderer, output, config = self._renderer, self._setup.output, self._setup.config
-        samples = renderer.render(chunk)
-        length, digest = 0, hashlib.sha256()
-        contents = renderer.contents(chunk, samples)
-        for uri, data in zip(renderer.places(output, chunk), contents, strict=True):
-            storage.write_atomic(uri, data)
-            length += len(data)
-            digest.update(data)
-        flat = samples.images.flatten(1)
-        blank = int(((flat.amin(1) == flat.amax(1)) & samples.finite).sum())
-        nonfinite = int((~samples.finite).sum())
-        if self._embed:
-            with torch.inference_mode():
-                batches_of = samples.images.split(config.batch_size)
-                features = torch.cat([self._embed(part).cpu() for part in batches_of])
-            moments.append(moments_of(features.numpy()))
-        record = ChunkRecord(
-            chunk.stop - chunk.start, length, digest.hexdigest(), blank, nonfinite, self._setup.settings
-        )
-        ledger.write_record(output, chunk, config.format, record)
-        return record
+
+def _make_span(setup: Setup, renderer: Renderer, span: Chunk) -> Made:
+    made = bad = 0
+    try:
+        for chunk in cut_into_chunks(span, setup.config.rows_per_file):
+            # A killed actor's span comes again, and what it had finished is kept.
+            record = ledger.read_record(setup.output, chunk, setup.config.format, setup.settings)
+            if record is None:
+                record = _make(setup, renderer, chunk)
+                made += record.rows
+            bad += record.blank + record.nonfinite
+    except OSError as error:
+        raise InputError(unwritable(setup.output, error)) from None
+    return Made(span.stop - span.start, made, bad)
+
+
+def _make(setup: Setup, renderer: Renderer, chunk: Chunk) -> ChunkRecord:
+    samples = renderer.render(chunk)
+    length, digest = 0, hashlib.sha256()
+    contents = renderer.contents(chunk, samples)
+    for uri, data in zip(renderer.places(setup.output, chunk), contents, strict=True):
+        storage.write_atomic(uri, data)
+        length += len(data)
+        digest.update(data)
+    flat = samples.images.flatten(1)
+    blank = int(((flat.amin(1) == flat.amax(1)) & samples.finite).sum())
+    nonfinite = int((~samples.finite).sum())
+    rows = chunk.stop - chunk.start
+    record = ChunkRecord(rows, length, digest.hexdigest(), blank, nonfinite, setup.settings)
+    ledger.write_record(setup.output, chunk, setup.config.format, record)
+    return record
 
 
 def sample_labels(config: GenerateConfig, spec: ModelSpec, ids: Tensor) -> Tensor | None:
@@ -207,5 +200,5 @@ def labels_or_none(labels: Tensor | None, count: int) -> list[int | None]:
 
 def unwritable(output: str, error: OSError) -> str:
     """A full disk and its like, in one line."""
-    reason = error.strerror or " ".join(str(error).split())
+    reason = error.strerror or one_line(error)
     return f"--output {output}: {reason}: mend that and run the same command again; what is finished is kept"

@@ -2,17 +2,19 @@
 
 import hashlib
 import random
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from pipeline import storage
+from pipeline.cluster.pool import Pool
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.generation import ledger
 from pipeline.generation.chunks import Chunk, file_name, gaps
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
-from pipeline.generation.pool import Pool
 from pipeline.generation.sampler import Renderer, Setup
 from pipeline.generation.writers import SUFFIX
 
@@ -40,17 +42,14 @@ def verify(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[st
         )
     again = {chunk for chunk in whole if random.random() < config.verify_share}
     again |= {random.choice(list(whole))}
-    rows = [
-        {"start": chunk.start, "stop": chunk.stop, "sha256": record.sha256, "again": chunk in again}
-        for chunk, record in whole.items()
-    ]
-    display, checked, wrong = Display("verify", len(rows), "files"), 0, dict[str, list[Chunk]]()
+    tasks = [Sealed(chunk, record.sha256, chunk in again) for chunk, record in whole.items()]
+    display, checked, wrong = Display("verify", len(tasks), "files"), 0, dict[str, list[Chunk]]()
     try:
-        for row in pool(Verifier, rows, setup):
+        for chunk, how in pool(VerifyWork(setup), tasks):
             checked += 1
+            if how:
+                wrong.setdefault(how, []).append(chunk)
             display.update(checked, f"{sum(map(len, wrong.values()))} wrong")
-            if row["wrong"]:
-                wrong.setdefault(row["wrong"], []).append(Chunk(row["start"], row["stop"]))
     finally:
         display.close()
     for chunk in wrong.get(DAMAGED, []):
@@ -71,25 +70,36 @@ def _names(chunks: list[Chunk], config: GenerateConfig) -> str:
     return ", ".join(names[:NAMED] + ["and so on"] * (len(names) > NAMED))
 
 
-class Verifier:
-    """Called with chunks; see `sampler.SamplerActor`."""
+class Sealed(NamedTuple):
+    """A chunk to check: the digest that it had, and whether to make it again."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup, self._renderer = setup, Renderer(setup)
+    chunk: Chunk
+    sha256: str
+    again: bool
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Says what is wrong with a chunk's file, or ""."""
-        result = {"start": row["start"], "stop": row["stop"], "wrong": ""}
-        chunk, renderer = Chunk(int(row["start"]), int(row["stop"])), self._renderer
-        try:
-            stored = _sha256(map(storage.read_bytes, renderer.places(self._setup.output, chunk)))
-        except FileNotFoundError:
-            stored = ""
-        if stored != row["sha256"]:
-            return result | {"wrong": DAMAGED}
-        if row["again"] and _sha256(renderer.contents(chunk, renderer.render(chunk))) != stored:
-            return result | {"wrong": DIFFERENT}
-        return result
+
+@dataclass(frozen=True)
+class VerifyWork:
+    """Says of a chunk what is wrong with its file, or ""; see `pool.Work`."""
+
+    setup: Setup
+
+    def start(self, device: str) -> Callable[[Sealed], tuple[Chunk, str]]:
+        """Loads the model; raises InputError as `Renderer`."""
+        return partial(_check, self.setup.output, Renderer(self.setup, device))
+
+
+def _check(output: str, renderer: Renderer, task: Sealed) -> tuple[Chunk, str]:
+    chunk = task.chunk
+    try:
+        stored = _sha256(map(storage.read_bytes, renderer.places(output, chunk)))
+    except FileNotFoundError:
+        stored = ""
+    if stored != task.sha256:
+        return chunk, DAMAGED
+    if task.again and _sha256(renderer.contents(chunk, renderer.render(chunk))) != stored:
+        return chunk, DIFFERENT
+    return chunk, ""
 
 
 def _sha256(parts: Iterable[bytes]) -> str:

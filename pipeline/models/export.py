@@ -1,77 +1,118 @@
-"""An exported model: a folder of model.safetensors, config.json and a card. No Ray, no MLflow, no pickle."""
+"""An exported model: a folder of model.safetensors, config.json and a card, on any storage.
+
+The weights' file also carries the configuration, in its header. So that one file is a whole model, and a model is
+replaced by one rename (or one put on an object store): whoever reads meanwhile, and whatever is killed, weights and
+configuration of two models never meet. config.json is the same for people and other programs; models of 0.1.0, which
+have it there alone, are read from it. No Ray, no MLflow, no pickle.
+"""
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
+from pipeline import storage
 from pipeline.config import ModelSpec, from_dict, to_dict
 from pipeline.errors import InputError
 from pipeline.models.unet import UNet, build
+from pipeline.redact import one_line
+from pipeline.versions import VERSIONS, check_readable
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+Place = TypeVar("Place", str, Path)
 
 
-def save_model(folder: Path, weights: dict[str, Tensor], spec: ModelSpec, card: str | None = None) -> Path:
-    """Writes a model folder, which appears whole or not at all; one that is there is replaced."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS
-    )
-    (partial / CONFIG).write_text(json.dumps(to_dict(spec), indent=1, sort_keys=True))
-    (partial / CARD).write_text(card or model_card(spec))
-    partial.chmod(0o755)
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        folder.replace(old / "model")
-        partial.replace(folder)
-        shutil.rmtree(old)
-    else:
-        partial.replace(folder)
+class Packed(NamedTuple):
+    """A model folder's content: to read it once, and to send it to nodes that don't see the folder.
+
+    Attributes:
+        where: the folder, for messages.
+    """
+
+    config: bytes
+    weights: bytes
+    where: str
+
+
+def save_model(folder: Place, weights: dict[str, Tensor], spec: ModelSpec, card: str | None = None) -> Place:
+    """Writes a model folder (path or URI), or replaces the model in one; returns it."""
+    config = json.dumps(to_dict(spec) | {"versions": VERSIONS}, indent=1, sort_keys=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # One entry alone: the order of several is not fixed, and equal models have equal bytes.
+    files = {WEIGHTS: save(tensors, {CONFIG: config}), CONFIG: config.encode()}
+    for name, data in (files | {CARD: (card or model_card(spec)).encode()}).items():
+        storage.write_atomic(storage.join(str(folder), name), data)
     return folder
 
 
-def load_model(folder: Path) -> tuple[UNet, ModelSpec]:
-    """Rebuilds a model, in eval mode, on the CPU.
+def load_model(model: str | Path | Packed) -> tuple[UNet, ModelSpec]:
+    """Rebuilds a model from its folder (path or URI), in eval mode, on the CPU.
 
     Raises:
-        InputError: not a model folder, or a damaged one.
+        InputError: not a model folder, a damaged one, or one that can't be read.
     """
-    return unpack_model(pack_model(folder), str(folder))
-
-
-def pack_model(folder: Path) -> tuple[bytes, bytes]:
-    """A model folder as (configuration, weights) bytes: to send a model to nodes that don't see the folder."""
+    packed = pack_model(model)
+    spec = read_spec(packed)
     try:
-        return (Path(folder) / CONFIG).read_bytes(), (Path(folder) / WEIGHTS).read_bytes()
-    except OSError as error:
-        name = Path(str(error.filename)).name
-        raise InputError(f"{folder} is not an exported model: {name}: {error.strerror}") from None
-
-
-def unpack_model(packed: tuple[bytes, bytes], where: str = "model") -> tuple[UNet, ModelSpec]:
-    """The inverse of `pack_model`; see `load_model`."""
-    try:
-        spec = from_dict(ModelSpec, json.loads(packed[0]), f"{where}/{CONFIG}")
-        weights = load(packed[1])
-        model = build(spec)
-        model.load_state_dict(weights)
+        network = build(spec)
+        network.load_state_dict(load(packed.weights))
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise InputError(f"{where} holds a damaged model: {' '.join(str(error).split())[:300]}") from None
-    return model.eval().requires_grad_(False), spec
+        raise _damaged(packed.where, error) from None
+    return network.eval().requires_grad_(False), spec
 
 
-def model_fingerprint(folder: Path) -> str:
+def read_spec(model: str | Path | Packed) -> ModelSpec:
+    """What a model is, and where it came from; raises InputError as `load_model`."""
+    packed = pack_model(model)
+    try:
+        content = json.loads(packed.config)
+        check_readable(content.pop("versions", None), packed.where)
+        return from_dict(ModelSpec, content, f"{packed.where}/{CONFIG}")
+    except InputError:
+        raise
+    except (ValueError, AttributeError) as error:
+        raise _damaged(packed.where, error) from None
+
+
+def pack_model(model: str | Path | Packed) -> Packed:
+    """Reads a model folder; what is packed already stays as it is. Raises InputError as `load_model`."""
+    if isinstance(model, Packed):
+        return model
+    where = str(model)
+    try:
+        weights = storage.read_bytes(storage.join(where, WEIGHTS))
+        config = _config_in(weights) or storage.read_bytes(storage.join(where, CONFIG))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        name = storage.name(str(error.filename or error))
+        raise InputError(f"{where} is not an exported model: no {name} in it") from None
+    except Exception as error:
+        if not (isinstance(error, OSError) or storage.is_storage_error(error)):
+            raise
+        raise InputError(f"{where}: can't be read: {one_line(error)}") from None
+    return Packed(config, weights, where)
+
+
+def _config_in(weights: bytes) -> bytes:
+    """The configuration in the header of safetensors; nothing where there is none, or no header."""
+    try:
+        header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+        return str(header["__metadata__"][CONFIG]).encode()
+    except (ValueError, KeyError, TypeError):
+        return b""
+
+
+def _damaged(where: str, error: Exception) -> InputError:
+    return InputError(f"{where} holds a damaged model: {one_line(error)}")
+
+
+def model_fingerprint(model: str | Path | Packed) -> str:
     """SHA-256 over the weights and the configuration: equal for equal models, wherever they lie."""
-    digest = hashlib.sha256()
-    for content in pack_model(folder):
+    packed, digest = pack_model(model), hashlib.sha256()
+    for content in (packed.config, packed.weights):
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
@@ -89,8 +130,7 @@ def model_card(spec: ModelSpec) -> str:
         f"An epsilon-predicting UNet for {image.size}x{image.size} images of {image.channels} channel(s), "
         f"{diffusion.schedule} schedule, T = {diffusion.timesteps}, variance {diffusion.variance}.\n"
         f"Class-conditional: {classes}.\n\n"
-        "    from pathlib import Path\n"
         "    from pipeline import load_model\n"
-        '    model, spec = load_model(Path("this-folder"))\n\n'
+        '    model, spec = load_model("this-folder")\n\n'
         f"| provenance | |\n| --- | --- |\n{provenance}"
     )

@@ -38,7 +38,7 @@ def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
     Returns:
         uint8 [N, C, H, W].
     """
-    return to_uint8(sample_floats(model, spec, ids, **settings))
+    return to_pixels(sample_floats(model, spec, ids, **settings))
 
 
 def preview(
@@ -91,6 +91,11 @@ def sample_floats(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
     )
 
 
-def to_uint8(x_0: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, rounded; what is not a number becomes the middle."""
+def from_pixels(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return images.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
+
+
+def to_pixels(x_0: Tensor) -> Tensor:
+    """[-1, 1] to uint8 0..255, rounded; what is not a number becomes the middle."""
     return x_0.nan_to_num(0.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.models.ema import power_gamma, reconstruction_weights
 from pipeline.models.unet import UNet
+from pipeline.redact import one_line
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def posthoc_ema(model: UNet, folder: str, sigma_rels: tuple[float, ...]) -> list
         try:
             tensors = load(storage.read_bytes(files[snapshot]))
         except (OSError, SafetensorError) as error:
-            raise InputError(f"--snapshots {files[snapshot]}: damaged: {error}") from None
+            raise InputError(f"--snapshots {files[snapshot]}: damaged: {one_line(error)}") from None
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise InputError(f"--snapshots {files[snapshot]}: not of the model that --model names")
         return tensors

@@ -5,21 +5,24 @@ import io
 import re
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import yaml
 from mlflow.exceptions import MlflowException
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, pack_model
 from pipeline.redact import one_line, redact
 from pipeline.tracking import runs
 
 MODEL_FOLDER = "model"
 
 
-def log_model(run: runs.Run, folder: Path, name: str = "", alias: str = "") -> str:
-    """Logs an exported model folder as a pyfunc, and registers it when `name` is given.
+def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = "") -> str:
+    """Logs an exported model folder (path or URI) as a pyfunc, and registers it when `name` is given.
 
     Returns:
         `models:/NAME/VERSION` when registered, else `models:/ID` of the logged model.
@@ -30,13 +33,14 @@ def log_model(run: runs.Run, folder: Path, name: str = "", alias: str = "") -> s
     with (
         quiet,
         warnings.catch_warnings(action="ignore"),
+        _on_this_machine(str(folder)) as here,
         mlflow.start_run(run_id=run.id, log_system_metrics=False),
     ):
         info = mlflow.pyfunc.log_model(
             name="model",
             # A script, not a pickled object: nothing is unpickled when the model is loaded.
             python_model=str(Path(__file__).with_name("pyfunc.py")),
-            artifacts={MODEL_FOLDER: str(folder)},
+            artifacts={MODEL_FOLDER: here},
             pip_requirements=["ray-ddpm"],
             registered_model_name=name or None,
         )
@@ -50,50 +54,65 @@ def log_model(run: runs.Run, folder: Path, name: str = "", alias: str = "") -> s
     return f"models:/{name}/{version}"
 
 
-def resolve_model(model: str) -> tuple[Path, str]:
-    """Turns a MODEL into a folder on this machine.
+@contextlib.contextmanager
+def _on_this_machine(uri: str) -> Iterator[str]:
+    """A model folder as a path: itself, or a copy that goes away."""
+    if storage.is_local(uri):
+        yield storage.absolute(uri)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / storage.name(uri)
+        copy.mkdir()
+        for file in (WEIGHTS, CONFIG, CARD):
+            (copy / file).write_bytes(storage.read_bytes(storage.join(uri, file)))
+        yield str(copy)
+
+
+def resolve_model(model: str) -> tuple[Packed, str]:
+    """Reads a MODEL.
 
     Args:
         model: a path or a URI of an exported model folder, `models:/NAME/VERSION`, `models:/NAME@ALIAS`.
 
     Returns:
-        the folder, and the model's name with its alias pinned to the version it points at now.
+        the model, for `load_model` and whatever else takes one, and its name with its alias pinned to the version it
+        points at now. No copy of it is left on this machine.
 
     Raises:
         InputError: no such model.
     """
-    if not model.startswith("models:/"):
-        if not storage.is_local(model):
-            return _fetch_model(model), model
-        path = Path(model).expanduser()
-        if not path.is_dir():
-            raise InputError(
-                f"--model {model}: no such folder; give an exported model folder, models:/NAME/VERSION "
-                "or models:/NAME@ALIAS"
-            )
-        return path.absolute(), str(path)
-    pinned = model
-    try:
-        client = runs.open_client()
-        if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model):
-            pinned = f"models:/{match[1]}/{client.get_model_version_by_alias(match[1], match[2]).version}"
-        target = tempfile.mkdtemp(prefix="ray-ddpm-model-")
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target))
-    except (MlflowException, OSError) as error:
+    if model.startswith("models:/"):
+        return _download(model)
+    if not storage.exists(model):
         raise InputError(
-            f"--model {model}: not found in MLflow at {redact(runs.tracking_uri())}: {one_line(error)}"
-        ) from None
-    # pyfunc keeps artifacts under their key, or under the folder's own name.
-    for config in sorted(local.rglob("config.json")):
-        if (config.parent / "model.safetensors").exists():
-            return config.parent, pinned
-    raise InputError(f"--model {model}: that model was not written by ray-ddpm (no model.safetensors in it)")
+            f"--model {model}: no such folder; give an exported model folder, models:/NAME/VERSION or "
+            "models:/NAME@ALIAS"
+        )
+    try:
+        return pack_model(model), model
+    except InputError as error:
+        raise InputError(f"--model {error}") from None
 
 
-def _fetch_model(uri: str) -> Path:
-    if not storage.exists(uri):
-        raise InputError(f"--model {uri}: no such folder")
-    folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-model-"))
-    for file in storage.list_files(uri):
-        (folder / storage.name(file)).write_bytes(storage.read_bytes(file))
-    return folder
+def _download(model: str) -> tuple[Packed, str]:
+    pinned = model
+    with tempfile.TemporaryDirectory() as target:
+        try:
+            client = runs.open_client()
+            if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model):
+                pinned = f"models:/{match[1]}/{client.get_model_version_by_alias(match[1], match[2]).version}"
+            logged = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target)).resolve()
+        except (MlflowException, OSError) as error:
+            raise InputError(
+                f"--model {model}: not found in MLflow at {redact(runs.tracking_uri())}: {one_line(error)}"
+            ) from None
+        try:
+            flavour = yaml.safe_load((logged / "MLmodel").read_text())["flavors"]["python_function"]
+            folder = (logged / flavour["artifacts"][MODEL_FOLDER]["path"]).resolve()
+            if not folder.is_relative_to(logged):
+                raise ValueError("a folder outside of the model")
+            return pack_model(folder)._replace(where=pinned), pinned
+        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+            raise InputError(
+                f"--model {model}: that model was not written by ray-ddpm (no {WEIGHTS} in it)"
+            ) from None

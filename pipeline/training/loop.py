@@ -22,6 +22,7 @@ from pipeline.diffusion import timesteps
 from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.process import Process, make_process
 from pipeline.models import ema
+from pipeline.models.sampling import from_pixels
 from pipeline.models.unet import UNet, build
 from pipeline.rng import Purpose, normal, uniform
 from pipeline.training.meter import Meter
@@ -97,7 +98,7 @@ def prepare(
     def draw(purpose: Purpose) -> Tensor:
         return uniform(config.seed, epochs, ids, purpose)[:, 0]
 
-    x_0 = batch.images.to(device, non_blocking=True).to(torch.float32).div_(127.5).sub_(1.0)
+    x_0 = from_pixels(batch.images.to(device, non_blocking=True))
     if config.random_flip:
         x_0 = torch.where((draw(Purpose.FLIP) < 0.5)[:, None, None, None], x_0.flip(-1), x_0)
     t, weight = timesteps.draw(sampler, draw(Purpose.TIMESTEP))

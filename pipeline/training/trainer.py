@@ -32,6 +32,7 @@ from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import LeaseLost, locked
 from pipeline.models.ema import power_gamma
+from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
@@ -39,7 +40,7 @@ from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, sweep
 from pipeline.training.identity import open_run
 from pipeline.training.run_channel import ChannelReader, Point, open_channel, read_quarantine
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
-from pipeline.training.validation import Validator, save_model_at
+from pipeline.training.validation import Validator
 
 
 class PlannedData(DataConfig):
@@ -66,12 +67,12 @@ class Trained:
     """What a run leaves behind.
 
     Attributes:
-        folder: the exported model, on this machine.
+        folder: the exported model; a URI where the output is on an object store.
         model: its name for the other jobs.
     """
 
     run: runs.Run
-    folder: Path
+    folder: str | Path
     spec: ModelSpec
     model: str
     metrics: dict[str, float]
@@ -221,12 +222,12 @@ def _train(
         if status != "RUNNING":
             runs.end_run(run, status)
     place = storage.join(output, "model")
-    exported = save_model_at(place, weights, spec)
+    exported = save_model(place, weights, spec)
     name = place
     if hooks.log_model:
         logged = registry.log_model(run, exported, config.register, config.alias)
         name = logged if config.register else name
-    return Trained(run, exported, spec, name, reader.latest)
+    return Trained(run, Path(exported) if storage.is_local(exported) else exported, spec, name, reader.latest)
 
 
 def _trainer(

@@ -4,7 +4,6 @@ Ray Train runs it as a task of its own for checkpoints that are reported with `v
 don't wait for it. The held-out images, the terms of the bound and all noise are the same for every checkpoint.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.work import choose
-from pipeline.models.export import CONFIG, save_model
+from pipeline.models.export import WEIGHTS, read_spec, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint_manager import CHECKPOINTS
@@ -70,7 +69,7 @@ class Validator:
             choose(self.held_out.rows, config.validation_images, config.seed),
             terms=min(config.validation_terms, self.spec.diffusion.timesteps),
             seed=config.seed,
-            pool=lambda work, tasks, title="": map(work.start(device), tasks),
+            pool=lambda work, tasks, title="": map(work.start(str(device)), tasks),
         )
         figures = {BITS_PER_DIM: bits.bits_per_dim, f"{BITS_PER_DIM}_stderr": bits.stderr}
         self._post(model.to(device), step, figures)
@@ -89,19 +88,7 @@ class Validator:
 
     def _keep_best(self, weights: dict[str, torch.Tensor], step: int, bits: float) -> None:
         place = storage.join(self.output, BEST)
-        note = storage.join(place, CONFIG)
-        if storage.exists(note):
-            best = json.loads(storage.read_bytes(note))["provenance"]
-            if best[BITS_PER_DIM] <= bits:
-                return
+        if storage.exists(storage.join(place, WEIGHTS)) and read_spec(place).provenance[BITS_PER_DIM] <= bits:
+            return
         facts = {**self.spec.provenance, "steps": step, BITS_PER_DIM: bits}
-        save_model_at(place, weights, replace(self.spec, provenance=facts))
-
-
-def save_model_at(uri: str, weights: dict[str, torch.Tensor], spec: ModelSpec) -> Path:
-    """`save_model` on any storage; returns a folder on this machine that holds the model."""
-    if storage.is_local(uri):
-        return save_model(Path(uri), weights, spec)
-    folder = save_model(Path(tempfile.mkdtemp(prefix="ray-ddpm-model-")) / "model", weights, spec)
-    storage.put_folder(folder, uri)
-    return folder
+        save_model(place, weights, replace(self.spec, provenance=facts))

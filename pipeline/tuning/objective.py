@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 
 from pipeline import storage
+from pipeline.cluster.pool import ActorPool, Pool, Work
 from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex, Splits
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsWork
 from pipeline.evaluation.classifier import CONFIG, load_classifier, save_classifier, train_classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
-from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, measure, read_torchscript
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
-from pipeline.evaluation.work import Partial, Pool, Work, choose, cut
+from pipeline.evaluation.work import Partial, choose, cut
 from pipeline.models.sampling import preview
 from pipeline.models.unet import UNet
 from pipeline.tuning.config import TuneConfig
@@ -101,8 +101,8 @@ class _SampleWork:
     seed: int
     extractor: Extractor
 
-    def start(self, device: torch.device) -> Callable[[np.ndarray], Partial]:
-        """See `work.Work`."""
+    def start(self, device: str) -> Callable[[np.ndarray], Partial]:
+        """See `pool.Work`."""
         model, embed = self.model.to(device).eval(), self.extractor.load(device)
 
         @torch.no_grad()
@@ -172,7 +172,7 @@ def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
     """A pool in which each training worker does its share, and every worker gets all results."""
 
     def pool(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
-        do = work.start(device)
+        do = work.start(str(device))
         parts: list[list[Partial]] = [[] for _ in range(world_size)]
         parts[rank] = [do(task) for task in tasks[rank::world_size]]
         if world_size > 1:

@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.data.images import decode
 from pipeline.data.index import open_dataset, read_rows
 from pipeline.data.shards import Manifest, PrepareConfig, prepare
+from pipeline.data.sources.registry import list_source
 from pipeline.errors import InputError
 from tests.data.common import (
     CLASSES,
@@ -26,6 +27,7 @@ from tests.data.common import (
     picture,
     tar_bytes,
     write_folder,
+    write_idx,
     write_parquet,
     write_tars,
 )
@@ -145,6 +147,18 @@ def test_bad_images_are_counted_and_named(cluster: None, tmp_path: Path) -> None
     named = {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
     assert named.keys() == {"cat/empty.png", "dog/half.png"}
     assert named["cat/empty.png"] == "empty"
+
+
+def test_what_a_reader_refuses_on_a_node_is_one_line_here(cluster: None, tmp_path: Path) -> None:
+    """The file is sound when it is listed, and damaged when a worker comes to read it."""
+    pixels = np.zeros((6, 4, 4), np.uint8)
+    write_idx(tmp_path / "in", pixels, np.arange(6))
+    settings = PrepareConfig(str(tmp_path / "out"), "idx", str(tmp_path / "in"))
+    list_source(settings.source, settings.input, settings.rows_per_shard)
+    (tmp_path / "in" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bdamaged")
+    with pytest.raises(InputError, match=r"^\S+train-images-idx3-ubyte.gz: damaged gzip file") as error:
+        prepare(settings)
+    assert "\n" not in str(error.value)
 
 
 def test_the_longer_side_can_be_kept(cluster: None, source: Path, tmp_path: Path) -> None:

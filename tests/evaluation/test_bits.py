@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from pipeline.cluster.pool import ActorPool
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import held_out_bits
-from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import choose
 from pipeline.rng import Purpose, normal

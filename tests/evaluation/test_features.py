@@ -7,6 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from pipeline.cluster.pool import ActorPool, in_process
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation import features
@@ -16,10 +17,8 @@ from pipeline.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
-from pipeline.evaluation.distributed import ActorPool
 from pipeline.evaluation.features import TorchScriptExtractor, measure, read_torchscript
 from pipeline.evaluation.reading import open_samples, read_images
-from pipeline.evaluation.work import in_process
 from tests.evaluation.common import DIGITS, write_samples
 
 
@@ -115,7 +114,7 @@ def test_kept_features_are_those_of_the_chosen_images(
 
 def test_a_plain_torchscript_network_gets_colour_images_in_0_to_1(tmp_path: Path) -> None:
     torch.jit.script(Plain()).save(tmp_path / "plain.pt")
-    embed = read_torchscript(str(tmp_path / "plain.pt")).load(torch.device("cpu"))
+    embed = read_torchscript(str(tmp_path / "plain.pt")).load("cpu")
     images = torch.full((5, 1, 4, 4), 255, dtype=torch.uint8)
     assert torch.equal(embed(images), torch.ones(5, 4))
 

@@ -1,5 +1,3 @@
-import io
-
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
@@ -9,9 +7,7 @@ from pipeline.evaluation.frechet import (
     Moments,
     frechet_distance,
     merge_moments,
-    moments_from_bytes,
     moments_of,
-    moments_to_bytes,
 )
 
 
@@ -60,22 +56,6 @@ def test_merged_moments_are_those_of_one_pass_also_far_from_zero() -> None:
     assert merged.count == 500
     np.testing.assert_allclose(merged.mean, x.mean(axis=0), rtol=1e-14)
     np.testing.assert_allclose(merged.covariance(), np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
-
-
-def test_moments_survive_the_way_through_bytes() -> None:
-    moments = moments_of(np.random.default_rng(5).normal(size=(20, 3)))
-    back = moments_from_bytes(moments_to_bytes(moments))
-    assert back.count == moments.count
-    np.testing.assert_array_equal(back.mean, moments.mean)
-    np.testing.assert_array_equal(back.m2, moments.m2)
-
-
-def test_a_pickle_or_noise_instead_of_moments_is_refused() -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, count=1, mean=np.array([{}], dtype=object), m2=np.zeros((1, 1)))
-    for data in (buffer.getvalue(), b"", b"noise"):
-        with pytest.raises(InputError, match="not a file of moments"):
-            moments_from_bytes(data)
 
 
 def test_sides_that_cannot_be_compared_are_refused() -> None:

@@ -9,19 +9,12 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from pipeline.data.index import DatasetIndex, open_dataset
+from pipeline.data.index import DatasetIndex
 from pipeline.diffusion.process import make_process
 from pipeline.evaluation.bits import held_out_bits
-from pipeline.models.export import save_model
 from pipeline.models.sampling import sample_images
 from pipeline.pictures import draw, make
 from tests.evaluation.common import small_model
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, spec = small_model()
-    return save_model(tmp_path_factory.mktemp("model") / "model", model.state_dict(), spec)
 
 
 @pytest.fixture
@@ -49,13 +42,13 @@ def is_picture(path: Path) -> bool:
 
 
 def test_the_strip_goes_from_data_to_noise_and_from_noise_to_a_sample(
-    digits: Path, train: DatasetIndex, model_folder: Path, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+    train: DatasetIndex, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
 ) -> None:
-    path = make.process_strip(model_folder, str(digits), tmp_path / "process.png", examples=2, seed=4)
+    path = make.process_strip(*small_model(), train, tmp_path / "process.png", examples=2, seed=4)
     assert is_picture(path)
     forward, times, reverse, back, _ = drawn["save_process_strip"]
     assert (times[0], times[-1], back) == (0, 20, times[::-1])
-    real, _ = make.real_images(train, 2)
+    real, _ = make.real_images(train, small_model()[1], 2)
     np.testing.assert_array_equal(forward[0], make.as_pixels(real))
     # Both ends of noise are the same x_T, but for the little that is left of the image.
     assert np.abs(forward[-1].astype(int) - reverse[0]).max() <= 3
@@ -63,9 +56,7 @@ def test_the_strip_goes_from_data_to_noise_and_from_noise_to_a_sample(
     np.testing.assert_array_equal(reverse[-1], make.as_pixels(sample))
 
 
-def test_the_curves_are_those_of_the_schedules(
-    model_folder: Path, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
-) -> None:
+def test_the_curves_are_those_of_the_schedules(tmp_path: Path, drawn: dict[str, tuple[Any, ...]]) -> None:
     _, spec = small_model()
     assert is_picture(make.schedule_curves(spec, tmp_path / "schedules.png"))
     curves, _ = drawn["save_schedules"]
@@ -76,13 +67,9 @@ def test_the_curves_are_those_of_the_schedules(
 
 
 def test_the_bound_over_t_is_that_of_the_evaluation(
-    digits: Path,
-    held_out: DatasetIndex,
-    model_folder: Path,
-    tmp_path: Path,
-    drawn: dict[str, tuple[Any, ...]],
+    held_out: DatasetIndex, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
 ) -> None:
-    assert is_picture(make.bound_terms(model_folder, str(digits), tmp_path / "bound.png", examples=8))
+    assert is_picture(make.bound_terms(*small_model(), held_out, tmp_path / "bound.png", examples=8))
     terms, _, steps = drawn["save_bound_terms"]
     exact = held_out_bits(*small_model(), held_out, np.arange(8)).terms
     np.testing.assert_allclose(terms, np.array(exact)[steps - 1], rtol=1e-4)
@@ -90,13 +77,12 @@ def test_the_bound_over_t_is_that_of_the_evaluation(
 
 
 def test_beside_each_sample_is_the_training_image_nearest_to_it(
-    digits: Path, model_folder: Path, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+    train: DatasetIndex, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
 ) -> None:
-    path = make.nearest_neighbours(model_folder, str(digits), tmp_path / "nearest.png", count=16)
+    path = make.nearest_neighbours(*small_model(), train, tmp_path / "nearest.png", count=16)
     assert is_picture(path)
     samples, nearest, _ = drawn["save_nearest"]
-    index = open_dataset(str(digits))
-    real = make.as_pixels(make.real_images(index, index.rows)[0]).reshape(index.rows, -1)
+    real = make.as_pixels(make.real_images(train, small_model()[1], train.rows)[0]).reshape(train.rows, -1)
     distance = cdist(samples.reshape(16, -1), real)
     found = np.linalg.norm(samples.reshape(16, -1).astype(float) - nearest.reshape(16, -1), axis=1)
     np.testing.assert_allclose(found, distance.min(axis=1), rtol=1e-6)

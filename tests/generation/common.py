@@ -9,9 +9,9 @@ from typing import Any
 
 import datasets
 
+from pipeline.cluster.pool import Pool, in_process
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.job import generate
-from pipeline.generation.pool import Pool, in_process
 
 
 def config(output: Path | str, **changes: Any) -> GenerateConfig:
@@ -24,7 +24,7 @@ def config(output: Path | str, **changes: Any) -> GenerateConfig:
 
 def make(settings: GenerateConfig, model: Path, pool: Pool = in_process) -> dict[str, Any]:
     """Generates in this process, unless told otherwise."""
-    return generate(settings, str(model), "models:/m/1", pool)
+    return generate(settings, model, "models:/m/1", pool)
 
 
 def digests(output: Path) -> dict[str, str]:

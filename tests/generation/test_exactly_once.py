@@ -155,8 +155,7 @@ def test_other_settings_are_refused_even_when_the_settings_file_is_lost(model: P
         ({"eta": 2.0}, "--eta"),
         ({"actors": 2, "max_actors": 3}, "--actors is a fixed number"),
         ({"min_actors": 3, "max_actors": 2}, "--max-actors 2 is less than"),
-        ({"features": "f"}, "--features does nothing without --reference"),
-        ({"reference": "nowhere"}, "--reference nowhere: no moments there"),
+        ({"max_actors": -1}, "--max-actors must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.pool import in_process
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.job import generate, model_to_use
-from pipeline.generation.pool import in_process
 from pipeline.tracking import registry, runs
 from tests.generation.common import config, manifest
 from tests.generation.conftest import save
@@ -24,9 +24,8 @@ def test_an_alias_is_resolved_once_and_pinned_in_the_output(
         return config(tmp_path / name, count=count, model="models:/digits@newest", guidance=1.0)
 
     def pinned(wanted: GenerateConfig) -> str:
-        folder, name = registry.resolve_model(model_to_use(wanted))
-
-        generate(wanted, str(folder), name, in_process)
+        packed, name = registry.resolve_model(model_to_use(wanted))
+        generate(wanted, packed, name, in_process)
         return name
 
     assert pinned(settings("first", 8)) == "models:/digits/1"

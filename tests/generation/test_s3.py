@@ -36,7 +36,7 @@ def test_a_dataset_on_s3_is_the_one_on_disk_and_is_mended_like_it(
 def test_the_job_writes_to_s3(bucket: str, model: Path, whole: Path, tmp_path: Path) -> None:
     done = run_job(
         "generate", "--model", model, "--output", f"{bucket}/job", "--count", 40, "--batch-size", 4,
-        "--rows-per-file", 8, "--seed", 3, "--guidance", 1.5, "--actors", 2, home=tmp_path,
+        "--rows-per-file", 8, "--seed", 3, "--guidance", 1.5, "--actors", 1, home=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     assert done.result["count"] == 40

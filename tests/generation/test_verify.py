@@ -62,7 +62,7 @@ def test_damage_that_an_ordinary_run_comes_across_is_sent_to_verify(
 def test_samples_that_do_not_come_out_again_are_named(model: Path, whole: Path, tmp_path: Path) -> None:
     """A file that is sound by its checksum, and holds other samples than its settings say."""
     other = Path(shutil.copytree(whole, tmp_path / "copy"))
-    forged = Renderer(Setup(pack_model(model), config(other, seed=4), str(other), "", None))
+    forged = Renderer(Setup(pack_model(model), config(other, seed=4), str(other), ""))
     chunk = Chunk(8, 16)
     data = forged.contents(chunk, forged.render(chunk))[0]
     place = Path(forged.places(str(other), chunk)[0])

@@ -1,16 +1,26 @@
-"""An exported model: whole or absent, verified, nothing unpickled; averages as their formulas say."""
+"""An exported model: whole or absent, on any storage, nothing unpickled; weights and configuration of one model."""
 
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from pipeline.config import DiffusionConfig, ImageConfig, ModelSpec
+from pipeline import storage
+from pipeline.config import DiffusionConfig, ImageConfig, ModelSpec, to_dict
 from pipeline.errors import InputError
-from pipeline.models.export import load_model, model_fingerprint, save_model
+from pipeline.models.export import load_model, model_fingerprint, pack_model, read_spec, save_model
 from tests.models.test_unet import PLAIN, SMALL, randomised
 
 SPEC = ModelSpec(SMALL, ImageConfig(8, 1), DiffusionConfig(timesteps=10), {"data_fingerprint": "f"})
+
+
+OTHER = replace(SPEC, provenance={"data_fingerprint": "g"})
 
 
 @pytest.fixture
@@ -49,3 +59,106 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     save_model(folder, randomised(PLAIN).state_dict(), SPEC)
     with pytest.raises(InputError, match="damaged"):
         load_model(folder)
+
+
+@pytest.fixture(params=["disk", "object store"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "model") if request.param == "disk" else f"memory://{tmp_path}/model"
+
+
+def other_weights() -> dict[str, torch.Tensor]:
+    return {name: tensor + 1 for name, tensor in randomised(SPEC).state_dict().items()}
+
+
+def whole(place: str) -> str:
+    """Which of the two models it is: its weights and its configuration both."""
+    model, spec = load_model(place)
+    for name, wanted, weights in (
+        ("first", SPEC, randomised(SPEC).state_dict()),
+        ("other", OTHER, other_weights()),
+    ):
+        if spec == wanted and all(torch.equal(model.state_dict()[key], weights[key]) for key in weights):
+            return name
+    raise AssertionError("weights and configuration of two models")
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_replacement_that_is_cut_off_anywhere_leaves_the_one_model_or_the_other(
+    place: str, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(place, randomised(SPEC).state_dict(), SPEC)
+    assert whole(place) == "first"
+    write, left = storage.write_atomic, iter(range(writes))
+
+    def cut_off(uri: str, data: bytes) -> None:
+        if next(left, None) is None:
+            raise OSError("killed")
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_atomic", cut_off)
+    with pytest.raises(OSError, match="killed"):
+        save_model(place, other_weights(), OTHER)
+    assert whole(place) == ("other" if writes else "first")
+    monkeypatch.undo()
+    save_model(place, other_weights(), OTHER)
+    assert whole(place) == "other"
+    assert json.loads(storage.read_bytes(f"{place}/config.json"))["provenance"] == OTHER.provenance
+
+
+def test_a_reader_beside_a_writer_never_combines_two_models(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is replaced between any two reads of a reader."""
+    save_model(place, randomised(SPEC).state_dict(), SPEC)
+    read, models = storage.read_bytes, [(other_weights(), OTHER), (randomised(SPEC).state_dict(), SPEC)]
+
+    def replaced_after(uri: str) -> bytes:
+        data = read(uri)
+        save_model(place, *models[0])
+        models.reverse()
+        return data
+
+    monkeypatch.setattr(storage, "read_bytes", replaced_after)
+    assert [whole(place) for _ in range(3)] == ["first", "other", "first"]
+
+
+def test_a_model_of_0_1_0_has_its_configuration_in_config_json_alone(tmp_path: Path) -> None:
+    save_file(randomised(SPEC).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"is not an exported model: no config\.json in it"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(SPEC)))
+    assert whole(str(tmp_path)) == "first"
+    # Datasets that were begun with it are known by this.
+    digests = [
+        hashlib.sha256((tmp_path / n).read_bytes()).digest() for n in ("config.json", "model.safetensors")
+    ]
+    assert model_fingerprint(tmp_path) == hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def test_what_was_read_once_is_a_model_without_its_folder(folder: Path) -> None:
+    packed = pack_model(folder)
+    expected = model_fingerprint(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    assert (read_spec(packed), load_model(packed)[1], model_fingerprint(packed)) == (SPEC, SPEC, expected)
+
+
+def test_equal_models_have_equal_bytes_wherever_they_lie(folder: Path, place: str) -> None:
+    assert save_model(place, randomised(SPEC).state_dict(), SPEC) == place
+    assert model_fingerprint(place) == model_fingerprint(folder)
+
+
+def refused(*arguments: object) -> None:
+    raise PermissionError(13, "Access Denied")
+
+
+def test_a_model_that_is_not_there_and_one_that_cannot_be_read_are_told_apart(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"model is not an exported model: no model\.safetensors in it"):
+        load_model(place)
+    save_model(place, randomised(SPEC).state_dict(), SPEC)
+    file_system: Callable[..., object] = type(fsspec.core.url_to_fs(place)[0])
+    monkeypatch.setattr(file_system, "cat_file", refused)
+    with pytest.raises(InputError, match=r"model: can't be read: .*Access Denied"):
+        load_model(place)

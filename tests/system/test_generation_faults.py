@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.cluster.pool import in_process
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
-from pipeline.generation.pool import in_process
 from pipeline.models.export import save_model
 from pipeline.models.unet import build
 from tests.generation.common import config, digests, make, manifest

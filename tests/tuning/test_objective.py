@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.cluster.pool import in_process
 from pipeline.config import DiffusionConfig
 from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.shards import PrepareConfig, prepare
@@ -14,7 +15,7 @@ from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.features import ClassifierExtractor, measure
 from pipeline.evaluation.frechet import frechet_distance, moments_of
-from pipeline.evaluation.work import choose, in_process
+from pipeline.evaluation.work import choose
 from pipeline.models.sampling import sample_images
 from pipeline.tuning.objective import (
     Both,

@@ -5,14 +5,13 @@ on the machine.
 """
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.each_part import each_part
+from pipeline.cluster.pool import ActorPool
 from pipeline.data.images import encode_png
 from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE, list_folder, read_folder
 from pipeline.data.sources.idx import is_idx, list_idx, read_idx
@@ -105,8 +104,8 @@ def with_class_names(source: SourceListing) -> SourceListing:
     if source.parts[0].source != "webdataset" or _first_label(source.parts[0]).isdecimal():
         return source
     names = set[str]()
-    for row in each_part(_labels, source.parts, range(len(source.parts))):
-        names.update(row["labels"])
+    for found in ActorPool(len(source.parts), gpu=False, least=1, ordered=False)(_Labels(), source.parts):
+        names |= found
         if len(names) > MOST_UNNAMED_CLASSES:
             raise InputError(
                 f"more than {MOST_UNNAMED_CLASSES:,} different labels, such as {min(names)!r}: those are no classes"
@@ -119,5 +118,8 @@ def _first_label(part: Part) -> str:
     return next((item.label for item in read_part(part) if item.label is not None), "0")
 
 
-def _labels(number: int, part: Part) -> dict[str, Any]:
-    return {"labels": sorted({item.label for item in read_part(part) if item.label is not None})}
+class _Labels:
+    """All labels in a part; see `pool.Work`."""
+
+    def start(self, device: str) -> Callable[[Part], set[str]]:
+        return lambda part: {item.label for item in read_part(part) if item.label is not None}

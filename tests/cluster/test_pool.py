@@ -1,0 +1,102 @@
+"""Tasks are done once each whatever happens to the actors, and what the user can mend comes home in one line."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from pipeline.cluster.pool import ActorPool, in_process
+from pipeline.cluster.session import connect
+from pipeline.errors import InputError
+from pipeline.evaluation.work import cut
+from tests.data.common import leave_ray
+
+GROWING = ActorPool(2, gpu=False, least=1, ordered=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    mine = not ray.is_initialized()
+    connect()
+    yield
+    if mine:
+        leave_ray()
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Squares its ids; the first process that meets id 5 is killed, and ids over 100 are refused."""
+
+    killed: Path
+
+    def start(self, device: str) -> Callable[[np.ndarray], dict[str, Any]]:
+        def do(ids: np.ndarray) -> dict[str, Any]:
+            if 5 in ids and not self.killed.exists():
+                self.killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if ids.max() > 100:
+                raise InputError("an id over 100")
+            return {"ids": ids, "squares": ids.astype(np.float64) ** 2, "threads": torch.get_num_threads()}
+
+        return do
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Can't be set up."""
+
+    def start(self, device: str) -> Callable[[int], int]:
+        raise InputError(f"nothing to do on a {device}")
+
+
+@pytest.mark.parametrize("pool", [ActorPool(2, gpu=False), GROWING], ids=["fixed", "growing"])
+def test_results_are_complete_when_an_actor_is_killed_and_in_order_where_that_is_asked_for(
+    pool: ActorPool, tmp_path: Path
+) -> None:
+    tasks = cut(np.arange(23), 4)
+    parts = list(pool(Squares(tmp_path / "killed"), tasks))
+    assert (tmp_path / "killed").exists()
+    if not pool.ordered:
+        parts.sort(key=lambda part: part["ids"][0])
+    alone = list(in_process(Squares(tmp_path / "killed"), tasks))
+    for part, same in zip(parts, alone, strict=True):
+        np.testing.assert_array_equal(part["ids"], same["ids"])
+        np.testing.assert_array_equal(part["squares"], same["squares"])
+    # One thread each: sums come out the same on any machine.
+    assert {part["threads"] for part in parts} == {1}
+
+
+@pytest.mark.parametrize("pool", [ActorPool(1, gpu=False), GROWING], ids=["fixed", "growing"])
+def test_bad_input_in_an_actor_is_bad_input_here(pool: ActorPool, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^an id over 100$"):
+        list(pool(Squares(tmp_path / "killed"), [np.array([200])]))
+    with pytest.raises(InputError, match=r"^nothing to do on a cpu$"):
+        list(pool(Unfit(), [1, 2]))
+
+
+def test_a_gpu_that_the_cluster_lacks_is_refused() -> None:
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="the cluster has no GPU"):
+        list(ActorPool(gpu=True)(Unfit(), [1]))
+
+
+def test_a_pool_keeps_within_its_limits_and_has_never_more_actors_than_tasks() -> None:
+    for pool, units, tasks, size in (
+        (ActorPool(), 4, 1000, (4, 4)),
+        (ActorPool(3), 4, 1000, (3, 3)),
+        (ActorPool(3), 4, 1, (1, 1)),
+        (ActorPool(least=1), 4, 1000, (1, 4)),
+        (ActorPool(least=6), 4, 1000, (6, 6)),
+        (ActorPool(5, least=2), 4, 1000, (2, 5)),
+        (ActorPool(5, least=2), 4, 3, (2, 3)),
+        (ActorPool(5, least=2), 4, 1, (1, 1)),
+    ):
+        assert pool.size(units, tasks) == size

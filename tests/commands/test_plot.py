@@ -1,0 +1,132 @@
+"""Whatever the data is beside the model: a right picture, or one clear line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cluster.pool import in_process
+from pipeline.commands import plot
+from pipeline.config import ImageConfig
+from pipeline.data import shards
+from pipeline.data.images import decode
+from pipeline.data.index import Splits, open_splits
+from pipeline.data.shards import PrepareConfig, prepare
+from pipeline.errors import InputError
+from pipeline.models.export import save_model
+from pipeline.models.unet import build
+from pipeline.pictures import make
+from tests.data.common import encode, encoded, picture, write_folder
+from tests.evaluation.common import small_model
+
+PICTURES = ["bound.png", "nearest.png", "process.png", "samples.png", "schedules.png"]
+GREY = [encode(picture(i, mode="L")) for i in range(12)]
+COLOUR = encoded(12)
+
+
+def save(folder: Path, image: ImageConfig, conditional: bool = False) -> Path:
+    """A tiny model of such images."""
+    _, spec = small_model(timesteps=3, conditional=conditional)
+    spec = replace(spec, image=image)
+    return save_model(folder, build(spec).state_dict(), spec)
+
+
+def flat(folder: Path, images: list[bytes]) -> Path:
+    """Images without classes."""
+    folder.mkdir()
+    for i, data in enumerate(images):
+        (folder / f"{i:04d}.png").write_bytes(data)
+    return folder
+
+
+def drawn(model: Path, data: Path, output: Path) -> list[str]:
+    """Draws all, and says which pictures there are."""
+    assert plot.execute(plot.PlotConfig(str(model), str(data), str(output)))["count"] == 5
+    for path in output.iterdir():
+        with Image.open(path) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 5
+    return sorted(path.name for path in output.iterdir())
+
+
+@pytest.mark.parametrize(("channels", "images"), [(1, COLOUR), (3, GREY)], ids=["grey model", "colour model"])
+def test_images_are_read_with_the_models_channels_and_size(
+    channels: int, images: list[bytes], tmp_path: Path
+) -> None:
+    model = save(tmp_path / "model", ImageConfig(8, channels))
+    data = flat(tmp_path / "data", images)
+    assert drawn(model, data, tmp_path / "out") == PICTURES
+    train = open_splits(str(data), 8)["train"]
+    _, spec = small_model(conditional=False)
+    real, labels = make.real_images(train, replace(spec, image=ImageConfig(8, channels)), 100)
+    assert labels is None
+    expected = {decode(data, 8, channels).tobytes() for data in images}
+    assert len(real) == train.rows
+    assert {image.tobytes() for image in make.as_pixels(real)} <= expected
+
+
+def test_prepared_images_of_another_size_and_other_channels_fit_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
+    source = write_folder(tmp_path / "source", COLOUR)
+    prepare(PrepareConfig(str(tmp_path / "data"), "folder", str(source), image_size=10))
+    model = save(tmp_path / "model", ImageConfig(8, 1))
+    assert drawn(model, tmp_path / "data", tmp_path / "out") == PICTURES
+
+
+def test_a_conditional_model_gets_labels_that_it_knows_and_no_class_for_others(tmp_path: Path) -> None:
+    """The data numbers its classes cat, dog, owl; the model knows owl and cat, in this order."""
+    image = ImageConfig(12, 3, ("owl", "cat"))
+    model, data = save(tmp_path / "model", image, conditional=True), write_folder(tmp_path / "data", COLOUR)
+    assert drawn(model, data, tmp_path / "out") == PICTURES
+    splits = open_splits(str(data), 12)
+    _, spec = small_model(conditional=True)
+    found = {}
+    for name in splits.indexes:
+        pixels, labels = make.real_images(splits[name], replace(spec, image=image), 100)
+        assert labels is not None
+        found |= dict(zip((p.tobytes() for p in make.as_pixels(pixels)), labels.tolist(), strict=True))
+    assert found == {decode(data, 12, 3).tobytes(): (1, 2, 0)[i % 3] for i, data in enumerate(COLOUR)}
+
+
+def test_labels_outside_of_the_models_classes_are_no_class(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", ImageConfig(12, 3, ("cat",)), conditional=True)
+    data = write_folder(tmp_path / "data", COLOUR)
+    flat(data / "zebra", encoded(48)[12:])
+    assert drawn(model, data, tmp_path / "out") == PICTURES
+
+
+def test_a_conditional_model_beside_data_without_classes(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", ImageConfig(12, 3, ("cat", "dog")), conditional=True)
+    assert drawn(model, flat(tmp_path / "data", COLOUR), tmp_path / "out") == PICTURES
+
+
+def test_fewer_images_than_are_shown(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", ImageConfig(12, 3))
+    assert drawn(model, flat(tmp_path / "data", COLOUR[:2]), tmp_path / "out") == PICTURES
+
+
+def test_damaged_images_are_passed_over_and_data_of_nothing_else_is_named(tmp_path: Path) -> None:
+    model, torn = save(tmp_path / "model", ImageConfig(12, 3)), [data[:60] for data in COLOUR]
+    some = flat(tmp_path / "some", [*torn[:3], *encoded(24)])
+    assert drawn(model, some, tmp_path / "out") == PICTURES
+    real, _ = make.real_images(open_splits(str(some), 12)["train"], small_model(conditional=False)[1], 3)
+    assert len(real) == 3
+    none = flat(tmp_path / "none", torn)
+    with pytest.raises(InputError, match=r"--data \S+none: none of the images in its train can be decoded"):
+        plot.execute(plot.PlotConfig(str(model), str(none), str(tmp_path / "no")))
+
+
+def test_the_data_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[str]()
+
+    def counted(uri: str, image_size: int = 0) -> Splits:
+        calls.append(uri)
+        return open_splits(uri, image_size)
+
+    monkeypatch.setattr("pipeline.data.index.open_splits", counted)
+    model = save(tmp_path / "model", ImageConfig(12, 3))
+    assert drawn(model, flat(tmp_path / "data", COLOUR), tmp_path / "out") == PICTURES
+    assert len(calls) == 1

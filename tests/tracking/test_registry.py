@@ -1,0 +1,120 @@
+"""A MODEL by its name: exactly the model that was logged, and no copy of it is left behind."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.commands import evaluate, generate, plot, train
+from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.errors import InputError
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.generation.config import GenerateConfig
+from pipeline.models.export import load_model, model_fingerprint, save_model
+from pipeline.tracking import registry, runs
+from tests.evaluation.common import small_model
+from tests.evaluation.conftest import cluster, digits
+
+__all__ = ["cluster", "digits"]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this process's temporary files, and an MLflow of its own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def save(place: Any, timesteps: int) -> Any:
+    model, spec = small_model(timesteps=timesteps)
+    return save_model(place, model.state_dict(), spec)
+
+
+def test_a_model_is_logged_from_any_storage_and_comes_back_by_all_its_names(temporary: Path) -> None:
+    run = runs.start_run("e", "r", {}, {})
+    far = save(f"memory://{temporary}/model", 5)
+    assert registry.log_model(run, far, "digits", "newest") == "models:/digits/1"
+    near = save(temporary.parent / "model", 7)
+    assert registry.log_model(run, near, "digits", "newest") == "models:/digits/2"
+    assert registry.log_model(run, near).startswith("models:/m-")
+    for name, pinned, folder in (
+        ("models:/digits/1", "models:/digits/1", far),
+        ("models:/digits@newest", "models:/digits/2", near),
+        (far, far, far),
+        (str(near), str(near), near),
+    ):
+        packed, found = registry.resolve_model(name)
+        assert found == pinned
+        assert model_fingerprint(packed) == model_fingerprint(folder)
+        assert load_model(packed)[1] == load_model(folder)[1]
+    assert not list(temporary.iterdir())
+
+
+def test_of_a_logged_folder_with_more_models_in_it_exactly_its_own_is_taken(temporary: Path) -> None:
+    """A search that sorts would find the one in `averages` first."""
+    run = runs.start_run("e", "r", {}, {})
+    folder = save(temporary.parent / "model", 5)
+    save(folder / "averages" / "one", 7)
+    save(folder / "zoo", 9)
+    name = registry.log_model(run, folder, "digits")
+    assert load_model(registry.resolve_model(name)[0])[1].diffusion.timesteps == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere", r"--model nowhere: no such folder; give an exported model folder, models:/NAME/VERSION or"),
+        ("memory://nowhere/at-all", "no such folder"),
+        (".", r"--model \. is not an exported model: no model\.safetensors in it"),
+        ("models:/nobody/1", "not found in MLflow"),
+        ("models:/nobody@newest", "not found in MLflow"),
+    ],
+)  # fmt: skip
+def test_a_name_that_leads_nowhere_gets_one_line_and_leaves_nothing(
+    name: str, says: str, temporary: Path
+) -> None:
+    with pytest.raises(InputError, match=says) as error:
+        registry.resolve_model(name)
+    assert "\n" not in str(error.value)
+    assert not list(temporary.iterdir())
+
+
+def test_no_job_leaves_anything_in_the_temporary_folder(digits: Path, temporary: Path) -> None:
+    def leaves_nothing(job: Any, config: Any) -> dict[str, Any]:
+        try:
+            result: dict[str, Any] = job.execute(config)
+        finally:
+            assert not list(temporary.iterdir())
+        return result
+
+    data, home = str(digits), temporary.parent
+    trained = leaves_nothing(
+        train,
+        TrainConfig(
+            data, str(home / "run"), steps=1, batch_size=8, register="digits",
+            model=ModelConfig(32, (1,), res_blocks=1, attention_resolutions=()),
+            diffusion=DiffusionConfig(timesteps=8),
+            optimizer=OptimizerConfig(warmup_steps=1),
+        ),
+    )  # fmt: skip
+    model, out = trained["model"], str(home / "out")
+    assert model == "models:/digits/1"
+    made = GenerateConfig(
+        model, out, count=2, batch_size=2, rows_per_file=2, sampling_steps=2, actors=1, max_blank_fraction=1.0
+    )
+    assert leaves_nothing(generate, made)["count"] == 2
+    bits = EvaluateConfig(model, data, metrics=("bits",), max_images=2, terms=2, actors=1)
+    assert leaves_nothing(evaluate, bits)["metrics"]["bits_per_dim"] > 0
+    assert leaves_nothing(plot, plot.PlotConfig(model, data, str(home / "pictures")))["count"] == 5
+    for job, config in (
+        (generate, GenerateConfig(model, out, count=0)),
+        (evaluate, EvaluateConfig(model, "nowhere")),
+        (plot, plot.PlotConfig(model, "nowhere", str(home / "more"))),
+    ):
+        with pytest.raises(InputError):
+            leaves_nothing(job, config)
