@@ -1,25 +1,26 @@
 """Files wherever they are: local paths, s3://, gs://, hf:// and the rest, through fsspec."""
 
 import contextlib
-import hashlib
-import json
 import os
 import posixpath
+import re
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow.fs
-from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError
+from pipeline.redact import one_line
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
-_AGES = ("size", "mtime", "ETag", "LastModified", "etag", "updated", "blob_id")
+_SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _READ_TOGETHER = 32
 
 
@@ -29,17 +30,22 @@ def open_fs(uri: str) -> tuple[Any, str]:
     Raises:
         InputError: a scheme that nothing installed can open.
     """
+    uri = os.path.expanduser(uri)  # noqa: PTH111  (may be a URI)
+    scheme = found[1] if (found := _SCHEME.match(uri)) else "file"
     try:
-        fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111  (may be a URI)
+        if scheme not in ("file", *_EXTRAS):
+            return fsspec.core.url_to_fs(uri)
+        kind = fsspec.get_filesystem_class(
+            scheme
+        )  # by itself: `::` in a name is no chain of file systems there
+        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
-        scheme = uri.partition(":")[0]
         extra = f": pip install 'ray-ddpm[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
         raise InputError(
             f"{uri}: {scheme}:// needs a package that is not installed{extra} ({error})"
         ) from None
     except ValueError as error:
-        raise InputError(f"{uri}: {' '.join(str(error).split())}") from None
-    return fs, path
+        raise InputError(f"{uri}: {one_line(error)}") from None
 
 
 def join(uri: str, *parts: str) -> str:
@@ -63,23 +69,46 @@ def is_local(uri: str) -> bool:
     return isinstance(open_fs(uri)[0], LocalFileSystem)
 
 
-def exists(uri: str) -> bool:
-    """Whether there is a file or a folder.
+def exists(uri: str, pattern: bool = False) -> bool:
+    """Whether there is a file or a folder of that very name.
+
+    Args:
+        pattern: or files that it matches, as `list_files` would list them.
 
     Raises:
         InputError: the storage can't say.
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
+    with _asking(uri):
+        return _kind(fs, path) is not None or (pattern and bool(_matches(fs, path)))
+
+
+def _kind(fs: Any, path: str) -> str | None:
+    """What lies there: file, directory or other."""
     try:
-        if has_magic(path):
-            return bool(fs.glob(path))
-        fs.info(path)  # its `exists` takes every failure for a no
-        return True
+        return str(fs.info(path)["type"])  # its `exists` takes every failure for a no
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
+
+
+def _matches(fs: Any, path: str) -> list[str]:
+    """The files that a pattern matches. A folder at its front that is there by that very name is not part of it."""
+    folder = posixpath.dirname(path)
+    while has_magic(folder) and _kind(fs, folder) is None:
+        folder = posixpath.dirname(folder)
+    pattern = path.removeprefix(folder)
+    return sorted(fs.glob(escape(folder) + pattern)) if has_magic(pattern) else []
+
+
+@contextlib.contextmanager
+def _asking(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
     except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
-        raise InputError(f"{uri}: can't be read: {_line(error)}") from None
+        raise InputError(f"{uri}: can't be read: {one_line(error)}") from None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -123,7 +152,10 @@ def move(uri: str, to: str) -> None:
     target = open_fs(to)[1]
     if isinstance(fs, LocalFileSystem):
         fs.makedirs(posixpath.dirname(target), exist_ok=True)
-    fs.mv(path, target)
+        fs.mv(path, target)
+    else:
+        fs.cp_file(path, target)  # its `mv` takes names for patterns
+        fs.rm_file(path)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -140,7 +172,9 @@ def remove_folder(uri: str) -> None:
     """Deletes a folder and all that is in it; one that isn't there is fine."""
     fs, path = open_fs(uri)
     with contextlib.suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+        # Stores take a name for a pattern, and may not have heard of what others wrote.
+        fs.invalidate_cache()
+        fs.rm(path if isinstance(fs, LocalFileSystem) else escape(path), recursive=True)
 
 
 def write_atomic(uri: str, data: bytes) -> None:
@@ -164,34 +198,23 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Every file below a folder, or that a pattern with * matches, sorted, as URIs that `open_fs` takes.
+    """A file, every file below a folder, or, where neither is there, the files that a pattern with *, ? or [] matches.
+
+    Returns:
+        URIs that `open_fs` takes, sorted.
 
     Raises:
-        InputError: there is no such folder, or it can't be read.
+        InputError: there is none of these, or it can't be read.
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
-    try:
-        if has_magic(path):
-            found = sorted(fs.glob(path))
-        else:
-            found = [path] if fs.isfile(path) else sorted(fs.find(path))
-            if not found and not fs.exists(path):
-                raise InputError(f"{uri}: no such file or folder")
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{uri}: can't be read: {_line(error)}") from None
+    with _asking(uri):
+        kind = _kind(fs, path)
+        found = [path] if kind == "file" else sorted(fs.find(path)) if kind else _matches(fs, path)
+        if not found and not kind:
+            raise InputError(f"{uri}: no such file or folder")
     wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]
     return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
-
-
-def signature(uri: str) -> str:
-    """A hash of the names, sizes and ages of the files that `list_files` gives: another one when any was changed."""
-    fs, path = open_fs(uri)
-    found = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
-    kept = [[name, *(str(info.get(key)) for key in _AGES)] for name, info in sorted(found.items())]
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def is_storage_error(error: Exception) -> bool:
@@ -199,10 +222,6 @@ def is_storage_error(error: Exception) -> bool:
     if isinstance(error, OSError):  # pyarrow raises a bare OSError for damaged bytes
         return type(error) is not OSError or error.errno is not None
     return type(error).__module__.partition(".")[0] in _CLIENTS
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def put_folder(folder: Path, uri: str) -> None:
@@ -255,4 +274,4 @@ def check_writable(uri: str) -> None:
         fs.pipe_file(probe, b"")
         fs.rm_file(probe)
     except Exception as error:  # every store has its own errors
-        raise InputError(f"--output {uri}: can't be written: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"--output {uri}: can't be written: {one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""One part's images as a Parquet file in exactly the Hugging Face convention, and sums over them."""
+"""Images as a Parquet file in exactly the Hugging Face convention, and sums over them."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import ImageConfig
+IMAGE = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 class Totals:
@@ -18,8 +18,8 @@ class Totals:
         self._count, self._hash, self._top = 0, 0, -1
         self._sum, self._squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
 
-    def add(self, pixels: np.ndarray, digest: bytes, label: int | None, train: bool) -> None:
-        self._top = max(self._top, -1 if label is None else label)
+    def add(self, pixels: np.ndarray, digest: bytes, label: int, train: bool) -> None:
+        self._top = max(self._top, label)
         self._hash = (self._hash + int.from_bytes(digest, "big")) % 2**256
         if train:
             values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
@@ -40,8 +40,8 @@ class Totals:
 class ShardWriter:
     """Rows to the bytes of a Parquet file, row group by row group."""
 
-    def __init__(self, image: ImageConfig, classes: tuple[str, ...], rows_per_group: int) -> None:
-        self._schema = huggingface_schema(classes)
+    def __init__(self, schema: pa.Schema, rows_per_group: int) -> None:
+        self._schema = schema
         self._buffer = io.BytesIO()
         self._writer = pq.ParquetWriter(
             self._buffer, self._schema, compression="none", write_statistics=False
@@ -54,8 +54,8 @@ class ShardWriter:
     def rows(self) -> int:
         return sum(self.row_groups) + len(self._rows)
 
-    def add(self, data: bytes, path: str, label: int | None) -> None:
-        self._rows.append({"image": {"bytes": data, "path": path}, "label": label})
+    def add(self, data: bytes, path: str, **columns: int | None) -> None:
+        self._rows.append({"image": {"bytes": data, "path": path}, **columns})
         if len(self._rows) == self._limit:
             self._flush()
 
@@ -73,12 +73,21 @@ class ShardWriter:
         return self._buffer.getvalue()
 
 
-def huggingface_schema(classes: tuple[str, ...]) -> pa.Schema:
-    """image {bytes, path} and label, with the metadata that makes `datasets` give PIL images and class names."""
-    label = (
-        {"names": list(classes), "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
-    )
-    features = {"image": {"_type": "Image"}, "label": label}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema([("image", image), ("label", pa.int64())], metadata=metadata)
+def huggingface_schema(
+    classes: tuple[str, ...], first: pa.Field = IMAGE, integers: tuple[str, ...] = ()
+) -> pa.Schema:
+    """The columns image {bytes, path} and label, and what makes `datasets` give PIL images and class names of them.
+
+    Args:
+        classes: names of the labels, where they have any.
+        first: what stands in place of the images.
+        integers: names of columns that follow.
+    """
+    integer = {"dtype": "int64", "_type": "Value"}
+    features: dict[str, Any] = {
+        first.name: {"_type": "Image"} if first is IMAGE else {"dtype": str(first.type), "_type": "Value"},
+        "label": {"names": list(classes), "_type": "ClassLabel"} if classes else integer,
+        **dict.fromkeys(integers, integer),
+    }
+    fields = [first, *(pa.field(name, pa.int64()) for name in ("label", *integers))]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})

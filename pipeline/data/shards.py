@@ -15,20 +15,15 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.cluster.session import spilled_bytes
-from pipeline.config import ImageConfig, to_dict
+from pipeline.config import ImageConfig, check_at_least, to_dict
 from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import held_out
+from pipeline.data.labels import ClassNumbers, LabelError, name_classes
 from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
-from pipeline.data.scan import name_classes
-from pipeline.data.shard_writer import ShardWriter, Totals
+from pipeline.data.shard_writer import ShardWriter, Totals, huggingface_schema
 from pipeline.data.sources.parts import Part, Source, SourceListing
-from pipeline.data.sources.registry import (
-    MOST_UNNAMED_CLASSES,
-    list_source,
-    read_part,
-    with_class_names,
-)
+from pipeline.data.sources.registry import list_source, with_class_names
 from pipeline.display import Display
 from pipeline.errors import InputError
 
@@ -87,7 +82,7 @@ def prepare(config: PrepareConfig) -> Manifest:
             source.parts,
             missing,
             image=image,
-            classes=source.classes,
+            classes=image.classes,
             config=config,
             output=output,
         )
@@ -106,11 +101,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 def _check(config: PrepareConfig) -> None:
     if not 0 <= config.validation_fraction < 1:
         raise InputError(f"--validation-fraction {config.validation_fraction} is outside 0 to 1")
-    for name in ("rows_per_shard", "rows_per_group"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    if config.image_size < 0:
-        raise InputError(f"--image-size {config.image_size} is negative")
+    check_at_least(config, rows_per_shard=1, rows_per_group=1, image_size=0)
     storage.check_writable(config.output)
 
 
@@ -118,7 +109,7 @@ def _image(config: PrepareConfig, source: SourceListing) -> ImageConfig:
     size = config.image_size or source.size
     if not size:
         raise InputError(f"--source {config.source} has images of any size: give --image-size")
-    return ImageConfig(size, config.channels or source.channels or 3, source.classes)
+    return ImageConfig(size, config.channels or source.channels or 3, source.classes or ())
 
 
 def _claim(output: str, settings: dict[str, Any]) -> None:
@@ -149,20 +140,21 @@ def _write_part(
     output: str,
 ) -> dict[str, Any]:
     """Decodes one part and writes its shards, then its record."""
-    writers = {split: ShardWriter(image, classes, config.rows_per_group) for split in SPLITS}
+    writers = {split: ShardWriter(huggingface_schema(classes), config.rows_per_group) for split in SPLITS}
+    number_of = ClassNumbers(classes)
     bad: list[dict[str, str]] = []
     totals = Totals(image.channels)
-    for item in read_part(part):
+    for item in part.read():
         try:
             pixels = _pixels(item.data, image, config)
-            label = _label(item.label, classes)
-        except DecodeError as error:
+            label = number_of(item.label)
+        except (DecodeError, LabelError) as error:
             bad.append({"path": item.path, "reason": str(error)})
             continue
         digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
         validates = held_out(digest, config.validation_fraction)
         split = SPLITS[validates]
-        writers[split].add(encode_png(pixels), item.path, label)
+        writers[split].add(encode_png(pixels), item.path, label=None if label < 0 else label)
         totals.add(pixels, digest, label, train=not validates)
     shards = {}
     for split, writer in writers.items():
@@ -183,19 +175,6 @@ def _pixels(data: bytes, image: ImageConfig, config: PrepareConfig) -> np.ndarra
     if config.crop == "none":
         return fit(data, image.size, image.channels, config.background)
     return decode(data, image.size, image.channels, background=config.background)
-
-
-def _label(label: str | None, classes: tuple[str, ...]) -> int | None:
-    if label is None:
-        return None
-    if classes:
-        if label not in classes:
-            raise DecodeError(f"label {label!r} is not among the {len(classes)} classes")
-        return classes.index(label)
-    # Nothing names the classes: integers are taken as they are.
-    if not label.isdecimal():
-        raise DecodeError(f"label {label!r} is not a class number")
-    return int(label)
 
 
 def _finish(
@@ -224,8 +203,7 @@ def _finish(
     mean = np.sum([record["sum"] for record in records], axis=0) / pixels / 255
     square = np.sum([record["squares"] for record in records], axis=0) / pixels / 255**2
     top = max(record["top_label"] for record in records)
-    # Numbers that nothing names are classes, unless they are so many that they must be something else.
-    classes = image.classes or (name_classes({str(top)}) if 0 <= top < MOST_UNNAMED_CLASSES else ())
+    classes = image.classes or name_classes({str(top)})
     fingerprint = sum(int(record["hash"], 16) for record in records) % 2**256
     manifest = Manifest(
         format=FORMAT,

@@ -5,11 +5,12 @@ import json
 import re
 import tarfile
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.data.shard_writer import ShardWriter, huggingface_schema
+
+_INTEGERS = ("index", "seed")
 SUFFIX = {"parquet": "parquet", "webdataset": "tar", "png": "png"}
 
 
@@ -25,23 +26,10 @@ class Row:
 
 def parquet(rows: list[Row], classes: tuple[str, ...]) -> bytes:
     """A Parquet file in the Hugging Face image convention, with the columns index and seed beside it."""
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema(
-        [("image", image), ("label", pa.int64()), ("index", pa.int64()), ("seed", pa.int64())],
-        metadata=_huggingface({"image": {"_type": "Image"}}, classes),
-    )
-    images = pa.StructArray.from_arrays(
-        [
-            pa.array([row.png for row in rows], pa.binary()),
-            pa.array([f"{row.index:012d}.png" for row in rows], pa.string()),
-        ],
-        fields=list(image),
-    )
-    columns = [pa.array([getattr(row, name) for row in rows], pa.int64()) for name in schema.names[1:]]
-    buffer = io.BytesIO()
-    table = pa.Table.from_arrays([images, *columns], schema=schema)
-    pq.write_table(table, buffer, compression="none", write_statistics=False)
-    return buffer.getvalue()
+    writer = ShardWriter(huggingface_schema(classes, integers=_INTEGERS), max(1, len(rows)))
+    for row in rows:
+        writer.add(row.png, png_name(row.index), label=row.label, index=row.index, seed=row.seed)
+    return writer.close()
 
 
 def webdataset(rows: list[Row]) -> bytes:
@@ -87,21 +75,10 @@ def png_metadata(
 ) -> pa.Table:
     """Rows of the metadata.parquet that `datasets` joins to a folder of images."""
     folders, pairs = class_folders(classes), zip(indices, labels, strict=True)
-    table = pa.table(
-        {
-            "file_name": pa.array([png_place(*pair, folders) for pair in pairs], pa.string()),
-            "label": pa.array(labels, pa.int64()),
-            "index": pa.array(indices, pa.int64()),
-            "seed": pa.array([seed] * len(indices), pa.int64()),
-        }
-    )
-    name = {"file_name": {"dtype": "string", "_type": "Value"}}
-    return table.replace_schema_metadata(_huggingface(name, classes))
-
-
-def _huggingface(first: dict[str, Any], classes: tuple[str, ...]) -> dict[str, str]:
-    """The metadata by which `datasets` gives images and class names: of a column, then label, index and seed."""
-    integer = {"dtype": "int64", "_type": "Value"}
-    label = {"names": list(classes), "_type": "ClassLabel"} if classes else integer
-    features = {**first, "label": label, "index": integer, "seed": integer}
-    return {"huggingface": json.dumps({"info": {"features": features}})}
+    columns = {
+        "file_name": [png_place(*pair, folders) for pair in pairs],
+        "label": labels,
+        "index": indices,
+        "seed": [seed] * len(indices),
+    }
+    return pa.table(columns, huggingface_schema(classes, pa.field("file_name", pa.string()), _INTEGERS))

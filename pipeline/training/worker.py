@@ -233,7 +233,7 @@ def _check_shared(task: Task) -> None:
             f"--output {task.output}: the node {node} does not see what the driver wrote there: give a folder that all "
             "nodes share, or an object store (s3://…)"
         )
-    if not storage.exists(task.config.data):
+    if not storage.exists(task.config.data, pattern=True):
         raise InputError(
             f"--data {task.config.data}: the node {node} does not see it: give a folder that all nodes share, or an "
             "object store (s3://…)"
