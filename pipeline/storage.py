@@ -4,14 +4,15 @@ import contextlib
 import errno
 import os
 import posixpath
-import shutil
+import re
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from glob import escape, has_magic
 from typing import Any
 
 import fsspec
 import pyarrow.fs
-from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError
@@ -19,7 +20,8 @@ from pipeline.redact import one_line
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
-_TOGETHER = 32
+_SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
+_READ_TOGETHER = 32
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -28,17 +30,22 @@ def open_fs(uri: str) -> tuple[Any, str]:
     Raises:
         InputError: a scheme that nothing installed can open.
     """
+    uri = os.path.expanduser(uri)  # noqa: PTH111  (may be a URI)
+    scheme = found[1] if (found := _SCHEME.match(uri)) else "file"
     try:
-        fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111  (may be a URI)
+        if scheme not in ("file", *_EXTRAS):
+            return fsspec.core.url_to_fs(uri)
+        kind = fsspec.get_filesystem_class(
+            scheme
+        )  # by itself: `::` in a name is no chain of file systems there
+        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
-        scheme = uri.partition(":")[0]
         extra = f": pip install 'ray-ddpm[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
         raise InputError(
             f"{uri}: {scheme}:// needs a package that is not installed{extra} ({error})"
         ) from None
     except ValueError as error:
         raise InputError(f"{uri}: {one_line(error)}") from None
-    return fs, path
 
 
 def join(uri: str, *parts: str) -> str:
@@ -63,28 +70,45 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str, pattern: bool = False) -> bool:
-    """Whether there is a file or a folder of that name.
+    """Whether there is a file or a folder of that very name.
 
     Args:
-        pattern: what has no such name may be a pattern that some names match, as in `list_files`.
+        pattern: or files that it matches, as `list_files` would list them.
 
     Raises:
         InputError: the storage can't say.
     """
     fs, path = open_fs(uri)
-    try:
-        return _kind(fs, path) is not None or (pattern and has_magic(path) and bool(fs.glob(path)))
-    except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
-        raise InputError(f"{uri}: can't be read: {_words(error)}") from None
+    fs.invalidate_cache()  # others write there too
+    with _asking(uri):
+        return _kind(fs, path) is not None or (pattern and bool(_matches(fs, path)))
 
 
 def _kind(fs: Any, path: str) -> str | None:
-    """ "file" or "directory"; None where there is neither. Its `exists` takes every failure for a no."""
-    fs.invalidate_cache()  # others write there too
+    """What lies there: file, directory or other."""
     try:
-        return str(fs.info(path)["type"])
+        return str(fs.info(path)["type"])  # its `exists` takes every failure for a no
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _matches(fs: Any, path: str) -> list[str]:
+    """The files that a pattern matches. A folder at its front that is there by that very name is not part of it."""
+    folder = posixpath.dirname(path)
+    while has_magic(folder) and _kind(fs, folder) is None:
+        folder = posixpath.dirname(folder)
+    pattern = path.removeprefix(folder)
+    return sorted(fs.glob(escape(folder) + pattern)) if has_magic(pattern) else []
+
+
+@contextlib.contextmanager
+def _asking(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
+        raise InputError(f"{uri}: can't be read: {one_line(error)}") from None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -103,7 +127,7 @@ def read_many(uris: list[str]) -> dict[str, bytes]:
         except OSError:
             return None
 
-    with ThreadPoolExecutor(_TOGETHER) as pool:
+    with ThreadPoolExecutor(_READ_TOGETHER) as pool:
         return {uri: data for uri, data in zip(uris, pool.map(read, uris), strict=True) if data is not None}
 
 
@@ -128,9 +152,9 @@ def move(uri: str, to: str) -> None:
     target = open_fs(to)[1]
     if isinstance(fs, LocalFileSystem):
         fs.makedirs(posixpath.dirname(target), exist_ok=True)
-        os.replace(path, target)  # noqa: PTH105
-    else:  # its `mv` takes [ for a pattern
-        fs.cp_file(path, target)
+        fs.mv(path, target)
+    else:
+        fs.cp_file(path, target)  # its `mv` takes names for patterns
         fs.rm_file(path)
 
 
@@ -170,17 +194,10 @@ def replace(uri: str, data: bytes, version: str) -> bool:
 def remove_folder(uri: str) -> None:
     """Deletes a folder and all that is in it; one that isn't there is fine."""
     fs, path = open_fs(uri)
-    if isinstance(fs, LocalFileSystem):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        _remove_below(fs, path)
-
-
-def _remove_below(fs: Any, path: str) -> None:
-    """Deletes what is in a folder of an object store, whose own `rm` takes [ for a pattern."""
-    fs.invalidate_cache()
-    with ThreadPoolExecutor(_TOGETHER) as pool:
-        list(pool.map(fs.rm_file, fs.find(path)))
+    with contextlib.suppress(FileNotFoundError):
+        # Stores take a name for a pattern, and may not have heard of what others wrote.
+        fs.invalidate_cache()
+        fs.rm(path if isinstance(fs, LocalFileSystem) else escape(path), recursive=True)
 
 
 def write_atomic(uri: str, data: bytes) -> None:
@@ -204,28 +221,22 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Every file below a folder, sorted, as URIs that `open_fs` takes.
+    """A file, every file below a folder, or, where neither is there, the files that a pattern with *, ? or [] matches.
 
-    Args:
-        uri: of a folder or a file; where there is none of that name, a pattern with *, ? or [] that names match.
+    Returns:
+        URIs that `open_fs` takes, sorted.
 
     Raises:
-        InputError: there is no such folder, or it can't be read.
+        InputError: there is none of these, or it can't be read.
     """
     fs, path = open_fs(uri)
-    try:
+    fs.invalidate_cache()  # others write there too
+    with _asking(uri):
         kind = _kind(fs, path)
-        matches = fs.glob(path, detail=True) if kind is None and has_magic(path) else {path: {"type": kind}}
-        found = [
-            file
-            for name, info in matches.items()
-            for file in (fs.find(name) if info["type"] == "directory" else [name])
-        ]
-    except Exception as error:
-        raise InputError(f"{uri}: can't be read: {_words(error)}") from None
-    if matches == {path: {"type": None}}:
-        raise InputError(f"{uri}: no such file or folder")
-    wanted = sorted(name for name in found if not suffixes or name.lower().endswith(suffixes))
+        found = [path] if kind == "file" else sorted(fs.find(path)) if kind else _matches(fs, path)
+        if not found and not kind:
+            raise InputError(f"{uri}: no such file or folder")
+    wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]
     return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
 
 
@@ -234,10 +245,6 @@ def is_storage_error(error: Exception) -> bool:
     if isinstance(error, OSError):  # pyarrow raises a bare OSError for damaged bytes
         return type(error) is not OSError or error.errno is not None
     return type(error).__module__.partition(".")[0] in _CLIENTS
-
-
-def _words(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}")
 
 
 def arrow_fs(uri: str) -> tuple[Any, str]:
@@ -253,7 +260,8 @@ class _Handler(pyarrow.fs.FSSpecHandler):
     """fsspec for pyarrow, with folders deleted by their own name."""
 
     def delete_dir(self, path: str) -> None:
-        _remove_below(self.fs, path)
+        self.fs.invalidate_cache()
+        self.fs.rm(escape(path), recursive=True)
 
 
 def list_folders(uri: str, prefix: str) -> list[str]:

@@ -124,7 +124,7 @@ def test_a_pickle_in_a_parquet_file_is_not_run(tmp_path: Path, mark: Path, colum
     assert mark.exists()
     mark.unlink()
     with pytest.raises(InputError, match="not plain data"):
-        list(sources.read_part(sources.list_source("huggingface", str(tmp_path), 10).parts[0]))
+        list(sources.list_source("huggingface", str(tmp_path), 10).parts[0].read())
     with pytest.raises(InputError, match="not plain data"):
         index.read_rows(index.row_group(str(file), 0, 1), np.array([0]))
     assert not mark.exists()

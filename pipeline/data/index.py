@@ -8,11 +8,11 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import ImageConfig
+from pipeline.data.labels import ClassNumbers, LabelError, stored_numbers
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
 from pipeline.data.scan import scan
-from pipeline.data.sources.parquet import read_row_group
+from pipeline.data.sources.parquet import ParquetPart
 from pipeline.data.sources.parts import Part
-from pipeline.data.sources.registry import find_source, read_part
 from pipeline.errors import InputError
 from pipeline.versions import check_readable
 
@@ -41,7 +41,7 @@ class DatasetIndex:
     Attributes:
         groups: in the dataset's own order; sample id = rows of all groups before + row in the group.
         fingerprint: of the content, the same however it is cut into files.
-        quarantined: images that were left out when the data was prepared.
+        quarantined: images that are left out: damaged ones of prepared data, those of no known class of raw data.
     """
 
     uri: str
@@ -64,7 +64,7 @@ def held_out(digest: bytes, fraction: float) -> bool:
 
 def row_group(uri: str, number: int, rows: int) -> Group:
     """All of one row group of a Parquet file."""
-    return Group(Part("huggingface", (uri,), number, 1), rows)
+    return Group(ParquetPart(uri, number, 1), rows)
 
 
 @dataclass(frozen=True)
@@ -157,22 +157,26 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
 
 
 def _open_source(uri: str, image_size: int) -> Splits:
-    found = scan(find_source(uri), uri)
+    found = scan(uri)
     size = image_size or found.size
     if not size:
         raise InputError(f"--data {uri}: its images are not squares of one size: give --image-size")
     image = ImageConfig(size, found.channels, found.classes)
-    numbers = {name: number for number, name in enumerate(found.classes)}
+    number_of, unusable = ClassNumbers(found.classes), 0
     groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
     for part in found.parts:
-        splits = [SPLITS[held_out(digest, VALIDATION_FRACTION)] for digest in part.digests]
-        for name in SPLITS:
-            if wanted := [i for i, split in enumerate(splits) if split == name]:
-                labels = tuple(numbers.get(part.labels[i] or "", -1) for i in wanted)
-                kept = None if len(wanted) == len(splits) else tuple(wanted)
-                groups[name].append(Group(part.part, len(wanted), kept, labels))
+        labels: dict[str, dict[int, int]] = {name: {} for name in SPLITS}  # by place in the part
+        for place, (digest, label) in enumerate(zip(part.digests, part.labels, strict=True)):
+            try:
+                labels[SPLITS[held_out(digest, VALIDATION_FRACTION)]][place] = number_of(label)
+            except LabelError:
+                unusable += 1
+        for name, mine in labels.items():
+            if mine:
+                kept = None if len(mine) == len(part.digests) else tuple(mine)
+                groups[name].append(Group(part.part, len(mine), kept, tuple(mine.values())))
     indexes = {
-        name: DatasetIndex(uri, name, image, tuple(some), found.fingerprint)
+        name: DatasetIndex(uri, name, image, tuple(some), found.fingerprint, unusable)
         for name, some in groups.items()
         if some
     }
@@ -188,25 +192,9 @@ def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
     Returns:
         columns bytes (binary), label (int64, -1 for none) and path (string), in the order asked for.
     """
-    places = rows if group.kept is None else np.asarray(group.kept)[rows]
-    if group.part.source == "huggingface":
-        (uri,), first = group.part.uris, group.part.start
-        numbers = range(first, first + group.part.count)
-        table = pa.concat_tables([read_row_group(uri, number) for number in numbers]).take(places)
-    else:
-        items = list(read_part(group.part))
-        chosen = [items[place] for place in places]
-        table = pa.table(
-            {
-                "bytes": pa.array([item.data for item in chosen], pa.binary()),
-                "label": pa.nulls(len(chosen)),
-                "path": pa.array([item.path for item in chosen], pa.string()),
-            }
-        )
+    table = group.part.table(rows if group.kept is None else np.asarray(group.kept)[rows])
     if group.labels is not None:
         labels = pa.array(np.asarray(group.labels, np.int64)[rows])
-    elif pa.types.is_integer(table["label"].type):
-        labels = table["label"].cast(pa.int64()).fill_null(-1)
     else:
-        labels = pa.array([-1] * len(rows), pa.int64())
-    return table.set_column(table.schema.get_field_index("label"), "label", labels)
+        labels = stored_numbers(table["label"])
+    return pa.table({"bytes": table["bytes"], "label": labels, "path": table["path"]})

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipeline.data.sources.parts import Part, Source
-from pipeline.data.sources.registry import list_source, read_part, split_part
+from pipeline.data.labels import name_classes
+from pipeline.data.sources.parts import Part
+from pipeline.data.sources.registry import list_source
 
 IMAGES_PER_PART = 64
 THREADS = 8
@@ -43,13 +44,13 @@ class Scan:
     fingerprint: str
 
 
-def scan(source: Source, uri: str) -> Scan:
-    """Reads a source through.
+def scan(uri: str) -> Scan:
+    """Reads a source through, whatever kind it is of.
 
     Raises:
-        InputError: nothing of that kind is there.
+        InputError: nothing is there that could be read; labels that can't be classes.
     """
-    listing = list_source(source, uri, IMAGES_PER_PART)
+    listing = list_source("auto", uri, IMAGES_PER_PART)
     with ThreadPoolExecutor(THREADS) as pool:
         found = [pair for pairs in pool.map(_scan_part, listing.parts) for pair in pairs]
     parts = tuple(part for part, _ in found)
@@ -66,21 +67,14 @@ def scan(source: Source, uri: str) -> Scan:
     )
 
 
-def name_classes(labels: set[str]) -> tuple[str, ...]:
-    """The classes behind labels that nothing names: 0 to the largest, where they are numbers."""
-    if labels and all(label.isdecimal() for label in labels):
-        return tuple(str(number) for number in range(max(map(int, labels)) + 1))
-    return tuple(sorted(labels))
-
-
 def _scan_part(part: Part) -> list[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
     return list(_scanned(part))
 
 
 def _scanned(part: Part) -> Iterator[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
-    for small in split_part(part, IMAGES_PER_PART):
+    for small in part.split(IMAGES_PER_PART):
         digests, labels, shapes = list[bytes](), list[str | None](), set[tuple[int, int, bool]]()
-        for item in read_part(small):
+        for item in small.read():
             digests.append(hashlib.sha256(item.data + b"\0" + str(item.label).encode()).digest())
             labels.append(item.label)
             if shape := _shape(item.data):

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+IMAGE = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
 
 class Totals:
     """Sums over a part that merge exactly: integers, whatever the order."""
@@ -16,8 +18,8 @@ class Totals:
         self._count, self._hash, self._top = 0, 0, -1
         self._sum, self._squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
 
-    def add(self, pixels: np.ndarray, digest: bytes, label: int | None, train: bool) -> None:
-        self._top = max(self._top, -1 if label is None else label)
+    def add(self, pixels: np.ndarray, digest: bytes, label: int, train: bool) -> None:
+        self._top = max(self._top, label)
         self._hash = (self._hash + int.from_bytes(digest, "big")) % 2**256
         if train:
             values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
@@ -36,14 +38,10 @@ class Totals:
 
 
 class ShardWriter:
-    """Images, labels and whole numbers to the bytes of a Parquet file, row group by row group.
+    """Rows to the bytes of a Parquet file, row group by row group."""
 
-    Args:
-        integers: names of the columns beside image and label.
-    """
-
-    def __init__(self, classes: tuple[str, ...], rows_per_group: int, integers: tuple[str, ...] = ()) -> None:
-        self._schema = huggingface_schema(classes, integers)
+    def __init__(self, schema: pa.Schema, rows_per_group: int) -> None:
+        self._schema = schema
         self._buffer = io.BytesIO()
         self._writer = pq.ParquetWriter(
             self._buffer, self._schema, compression="none", write_statistics=False
@@ -56,8 +54,8 @@ class ShardWriter:
     def rows(self) -> int:
         return sum(self.row_groups) + len(self._rows)
 
-    def add(self, data: bytes, path: str, label: int | None, **integers: int) -> None:
-        self._rows.append({"image": {"bytes": data, "path": path}, "label": label, **integers})
+    def add(self, data: bytes, path: str, **columns: int | None) -> None:
+        self._rows.append({"image": {"bytes": data, "path": path}, **columns})
         if len(self._rows) == self._limit:
             self._flush()
 
@@ -75,22 +73,19 @@ class ShardWriter:
         return self._buffer.getvalue()
 
 
-_IMAGE = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-
-
 def huggingface_schema(
-    classes: tuple[str, ...], integers: tuple[str, ...] = (), first: pa.Field = _IMAGE
+    classes: tuple[str, ...], first: pa.Field = IMAGE, integers: tuple[str, ...] = ()
 ) -> pa.Schema:
-    """The columns image {bytes, path}, label and `integers`, with the metadata that gives `datasets` images and names.
+    """The columns image {bytes, path} and label, and what makes `datasets` give PIL images and class names of them.
 
     Args:
-        classes: names of the labels; empty where there are none.
-        first: the column that says what the image is, if not its bytes: a file's name.
+        classes: names of the labels, where they have any.
+        first: what stands in place of the images.
+        integers: names of columns that follow.
     """
     integer = {"dtype": "int64", "_type": "Value"}
-    is_image = pa.types.is_struct(first.type)
-    features = {
-        first.name: {"_type": "Image"} if is_image else {"dtype": "string", "_type": "Value"},
+    features: dict[str, Any] = {
+        first.name: {"_type": "Image"} if first is IMAGE else {"dtype": str(first.type), "_type": "Value"},
         "label": {"names": list(classes), "_type": "ClassLabel"} if classes else integer,
         **dict.fromkeys(integers, integer),
     }

@@ -19,16 +19,11 @@ from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ImageConfig, check_at_least, to_dict
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import held_out
+from pipeline.data.labels import ClassNumbers, LabelError, name_classes
 from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
-from pipeline.data.scan import name_classes
-from pipeline.data.shard_writer import ShardWriter, Totals
+from pipeline.data.shard_writer import ShardWriter, Totals, huggingface_schema
 from pipeline.data.sources.parts import Part, Source, SourceListing
-from pipeline.data.sources.registry import (
-    MOST_UNNAMED_CLASSES,
-    list_source,
-    read_part,
-    with_class_names,
-)
+from pipeline.data.sources.registry import list_source, with_class_names
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
@@ -91,7 +86,7 @@ def _prepare(config: PrepareConfig, source: SourceListing, image: ImageConfig, o
     if missing:
         display = Display("prepare", len(source.parts), "parts")
         images = finished = 0
-        work = _Shards(image, source.classes, config, output)
+        work = _Shards(image, config, output)
         pool = ActorPool(len(missing), gpu=False, least=1, ordered=False)
         try:
             for rows in pool(work, [(n, source.parts[n]) for n in missing]):
@@ -116,7 +111,7 @@ def _image(config: PrepareConfig, source: SourceListing) -> ImageConfig:
     size = config.image_size or source.size
     if not size:
         raise InputError(f"--source {config.source} has images of any size: give --image-size")
-    return ImageConfig(size, config.channels or source.channels or 3, source.classes)
+    return ImageConfig(size, config.channels or source.channels or 3, source.classes or ())
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -133,7 +128,6 @@ class _Shards:
     """Writes the shards of a numbered part, and says how many images are in them; see `pool.Work`."""
 
     image: ImageConfig
-    classes: tuple[str, ...]
     config: PrepareConfig
     output: str
 
@@ -146,25 +140,27 @@ def _write_part(
     number: int,
     part: Part,
     image: ImageConfig,
-    classes: tuple[str, ...],
     config: PrepareConfig,
     output: str,
 ) -> int:
     """Decodes one part and writes its shards, then its record."""
-    writers = {split: ShardWriter(classes, config.rows_per_group) for split in SPLITS}
+    writers = {
+        split: ShardWriter(huggingface_schema(image.classes), config.rows_per_group) for split in SPLITS
+    }
+    number_of = ClassNumbers(image.classes)
     bad: list[dict[str, str]] = []
     totals = Totals(image.channels)
-    for item in read_part(part):
+    for item in part.read():
         try:
             pixels = _pixels(item.data, image, config)
-            label = _label(item.label, classes)
-        except DecodeError as error:
+            label = number_of(item.label)
+        except (DecodeError, LabelError) as error:
             bad.append({"path": item.path, "reason": str(error)})
             continue
         digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
         validates = held_out(digest, config.validation_fraction)
         split = SPLITS[validates]
-        writers[split].add(encode_png(pixels), item.path, label)
+        writers[split].add(encode_png(pixels), item.path, label=None if label < 0 else label)
         totals.add(pixels, digest, label, train=not validates)
     shards = {}
     for split, writer in writers.items():
@@ -185,19 +181,6 @@ def _pixels(data: bytes, image: ImageConfig, config: PrepareConfig) -> np.ndarra
     if config.crop == "none":
         return fit(data, image.size, image.channels, config.background)
     return decode(data, image.size, image.channels, background=config.background)
-
-
-def _label(label: str | None, classes: tuple[str, ...]) -> int | None:
-    if label is None:
-        return None
-    if classes:
-        if label not in classes:
-            raise DecodeError(f"label {label!r} is not among the {len(classes)} classes")
-        return classes.index(label)
-    # Nothing names the classes: integers are taken as they are.
-    if not label.isdecimal():
-        raise DecodeError(f"label {label!r} is not a class number")
-    return int(label)
 
 
 def _finish(
@@ -226,8 +209,7 @@ def _finish(
     mean = np.sum([record["sum"] for record in records], axis=0) / pixels / 255
     square = np.sum([record["squares"] for record in records], axis=0) / pixels / 255**2
     top = max(record["top_label"] for record in records)
-    # Numbers that nothing names are classes, unless they are so many that they must be something else.
-    classes = image.classes or (name_classes({str(top)}) if 0 <= top < MOST_UNNAMED_CLASSES else ())
+    classes = image.classes or name_classes({str(top)})
     fingerprint = sum(int(record["hash"], 16) for record in records) % 2**256
     manifest = Manifest(
         format=FORMAT,

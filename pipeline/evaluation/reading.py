@@ -33,7 +33,7 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
                 pixels.append(decode(data.as_py(), image.size, image.channels))
             except DecodeError as error:
                 raise InputError(
-                    f"{group.part.uris[0]}: image {path.as_py()}: {error}: leave it out of the data"
+                    f"{group.part.uri}: image {path.as_py()}: {error}: leave it out of the data"
                 ) from None
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 

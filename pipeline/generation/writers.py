@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.data.shard_writer import ShardWriter, huggingface_schema
 
-INTEGERS = ("index", "seed")
+_INTEGERS = ("index", "seed")
 SUFFIX = {"parquet": "parquet", "webdataset": "tar", "png": "png"}
 
 
@@ -26,9 +26,9 @@ class Row:
 
 def parquet(rows: list[Row], classes: tuple[str, ...]) -> bytes:
     """A Parquet file in the Hugging Face image convention, with the columns index and seed beside it."""
-    writer = ShardWriter(classes, len(rows), INTEGERS)
+    writer = ShardWriter(huggingface_schema(classes, integers=_INTEGERS), max(1, len(rows)))
     for row in rows:
-        writer.add(row.png, png_name(row.index), row.label, index=row.index, seed=row.seed)
+        writer.add(row.png, png_name(row.index), label=row.label, index=row.index, seed=row.seed)
     return writer.close()
 
 
@@ -81,5 +81,4 @@ def png_metadata(
         "index": indices,
         "seed": [seed] * len(indices),
     }
-    schema = huggingface_schema(classes, INTEGERS, pa.field("file_name", pa.string()))
-    return pa.table(columns, schema=schema)
+    return pa.table(columns, huggingface_schema(classes, pa.field("file_name", pa.string()), _INTEGERS))

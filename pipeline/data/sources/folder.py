@@ -3,42 +3,61 @@
 import hashlib
 import posixpath
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing
+from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing, with_suffix
 from pipeline.errors import InputError
 
 # What `datasets` calls an ImageFolder's table of other columns: the images are files.
 IMAGE_FOLDER_TABLE = "metadata.parquet"
 
 
-def list_folder(uri: str, images_per_part: int) -> SourceListing:
-    files = storage.list_files(uri, IMAGE_SUFFIXES)
+@dataclass(frozen=True)
+class FolderPart(Part):
+    """Some files of a tree.
+
+    Attributes:
+        names: what follows the tree's URI in theirs.
+    """
+
+    names: tuple[str, ...]
+
+    def read(self) -> Iterator[Item]:
+        for name in self.names:
+            try:
+                data = storage.read_bytes(self.uri + name)
+            except (
+                FileNotFoundError,
+                PermissionError,
+            ):  # any other error is the storage's: not an image's fault
+                data = b""
+            yield Item(_place(name), data, posixpath.dirname(_place(name)) or None)
+
+
+def list_folder(uri: str, files: list[str], images_per_part: int) -> SourceListing:
+    files = with_suffix(files, *IMAGE_SUFFIXES)
     if not files:
         raise InputError(f"--input {uri}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    parents = {file: posixpath.relpath(posixpath.dirname(file), _root(uri)) for file in files}
-    classes = sorted({parent for parent in parents.values() if parent != "."})
+    root = _root(uri, files)
+    names = [file.removeprefix(root) for file in files]
+    classes = sorted({folder for name in names if (folder := posixpath.dirname(_place(name)))})
     # A tree lists one class after the other: mixed by a hash of the name, so that every shard has them all.
-    files.sort(key=lambda file: hashlib.sha256(posixpath.relpath(file, _root(uri)).encode()).digest())
+    names.sort(key=lambda name: hashlib.sha256(_place(name).encode()).digest())
     parts = [
-        Part("folder", tuple(files[i : i + images_per_part]), classes=(_root(uri),))
-        for i in range(0, len(files), images_per_part)
+        FolderPart(root, tuple(names[i : i + images_per_part])) for i in range(0, len(names), images_per_part)
     ]
     return SourceListing(tuple(parts), classes=tuple(classes))
 
 
-def _root(uri: str) -> str:
+def _root(uri: str, files: list[str]) -> str:
+    """The folder that was given, or above the file or the pattern that was given, as it stands in the files' URIs."""
     fs, path = storage.open_fs(uri)
-    return path if storage.absolute(uri) == path else str(fs.unstrip_protocol(path))
+    root = path if storage.is_local(uri) else str(fs.unstrip_protocol(path))
+    while not all(file.startswith(f"{root.rstrip('/')}/") for file in files):
+        root = posixpath.dirname(root)
+    return root.rstrip("/")
 
 
-def read_folder(part: Part) -> Iterator[Item]:
-    (root,) = part.classes
-    for uri in part.uris:
-        name = posixpath.relpath(uri, root)
-        parent = posixpath.dirname(name)
-        try:
-            data = storage.read_bytes(uri)
-        except (FileNotFoundError, PermissionError):  # any other error is the storage's: not an image's fault
-            data = b""
-        yield Item(name, data, parent or None)
+def _place(name: str) -> str:
+    return posixpath.normpath(name.lstrip("/"))

@@ -4,16 +4,41 @@ import gzip
 import posixpath
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.data.images import encode_png
+from pipeline.data.labels import label_text, name_classes
 from pipeline.data.sources.parts import Item, Part, SourceListing
 from pipeline.errors import InputError
 
-_IMAGES, _LABELS = 2051, 2049
+_IMAGES = 2051
+
+
+@dataclass(frozen=True)
+class IdxPart(Part):
+    """Images that follow each other in one file.
+
+    Attributes:
+        labels: the file of their labels, or "".
+    """
+
+    labels: str
+    start: int
+    count: int
+
+    def read(self) -> Iterator[Item]:
+        data, labels = _open_idx(self.uri), _labels(self.labels)
+        _, _, rows, columns = struct.unpack(">IIII", data[:16])
+        first = 16 + self.start * rows * columns
+        pixels = np.frombuffer(data, np.uint8, self.count * rows * columns, first)
+        name = posixpath.basename(self.uri)
+        for i, image in enumerate(pixels.reshape(-1, rows, columns, 1), self.start):
+            label = label_text(labels[i]) if self.labels else None
+            yield Item(f"{name}/{i:06d}.png", encode_png(image), label)
 
 
 def is_idx(name: str) -> bool:
@@ -29,6 +54,10 @@ def _open_idx(uri: str) -> bytes:
         raise InputError(f"{uri}: damaged gzip file: {error}") from None
 
 
+def _labels(uri: str) -> bytes:
+    return _open_idx(uri)[8:] if uri else b""
+
+
 def _idx_header(uri: str) -> tuple[int, int, int, int]:
     """Magic number, count, rows, columns."""
     data = _open_idx(uri)
@@ -40,8 +69,7 @@ def _idx_header(uri: str) -> tuple[int, int, int, int]:
     return magic, count, rows, columns
 
 
-def list_idx(uri: str, images_per_part: int) -> SourceListing:
-    files = storage.list_files(uri)
+def list_idx(uri: str, files: list[str], images_per_part: int) -> SourceListing:
     images = [file for file in files if is_idx(posixpath.basename(file))]
     if not images:
         raise InputError(f"--input {uri}: no IDX image files (…-images-idx3-ubyte, gzipped or not)")
@@ -51,28 +79,11 @@ def list_idx(uri: str, images_per_part: int) -> SourceListing:
         if magic != _IMAGES or rows != columns:
             raise InputError(f"{file}: not an IDX file of square images")
         labels = file.replace("images", "labels").replace("idx3", "idx1")
-        pair = (file, labels) if labels in files else (file,)
-        if len(pair) == 2:
-            classes |= set(_open_idx(labels)[8:])
+        labels = labels if labels in files else ""
+        classes |= set(_labels(labels))
         size = max(size, rows)
         parts += [
-            Part("idx", pair, start, min(images_per_part, count - start))
+            IdxPart(file, labels, start, min(images_per_part, count - start))
             for start in range(0, count, images_per_part)
         ]
-    names = tuple(str(c) for c in range(max(classes) + 1)) if classes else ()
-    return SourceListing(tuple(parts), size, 1, names)
-
-
-def read_idx(part: Part) -> Iterator[Item]:
-    data = _open_idx(part.uris[0])
-    _, _, rows, columns = struct.unpack(">IIII", data[:16])
-    first = 16 + part.start * rows * columns
-    pixels = np.frombuffer(data, np.uint8, part.count * rows * columns, first).reshape(-1, rows, columns, 1)
-    labels = (
-        _open_idx(part.uris[1])[8:][part.start : part.start + part.count] if len(part.uris) == 2 else None
-    )
-    name = posixpath.basename(part.uris[0])
-    for i, image in enumerate(pixels):
-        yield Item(
-            f"{name}/{part.start + i:06d}.png", encode_png(image), None if labels is None else str(labels[i])
-        )
+    return SourceListing(tuple(parts), size, 1, name_classes(map(str, classes)))

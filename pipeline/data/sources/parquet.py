@@ -4,17 +4,46 @@ import json
 import posixpath
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.sources.parts import Item, Part, SourceListing
+from pipeline.data.labels import label_text, name_classes
+from pipeline.data.sources.parts import Item, Part, SourceListing, with_suffix
 from pipeline.errors import InputError
+from pipeline.redact import one_line
 
 OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class ParquetPart(Part):
+    """Row groups that follow each other in one file.
+
+    Attributes:
+        classes: names of integer labels, where the file has them.
+    """
+
+    start: int
+    count: int
+    classes: tuple[str, ...] = ()
+
+    def read(self) -> Iterator[Item]:
+        for group in range(self.start, self.start + self.count):
+            table = read_row_group(self.uri, group)
+            columns = (table[name].to_pylist() for name in ("bytes", "label", "path"))
+            for data, label, name in zip(*columns, strict=True):
+                path = f"{posixpath.basename(self.uri)}/{group}/{posixpath.basename(name)}"
+                yield Item(path, data or b"", label_text(label, self.classes))
+
+    def table(self, rows: np.ndarray) -> pa.Table:
+        groups = range(self.start, self.start + self.count)
+        return pa.concat_tables([read_row_group(self.uri, group) for group in groups]).take(rows)
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
@@ -33,7 +62,7 @@ def open_parquet(uri: str) -> pq.ParquetFile:
     except Exception as error:  # pyarrow raises anything on a damaged footer
         if storage.is_storage_error(error):
             raise
-        raise InputError(f"{uri}: not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{uri}: not a Parquet file: {one_line(error)}") from None
     for column in file.schema_arrow:
         if _has_python_type(column.type):
             raise InputError(f"{uri}: column {column.name} is {column.type}, not plain data: refused")
@@ -65,14 +94,14 @@ def row_counts(uri: str) -> list[int]:
 
 
 def class_names(uri: str) -> tuple[str, ...]:
-    """The classes, where the file names them as `datasets` does or has labels that are text."""
+    """The classes, where the file names them as `datasets` does or has labels that are no integers."""
     file = open_parquet(uri)
-    schema = file.schema_arrow
-    if "label" in schema.names and pa.types.is_string(schema.field("label").type):
-        labels = file.read(columns=["label"])["label"]
-        return tuple(sorted(label for label in labels.unique().to_pylist() if label is not None))
+    kind = file.schema_arrow.field("label").type if "label" in file.schema_arrow.names else pa.null()
+    if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
+        texts = set(map(label_text, file.read(columns=["label"])["label"].to_pylist()))
+        return name_classes(text for text in texts if text is not None)
     try:
-        metadata = schema.metadata or {}
+        metadata = file.schema_arrow.metadata or {}
         features: dict[str, Any] = json.loads(metadata[b"huggingface"])["info"]["features"]
         return tuple(features["label"]["names"])
     except (KeyError, ValueError, TypeError):
@@ -116,31 +145,18 @@ def _paths(own: pa.Array | None, prefix: str, count: int) -> pa.Array:
     return pa.array([name or f"{prefix}/{i:06d}" for i, name in enumerate(names)], pa.string())
 
 
-def list_parquet(uri: str, images_per_part: int) -> SourceListing:
-    parts, names = list[Part](), dict[str, tuple[str, ...]]()
-    for file in storage.list_files(uri, (".parquet",)):
-        rows = row_counts(file)
-        names[file] = class_names(file)
+def list_parquet(uri: str, files: list[str], images_per_part: int) -> SourceListing:
+    parts, names = list[Part](), dict[tuple[str, ...], tuple[str, ...]]()
+    for file in with_suffix(files, ".parquet"):
+        rows, found = row_counts(file), class_names(file)
+        classes = names.setdefault(found, found)  # one object for all parts: it travels once
         start = count = images = 0
         for group, more in enumerate([*rows, images_per_part]):
             if count and images + more > images_per_part:
-                parts.append(Part("huggingface", (file,), start, count, names[file]))
+                parts.append(ParquetPart(file, start, count, classes))
                 start, count, images = group, 0, 0
             count, images = count + 1, images + more
     if not parts:
         raise InputError(f"--input {uri}: no .parquet files with images in it")
-    different = set(names.values())
-    classes = different.pop() if len(different) == 1 else tuple(sorted(set[str]().union(*different)))
+    classes = tuple(sorted(set[str]().union(*names))) if len(names) > 1 else next(iter(names))
     return SourceListing(tuple(parts), classes=classes)
-
-
-def read_parquet(part: Part) -> Iterator[Item]:
-    (uri,) = part.uris
-    for group in range(part.start, part.start + part.count):
-        table = read_row_group(uri, group)
-        columns = (table[name].to_pylist() for name in ("bytes", "label", "path"))
-        for data, label, name in zip(*columns, strict=True):
-            if isinstance(label, int) and 0 <= label < len(part.classes):
-                label = part.classes[label]
-            path = f"{posixpath.basename(uri)}/{group}/{posixpath.basename(name)}"
-            yield Item(path, data or b"", None if label is None else str(label))

@@ -1,14 +1,19 @@
-"""The parts that a source of images is read in."""
+"""The parts that a source of images is read in: each source has a small type of its own for them."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 Source = Literal["digits", "idx", "folder", "webdataset", "huggingface"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class Item(NamedTuple):
-    """One image as it was found; `label` is a class name, or None."""
+    """One image as it was found; `label` is what the source says of its class (see pipeline.data.labels), or None."""
 
     path: str
     data: bytes
@@ -16,20 +21,32 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a source: what one task reads.
+class Part(ABC):
+    """What one task reads of a source, on any node and by itself; thousands of them travel by pickle.
 
     Attributes:
-        uris: the files of this part.
-        start, count: which of the images, row groups or (of a tar) bytes in them; a count of 0 is all.
-        classes: names of integer labels, where the source has them.
+        uri: the file or folder that its images lie in.
     """
 
-    source: Source
-    uris: tuple[str, ...] = ()
-    start: int = 0
-    count: int = 0
-    classes: tuple[str, ...] = ()
+    uri: str
+
+    @abstractmethod
+    def read(self) -> Iterator[Item]:
+        """Its images, in order; an image that is damaged is still an item, with the bytes there are."""
+
+    def split(self, images: int) -> Iterator["Part"]:
+        """Cuts it into parts of about so many images, where it was not cut small from the start."""
+        yield self
+
+    def table(self, rows: np.ndarray) -> pa.Table:
+        """Some of its images, by their positions in it (int [N], any order).
+
+        Returns:
+            columns bytes (binary) and path (string), and label where the file holds a column of that name.
+        """
+        items = list(self.read())
+        data, paths = [items[row].data for row in rows], [items[row].path for row in rows]
+        return pa.table({"bytes": pa.array(data, pa.binary()), "path": pa.array(paths, pa.string())})
 
 
 @dataclass(frozen=True)
@@ -38,10 +55,16 @@ class SourceListing:
 
     Attributes:
         size, channels: of the source's own images, or 0 where they vary.
-        classes: of labels, in order; empty where they are only known after reading (WebDataset) or absent.
+        classes: of labels, in order; empty where there are none or numbers name themselves; None where they are only
+            known after reading.
     """
 
     parts: tuple[Part, ...]
     size: int = 0
     channels: int = 0
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = ()
+
+
+def with_suffix(files: list[str], *suffixes: str) -> list[str]:
+    """The files whose names end so, in upper or lower case."""
+    return [file for file in files if file.lower().endswith(suffixes)]

@@ -1,4 +1,4 @@
-"""The sources that images are read from, by name: digits, idx, folder, webdataset, huggingface.
+"""The sources that images are read from, by name.
 
 A source is cut into parts, small descriptions that any node can read alone, in an order that does not depend
 on the machine.
@@ -6,120 +6,114 @@ on the machine.
 
 import posixpath
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.cluster.pool import ActorPool
 from pipeline.data.images import encode_png
-from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE, list_folder, read_folder
-from pipeline.data.sources.idx import is_idx, list_idx, read_idx
-from pipeline.data.sources.parquet import list_parquet, read_parquet
+from pipeline.data.labels import MOST_UNNAMED_CLASSES, is_number, label_text, name_classes
+from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE, list_folder
+from pipeline.data.sources.idx import is_idx, list_idx
+from pipeline.data.sources.parquet import list_parquet
 from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, Source, SourceListing
-from pipeline.data.sources.tars import list_tars, read_tar, split_tar
+from pipeline.data.sources.tars import list_tars
 from pipeline.errors import InputError
 
-MOST_UNNAMED_CLASSES = 100_000
+
+@dataclass(frozen=True)
+class DigitsPart(Part):
+    """The handwritten digits that come with scikit-learn."""
+
+    def read(self) -> Iterator[Item]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            pixels = np.minimum(np.round(image * (255 / 16)), 255).astype(np.uint8)[..., None]
+            yield Item(f"digits/{i:04d}.png", encode_png(pixels), label_text(int(label)))
 
 
-def list_source(source: Source, uri: str, images_per_part: int) -> SourceListing:
+def list_digits(uri: str, files: list[str], images_per_part: int) -> SourceListing:
+    return SourceListing((DigitsPart("digits"),), 8, 1, tuple(map(str, range(10))))
+
+
+# Of each source: who lists it (its URI, the files there, images in a part), and whether a file of that name, in lower
+# case, is one of its. The first that has such a file is what a folder is.
+_SOURCES: dict[
+    Source, tuple[Callable[[str, list[str], int], SourceListing], Callable[[str], bool] | None]
+] = {
+    "huggingface": (list_parquet, lambda name: name.endswith(".parquet") and name != IMAGE_FOLDER_TABLE),
+    "webdataset": (list_tars, lambda name: name.endswith(".tar")),
+    "idx": (list_idx, is_idx),
+    "folder": (list_folder, lambda name: name.endswith(IMAGE_SUFFIXES)),
+    "digits": (list_digits, None),
+}
+
+
+def list_source(source: Source | Literal["auto"], uri: str, images_per_part: int) -> SourceListing:
     """Cuts a source into parts of about `images_per_part` images.
+
+    Args:
+        source: auto = by the names of the files.
 
     Raises:
         InputError: nothing of that kind is there.
     """
     if source == "digits":
-        return SourceListing((Part("digits"),), 8, 1, tuple(map(str, range(10))))
-    if not uri:
+        files = []
+    elif uri:
+        uri = storage.absolute(uri)
+        files = storage.list_files(uri)
+    else:
         raise InputError(f"--source {source} needs --input")
-    uri = storage.absolute(uri)
-    listers = {
-        "idx": list_idx,
-        "folder": list_folder,
-        "webdataset": list_tars,
-        "huggingface": list_parquet,
-    }
-    return listers[source](uri, images_per_part)
+    lister, _ = _SOURCES[find_source(uri, files) if source == "auto" else source]
+    return lister(uri, files, images_per_part)
 
 
-def find_source(uri: str) -> Source:
-    """What kind of source a folder is, by the names of its files.
+def find_source(uri: str, files: list[str]) -> Source:
+    """What kind of source these files are, by their names.
 
     Raises:
-        InputError: it is empty, or holds nothing that could be read.
+        InputError: there are none, or none that could be read.
     """
-    names = [posixpath.basename(file).lower() for file in storage.list_files(uri)]
-    if not names:
+    if not files:
         raise InputError(f"--data {uri}: is empty: write shards with jobs/prepare.py first")
-    suffixes = {posixpath.splitext(name)[1] for name in names if name != IMAGE_FOLDER_TABLE}
-    if ".parquet" in suffixes:
-        return "huggingface"
-    if ".tar" in suffixes:
-        return "webdataset"
-    if any(is_idx(name) for name in names):
-        return "idx"
-    if suffixes & set(IMAGE_SUFFIXES):
-        return "folder"
+    names = [posixpath.basename(file).lower() for file in files]
+    for source, (_, is_its) in _SOURCES.items():
+        if is_its and any(map(is_its, names)):
+            return source
     raise InputError(f"--data {uri}: holds no prepared images, nor Parquet, tar, IDX or image files")
-
-
-def split_part(part: Part, images: int) -> Iterator[Part]:
-    """Cuts a part that is one whole tar into parts of so many images; the others are small from the start."""
-    if part.source == "webdataset" and not part.count:
-        return split_tar(part, images)
-    return iter((part,))
-
-
-def read_part(part: Part) -> Iterator[Item]:
-    """The images of a part, in order; an image that is damaged is still an item, with the bytes there are."""
-    readers = {
-        "digits": _read_digits,
-        "idx": read_idx,
-        "folder": read_folder,
-        "webdataset": read_tar,
-        "huggingface": read_parquet,
-    }
-    return readers[part.source](part)
-
-
-def _read_digits(part: Part) -> Iterator[Item]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        pixels = np.minimum(np.round(image * (255 / 16)), 255).astype(np.uint8)[..., None]
-        yield Item(f"digits/{i:04d}.png", encode_png(pixels), str(label))
 
 
 def with_class_names(source: SourceListing) -> SourceListing:
     """The listing with the classes by name, in order, where its labels are texts; numbers name themselves.
 
-    Only a WebDataset has labels that nothing lists: where the first of them is a text, all are read once, over the
-    cluster, for the names.
+    Where nothing lists the labels and the first of them is a text, all are read once, over the cluster.
 
     Raises:
         InputError: so many different texts that they can't be classes.
     """
-    if source.parts[0].source != "webdataset" or _first_label(source.parts[0]).isdecimal():
+    if source.classes is not None:
         return source
-    names = set[str]()
-    for found in ActorPool(len(source.parts), gpu=False, least=1, ordered=False)(_Labels(), source.parts):
-        names |= found
-        if len(names) > MOST_UNNAMED_CLASSES:
-            raise InputError(
-                f"more than {MOST_UNNAMED_CLASSES:,} different labels, such as {min(names)!r}: those are no classes"
-            )
-    return replace(source, classes=tuple(sorted(names)))
+    labels = set[str]()
+    if not is_number(_first_label(source.parts[0])):
+        for found in ActorPool(len(source.parts), gpu=False, least=1, ordered=False)(_Labels(), source.parts):
+            labels |= found
+            if len(labels) > MOST_UNNAMED_CLASSES:
+                break
+    return replace(source, classes=name_classes(labels))
 
 
 def _first_label(part: Part) -> str:
     """As it stands beside the first image that has one; a number where none has."""
-    return next((item.label for item in read_part(part) if item.label is not None), "0")
+    return next((item.label for item in part.read() if item.label is not None), "0")
 
 
 class _Labels:
     """All labels in a part; see `pool.Work`."""
 
     def start(self, device: str) -> Callable[[Part], set[str]]:
-        return lambda part: {item.label for item in read_part(part) if item.label is not None}
+        return lambda part: {item.label for item in part.read() if item.label is not None}

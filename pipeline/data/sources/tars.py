@@ -1,46 +1,59 @@
 """WebDataset tars, read without unpacking anything to disk, and past any damage."""
 
+import contextlib
 import io
 import json
-import posixpath
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO
 
 from pipeline import storage
-from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing
+from pipeline.data.labels import label_text
+from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing, with_suffix
 from pipeline.errors import InputError
 
 
-def list_tars(uri: str, images_per_part: int) -> SourceListing:
-    files = storage.list_files(uri, (".tar",))
-    if not files:
+@dataclass(frozen=True)
+class TarPart(Part):
+    """A whole tar, or some of its samples.
+
+    Attributes:
+        start, size: which of its bytes; a size of 0 is all.
+    """
+
+    start: int = 0
+    size: int = 0
+
+    def read(self) -> Iterator[Item]:
+        fs, path = storage.open_fs(self.uri)
+        size = self.size or int(fs.size(path))
+        content = fs.cat_file(path, start=self.start, end=self.start + size) if self.size else None
+        with fs.open(path, "rb") if content is None else io.BytesIO(content) as file:
+            for _, item in _tar_samples(storage.name(self.uri), file, size):
+                yield item
+
+    def split(self, images: int) -> Iterator[Part]:
+        if self.size:
+            yield self
+            return
+        fs, path = storage.open_fs(self.uri)
+        size, start, held = int(fs.size(path)), 0, 0
+        with fs.open(path, "rb") as file:
+            for offset, _ in _tar_samples(storage.name(self.uri), file, size):
+                if held >= images and start < offset < size:
+                    yield TarPart(self.uri, start, offset - start)
+                    start, held = offset, 0
+                held += 1
+        if held:
+            yield TarPart(self.uri, start, size - start)
+
+
+def list_tars(uri: str, files: list[str], images_per_part: int) -> SourceListing:
+    parts = tuple(TarPart(file) for file in with_suffix(files, ".tar"))
+    if not parts:
         raise InputError(f"--input {uri}: no .tar files in it")
-    return SourceListing(tuple(Part("webdataset", (file,)) for file in files))
-
-
-def read_tar(part: Part) -> Iterator[Item]:
-    (uri,) = part.uris
-    fs, path = storage.open_fs(uri)
-    size = part.count or int(fs.size(path))
-    content = fs.cat_file(path, start=part.start, end=part.start + size) if part.count else None
-    with fs.open(path, "rb") if content is None else io.BytesIO(content) as file:
-        for _, item in _tar_samples(posixpath.basename(uri), file, size):
-            yield item
-
-
-def split_tar(part: Part, images: int) -> Iterator[Part]:
-    (uri,) = part.uris
-    fs, path = storage.open_fs(uri)
-    size, start, held = int(fs.size(path)), 0, 0
-    with fs.open(path, "rb") as file:
-        for offset, _ in _tar_samples(posixpath.basename(uri), file, size):
-            if held >= images and start < offset < size:
-                yield Part("webdataset", part.uris, start, offset - start)
-                start, held = offset, 0
-            held += 1
-    if held:
-        yield Part("webdataset", part.uris, start, size - start)
+    return SourceListing(parts, classes=None)
 
 
 def _tar_samples(tar_name: str, file: IO[bytes], size: int) -> Iterator[tuple[int, Item]]:
@@ -109,13 +122,10 @@ def _any_bytes(file: IO[bytes], start: int, stop: int) -> bool:
 def _tar_item(tar_name: str, key: str, found: dict[str, bytes]) -> Iterator[Item]:
     for suffix, data in found.items():
         if f".{suffix}" in IMAGE_SUFFIXES:
-            label = found.get("cls", b"").decode(errors="replace").strip() or None
+            label = label_text(found.get("cls", b""))
             if label is None and "json" in found:
-                try:
-                    value = json.loads(found["json"])
-                    label = str(value["label"]) if isinstance(value, dict) and "label" in value else None
-                except ValueError:
-                    label = None
+                with contextlib.suppress(ValueError, AttributeError):  # other things may lie beside an image
+                    label = label_text(json.loads(found["json"]).get("label"))
             # The name is kept as text only; a member's path leads nowhere.
             yield Item(f"{tar_name}/{key.lstrip('/').replace('..', '_')}.{suffix}", data, label)
             return

@@ -1,0 +1,102 @@
+"""What the label of an image means: decided here alone, for jobs/prepare.py and for training on raw files alike."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import InputError
+
+MOST_UNNAMED_CLASSES = 100_000
+UNPUBLISHED = "-1"  # what data sets hold in place of labels that are kept back
+_MOST_DIGITS = 18  # of an int64
+
+
+class LabelError(ValueError):
+    """A label that is none of the classes: says why."""
+
+
+def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
+    """What a source holds beside an image (text, bytes, a number, nothing) as text; None for nothing.
+
+    Args:
+        names: of the classes 0, 1, …, where the source has them.
+    """
+    if value is None or value != value:  # pandas writes NaN where there is nothing
+        return None
+    if isinstance(value, bytes):
+        return value.decode(errors="replace").strip() or None
+    if isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    if isinstance(value, str):
+        return value or None
+    # Also truth, and whole numbers that pandas made floats.
+    return str(int(value)) if isinstance(value, (int, float)) and float(value).is_integer() else str(value)
+
+
+def is_number(label: str) -> bool:
+    """Whether a label is a class number in itself."""
+    return label.isdecimal() and len(label) <= _MOST_DIGITS
+
+
+def name_classes(labels: Iterable[str]) -> tuple[str, ...]:
+    """The classes behind labels that nothing names: 0 to the largest where they are numbers, else the texts in order.
+
+    Returns:
+        the names; none for numbers so large that they must be something else.
+
+    Raises:
+        InputError: so many different texts that they can't be classes.
+    """
+    found = set(labels) - {UNPUBLISHED}
+    if all(map(is_number, found)):
+        top = max(map(int, found), default=-1)
+        return _counted(top + 1) if top < MOST_UNNAMED_CLASSES else ()
+    if len(found) > MOST_UNNAMED_CLASSES:
+        raise InputError(
+            f"more than {MOST_UNNAMED_CLASSES:,} different labels, such as {min(found)!r}: those are no classes"
+        )
+    return tuple(sorted(found))
+
+
+class ClassNumbers:
+    """The class number of a label.
+
+    Args:
+        classes: all of them, in order; with none, numbers are taken as they are.
+    """
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self._numbers = {name: number for number, name in enumerate(classes)}
+        self._counted = classes == _counted(len(classes))
+
+    def __call__(self, label: str | None) -> int:
+        """Its number, -1 for none.
+
+        Raises:
+            LabelError: it is none of the classes.
+        """
+        if label is None:
+            return -1
+        if label in self._numbers:
+            return self._numbers[label]
+        if label == UNPUBLISHED:
+            return -1
+        if not self._numbers and not is_number(label):
+            raise LabelError(f"label {label!r} is not a class number")
+        # Numbers may be written with zeros in front.
+        if not self._counted or not is_number(label) or int(label) >= len(self._numbers) > 0:
+            raise LabelError(f"label {label!r} is not among the {len(self._numbers)} classes")
+        return int(label)
+
+
+def stored_numbers(column: pa.ChunkedArray) -> pa.Array:
+    """Class numbers as prepared and generated files hold them: int64, -1 for none, and for what is no number."""
+    if pa.types.is_integer(column.type):
+        return column.cast(pa.int64()).fill_null(-1)
+    return pa.array(np.full(len(column), -1, np.int64))
+
+
+def _counted(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
