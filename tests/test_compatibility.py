@@ -13,7 +13,8 @@ from pipeline.config import TrainConfig, from_dict, to_dict
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.tuning import ledger
 from pipeline.tuning.space import apply, parse_space
-from tests.generation.conftest import save
+from tests.generation.common import save
+from tests.jobs.common import database
 
 # The script that 0.1.0 logged with every model, without its comments.
 PYFUNC = """
@@ -65,7 +66,7 @@ def test_models_that_it_registered_load_through_mlflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(database(tmp_path))
     monkeypatch.chdir(tmp_path)
     try:
         (tmp_path / "pyfunc.py").write_text(PYFUNC)
