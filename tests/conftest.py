@@ -6,29 +6,27 @@ then those that start clusters and jobs of their own.
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.jobs.common import Outcome, database, outcome_of
+
 # A thread each: two tests, or a test and its jobs, share two cores, and nothing here is large enough for more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ON_RAY = "cluster"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that use the local Ray, and puts all tests into an order in which Ray is started once."""
+    """Marks the tests that use the local Ray, and puts all tests into an order in which it is started once."""
     for item in items:
-        if ON_RAY in getattr(item, "fixturenames", ()):
-            item.add_marker(ON_RAY)
+        if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("system"):
+            item.add_marker("cluster")
     items.sort(key=_place)
 
 
 def _place(item: pytest.Item) -> int:
-    if ON_RAY in getattr(item, "fixturenames", ()):
-        return 1
-    return 2 if item.get_closest_marker("system") else 0
+    return 2 if item.get_closest_marker("system") else 1 if item.get_closest_marker("cluster") else 0
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +63,21 @@ def digits(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     prepare(PrepareConfig(output=str(folder), source="digits"))
     return folder
+
+
+@pytest.fixture
+def job(
+    cluster: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Outcome]:
+    """As `run_job`, in this process and on its Ray: for what a process of its own would prove nothing more of."""
+    from pipeline.commands import __main__, cli
+
+    def run(name: str, *flags: object, home: Path) -> Outcome:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", database(home))
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(cli, "disconnect", lambda: None)
+        capfd.readouterr()
+        code = __main__.main([name, *map(str, flags)])
+        return outcome_of(code, *capfd.readouterr())
+
+    return run

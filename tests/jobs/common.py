@@ -71,7 +71,11 @@ def run_job(job: str, *flags: object, home: Path, timeout: float = 300, **extra:
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> Outcome:
-    """What a job that has ended left behind; its result is the last line on stdout."""
-    lines = done.stdout.strip().splitlines()
-    result = json.loads(lines[-1]) if done.returncode == 0 and lines else {}
-    return Outcome(done.returncode, result, done.stdout, done.stderr)
+    """What a job's process that has ended left behind."""
+    return outcome_of(done.returncode, done.stdout, done.stderr)
+
+
+def outcome_of(code: int, stdout: str, stderr: str) -> Outcome:
+    """A job's result is the last line on stdout."""
+    lines = stdout.strip().splitlines()
+    return Outcome(code, json.loads(lines[-1]) if code == 0 and lines else {}, stdout, stderr)

@@ -6,28 +6,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.__main__ import JOBS, main
-from tests.jobs.common import ROOT, Outcome, database, run_job
-
-Ask = Callable[..., Outcome]
+from tests.jobs.common import ROOT, Outcome, run_job
 
 
-@pytest.fixture
-def ask(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Runs a job's command in this process."""
-
-    def run(*words: str, home: Path) -> Outcome:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", database(home))
-        monkeypatch.chdir(home)
-        code = main(list(words))
-        return Outcome(code, {}, *capfd.readouterr())
-
-    return run
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_help_shows_every_flag_with_its_default(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", JOBS)
+def test_help_shows_every_flag_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([job, "--help"])
+        main([name, "--help"])
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "--config FILE.yaml" in shown
@@ -75,19 +60,19 @@ AS_PROCESSES = ("unknown flag", "missing data folder", "registered model that do
 
 
 def check(case: str, outcome: Outcome, home: Path) -> None:
-    (job, *_), named = CASES[case]
+    (name, *_), named = CASES[case]
     assert outcome.code == 2, outcome.stderr
     assert outcome.stdout == ""
     message = outcome.stderr.strip().splitlines()
     assert len(message) == 1, outcome.stderr
-    assert message[0].startswith(f"{job}: ")
+    assert message[0].startswith(f"{name}: ")
     assert named in message[0]
     assert not (home / "run").exists()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_exit_code_2(case: str, home: Path, ask: Ask) -> None:
-    check(case, ask(*CASES[case][0], home=home), home)
+def test_one_line_and_exit_code_2(case: str, home: Path, job: Callable[..., Outcome]) -> None:
+    check(case, job(*CASES[case][0], home=home), home)
 
 
 @pytest.mark.system
@@ -96,15 +81,15 @@ def test_a_process_of_its_own_says_and_exits_the_same(case: str, home: Path) -> 
     check(case, run_job(*CASES[case][0], home=home), home)
 
 
-def test_a_config_file_gives_defaults_and_flags_override(home: Path, ask: Ask) -> None:
+def test_a_config_file_gives_defaults_and_flags_override(home: Path, job: Callable[..., Outcome]) -> None:
     (home / "c.yaml").write_text("data: nowhere\noutput: run\nmodel:\n  model_channels: 33\n")
-    assert "nowhere" in ask("train", "--config", "c.yaml", home=home).stderr
-    assert "33" in ask("train", "--config", "c.yaml", "--data", "digits", home=home).stderr
+    assert "nowhere" in job("train", "--config", "c.yaml", home=home).stderr
+    assert "33" in job("train", "--config", "c.yaml", "--data", "digits", home=home).stderr
     (home / "c.yaml").write_text("dada: x\n")
-    assert "dada" in ask("train", "--config", "c.yaml", home=home).stderr
+    assert "dada" in job("train", "--config", "c.yaml", home=home).stderr
 
 
 def test_readme_names_every_job() -> None:
     readme = (ROOT / "README.md").read_text()
-    for job in JOBS:
-        assert f"jobs/{job}.py" in readme or f"make {job}" in readme
+    for name in JOBS:
+        assert f"jobs/{name}.py" in readme or f"make {name}" in readme

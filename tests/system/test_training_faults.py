@@ -13,8 +13,8 @@ import torch
 
 from pipeline import storage
 from pipeline.training import checkpoint
-from tests.jobs.common import command, environment, run_job
-from tests.system.cluster import LocalCluster, local_cluster
+from tests.jobs.common import command, environment
+from tests.system.cluster import LocalCluster
 from tests.training.test_loop import epochs_digest
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
@@ -81,12 +81,11 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(digits: Path, machines: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
     home = tmp_path_factory.mktemp("faults")
-    with local_cluster(1, 1, 1) as cluster:
-        done = run_job("prepare", "--output", "digits", home=home, RAY_ADDRESS=cluster.address)
-        assert done.code == 0, done.stderr
-        yield Site(home, cluster)
+    (home / "digits").symlink_to(digits)
+    machines.resize(3)
+    return Site(home, machines)
 
 
 @pytest.fixture
@@ -164,8 +163,7 @@ def test_elastic_training_follows_its_nodes_and_sigterm_saves(
     site: Site, reference: str, jobs: list[subprocess.Popen[str]]
 ) -> None:
     output = "elastic"
-    while len(site.cluster.nodes) > 1:
-        site.cluster.kill_node(site.cluster.nodes[-1])
+    site.cluster.resize(1)
 
     def workers() -> list[float]:
         return [count for _, count in site.curve(output, "workers")] if site.runs(output) else []
