@@ -116,7 +116,7 @@ def finished(output: Path) -> dict[str, int]:
     return {name: (output / "data" / name).stat().st_mtime_ns for name in names}
 
 
-def test_kills_of_actors_nodes_drivers_and_all_at_once_leave_the_undisturbed_dataset(
+def test_kills_of_an_actor_a_node_the_driver_and_all_at_once_leave_the_undisturbed_dataset(
     machines: LocalCluster, model: Path, undisturbed: Path, tmp_path: Path, drive: Callable[..., Driver]
 ) -> None:
     output, moment = tmp_path / "samples", random.Random()
@@ -153,6 +153,39 @@ def test_kills_of_actors_nodes_drivers_and_all_at_once_leave_the_undisturbed_dat
     assert len(kept) >= 8
     assert last.result["metrics"]["generated"] <= COUNT - 8 * len(kept)
     assert {name: finished(output)[name] for name in kept} == kept
+    assert digests(output) == digests(undisturbed)
+    assert manifest(output)["sha256"] == manifest(undisturbed)["sha256"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(5))
+def test_any_row_of_twenty_faults_leaves_the_undisturbed_dataset(
+    machines: LocalCluster,
+    model: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    drive: Callable[..., Driver],
+    seed: int,
+) -> None:
+    output, chance = tmp_path / "samples", random.Random(seed)
+    driver = drive(output)
+    for _ in range(20):
+        time.sleep(chance.uniform(0, 15))
+        match chance.choice(("actor", "actors", "node", "driver")):
+            case "actor":
+                machines.kill_workers(ACTOR, 1)
+            case "actors":
+                machines.kill_workers(ACTOR)
+            case "node":
+                machines.kill_node(chance.choice(machines.nodes))
+                machines.add_node(1)
+            case "driver":
+                driver.kill()
+                driver = drive(output)
+    driver.kill()
+    last = run_job("generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=machines.address)
+    assert last.code == 0, last.stderr
     assert digests(output) == digests(undisturbed)
     assert manifest(output)["sha256"] == manifest(undisturbed)["sha256"]
 
