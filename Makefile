@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python jobs/demo.py --output demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests
 
 # What needs no cluster and no job.
 test-fast: $(READY)
