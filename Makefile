@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 BENCHMARKS := $(filter-out __init__ common,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: setup demo test lint bench bench-smoke clean
+.PHONY: setup demo test test-fast soak lint bench bench-smoke clean
 
 setup: $(READY)
 
@@ -12,7 +12,15 @@ demo: $(READY)
 	$(BIN)/python jobs/demo.py --output demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests
+
+# What needs no cluster and no job.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not cluster and not system"
+
+# Full matrices of faults; docs/tests.md lists them.
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak --timeout 3600
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ from pipeline.training.loop import new_state
 from pipeline.tuning import ledger
 from pipeline.tuning.space import apply, parse_space
 from pipeline.versions import VERSIONS
-from tests.generation.conftest import save
+from tests.generation.common import save
+from tests.jobs.common import database
 from tests.training.common import problem
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_models_that_it_registered_load_through_mlflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(database(tmp_path))
     monkeypatch.chdir(tmp_path)
     try:
         (tmp_path / "pyfunc.py").write_text(PYFUNC)

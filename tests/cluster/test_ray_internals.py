@@ -11,7 +11,7 @@ from ray.data import DataContext
 from pipeline.cluster import ray_internals
 from pipeline.cluster.pace import InFlightLimit, PacedExecution, set_in_flight, set_pace
 from pipeline.cluster.ray_internals import INTERNALS, JOB_CLIENT_LOGGERS
-from pipeline.cluster.session import connect, spilled_bytes
+from pipeline.cluster.session import spilled_bytes
 from pipeline.training.signals import SaveBeforeShutdown
 from pipeline.tuning.search import SECRETS
 
@@ -26,41 +26,34 @@ def test_a_name_that_is_not_listed_is_refused() -> None:
         _ = ray_internals.RayTaskError
 
 
-def test_memory_info_counts_what_the_object_stores_spilled(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = not ray.is_initialized()
-    connect()
-    try:
-        address = ray.get_runtime_context().gcs_address
-        state = ray_internals.get_state_from_address(address)
-        reply = ray_internals.get_memory_info_reply(state, timeout_seconds=5.0)
-        assert reply.store_stats.object_store_bytes_avail > 0
-        reply.store_stats.spilled_bytes_total = 7
-        monkeypatch.setattr(ray_internals, "get_memory_info_reply", lambda *_, **__: reply, raising=False)
-        assert spilled_bytes() == 7
-    finally:
-        if mine:
-            ray.shutdown()
+def test_memory_info_counts_what_the_object_stores_spilled(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    state = ray_internals.get_state_from_address(address)
+    reply = ray_internals.get_memory_info_reply(state, timeout_seconds=5.0)
+    assert reply.store_stats.object_store_bytes_avail > 0
+    reply.store_stats.spilled_bytes_total = 7
+    monkeypatch.setattr(ray_internals, "get_memory_info_reply", lambda *_, **__: reply, raising=False)
+    assert spilled_bytes() == 7
 
 
-def test_errors_that_a_node_publishes_stay_off_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_errors_that_a_node_publishes_stay_off_the_terminal(
+    cluster: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray._private import worker
     from ray._private.utils import publish_error_to_driver
 
-    mine = not ray.is_initialized()
-    connect()
-    try:
-        shown: list[dict[str, object]] = []
-        silent = worker.print_to_stdstream
-        worker.print_to_stdstream = lambda data, ignore_prefix=False: (shown.append(data), silent(data))[1]
-        deadline = time.monotonic() + 60
-        while not shown and time.monotonic() < deadline:
-            publish_error_to_driver("test", "Traceback of a node", gcs_client=worker.global_worker.gcs_client)
-            time.sleep(0.1)
-        worker.print_to_stdstream = silent
-        assert shown[0]["lines"] == ["Traceback of a node"]  # this is the function through which they come
-    finally:
-        if mine:
-            ray.shutdown()
+    shown, silent = list[dict[str, object]](), worker.print_to_stdstream
+    # The function through which they come.
+    monkeypatch.setattr(
+        worker, "print_to_stdstream", lambda data, ignore_prefix=False: (shown.append(data), silent(data))
+    )
+    deadline = time.monotonic() + 60
+    while not shown and time.monotonic() < deadline:
+        publish_error_to_driver("test", "Traceback of a node", gcs_client=worker.global_worker.gcs_client)
+        time.sleep(0.1)
+    assert shown[0]["lines"] == ["Traceback of a node"]
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
 
@@ -78,7 +71,7 @@ def test_the_job_clients_loggers_have_these_names() -> None:
 
 
 def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
-    """tests/data/test_pace.py shows that it calls them."""
+    """tests/cluster/test_pace.py shows that it calls them."""
     assert hasattr(ray_internals.ExecutionCallback, "on_execution_step")
     assert hasattr(ray_internals.BackpressurePolicy, "can_add_input")
     context = DataContext()

@@ -17,6 +17,7 @@ from pipeline.models.export import load_model
 from pipeline.models.snapshots import Snapshot, parse_snapshot, posthoc_ema
 from pipeline.training.trainer import train
 from tests.evaluation.common import small_model
+from tests.jobs.common import database
 
 LENGTHS = (0.05, 0.15)
 
@@ -24,7 +25,7 @@ LENGTHS = (0.05, 0.15)
 def test_a_runs_snapshots_outlive_its_checkpoints_and_are_swept_over_lengths(
     digits: Path, held_out: DatasetIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     config = TrainConfig(
         data=str(digits),
         output=str(tmp_path / "run"),

@@ -8,10 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 
 from pipeline.cluster.pool import Pool, in_process
+from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.job import generate
+from pipeline.models.export import save_model
+from pipeline.models.unet import build
+
+
+def save(folder: Path, **changes: object) -> Path:
+    """A tiny model with random weights."""
+    settings = {"model_channels": 32, "channel_multipliers": (1,), "res_blocks": 1, "class_conditional": True}
+    spec = ModelSpec(
+        ModelConfig(**settings | changes),  # type: ignore[arg-type]
+        ImageConfig(8, 1, ("a", "b", "c")),
+        DiffusionConfig(timesteps=4),
+        {"data_fingerprint": "f1f2"},
+    )
+    torch.manual_seed(0)
+    network = build(spec)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return save_model(folder, network.state_dict(), spec)
 
 
 def config(output: Path | str, **changes: Any) -> GenerateConfig:

@@ -8,14 +8,14 @@ from pipeline.cluster.pool import in_process
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.job import generate, model_to_use
 from pipeline.tracking import registry, runs
-from tests.generation.common import config, manifest
-from tests.generation.conftest import save
+from tests.generation.common import config, manifest, save
+from tests.jobs.common import database
 
 
 def test_an_alias_is_resolved_once_and_pinned_in_the_output(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     monkeypatch.chdir(tmp_path)
     run = runs.start_run("e", "r", {}, {})
     assert registry.log_model(run, model, "digits", "newest") == "models:/digits/1"

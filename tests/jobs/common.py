@@ -1,9 +1,15 @@
 """Running a job as a user would: its own process, its own Ray, its own MLflow database."""
 
+import atexit
+import contextlib
+import functools
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +28,28 @@ class Outcome:
 def environment(home: Path, **extra: str) -> dict[str, str]:
     """The user's environment with MLflow's database in `home`."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    return (
-        kept | {"MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}", "PYTHONWARNINGS": "ignore"} | extra
-    )
+    return kept | {"MLFLOW_TRACKING_URI": database(home), "PYTHONWARNINGS": "ignore"} | extra
+
+
+def database(home: Path) -> str:
+    """The address of MLflow's database in `home`; where there is none yet, it is made empty."""
+    file = home / "mlflow.db"
+    if not file.exists():
+        shutil.copyfile(_empty_database(), file)
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as copy:
+            copy.execute("UPDATE experiments SET artifact_location = ?", [f"{home}/mlruns/0"])
+    return f"sqlite:///{file}"
+
+
+@functools.cache
+def _empty_database() -> Path:
+    """MLflow takes seconds to make one: once, and copied from then on."""
+    import mlflow
+
+    folder = tempfile.mkdtemp(prefix="mlflow-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    mlflow.MlflowClient(f"sqlite:///{folder}/empty.db").search_experiments()
+    return Path(folder) / "empty.db"
 
 
 def command(job: str, *flags: object) -> list[str]:
@@ -46,7 +71,11 @@ def run_job(job: str, *flags: object, home: Path, timeout: float = 300, **extra:
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> Outcome:
-    """What a job that has ended left behind; its result is the last line on stdout."""
-    lines = done.stdout.strip().splitlines()
-    result = json.loads(lines[-1]) if done.returncode == 0 and lines else {}
-    return Outcome(done.returncode, result, done.stdout, done.stderr)
+    """What a job's process that has ended left behind."""
+    return outcome_of(done.returncode, done.stdout, done.stderr)
+
+
+def outcome_of(code: int, stdout: str, stderr: str) -> Outcome:
+    """A job's result is the last line on stdout."""
+    lines = stdout.strip().splitlines()
+    return Outcome(code, json.loads(lines[-1]) if code == 0 and lines else {}, stdout, stderr)

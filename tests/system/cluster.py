@@ -38,6 +38,13 @@ class LocalCluster:
         self.nodes.append(node)
         return node
 
+    def resize(self, count: int) -> None:
+        """Adds nodes of one CPU, or kills some, until there are so many."""
+        while len(self.nodes) > count:
+            self.kill_node(self.nodes[-1])
+        while len(self.nodes) < count:
+            self.add_node(1)
+
     def kill_node(self, node: Any) -> None:
         """SIGKILL to everything that runs on a node, as when its machine loses power."""
         processes = self._processes(node)

@@ -5,6 +5,7 @@ Every process is a child of this one, in a session of its own, and is ended by i
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -23,6 +24,11 @@ from tests.jobs.common import Outcome, command, outcome
 
 LOOPBACK = "127.0.0.1"
 BUCKET = "ray-ddpm"
+DATA, RUN = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/runs/digits"
+PREPARE = ["prepare", "--", "--output", DATA, "--rows-per-shard", "900"]
+SMALL = [
+    "--model-channels", "32", "--channel-multipliers", "1", "--res-blocks", "1", "--attention-resolutions", "4",
+]  # fmt: skip
 BIN = Path(sys.executable).parent
 START_SECONDS = 120.0
 
@@ -36,6 +42,7 @@ class Served:
         secret: planted: the password with which the nodes reach S3.
         address: for RAY_ADDRESS.
         servers: the variables by which the nodes reach MLflow and S3.
+        ray_start: runs `ray start` with what all nodes have, under a name and with flags.
     """
 
     home: Path
@@ -47,7 +54,9 @@ class Served:
     address: str
     servers: dict[str, str]
     head: subprocess.Popen[bytes]
+    ray_start: Callable[..., subprocess.Popen[bytes]]
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _started: int = 0
 
     @property
     def user(self) -> dict[str, str]:
@@ -92,6 +101,11 @@ class Served:
             text=True,
         )
 
+    def keys(self, prefix: str) -> list[str]:
+        """Of the bucket, as the server lists them."""
+        listing = requests.get(f"{self.s3}/{BUCKET}?list-type=2&prefix={prefix}", timeout=30).text
+        return re.findall("<Key>(.*?)</Key>", listing)
+
     def node_running(self, title: str) -> subprocess.Popen[bytes] | None:
         """The node with a worker process of this title."""
         for node in self.nodes:
@@ -100,6 +114,22 @@ class Served:
                     if title in " ".join(process.cmdline()):
                         return node
         return None
+
+    def add_node(self, cpus: int = 2) -> None:
+        """Starts a node, and waits until it has joined."""
+        name = f"node{self._started}"
+        self._started += 1
+        self.nodes.append(self.ray_start(name, f"--address={self.address}", f"--num-cpus={cpus}"))
+        wait_for(name, self._all_joined, needed=[self.head, *self.nodes])
+
+    def _all_joined(self) -> bool:
+        """Every node that was started and not killed is alive, and no other."""
+        bearer = {"Authorization": f"Bearer {self.token}"}
+        with contextlib.suppress(requests.RequestException):
+            answer = requests.get(f"{self.jobs}/nodes?view=summary", headers=bearer, timeout=10)
+            up = [one for one in answer.json()["data"]["summary"] if one["raylet"].get("state") == "ALIVE"]
+            return len(up) == len(self.nodes) + 1
+        return False
 
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL to all of a node's processes, as when its machine loses power."""
@@ -220,25 +250,14 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         )  # fmt: skip
         cluster = Served(
             home, token, secret, f"http://{LOOPBACK}:{jobs}", servers["MLFLOW_TRACKING_URI"],
-            servers["AWS_ENDPOINT_URL"], f"{LOOPBACK}:{gcs}", servers, head,
+            servers["AWS_ENDPOINT_URL"], f"{LOOPBACK}:{gcs}", servers, head, ray_start,
         )  # fmt: skip
         wait_for("the S3 server", lambda: answers(cluster.s3))
         assert requests.put(f"{cluster.s3}/{BUCKET}", timeout=10).ok
         bearer = {"Authorization": f"Bearer {token}"}
         wait_for("Ray's head", lambda: answers(f"{cluster.jobs}/api/version", **bearer), needed=started)
-        alive = f"{cluster.jobs}/nodes?view=summary"
-
-        def all_there() -> bool:
-            with contextlib.suppress(requests.RequestException):
-                summary = requests.get(alive, headers=bearer, timeout=10).json()["data"]["summary"]
-                up = [one for one in summary if one["raylet"].get("state") == "ALIVE"]
-                return len(up) == len(cluster.nodes) + 1
-            return False
-
-        for i in range(nodes):
-            words = f"--address={LOOPBACK}:{gcs}", f"--num-cpus={cpus}"
-            cluster.nodes.append(ray_start(f"node{i}", *words))
-            wait_for(f"node {i}", all_there, needed=started)
+        for _ in range(nodes):
+            cluster.add_node(cpus)
         yield cluster
     except BaseException:
         for log in home.glob("*.log"):

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.models.export import load_model
 from tests.jobs.common import Outcome, run_job
 
-STEPS, COUNT = 50, 24
+STEPS, COUNT = 30, 24
 pytestmark = pytest.mark.system
 
 
@@ -24,9 +24,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(home: Path) -> Outcome:
+    uri = f"sqlite:///{home / 'demo.db'}"  # not there yet, as for a new user
     outcome = run_job(
-        "demo", "--output", home / "demo", "--steps", STEPS, "--count", COUNT, home=home, timeout=500
-    )
+        "demo", "--output", home / "demo", "--steps", STEPS, "--count", COUNT, home=home, timeout=500,
+        MLFLOW_TRACKING_URI=uri,
+    )  # fmt: skip
     assert outcome.code == 0, outcome.stderr
     return outcome
 
@@ -34,7 +36,7 @@ def demo(home: Path) -> Outcome:
 @pytest.fixture
 def client(demo: Outcome, home: Path) -> Iterator[mlflow.MlflowClient]:
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{home / 'mlflow.db'}")
+    mlflow.set_tracking_uri(f"sqlite:///{home / 'demo.db'}")
     yield mlflow.MlflowClient()
     mlflow.set_tracking_uri(before)
 

@@ -1,17 +1,15 @@
 """Training from images that nothing prepared."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.data.common import encoded, write_folder
-from tests.jobs.common import run_job
+from tests.jobs.common import Outcome
 
 SMALL = ("--model-channels", 32, "--channel-multipliers", 1, "--attention-resolutions", 4, "--timesteps", 20)
 
 
-@pytest.mark.system
-def test_training_reads_a_folder_as_it_is(tmp_path: Path) -> None:
+def test_training_reads_a_folder_as_it_is(tmp_path: Path, job: Callable[..., Outcome]) -> None:
     """No preparing: images of any shape, one of them broken, which is counted and named."""
     folder = write_folder(tmp_path / "in", encoded(300, 20, 12))
     broken = [folder / "cat" / f"bad-{i}.png" for i in range(2)]
@@ -29,12 +27,12 @@ def test_training_reads_a_folder_as_it_is(tmp_path: Path) -> None:
         *SMALL,
     )
     run = ("--output", tmp_path / "run", "--steps", 20, "--log-every", 20, "--max-bad-fraction", 0.1)
-    done = run_job("train", *flags, *run, home=tmp_path)
+    done = job("train", *flags, *run, home=tmp_path)
     assert done.code == 0, done.stderr
     named = (tmp_path / "run" / "quarantine.jsonl").read_text()
     assert done.result["metrics"]["undecodable_images"] >= named.count("bad-") > 0
     assert "UnidentifiedImageError" in named
     assert "can't be decoded" in done.stderr
-    over = run_job("train", *flags, "--output", tmp_path / "over", "--max-bad-fraction", 0.001, home=tmp_path)
+    over = job("train", *flags, "--output", tmp_path / "over", "--max-bad-fraction", 0.001, home=tmp_path)
     assert over.code == 2
     assert "--max-bad-fraction" in over.stderr

@@ -14,9 +14,6 @@ from pipeline.generation.config import GenerateConfig
 from pipeline.models.export import load_model, model_fingerprint, save_model
 from pipeline.tracking import registry, runs
 from tests.evaluation.common import small_model
-from tests.evaluation.conftest import cluster, digits
-
-__all__ = ["cluster", "digits"]
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ import mlflow
 import pytest
 
 from pipeline.tracking import runs
+from tests.jobs.common import database
 
 
 def test_runs_that_start_together_share_experiment_and_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     runs.start_run("other", "", {}, {})  # makes the tables
     real, asked = mlflow.MlflowClient.get_experiment_by_name, []
 

@@ -9,7 +9,6 @@ import torch
 from pipeline.cluster.pool import in_process
 from pipeline.config import DiffusionConfig
 from pipeline.data.index import DatasetIndex, open_dataset
-from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
@@ -27,13 +26,6 @@ from pipeline.tuning.objective import (
 )
 from tests.evaluation.common import DIGITS, small_model
 from tests.tuning.gaussian import measured_bound
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    prepare(PrepareConfig(output=str(folder), source="digits", validation_fraction=0.2))
-    return folder
 
 
 @pytest.fixture(scope="module")

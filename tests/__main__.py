@@ -1,0 +1,31 @@
+"""Every test but the soak tests, in two processes at once: clusters and jobs start beside the tests that need none.
+
+`python -m tests` shows what the first prints as it comes, and what the second printed when both have ended.
+"""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+
+PYTEST = [sys.executable, "-m", "pytest"]
+
+
+def run() -> int:
+    """The exit code: the larger of the two."""
+    with tempfile.TemporaryFile() as log:
+        first = subprocess.Popen([*PYTEST, "-m", "system and not soak"])
+        rest = ["-m", "not system and not soak", "-p", "no:cacheprovider"]
+        second = subprocess.Popen([*PYTEST, *rest], stdout=log, stderr=log)
+        started = (first, second)
+        for process in (*started, *started):
+            with contextlib.suppress(KeyboardInterrupt):  # which they got as well: they clear up and end
+                process.wait()
+        log.seek(0)
+        sys.stdout.buffer.write(log.read())
+        sys.stdout.flush()
+        return max(abs(process.wait()) for process in started)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,83 @@
+"""What many tests need once: a Ray, an S3 server, prepared digits, a cluster of several nodes, a served one.
+
+The order of the tests makes it cheap: those without any cluster first, then those on one local Ray of this process,
+then those that start clusters and jobs of their own.
+"""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.common import Outcome, database, outcome_of
+
+# A thread each: two tests, or a test and its jobs, share two cores, and nothing here is large enough for more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that use the local Ray, and puts all tests into an order in which it is started once."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("system"):
+            item.add_marker("cluster")
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    return 2 if item.get_closest_marker("system") else 1 if item.get_closest_marker("cluster") else 0
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket of an S3 server on this machine, which every process started from now on reaches."""
+    from tests.data.s3 import s3_server
+
+    with s3_server("tests") as uri:
+        yield uri
+
+
+@pytest.fixture
+def bucket(s3: str) -> str:
+    """An empty folder in that bucket."""
+    return f"{s3}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def cluster(s3: str) -> Iterator[None]:
+    """The one local Ray of this process; its workers reach the S3 server. `leave_ray` makes room for another."""
+    from pipeline.cluster.session import connect
+    from tests.data.common import leave_ray
+
+    connect()
+    yield
+    leave_ray()
+
+
+@pytest.fixture(scope="session")
+def digits(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real handwritten digits as prepared shards: 1620 to train on, 177 held out; not to be changed."""
+    from pipeline.data.shards import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("digits")
+    prepare(PrepareConfig(output=str(folder), source="digits"))
+    return folder
+
+
+@pytest.fixture
+def job(
+    cluster: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Outcome]:
+    """As `run_job`, in this process and on its Ray: for what a process of its own would prove nothing more of."""
+    from pipeline.commands import __main__, cli
+
+    def run(name: str, *flags: object, home: Path) -> Outcome:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", database(home))
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(cli, "disconnect", lambda: None)
+        capfd.readouterr()
+        code = __main__.main([name, *map(str, flags)])
+        return outcome_of(code, *capfd.readouterr())
+
+    return run

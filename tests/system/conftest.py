@@ -1,0 +1,91 @@
+"""Two clusters for all modules here, each started once: whoever kills a node gives it a new one."""
+
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.data.common import leave_ray
+from tests.jobs.common import Outcome
+from tests.system.cluster import LocalCluster, local_cluster
+from tests.system.served import DATA, PREPARE, RUN, SMALL, Served, served_cluster, wait_for
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[LocalCluster]:
+    """Nodes that can be killed: `resize` says how many there shall be."""
+    leave_ray()
+    with local_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    """A cluster of two nodes for submitted jobs, with MLflow and S3 beside it."""
+    leave_ray()
+    with served_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def prepared(served: Served) -> Outcome:
+    """Digits on S3, by the job "digits"."""
+    return served.submit("--wait", "--id", "digits", *PREPARE)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of training that lost a node and then its driver, and was submitted again.
+
+    Attributes:
+        result: of the job "run", the second one; "killed" was the first.
+        before: the steps of the checkpoints when the driver had died.
+        after: those of the checkpoints at the end.
+    """
+
+    result: dict[str, Any]
+    before: list[int]
+    after: list[int]
+
+
+STEPS, CHECKPOINT_EVERY = 400, 20
+
+
+@pytest.fixture(scope="session")
+def trained(served: Served, prepared: Outcome) -> Trained:
+    words = (
+        "train", "--", "--data", DATA, "--output", RUN, "--steps", STEPS, "--workers", 2, "--batch-size", 32,
+        "--timesteps", 50, "--class-conditional", *SMALL, "--checkpoint-every", CHECKPOINT_EVERY,
+        "--keep-checkpoints", STEPS // CHECKPOINT_EVERY, "--log-every", 20, "--register", "digits", "--resume",
+    )  # fmt: skip
+    assert prepared.code == 0, prepared.stderr
+    job = served.start_submit("--wait", "--id", "killed", *words)
+
+    def saved() -> list[int]:
+        found = (re.fullmatch(r".*/step-(\d+)-\d+/state\.json", key) for key in served.keys("runs/digits/"))
+        return [int(match[1]) for match in found if match]
+
+    def wait_for_more(than: int) -> None:
+        wait_for("a checkpoint", lambda: len(saved()) > than or job.poll() is not None, seconds=240)
+        assert job.poll() is None, job.communicate()
+
+    wait_for_more(0)
+    lost = served.node_running("RayTrainWorker")
+    assert lost is not None
+    served.kill_node(lost)
+    wait_for_more(len(saved()))
+    drivers = served.driver("--output", RUN)
+    assert drivers
+    for process in drivers:
+        process.send_signal(signal.SIGKILL)
+    _, stderr = job.communicate(timeout=240)
+    assert job.returncode not in (0, 2), stderr
+    served.add_node()
+    before = saved()
+    done = served.submit("--wait", "--id", "run", *words, timeout=400)
+    assert done.code == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return Trained(done.result, before, saved())
