@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.sources import parquet
 from pipeline.data.sources.parts import Item
-from pipeline.data.sources.registry import list_source, read_part
+from pipeline.data.sources.registry import list_source
 from pipeline.errors import InputError
 from tests.data.common import encode, encoded, picture, tar_bytes, write_parquet
 
@@ -57,7 +57,7 @@ def images(kind: str, count: int, rng: np.random.Generator) -> int:
 
 
 def read_all(source: str, uri: Path) -> list[Item]:
-    return [item for part in list_source(source, str(uri), 10).parts for item in read_part(part)]  # type: ignore[arg-type]
+    return [item for part in list_source(source, str(uri), 10).parts for item in part.read()]  # type: ignore[arg-type]
 
 
 def tars(count: int, rng: np.random.Generator, folder: Path) -> int:

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from pipeline import storage
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset, read_rows
 from pipeline.data.sources.parquet import read_row_group
 from pipeline.data.sources.parts import Item, Source
-from pipeline.data.sources.registry import find_source, list_source, read_part
+from pipeline.data.sources.registry import find_source, list_source
 from pipeline.errors import InputError
 from tests.data.common import (
     CLASSES,
@@ -43,7 +44,7 @@ WRITERS: dict[Source, Callable[[Path, list[bytes]], Path]] = {
 
 def read_all(source: Source, uri: Path, images_per_part: int = 50) -> list[Item]:
     parts = list_source(source, str(uri), images_per_part).parts
-    return [item for part in parts for item in read_part(part)]
+    return [item for part in parts for item in part.read()]
 
 
 def rows_of(index: DatasetIndex) -> list[tuple[bytes, int]]:
@@ -62,7 +63,7 @@ def test_all_images_are_read_with_their_labels(source: Source, tmp_path: Path) -
 @pytest.mark.parametrize("source", WRITERS)
 def test_sources_open_without_being_prepared(source: Source, tmp_path: Path) -> None:
     uri = str(WRITERS[source](tmp_path / "data", IMAGES))
-    assert find_source(uri) == source
+    assert find_source(uri, storage.list_files(uri)) == source
     train, held_out = open_dataset(uri), open_dataset(uri, "validation")
     assert (train.image.size, train.image.channels) == (12, 3)
     assert train.image.classes == (CLASSES if source != "webdataset" else ("0", "1", "2"))
