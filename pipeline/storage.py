@@ -98,7 +98,8 @@ def _matches(fs: Any, path: str) -> list[str]:
     while has_magic(folder) and _kind(fs, folder) is None:
         folder = posixpath.dirname(folder)
     pattern = path.removeprefix(folder)
-    return sorted(fs.glob(escape(folder) + pattern)) if has_magic(pattern) else []
+    found = fs.glob(escape(folder) + pattern, detail=True) if has_magic(pattern) else {}
+    return sorted(name for name, info in found.items() if info["type"] == "file")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ The state of a search is its ledger (see ledger.py): a resume needs none of Ray 
 absolute paths and pickled objects.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -22,6 +21,8 @@ from pipeline.config import to_dict
 from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
 from pipeline.errors import InputError
+from pipeline.lock import LeaseLost, locked
+from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import registry, runs
 from pipeline.tuning import ledger, report
 from pipeline.tuning.config import Scheduler, TuneConfig, base, check, finished
@@ -74,16 +75,19 @@ def search(
     # Trials run in folders of Ray's.
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
-    parent = _open(config, space, splits)
-    try:
-        at_a_time, objective = _concurrent(config), make_objective(config, splits)
-        settings = {"job": config, "objective": objective, "splits": splits, "parent_run": parent.id}
-        trainable = tune.with_parameters(trial, **settings)
-        _run(config, space, trainable, at_a_time, parent)
-        return _conclude(config, parent)
-    except InputError:
-        runs.end_run(parent, "FAILED")
-        raise
+    with locked(config.output):
+        parent = _open(config, space, splits)
+        try:
+            at_a_time, objective = _concurrent(config), make_objective(config, splits)
+            settings = {"job": config, "objective": objective, "splits": splits, "parent_run": parent.id}
+            trainable = tune.with_parameters(trial, **settings)
+            _run(config, space, trainable, at_a_time, parent)
+            return _conclude(config, parent)
+        except LeaseLost:
+            raise  # the run is the other driver's
+        except InputError:
+            runs.end_run(parent, "FAILED")
+            raise
 
 
 def _run(
@@ -178,29 +182,18 @@ def _conclude(config: TuneConfig, parent: runs.Run) -> dict[str, Any]:
 
 
 def _open(config: TuneConfig, space: Space, splits: Splits) -> runs.Run:
-    """One parent run for one search, and a note of what can't change under it."""
-    note = Path(config.output) / SEARCH_FILE
+    """One parent run for one search."""
     fixed = _fixed(config, space, splits)
     run: runs.Run | None = None
-    if note.exists():
-        old = json.loads(note.read_text())
-        if (scheduler := old["fixed"]["scheduler"]) not in get_args(Scheduler):
-            raise InputError(
-                f"--resume: {config.output} was searched with --scheduler {scheduler}, which is no more: search in "
-                "another folder"
-            )
-        for key, now in fixed.items():
-            if old["fixed"].get(key) != now:
-                raise InputError(
-                    f"--resume: {key} was {old['fixed'].get(key)} in {config.output} and is {now} now; keep it, or "
-                    "search in another folder"
-                )
-        run = runs.reopen_run(old["run_id"], config.metrics)
+    if before := read_claim(config.output, SEARCH_FILE):
+        gone = before["fixed"].get("scheduler") not in get_args(Scheduler)
+        check_claim(config.output, before, fixed, hints={"scheduler": ", which is no more" if gone else ""})
+        run = runs.reopen_run(before["run_id"], config.metrics)
     if run is None:
         params = to_dict(config) | {"search": fixed["space"]}
         tags = {"ray_ddpm.search": config.output}
         run = runs.start_run(config.experiment, "search", params, tags)
-    storage.write_atomic(str(note), json.dumps({"run_id": run.id, "fixed": fixed}, indent=1).encode())
+        write_claim(config.output, SEARCH_FILE, fixed, run_id=run.id)
     return run
 
 

@@ -188,8 +188,7 @@ class TrainTrial(Trial):
         )
         hooks = Hooks(watch=watch, run_id=self.record.run_id, log_model=False)
         pool = ThreadPoolExecutor(1, thread_name_prefix="training")
-        # MERGE: pass splits=self.settings["splits"] to trainer.train, which opens the data by itself today.
-        future = pool.submit(trainer.train, config, hooks=hooks)
+        future = pool.submit(trainer.train, config, self.settings["splits"], hooks=hooks)
         pool.shutdown(wait=False)
         return future
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.data.index import open_dataset
+from pipeline.data.index import open_dataset, open_splits, read_rows
 from pipeline.errors import InputError
+from tests.data.common import encoded, tar_bytes
 from tests.jobs.common import ROOT
 
 
@@ -53,42 +55,11 @@ def test_files_on_s3(s3: str) -> None:
     assert storage.read_bytes(uri) == b"abc"
     assert list(storage.sizes(f"{s3}/some").values()) == [3]
     assert storage.list_files(f"{s3}/some") == storage.list_files(f"{s3}/some/*.bin") == [uri]
+    storage.write_atomic(uri, b"abd")
+    assert storage.read_bytes(uri) == b"abd"
     storage.check_writable(f"{s3}/some")
     storage.remove(uri)
     assert not storage.exists(uri)
-
-
-@pytest.mark.parametrize("place", ["local", "s3"])
-@pytest.mark.parametrize("odd", ["a[1]", "a*", "what?", "a{1,2}", "[draft] x"])
-def test_a_name_is_taken_literally_where_it_exists(
-    odd: str, place: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    root = str(tmp_path) if place == "local" else request.getfixturevalue("s3")
-    folder, other = storage.join(root, odd), storage.join(root, "a1")
-    mine, theirs = storage.join(folder, "x[1].png"), storage.join(other, "x1.png")
-    storage.write_atomic(mine, b"mine")
-    storage.write_atomic(theirs, b"theirs")
-    assert storage.exists(folder) and storage.exists(mine)
-    assert storage.list_files(folder, (".png",)) == storage.list_files(mine) == [mine]
-    assert storage.read_bytes(mine) == b"mine"
-    assert storage.list_folders(root, odd) == [folder]
-    moved = storage.join(folder, "deep", "y[2].png")
-    storage.move(mine, moved)
-    assert storage.list_files(folder) == [moved] and not storage.exists(mine)
-    storage.remove_folder(folder)
-    assert not storage.exists(moved) and storage.read_bytes(theirs) == b"theirs"
-    storage.remove_folder(folder)
-    storage.write_atomic(moved, b"mine")
-    arrow, path = storage.arrow_fs(folder)
-    arrow.delete_dir(path)
-    assert not storage.exists(moved) and storage.read_bytes(theirs) == b"theirs"
-    # Where nothing has that name, it is a pattern.
-    assert storage.list_files(storage.join(root, "a[0-9]", "*.png")) == [theirs]
-    assert storage.list_files(storage.join(root, "a[0-9]")) == [theirs]
-    assert storage.exists(storage.join(root, "a?"), pattern=True) and not storage.exists(
-        storage.join(root, "a?")
-    )
-    assert not storage.exists(storage.join(root, "b?"), pattern=True)
 
 
 def test_local_writes_leave_nothing_half_done(tmp_path: Path) -> None:
@@ -99,3 +70,73 @@ def test_local_writes_leave_nothing_half_done(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         storage.write_atomic(str(tmp_path / "blocked"), b"abc")
     assert not list(tmp_path.rglob("*.partial"))
+
+
+# Each is a pattern, or a chain of file systems, that the names beside it match or begin.
+ODD_NAMES = ("a[1]", "a*", "a?b", "[!z]1", "{a,b}", "a#b", "a::b1", "a%20b", "a b ü")
+DECOYS = ("a1", "ab", "axb", "b1", "a")
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder."""
+    return str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_is_taken_as_it_is_before_it_is_a_pattern(root: str, name: str) -> None:
+    for decoy in DECOYS:
+        storage.write_atomic(f"{root}/{decoy}/x.bin", b"decoy")
+        storage.write_atomic(f"{root}/{decoy}.bin", b"decoy")
+    folder, file = f"{root}/{name}", f"{root}/{name}/{name}.bin"
+    decoys = storage.sizes(root)
+    assert not storage.exists(folder) and not storage.exists(f"{folder}/x.bin")
+    storage.remove_folder(folder)
+    assert storage.sizes(root) == decoys
+    storage.write_atomic(file, b"abc")
+    assert storage.create(f"{folder}/y.txt", b"") and not storage.create(f"{folder}/y.txt", b"")
+    assert storage.exists(folder) and storage.exists(file) and not storage.exists(f"{folder}/x.bin")
+    assert storage.read_bytes(file) == storage.read_many([file])[file] == b"abc"
+    assert storage.list_files(folder) == sorted([file, f"{folder}/y.txt"])
+    assert storage.list_files(file) == storage.list_files(f"{folder}/*.bin") == [file]
+    assert storage.sizes(folder) == {file: 3, f"{folder}/y.txt": 0}
+    assert storage.list_folders(root, name) == [folder]
+    assert storage.absolute(folder) == folder and storage.name(folder) == name
+    storage.check_writable(folder)
+    moved = f"{root}/{name}-moved/{name}"
+    storage.move(file, moved)
+    assert storage.read_bytes(moved) == b"abc" and not storage.exists(file)
+    storage.remove(moved)
+    storage.remove_folder(folder)
+    assert not storage.exists(folder)
+    storage.write_atomic(f"{folder}/deep/z.bin", b"")
+    arrow, path = storage.arrow_fs(folder)
+    arrow.delete_dir(path)
+    assert not storage.exists(folder)
+    assert storage.sizes(root) == decoys
+
+
+def test_what_is_not_there_by_its_name_may_be_a_pattern(root: str) -> None:
+    for name in ("a1", "a2", "b[1]", "b1"):
+        storage.write_atomic(f"{root}/{name}/x1.bin", b"")
+    assert storage.list_files(f"{root}/a[12]/*.bin") == [f"{root}/a{n}/x1.bin" for n in (1, 2)]
+    assert storage.list_files(f"{root}/b[1]/x[1].bin") == [f"{root}/b[1]/x1.bin"]
+    assert storage.exists(f"{root}/a[12]/*", pattern=True) and not storage.exists(f"{root}/a[12]/*")
+    assert not storage.exists(f"{root}/a[34]/*", pattern=True)
+    for nothing in ("a[34]/*", "a?", "c"):  # folders are no files
+        with pytest.raises(InputError, match="no such file or folder"):
+            storage.list_files(f"{root}/{nothing}")
+
+
+def test_data_in_a_folder_of_an_odd_name(root: str) -> None:
+    """Found, read and split as in any other, and nothing of the folder that its name matches."""
+    images = encoded(40)
+    for place, some in (("a[1]", images[:30]), ("a1", images[30:])):
+        for i, data in enumerate(some):
+            storage.write_atomic(f"{root}/{place}/c[0]/{i}*.png", data)
+        storage.write_atomic(f"{root}/tars/{place}.tar", tar_bytes(some))
+    for uri in (f"{root}/a[1]", f"{root}/tars/a[1].tar", f"{root}/a[1]/c[0]/*.png"):
+        splits = open_splits(uri).indexes.values()
+        found = [read_rows(group, np.arange(group.rows)) for split in splits for group in split.groups]
+        assert sorted(data for table in found for data in table["bytes"].to_pylist()) == sorted(images[:30])
+    assert open_dataset(f"{root}/a[1]").image.classes == ("c[0]",)

@@ -23,6 +23,7 @@ from pipeline.config import TrainConfig, to_dict
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM
+from pipeline.lock import LeaseLost
 from pipeline.tracking import runs
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
@@ -260,5 +261,25 @@ def test_a_resume_makes_another_attempt_where_the_infrastructure_failed(home: Pa
     note = Path(config.output) / "search.json"
     old = json.loads(note.read_text())
     note.write_text(json.dumps(old | {"fixed": old["fixed"] | {"scheduler": "pbt"}}))
-    with pytest.raises(InputError, match="searched with --scheduler pbt, which is no more"):
+    with pytest.raises(InputError, match="scheduler = pbt, which is no more, now it is asha"):
         search(config, FailingTrial)
+
+
+class SlowTrial(GaussianTrial):
+    """Takes the lock away, as another driver does that found this one silent for too long."""
+
+    def advance(self) -> Rung:
+        (Path(self.job.output) / "lock.json").unlink(missing_ok=True)
+        time.sleep(60)
+        return super().advance()
+
+
+def test_a_driver_that_has_lost_its_lease_stops_the_search_and_leaves_its_run_open(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.lock.RENEW_SECONDS", 0.2)
+    config = configure(home, "leased", dict(zip(FLAGS, VALUES, strict=True)), trials=1, rungs=1, register="")
+    with pytest.raises(LeaseLost, match="taken over by another driver"):
+        search(config, SlowTrial)
+    run_id = json.loads((Path(config.output) / "search.json").read_text())["run_id"]
+    assert runs.open_client().get_run(run_id).info.status == "RUNNING"
