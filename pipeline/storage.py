@@ -179,10 +179,13 @@ def read_version(uri: str) -> tuple[bytes, str]:
 
 
 def replace(uri: str, data: bytes, version: str) -> bool:
-    """Overwrites a file only where it still is of that version; whether it did. Atomic on S3."""
+    """Overwrites a file only where it still is of that version; whether it did. Atomic on S3 alone."""
+    if not version:
+        write_atomic(uri, data)
+        return True
     fs, path = open_fs(uri)
     try:
-        fs.pipe_file(path, data, **({"IfMatch": version} if version else {}))
+        fs.pipe_file(path, data, IfMatch=version)
     except FileNotFoundError:
         return False
     except OSError as error:
