@@ -5,6 +5,7 @@ then those that start clusters and jobs of their own.
 """
 
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _place(item: pytest.Item) -> int:
     return 2 if item.get_closest_marker("system") else 1 if item.get_closest_marker("cluster") else 0
+
+
+@pytest.fixture(autouse=True)
+def no_ray_unasked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that starts Ray without saying so: it would cost whatever runs after it."""
+
+    def running() -> bool:
+        return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+    before = running()
+    yield
+    asked = any(request.node.get_closest_marker(name) for name in ("cluster", "system"))
+    if not before and not asked and running():
+        sys.modules["ray"].shutdown()
+        pytest.fail("starts Ray: use the fixture `cluster`")
 
 
 @pytest.fixture(scope="session")

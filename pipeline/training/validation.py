@@ -4,6 +4,7 @@ Ray Train runs it as a task of its own for checkpoints that are reported with `v
 don't wait for it. The held-out images, the terms of the bound and all noise are the same for every checkpoint.
 """
 
+import json
 import os
 import tempfile
 import time
@@ -21,7 +22,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.work import choose
-from pipeline.models.export import WEIGHTS, read_spec, save_model
+from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint_manager import CHECKPOINTS
@@ -88,7 +89,8 @@ class Validator:
 
     def _keep_best(self, weights: dict[str, torch.Tensor], step: int, bits: float) -> None:
         place = storage.join(self.output, BEST)
-        if storage.exists(storage.join(place, WEIGHTS)) and read_spec(place).provenance[BITS_PER_DIM] <= bits:
+        note = storage.join(place, CONFIG)
+        if storage.exists(note) and json.loads(storage.read_bytes(note))["provenance"][BITS_PER_DIM] <= bits:
             return
         facts = {**self.spec.provenance, "steps": step, BITS_PER_DIM: bits}
         save_model(place, weights, replace(self.spec, provenance=facts))

@@ -25,6 +25,9 @@ PICTURES = ["bound.png", "nearest.png", "process.png", "samples.png", "schedules
 GREY = [encode(picture(i, mode="L")) for i in range(12)]
 COLOUR = encoded(12)
 
+# Data is prepared over Ray.
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 def save(folder: Path, image: ImageConfig, conditional: bool = False) -> Path:
     """A tiny model of such images."""

@@ -27,10 +27,8 @@ class FolderPart(Part):
         for name in self.names:
             try:
                 data = storage.read_bytes(self.uri + name)
-            except (
-                FileNotFoundError,
-                PermissionError,
-            ):  # any other error is the storage's: not an image's fault
+            # Any other error is the storage's, not an image's fault.
+            except (FileNotFoundError, PermissionError):
                 data = b""
             yield Item(_place(name), data, posixpath.dirname(_place(name)) or None)
 
