@@ -1,5 +1,6 @@
 """Whole searches, through Ray Tune, Optuna, Ray Train and MLflow, on a cluster of one node with two CPUs."""
 
+import contextlib
 import json
 import math
 import os
@@ -80,6 +81,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     space = {
         "batch_size": 32,
         "model.model_channels": 16,
+        "model.head_channels": 16,
         "model.res_blocks": 1,
         "model.attention_resolutions": [[]],
         "diffusion.timesteps": 20,
@@ -116,7 +118,8 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
 
         wait_for(in_between, 300, "finished and half-finished trial")
     finally:
-        os.killpg(job.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
         job.wait()
     before = records(first)
     assert any(not record.over for record in before.values())
