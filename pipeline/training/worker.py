@@ -39,14 +39,12 @@ class Hooks:
 
     Attributes:
         watch: asked before each step and after the last one.
-        start_from: folder of a checkpoint that a run without one of its own starts from.
         run_id: MLflow run to log to, opened by the caller, who holds the lock of a folder around the output; empty = the
             run opens its own.
         log_model: log the exported model to MLflow.
     """
 
     watch: Watch | None = None
-    start_from: str = ""
     run_id: str = ""
     log_model: bool = True
 
@@ -140,7 +138,7 @@ class RunObserver(loop.Observer):
         )
 
     def restore(self) -> None:
-        """Puts the newest whole checkpoint into the state and the meter, or what the run is to start from."""
+        """Puts the newest whole checkpoint into the state and the meter."""
         task = self._task
         if found := self._manager.restore():
             saved, kept = found
@@ -148,8 +146,6 @@ class RunObserver(loop.Observer):
             self._meter.restore(kept, self._rank)
             if self._rank == 0:  # the driver may have been killed before it had delivered them
                 task.channel.post_points.remote([tuple(point) for point in kept["points"]])
-        elif task.hooks.start_from:
-            checkpoint.restore(self._state, checkpoint.read(task.hooks.start_from)[0])
         self._saved_step = self._state.step
 
     def begin(self) -> None:
