@@ -60,6 +60,11 @@ def name_classes(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def names_of_all(labels: Iterable[str], first: str) -> tuple[str, ...]:
+    """The classes of a source whose labels were all read: where the first is a number, only numbers name classes."""
+    return name_classes(filter(is_number, labels) if is_number(first) else labels)
+
+
 class ClassNumbers:
     """The class number of a label.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipeline.data.labels import name_classes
+from pipeline.data.labels import names_of_all
 from pipeline.data.sources.parts import Part
 from pipeline.data.sources.registry import list_source
 
@@ -56,13 +56,15 @@ def scan(uri: str) -> Scan:
     parts = tuple(part for part, _ in found)
     shapes = {shape for _, some in found for shape in some}
     sizes = {side for width, height, _ in shapes for side in (width, height)}
-    labels = {label for part in parts for label in part.labels if label is not None}
+    labels = dict.fromkeys(label for part in parts for label in part.labels if label is not None)
+    # Integers that nothing names are numbers, whatever the first of them is.
+    first = "0" if listing.classes is not None else next(iter(labels), "0")
     total = sum(int.from_bytes(digest, "big") for part in parts for digest in part.digests)
     return Scan(
         parts=parts,
         size=sizes.pop() if len(sizes) == 1 else 0,
         channels=3 if any(colour for _, _, colour in shapes) else 1,
-        classes=listing.classes or name_classes(labels),
+        classes=listing.classes or names_of_all(labels, first),
         fingerprint=f"{total % 2**256:064x}",
     )
 

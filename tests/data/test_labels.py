@@ -83,11 +83,12 @@ def test_a_web_datasets_labels_are_read_in_the_same_way(tmp_path: Path, cluster:
     cases: list[tuple[str, bytes, int]] = [
         ("cls", b" 1\n", 1), ("cls", b"-1", -1), ("cls", b"", -1), ("json", b'{"label": 0}', 0),
         ("json", b'{"label": true}', 1), ("json", b'{"label": 1.0}', 1), ("json", b'{"label": null}', -1),
-        ("json", b"[1]", -1), ("json", b"{", -1), ("json", b'{"label": [1]}', -1),
+        ("json", b"[1]", -1), ("json", b"{", -1),
     ]  # fmt: skip
+    mistakes = [("json", b'{"label": [1]}'), ("cls", b"cat")]
     (tmp_path / "raw").mkdir()
     with tarfile.open(tmp_path / "raw" / "a.tar", "w") as tar:
-        for number, (suffix, content, _) in enumerate(cases):
+        for number, (suffix, content) in enumerate([(s, c) for s, c, _ in cases] + mistakes):
             for name, data in ((f"{number:03d}.png", picture(number)), (f"{number:03d}.{suffix}", content)):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
@@ -97,11 +98,12 @@ def test_a_web_datasets_labels_are_read_in_the_same_way(tmp_path: Path, cluster:
         source="webdataset",
         input=str(tmp_path / "raw"),
         image_size=8,
+        max_bad_fraction=0.5,
     )
     prepare(config)
     raw, prepared = labels_of(config.input), labels_of(config.output)
     assert raw == prepared
-    assert raw[0] == {number: label for number, (_, _, label) in enumerate(cases)}
+    assert raw == ({number: label for number, (_, _, label) in enumerate(cases)}, ("0", "1"), len(mistakes))
 
 
 def test_what_values_mean() -> None:

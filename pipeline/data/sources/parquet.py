@@ -129,6 +129,8 @@ def read_row_group(uri: str, number: int) -> pa.Table:
             else None
         )
         label = table["label"] if "label" in columns else pa.nulls(count)
+        if pa.types.is_string_view(label.type):  # from which Arrow takes no rows
+            label = label.cast(pa.string())
     except Exception as error:
         if storage.is_storage_error(error):
             raise
