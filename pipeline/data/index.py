@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data.labels import ClassNumbers, LabelError, stored_numbers
+from pipeline.data.labels import ClassNumbers, LabelError
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
 from pipeline.data.scan import scan
 from pipeline.data.sources.parquet import ParquetPart
@@ -195,7 +195,5 @@ def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
     """
     table = group.part.table(rows if group.kept is None else np.asarray(group.kept)[rows])
     if group.labels is not None:
-        labels = pa.array(np.asarray(group.labels, np.int64)[rows])
-    else:
-        labels = stored_numbers(table["label"])
-    return pa.table({"bytes": table["bytes"], "label": labels, "path": table["path"]})
+        table = table.set_column(1, "label", pa.array(np.asarray(group.labels, np.int64)[rows]))
+    return table

@@ -7,8 +7,7 @@ it; a run that was killed goes on with the parts that have no record yet, and gi
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,11 +18,11 @@ from pipeline.config import ImageConfig, check_at_least, to_dict
 from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import held_out
-from pipeline.data.labels import ClassNumbers, LabelError, name_classes
+from pipeline.data.labels import MOST_UNNAMED_CLASSES, ClassNumbers, LabelError, is_number, name_classes
 from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
 from pipeline.data.shard_writer import ShardWriter, Totals, huggingface_schema
 from pipeline.data.sources.parts import Part, Source, SourceListing
-from pipeline.data.sources.registry import list_source, with_class_names
+from pipeline.data.sources.registry import list_source
 from pipeline.display import Display
 from pipeline.errors import InputError
 
@@ -66,7 +65,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         InputError: a setting, an input or an output that can't be used; too many undecodable images.
     """
     _check(config)
-    source = with_class_names(list_source(config.source, config.input, config.rows_per_shard))
+    source = _with_class_names(list_source(config.source, config.input, config.rows_per_shard))
     image = _image(config, source)
     settings = {
         key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")
@@ -103,6 +102,34 @@ def _check(config: PrepareConfig) -> None:
         raise InputError(f"--validation-fraction {config.validation_fraction} is outside 0 to 1")
     check_at_least(config, rows_per_shard=1, rows_per_group=1, image_size=0)
     storage.check_writable(config.output)
+
+
+def _with_class_names(source: SourceListing) -> SourceListing:
+    """The listing with the classes by name, in order, where its labels are texts; numbers name themselves.
+
+    Where nothing lists the labels and the first of them is a text, all are read once, over the cluster.
+
+    Raises:
+        InputError: so many different texts that they can't be classes.
+    """
+    if source.classes is not None:
+        return source
+    labels = set[str]()
+    if not is_number(_first_label(source.parts[0])):
+        for row in each_part(_part_labels, source.parts, range(len(source.parts))):
+            labels.update(row["labels"])
+            if len(labels) > MOST_UNNAMED_CLASSES:
+                break
+    return replace(source, classes=name_classes(labels))
+
+
+def _first_label(part: Part) -> str:
+    """As it stands beside the first image that has one; a number where none has."""
+    return next((item.label for item in part.read() if item.label is not None), "0")
+
+
+def _part_labels(number: int, part: Part) -> dict[str, Any]:
+    return {"labels": sorted({item.label for item in part.read() if item.label is not None})}
 
 
 def _image(config: PrepareConfig, source: SourceListing) -> ImageConfig:
@@ -190,7 +217,7 @@ def _finish(
     splits = {
         split: Split(sum(shard.rows for shard in shards), shards)
         for split in SPLITS
-        if (shards := list(_shards(records, split)))
+        if (shards := [Shard(**record["shards"][split]) for record in records if split in record["shards"]])
     }
     good = sum(split.rows for split in splits.values())
     if not good or len(bad) > config.max_bad_fraction * (good + len(bad)):
@@ -219,12 +246,6 @@ def _finish(
     storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
     storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
     return manifest
-
-
-def _shards(records: list[dict[str, Any]], split: str) -> Iterator[Shard]:
-    for record in records:
-        if split in record["shards"]:
-            yield Shard(**record["shards"][split])
 
 
 def _card(manifest: Manifest) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.labels import label_text
+from pipeline.data.labels import label_text, stored_numbers
 from pipeline.data.sources.parts import Item, Part, SourceListing, with_suffix
 from pipeline.errors import InputError
 from pipeline.redact import one_line
@@ -43,7 +43,9 @@ class ParquetPart(Part):
 
     def table(self, rows: np.ndarray) -> pa.Table:
         groups = range(self.start, self.start + self.count)
-        return pa.concat_tables([read_row_group(self.uri, group) for group in groups]).take(rows)
+        table = pa.concat_tables([read_row_group(self.uri, group) for group in groups])
+        # Numbers first: Arrow can't take rows of every kind of text.
+        return table.set_column(1, "label", stored_numbers(table["label"])).take(rows)
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
