@@ -6,6 +6,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.redact import one_line
+
 MAX_PIXELS = 64_000_000
 _MODES = {1: "L", 3: "RGB"}
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -107,7 +109,7 @@ def open_image(
     except DecodeError:
         raise
     except Exception as error:  # Pillow's plug-ins raise anything on damaged input
-        raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise DecodeError(one_line(f"{type(error).__name__}: {error}")) from None
 
 
 def _plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

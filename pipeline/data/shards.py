@@ -17,7 +17,7 @@ from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ImageConfig, check_at_least, to_dict
 from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
-from pipeline.data.index import held_out
+from pipeline.data.index import VALIDATION_FRACTION, held_out
 from pipeline.data.labels import MOST_UNNAMED_CLASSES, ClassNumbers, LabelError, is_number, name_classes
 from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
 from pipeline.data.shard_writer import ShardWriter, Totals, huggingface_schema
@@ -44,7 +44,7 @@ class PrepareConfig:
     """Width and height in pixels; 0 = the source's own, where all its images have one."""
     channels: Literal[0, 1, 3] = 0
     """1 = grey, 3 = colour; 0 = the source's own, colour where it varies."""
-    validation_fraction: float = 0.1
+    validation_fraction: float = VALIDATION_FRACTION
     """Share of images held out, chosen by a hash of their content: re-sharding does not move them."""
     rows_per_shard: int = 10_000
     """Images read into one pair of shards."""

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
 from pipeline.data.index import open_dataset, open_splits, read_rows
+from pipeline.data.sources.parquet import read_row_group
 from pipeline.errors import InputError
 from tests.data.common import encoded, tar_bytes
 from tests.jobs.common import ROOT
@@ -94,6 +97,12 @@ def test_a_name_is_taken_as_it_is_before_it_is_a_pattern(root: str, name: str) -
     assert storage.sizes(root) == decoys
     storage.write_atomic(file, b"abc")
     assert storage.create(f"{folder}/y.txt", b"") and not storage.create(f"{folder}/y.txt", b"")
+    table = pa.table({"image": [b"abc"]})
+    with pa.BufferOutputStream() as buffer:
+        pq.write_table(table, buffer)
+    storage.write_atomic(f"{folder}/{name}.parquet", buffer.getvalue().to_pybytes())
+    assert read_row_group(f"{folder}/{name}.parquet", 0)["bytes"].to_pylist() == [b"abc"]
+    storage.remove(f"{folder}/{name}.parquet")
     assert storage.exists(folder) and storage.exists(file) and not storage.exists(f"{folder}/x.bin")
     assert storage.read_bytes(file) == storage.read_many([file])[file] == b"abc"
     assert storage.list_files(folder) == sorted([file, f"{folder}/y.txt"])

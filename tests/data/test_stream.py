@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> No
 
 @pytest.mark.system
 def test_a_slow_trainer_holds_the_readers_back(cluster: None, tmp_path: Path) -> None:
-    large = large_images(tmp_path / "large", 1500)
+    large = large_images(tmp_path / "large", 2000)
     before = store_bytes()
     stream = replace(stream_of(large), in_flight=IN_FLIGHT)
     with closing(stream.batches(0, stream.plan.rows // 24)) as batches:
