@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data.labels import ClassNumbers, LabelError
+from pipeline.data.labels import class_numbers
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
 from pipeline.data.scan import scan
 from pipeline.data.sources.parquet import ParquetPart
@@ -160,20 +160,14 @@ def _open_source(uri: str, image_size: int) -> Splits:
     if not size:
         raise InputError(f"--data {uri}: its images are not squares of one size: give --image-size")
     image = ImageConfig(size, found.channels, found.classes)
-    number = ClassNumbers(found.classes)
-
-    def number_or_none(label: str | None) -> int:
-        try:
-            return number(label)
-        except LabelError:
-            return -1
-
+    number_of = class_numbers(found.classes)
     groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
     for part in found.parts:
         splits = [SPLITS[held_out(digest, VALIDATION_FRACTION)] for digest in part.digests]
         for name in SPLITS:
             if wanted := [i for i, split in enumerate(splits) if split == name]:
-                labels = tuple(number_or_none(part.labels[i]) for i in wanted)
+                numbers = (number_of(part.labels[i]) for i in wanted)
+                labels = tuple(-1 if number is None else number for number in numbers)
                 kept = None if len(wanted) == len(splits) else tuple(wanted)
                 groups[name].append(Group(part.part, len(wanted), kept, labels))
     indexes = {

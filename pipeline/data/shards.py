@@ -18,7 +18,7 @@ from pipeline.config import ImageConfig, check_at_least, to_dict
 from pipeline.data.each_part import each_part
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
 from pipeline.data.index import VALIDATION_FRACTION, held_out
-from pipeline.data.labels import MOST_UNNAMED_CLASSES, ClassNumbers, LabelError, is_number, name_classes
+from pipeline.data.labels import MOST_UNNAMED_CLASSES, class_numbers, is_number, name_classes
 from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
 from pipeline.data.shard_writer import ShardWriter, Totals, huggingface_schema
 from pipeline.data.sources.parts import Part, Source, SourceListing
@@ -168,14 +168,16 @@ def _write_part(
 ) -> dict[str, Any]:
     """Decodes one part and writes its shards, then its record."""
     writers = {split: ShardWriter(huggingface_schema(classes), config.rows_per_group) for split in SPLITS}
-    number_of = ClassNumbers(classes)
+    number_of = class_numbers(classes)
     bad: list[dict[str, str]] = []
     totals = Totals(image.channels)
     for item in part.read():
         try:
             pixels = _pixels(item.data, image, config)
-            label = number_of(item.label)
-        except (DecodeError, LabelError) as error:
+            if (label := number_of(item.label)) is None:
+                reason = f"not among the {len(classes)} classes" if classes else "not a class number"
+                raise DecodeError(f"label {item.label!r} is {reason}")
+        except DecodeError as error:
             bad.append({"path": item.path, "reason": str(error)})
             continue
         digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
