@@ -186,7 +186,7 @@ def consume(index: DatasetIndex, images: int) -> int:
 
 @pytest.mark.system
 def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> None:
-    small, large = large_images(tmp_path / "small", 400), large_images(tmp_path / "large", 4000)
+    small, large = large_images(tmp_path / "small", 600), large_images(tmp_path / "large", 6000)
     images = large.rows // 24 * 24
     assert images > 9 * small.rows
     # Always as many images, since a longer run meets a higher peak; and the small data before and after, since a
@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> No
 
 @pytest.mark.system
 def test_a_slow_trainer_holds_the_readers_back(cluster: None, tmp_path: Path) -> None:
-    large = large_images(tmp_path / "large", 2000)
+    large = large_images(tmp_path / "large", 3000)
     before = store_bytes()
     stream = replace(stream_of(large), in_flight=IN_FLIGHT)
     with closing(stream.batches(0, stream.plan.rows // 24)) as batches:
