@@ -81,7 +81,9 @@ def exists(uri: str, pattern: bool = False) -> bool:
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
     with _asking(uri):
-        return _kind(fs, path) is not None or (pattern and bool(_matches(fs, path)))
+        if (found := _pattern(fs, path)) is not None:
+            return pattern and bool(_matches(fs, found))
+        return _kind(fs, path) is not None
 
 
 def _kind(fs: Any, path: str) -> str | None:
@@ -92,13 +94,16 @@ def _kind(fs: Any, path: str) -> str | None:
         return None
 
 
-def _matches(fs: Any, path: str) -> list[str]:
-    """The files that a pattern matches. A folder at its front that is there by that very name is not part of it."""
-    folder = posixpath.dirname(path)
-    while has_magic(folder) and _kind(fs, folder) is None:
-        folder = posixpath.dirname(folder)
-    pattern = path.removeprefix(folder)
-    found = fs.glob(escape(folder) + pattern, detail=True) if has_magic(pattern) else {}
+def _pattern(fs: Any, path: str) -> str | None:
+    """The path as a pattern, from its first name on that could be one and is not there as it is; None for no such."""
+    for name in re.finditer("[^/]+", path):
+        if has_magic(name[0]) and _kind(fs, path[: name.end()]) is None:
+            return escape(path[: name.start()]) + path[name.start() :]
+    return None
+
+
+def _matches(fs: Any, pattern: str) -> list[str]:
+    found = fs.glob(pattern, detail=True)
     return sorted(name for name, info in found.items() if info["type"] == "file")
 
 
@@ -236,8 +241,11 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
     with _asking(uri):
-        kind = _kind(fs, path)
-        found = [path] if kind == "file" else sorted(fs.find(path)) if kind else _matches(fs, path)
+        if (pattern := _pattern(fs, path)) is not None:
+            kind, found = None, _matches(fs, pattern)
+        else:
+            kind = _kind(fs, path)
+            found = [path] if kind == "file" else sorted(fs.find(path)) if kind else []
         if not found and not kind:
             raise InputError(f"{uri}: no such file or folder")
     wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]

@@ -109,7 +109,7 @@ def open_image(
     except DecodeError:
         raise
     except Exception as error:  # Pillow's plug-ins raise anything on damaged input
-        raise DecodeError(f"{type(error).__name__}: {one_line(error)}") from None
+        raise DecodeError(one_line(f"{type(error).__name__}: {error}")) from None
 
 
 def _plain(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data.labels import ClassNumbers, LabelError, stored_numbers
+from pipeline.data.labels import class_numbers
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
 from pipeline.data.scan import scan
 from pipeline.data.sources.parquet import ParquetPart
@@ -162,15 +162,15 @@ def _open_source(uri: str, image_size: int) -> Splits:
     if not size:
         raise InputError(f"--data {uri}: its images are not squares of one size: give --image-size")
     image = ImageConfig(size, found.channels, found.classes)
-    number_of, unusable = ClassNumbers(found.classes), 0
+    number_of, unusable = class_numbers(found.classes), 0
     groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
     for part in found.parts:
         labels: dict[str, dict[int, int]] = {name: {} for name in SPLITS}  # by place in the part
         for place, (digest, label) in enumerate(zip(part.digests, part.labels, strict=True)):
-            try:
-                labels[SPLITS[held_out(digest, VALIDATION_FRACTION)]][place] = number_of(label)
-            except LabelError:
+            if (number := number_of(label)) is None:
                 unusable += 1
+            else:
+                labels[SPLITS[held_out(digest, VALIDATION_FRACTION)]][place] = number
         for name, mine in labels.items():
             if mine:
                 kept = None if len(mine) == len(part.digests) else tuple(mine)
@@ -194,7 +194,5 @@ def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
     """
     table = group.part.table(rows if group.kept is None else np.asarray(group.kept)[rows])
     if group.labels is not None:
-        labels = pa.array(np.asarray(group.labels, np.int64)[rows])
-    else:
-        labels = stored_numbers(table["label"])
-    return pa.table({"bytes": table["bytes"], "label": labels, "path": table["path"]})
+        table = table.set_column(1, "label", pa.array(np.asarray(group.labels, np.int64)[rows]))
+    return table

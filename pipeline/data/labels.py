@@ -1,6 +1,6 @@
 """What the label of an image means: decided here alone, for jobs/prepare.py and for training on raw files alike."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,6 @@ from pipeline.errors import InputError
 MOST_UNNAMED_CLASSES = 100_000
 UNPUBLISHED = "-1"  # what data sets hold in place of labels that are kept back
 _MOST_DIGITS = 18  # of an int64
-
-
-class LabelError(ValueError):
-    """A label that is none of the classes: says why."""
 
 
 def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
@@ -29,8 +25,6 @@ def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
         return value.decode(errors="replace").strip() or None
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]
-    if isinstance(value, str):
-        return value or None
     # Also truth, and whole numbers that pandas made floats.
     return str(int(value)) if isinstance(value, (int, float)) and float(value).is_integer() else str(value)
 
@@ -65,35 +59,23 @@ def names_of_all(labels: Iterable[str], first: str) -> tuple[str, ...]:
     return name_classes(filter(is_number, labels) if is_number(first) else labels)
 
 
-class ClassNumbers:
-    """The class number of a label.
+def class_numbers(classes: tuple[str, ...]) -> Callable[[str | None], int | None]:
+    """What gives labels the numbers of their classes: -1 where there is no label, None for one that is no class.
 
     Args:
         classes: all of them, in order; with none, numbers are taken as they are.
     """
+    numbers = {name: number for number, name in enumerate(classes)}
+    counted = classes == _counted(len(classes))
 
-    def __init__(self, classes: tuple[str, ...]) -> None:
-        self._numbers = {name: number for number, name in enumerate(classes)}
-        self._counted = classes == _counted(len(classes))
-
-    def __call__(self, label: str | None) -> int:
-        """Its number, -1 for none.
-
-        Raises:
-            LabelError: it is none of the classes.
-        """
-        if label is None:
+    def number(label: str | None) -> int | None:
+        if label is None or (label == UNPUBLISHED and label not in numbers):
             return -1
-        if label in self._numbers:
-            return self._numbers[label]
-        if label == UNPUBLISHED:
-            return -1
-        if not self._numbers and not is_number(label):
-            raise LabelError(f"label {label!r} is not a class number")
-        # Numbers may be written with zeros in front.
-        if not self._counted or not is_number(label) or int(label) >= len(self._numbers) > 0:
-            raise LabelError(f"label {label!r} is not among the {len(self._numbers)} classes")
-        return int(label)
+        if counted and is_number(label):  # there may be zeros in front of it
+            return int(label) if not classes or int(label) < len(classes) else None
+        return numbers.get(label)
+
+    return number
 
 
 def stored_numbers(column: pa.ChunkedArray) -> pa.Array:

@@ -7,8 +7,8 @@ it; a run that was killed goes on with the parts that have no record yet, and gi
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +18,12 @@ from pipeline.cluster.pool import ActorPool
 from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ImageConfig, check_at_least, to_dict
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
-from pipeline.data.index import held_out
-from pipeline.data.labels import ClassNumbers, LabelError, name_classes
+from pipeline.data.index import VALIDATION_FRACTION, held_out
+from pipeline.data.labels import MOST_UNNAMED_CLASSES, class_numbers, is_number, name_classes
 from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
 from pipeline.data.shard_writer import ShardWriter, Totals, huggingface_schema
 from pipeline.data.sources.parts import Part, Source, SourceListing
-from pipeline.data.sources.registry import list_source, with_class_names
+from pipeline.data.sources.registry import list_source
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
@@ -48,7 +48,7 @@ class PrepareConfig:
     """Width and height in pixels; 0 = the source's own, where all its images have one."""
     channels: Literal[0, 1, 3] = 0
     """1 = grey, 3 = colour; 0 = the source's own, colour where it varies."""
-    validation_fraction: float = 0.1
+    validation_fraction: float = VALIDATION_FRACTION
     """Share of images held out, chosen by a hash of their content: re-sharding does not move them."""
     rows_per_shard: int = 10_000
     """Images read into one pair of shards."""
@@ -69,7 +69,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         InputError: a setting, an input or an output that can't be used; too many undecodable images.
     """
     _check(config)
-    source = with_class_names(list_source(config.source, config.input, config.rows_per_shard))
+    source = _with_class_names(list_source(config.source, config.input, config.rows_per_shard))
     image = _image(config, source)
     output = storage.absolute(config.output)
     with locked(output):
@@ -105,6 +105,37 @@ def _check(config: PrepareConfig) -> None:
         raise InputError(f"--validation-fraction {config.validation_fraction} is outside 0 to 1")
     check_at_least(config, rows_per_shard=1, rows_per_group=1, image_size=0)
     storage.check_writable(config.output)
+
+
+def _with_class_names(source: SourceListing) -> SourceListing:
+    """The listing with the classes by name, in order, where its labels are texts; numbers name themselves.
+
+    Where nothing lists the labels and the first of them is a text, all are read once, over the cluster.
+
+    Raises:
+        InputError: so many different texts that they can't be classes.
+    """
+    if source.classes is not None:
+        return source
+    labels = set[str]()
+    if not is_number(_first_label(source.parts[0])):
+        for found in ActorPool(len(source.parts), gpu=False, least=1, ordered=False)(_Labels(), source.parts):
+            labels |= found
+            if len(labels) > MOST_UNNAMED_CLASSES:
+                break
+    return replace(source, classes=name_classes(labels))
+
+
+def _first_label(part: Part) -> str:
+    """As it stands beside the first image that has one; a number where none has."""
+    return next((item.label for item in part.read() if item.label is not None), "0")
+
+
+class _Labels:
+    """All labels in a part; see `pool.Work`."""
+
+    def start(self, device: str) -> Callable[[Part], set[str]]:
+        return lambda part: {item.label for item in part.read() if item.label is not None}
 
 
 def _image(config: PrepareConfig, source: SourceListing) -> ImageConfig:
@@ -147,14 +178,17 @@ def _write_part(
     writers = {
         split: ShardWriter(huggingface_schema(image.classes), config.rows_per_group) for split in SPLITS
     }
-    number_of = ClassNumbers(image.classes)
+    number_of = class_numbers(image.classes)
     bad: list[dict[str, str]] = []
     totals = Totals(image.channels)
     for item in part.read():
         try:
             pixels = _pixels(item.data, image, config)
-            label = number_of(item.label)
-        except (DecodeError, LabelError) as error:
+            if (label := number_of(item.label)) is None:
+                known = len(image.classes)
+                reason = f"not among the {known} classes" if known else "not a class number"
+                raise DecodeError(f"label {item.label!r} is {reason}")
+        except DecodeError as error:
             bad.append({"path": item.path, "reason": str(error)})
             continue
         digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
@@ -196,7 +230,7 @@ def _finish(
     splits = {
         split: Split(sum(shard.rows for shard in shards), shards)
         for split in SPLITS
-        if (shards := list(_shards(records, split)))
+        if (shards := [Shard(**record["shards"][split]) for record in records if split in record["shards"]])
     }
     good = sum(split.rows for split in splits.values())
     if not good or len(bad) > config.max_bad_fraction * (good + len(bad)):
@@ -226,12 +260,6 @@ def _finish(
     storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
     storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
     return manifest
-
-
-def _shards(records: list[dict[str, Any]], split: str) -> Iterator[Shard]:
-    for record in records:
-        if split in record["shards"]:
-            yield Shard(**record["shards"][split])
 
 
 def _card(manifest: Manifest) -> str:

@@ -10,14 +10,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.images import DecodeError, decode
+from pipeline.data.shard_writer import huggingface_schema
 from pipeline.data.sources import parquet
 from pipeline.data.sources.parts import Item
 from pipeline.data.sources.registry import list_source
 from pipeline.errors import InputError
-from tests.data.common import encode, encoded, picture, tar_bytes, write_parquet
+from tests.data.common import CLASSES, encode, encoded, label_of, picture, tar_bytes
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, list[tuple[int, int]]]:
@@ -81,15 +83,18 @@ def tars(count: int, rng: np.random.Generator, folder: Path) -> int:
 def parquets(count: int, rng: np.random.Generator, folder: Path) -> int:
     """Row groups that are whole are read whole. Returns how many images were lost."""
     originals, lost = encoded(30), 0
-    source = next(iter(write_parquet(folder / "whole", originals, rows_per_group=10, files=1).iterdir()))
-    whole, metadata = source.read_bytes(), pq.ParquetFile(source).metadata
+    path, schema = folder / "a.parquet", huggingface_schema(CLASSES)
+    rows = [
+        {"image": {"bytes": d, "path": f"{i}.png"}, "label": label_of(i)} for i, d in enumerate(originals)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=10)
+    whole, metadata = path.read_bytes(), pq.ParquetFile(path).metadata
     spans = []
     for g in range(metadata.num_row_groups):
         columns = [metadata.row_group(g).column(c) for c in range(metadata.num_columns)]
         begin = min(c.dictionary_page_offset or c.data_page_offset for c in columns)
         spans.append((begin, begin + sum(c.total_compressed_size for c in columns)))
     footer = (spans[-1][1], len(whole))
-    path = folder / "a.parquet"
     for _ in range(count):
         data, touched = mutate(whole, rng)
         path.write_bytes(data)

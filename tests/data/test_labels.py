@@ -1,136 +1,169 @@
-"""One place decides what a label is: prepare and training on raw files agree, for every source and type."""
+"""What a label means is decided in one place: the same classes and numbers in prepared shards as on raw files."""
 
 import io
 import json
 import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.images import encode_png
+from pipeline.data.images import decode
 from pipeline.data.index import open_splits, read_rows
-from pipeline.data.labels import MOST_UNNAMED_CLASSES, ClassNumbers, LabelError, label_text, name_classes
+from pipeline.data.labels import (
+    MOST_UNNAMED_CLASSES,
+    class_numbers,
+    label_text,
+    name_classes,
+    stored_numbers,
+)
 from pipeline.data.shards import PrepareConfig, prepare
+from pipeline.data.sources.parts import Source
 from pipeline.errors import InputError
+from tests.data.common import encoded, plain_parquet
 
-ROWS = 40
-TEXT = ["cat" if i % 2 else "dog" for i in range(ROWS)]
-COLUMNS = {
-    "string": pa.array(TEXT),
-    "large_string": pa.array(TEXT, pa.large_string()),
-    "string_view": pa.array(TEXT, pa.string_view()),
-    "dictionary": pa.array(TEXT).dictionary_encode(),
-    "bool": pa.array([i % 2 == 1 for i in range(ROWS)]),
-    "uint8": pa.array([i % 2 for i in range(ROWS)], pa.uint8()),
-    "float": pa.array([float(i % 2) for i in range(ROWS)]),
-    "missing": pa.array([i % 2 if i % 4 else None for i in range(ROWS)]),
-    "minus one": pa.array([i % 2 if i % 4 else -1 for i in range(ROWS)]),
-    "out of range": pa.array([i % 2 if i % 4 else 7 for i in range(ROWS)]),
-}
-NAMES = {"out of range": ["even", "odd"]}
+IMAGES = encoded(48)
 
 
-def picture(number: int) -> bytes:
-    """Number `number` in its first pixel."""
-    pixels = np.full((8, 8, 1), 200, np.uint8)
-    pixels[0, 0] = number
-    return encode_png(pixels)
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("cat", "cat"), (b" owl\n", "owl"), (b"", None), (None, None), (float("nan"), None), (7, "7"), (-1, "-1"),
+        (1, "b"), (True, "b"), (0.0, "0"), (2, "2"), (2.5, "2.5"),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_an_image_becomes_text(value: Any, text: str | None) -> None:
+    names = ("a", "b") if value in (1, True) and text == "b" else ()
+    assert label_text(value, names) == text
 
 
-def labels_of(uri: str) -> tuple[dict[int, int], tuple[str, ...], int]:
-    """The class number of each image by the number in it, the classes, and how many images are left out."""
-    from pipeline.data.images import decode
-
-    found, splits = dict[int, int](), open_splits(uri)
-    for index in splits.indexes.values():
-        for group in index.groups:
-            table = read_rows(group, np.arange(group.rows))
-            for data, label in zip(table["bytes"].to_pylist(), table["label"].to_pylist(), strict=True):
-                found[int(decode(data, 8, 1)[0, 0, 0])] = label
-    return found, index.image.classes, index.quarantined
-
-
-@pytest.mark.parametrize("kind", COLUMNS)
-def test_prepare_and_training_on_the_raw_file_agree(kind: str, tmp_path: Path, cluster: None) -> None:
-    images = pa.array([{"bytes": picture(i), "path": f"{i}.png"} for i in range(ROWS)])
-    table = pa.table({"image": images, "label": COLUMNS[kind]})
-    if kind in NAMES:
-        feature = {"label": {"names": NAMES[kind], "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
-    (tmp_path / "raw").mkdir()
-    pq.write_table(table, tmp_path / "raw" / "train.parquet")
-    config = PrepareConfig(
-        output=str(tmp_path / "prepared"), source="huggingface", input=str(tmp_path / "raw"), image_size=8,
-        max_bad_fraction=0.5,
-    )  # fmt: skip
-    prepare(config)
-    raw, prepared = labels_of(config.input), labels_of(config.output)
-    assert raw == prepared
-    found, classes, left_out = raw
-    if kind == "out of range":
-        assert (len(found), classes, left_out) == (30, ("even", "odd"), 10)
-    else:
-        assert (len(found), len(classes), left_out) == (ROWS, 2, 0)
-    without = {number for number, label in found.items() if label == -1}
-    assert without == (set(range(0, ROWS, 4)) if kind in ("missing", "minus one") else set())
-    assert len({label for number, label in found.items() if number % 2}) == 1
-
-
-def test_a_web_datasets_labels_are_read_in_the_same_way(tmp_path: Path, cluster: None) -> None:
-    cases: list[tuple[str, bytes, int]] = [
-        ("cls", b" 1\n", 1), ("cls", b"-1", -1), ("cls", b"", -1), ("json", b'{"label": 0}', 0),
-        ("json", b'{"label": true}', 1), ("json", b'{"label": 1.0}', 1), ("json", b'{"label": null}', -1),
-        ("json", b"[1]", -1), ("json", b"{", -1),
-    ]  # fmt: skip
-    mistakes = [("json", b'{"label": [1]}'), ("cls", b"cat")]
-    (tmp_path / "raw").mkdir()
-    with tarfile.open(tmp_path / "raw" / "a.tar", "w") as tar:
-        for number, (suffix, content) in enumerate([(s, c) for s, c, _ in cases] + mistakes):
-            for name, data in ((f"{number:03d}.png", picture(number)), (f"{number:03d}.{suffix}", content)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    config = PrepareConfig(
-        output=str(tmp_path / "prepared"),
-        source="webdataset",
-        input=str(tmp_path / "raw"),
-        image_size=8,
-        max_bad_fraction=0.5,
-    )
-    prepare(config)
-    raw, prepared = labels_of(config.input), labels_of(config.output)
-    assert raw == prepared
-    assert raw == ({number: label for number, (_, _, label) in enumerate(cases)}, ("0", "1"), len(mistakes))
-
-
-def test_what_values_mean() -> None:
-    assert [label_text(value) for value in (None, float("nan"), "", b" 3 ")] == [None] * 3 + ["3"]
-    assert [label_text(value) for value in (True, 2, 2.0, 2.5, " a ", -1.0)] == [
-        "1",
-        "2",
-        "2",
-        "2.5",
-        " a ",
-        "-1",
-    ]
-    assert [label_text(value, ("a", "b")) for value in (0, 1, 2)] == ["a", "b", "2"]
-
-
-def test_classes_are_named_by_the_numbers_up_to_the_largest_or_by_the_texts() -> None:
-    assert name_classes({"10", "2", "-1"}) == tuple(map(str, range(11)))
-    assert name_classes({"b", "a", "2"}) == ("2", "a", "b")
-    assert name_classes({str(10**12)}) == name_classes(set()) == ()
+def test_classes_that_nothing_names() -> None:
+    assert name_classes([]) == name_classes(["-1"]) == ()
+    assert name_classes({"0", "2"}) == name_classes(["-1", "2", "002"]) == ("0", "1", "2")
+    assert name_classes(["b", "a", "10", "9"]) == ("10", "9", "a", "b")
+    assert name_classes([str(MOST_UNNAMED_CLASSES)]) == ()
+    assert name_classes(["9" * 5000, "1"]) == ("1", "9" * 5000)
     with pytest.raises(InputError, match="those are no classes"):
-        name_classes({f"x{i}" for i in range(MOST_UNNAMED_CLASSES + 1)})
+        name_classes(f"caption {i}" for i in range(MOST_UNNAMED_CLASSES + 1))
 
 
-def test_an_images_class() -> None:
-    number_of = ClassNumbers(("a", "b"))
-    assert [number_of(label) for label in ("b", None, "-1")] == [1, -1, -1]
-    assert ClassNumbers(())("7") == ClassNumbers(tuple(map(str, range(10))))("007") == 7
-    for label, classes in (("c", ("a", "b")), ("x", ())):
-        with pytest.raises(LabelError, match=f"label '{label}' is not"):
-            ClassNumbers(classes)(label)
+def test_numbers_of_classes() -> None:
+    named, counted, unnamed = (
+        class_numbers(("dog", "-1", "7")),
+        class_numbers(("0", "1", "2")),
+        class_numbers(()),
+    )
+    assert [named(label) for label in ("dog", "-1", "7", None)] == [0, 1, 2, -1]
+    assert [counted(label) for label in ("2", "01", "-1", None)] == [2, 1, -1, -1]
+    assert [unnamed(label) for label in ("5", "-1", None)] == [5, -1, -1]
+    for numbers, label in (
+        (named, "0"),
+        (counted, "3"),
+        (counted, "cat"),
+        (unnamed, "cat"),
+        (unnamed, "1" * 19),
+    ):
+        assert numbers(label) is None
+
+
+def test_numbers_that_stand_in_a_file() -> None:
+    for column, numbers in (
+        (pa.array([3, None, 0], pa.uint8()), [3, -1, 0]),
+        (pa.array(["1", "2"]), [-1, -1]),
+    ):
+        assert stored_numbers(pa.chunked_array([column])).to_pylist() == numbers
+
+
+def texts(count: int) -> list[str]:
+    return ["cat" if i % 2 else "dog" for i in range(count)]
+
+
+def of_every_kind(folder: Path) -> None:
+    """The same text labels as one library or the other writes them, and booleans."""
+    kinds: list[Callable[[pa.Array], pa.Array]] = [
+        lambda column: column,
+        lambda column: column.cast(pa.large_string()),
+        lambda column: column.cast(pa.string_view()),
+        lambda column: column.dictionary_encode(),
+    ]
+    for number, kind in enumerate(kinds):
+        some = IMAGES[number * 12 : number * 12 + 12]
+        plain_parquet(folder / f"{number}.parquet", some, kind(pa.array(texts(12))))
+
+
+def column(values: Iterable[object]) -> Callable[[Path], None]:
+    return lambda folder: plain_parquet(folder / "a.parquet", IMAGES, pa.array(values))
+
+
+def tar(labels: Iterable[object]) -> Callable[[Path], None]:
+    """Labels as text in .cls, or what a .json says."""
+
+    def write(folder: Path) -> None:
+        with tarfile.open(folder / "a.tar", "w") as file:
+            for i, (image, label) in enumerate(zip(IMAGES, labels, strict=True)):
+                beside = ("cls", label) if isinstance(label, str) else ("json", json.dumps({"label": label}))
+                for suffix, data in (("png", image), (beside[0], beside[1].encode())):
+                    member = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+
+    return write
+
+
+def rows(uri: Path) -> dict[bytes, int]:
+    """The label of every image, by its pixels."""
+    groups = [group for split in open_splits(str(uri)).indexes.values() for group in split.groups]
+    tables = [read_rows(group, np.arange(group.rows)).to_pylist() for group in groups]
+    return {decode(row["bytes"], 12, 3).tobytes(): row["label"] for table in tables for row in table}
+
+
+@pytest.mark.parametrize(
+    ("source", "write", "classes", "numbers"),
+    [
+        ("huggingface", of_every_kind, ["cat", "dog"], [1, 0] * 24),
+        ("huggingface", column([i % 2 == 1 for i in range(48)]), ["0", "1"], [0, 1] * 24),
+        ("huggingface", column([float(i % 2) for i in range(48)]), ["0", "1"], [0, 1] * 24),
+        ("huggingface", column([-1, 0, 2, None] * 12), ["0", "1", "2"], [-1, 0, 2, -1] * 12),
+        ("webdataset", tar(["007", "-1", "1"] * 16), [str(i) for i in range(8)], [7, -1, 1] * 16),
+        ("webdataset", tar([None, "owl", 3] * 16), ["3", "owl"], [-1, 1, 0] * 16),
+    ],
+    ids=["texts", "booleans", "floats", "unpublished", "zeros in front", "text or json"],
+)
+def test_prepared_and_raw_agree(
+    cluster: None,
+    tmp_path: Path,
+    source: Source,
+    write: Callable[[Path], None],
+    classes: list[str],
+    numbers: list[int],
+) -> None:
+    raw, prepared = tmp_path / "raw", tmp_path / "prepared"
+    raw.mkdir()
+    write(raw)
+    expected = {decode(data, 12, 3).tobytes(): number for data, number in zip(IMAGES, numbers, strict=True)}
+    assert rows(raw) == expected
+    assert open_splits(str(raw))["train"].image.classes == tuple(classes)
+    manifest = prepare(PrepareConfig(str(prepared), source, str(raw), image_size=12))
+    assert (manifest.image["classes"], manifest.quarantined) == (classes, 0)
+    assert rows(prepared) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "write"),
+    [("huggingface", column([0, 1, -7, 1] * 12)), ("webdataset", tar([0, "cat", 1, [1]] * 12))],
+)
+def test_labels_of_no_class_are_left_out_of_both(
+    cluster: None, tmp_path: Path, source: Source, write: Callable[[Path], None]
+) -> None:
+    """Whoever begins with a number has numbers for classes."""
+    raw, prepared = tmp_path / "raw", tmp_path / "prepared"
+    raw.mkdir()
+    write(raw)
+    manifest = prepare(PrepareConfig(str(prepared), source, str(raw), image_size=12, max_bad_fraction=0.5))
+    index = open_splits(str(raw))["train"]
+    assert manifest.image["classes"] == list(index.image.classes) == ["0", "1"]
+    assert manifest.quarantined == index.quarantined == 48 - len(rows(raw)) > 0
+    assert rows(prepared) == rows(raw)

@@ -173,9 +173,9 @@ def test_the_longer_side_can_be_kept(cluster: None, source: Path, tmp_path: Path
 @pytest.mark.parametrize("kind", ["webdataset", "huggingface", "digits"])
 def test_other_sources(cluster: None, kind: str, tmp_path: Path) -> None:
     writer = {"webdataset": write_tars, "huggingface": write_parquet}.get(kind)
-    source = str(writer(tmp_path / "in", IMAGES)) if writer else ""
+    source = str(writer(tmp_path / "in[1]", IMAGES)) if writer else ""
     size = 12 if writer else 0
-    manifest = prepare(PrepareConfig(str(tmp_path / "out"), kind, source, image_size=size))  # type: ignore[arg-type]
+    manifest = prepare(PrepareConfig(str(tmp_path / "out[1]"), kind, source, image_size=size))  # type: ignore[arg-type]
     assert sum(split.rows for split in manifest.splits.values()) == (200 if writer else 1797)
     names = {"webdataset": ["0", "1", "2"], "huggingface": list(CLASSES)}
     assert manifest.image["classes"] == names.get(kind, [str(n) for n in range(10)])
@@ -196,18 +196,18 @@ def test_texts_beside_the_images_of_a_tar_are_the_classes(cluster: None, tmp_pat
 
 def test_s3_in_and_out(cluster: None, s3: str, prepared: tuple[Path, Manifest], source: Path) -> None:
     for path in source.rglob("*.png"):
-        storage.write_atomic(f"{s3}/in/{path.relative_to(source)}", path.read_bytes())
-    manifest = prepare(config(source, f"{s3}/out", input=f"{s3}/in"))
+        storage.write_atomic(f"{s3}/in[1]/{path.relative_to(source)}", path.read_bytes())
+    manifest = prepare(config(source, f"{s3}/out[1]", input=f"{s3}/in[1]"))
     local = contents(prepared[0])
     remote = {
-        name.removeprefix(f"{s3}/out/"): storage.read_bytes(name)
-        for name in storage.list_files(f"{s3}/out")
+        name.removeprefix(f"{s3}/out[1]/"): storage.read_bytes(name)
+        for name in storage.list_files(f"{s3}/out[1]")
         if "/parts/" not in name
     }
     assert {n: d for n, d in remote.items() if n.startswith("data/")} == {
         n: d for n, d in local.items() if n.startswith("data/")
     }
-    assert manifest.fingerprint == open_dataset(f"{s3}/out").fingerprint == prepared[1].fingerprint
+    assert manifest.fingerprint == open_dataset(f"{s3}/out[1]").fingerprint == prepared[1].fingerprint
     storage.write_atomic(f"{s3}/tars/a.tar", tar_bytes(IMAGES[:100]))
     assert set(all_rows(f"{s3}/tars", "train")) < set(IMAGES[:100])
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import webdataset
 from pipeline import storage
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset, read_rows
+from pipeline.data.sources.folder import FolderPart
 from pipeline.data.sources.parquet import read_row_group
 from pipeline.data.sources.parts import Item, Source
 from pipeline.data.sources.registry import find_source, list_source
@@ -58,6 +60,14 @@ def test_all_images_are_read_with_their_labels(source: Source, tmp_path: Path) -
     names = list(CLASSES) if source != "webdataset" else ["0", "1", "2"]
     assert {item.data: item.label for item in items} == {d: names[label_of(i)] for i, d in enumerate(IMAGES)}
     assert len({item.path for item in items}) == len(IMAGES)
+
+
+@pytest.mark.parametrize("source", WRITERS)
+def test_parts_travel_small(source: Source, tmp_path: Path) -> None:
+    parts = list_source(source, str(WRITERS[source](tmp_path / "data", IMAGES)), 50).parts
+    assert pickle.loads(pickle.dumps(parts)) == parts
+    files = sum(len(part.names) for part in parts if isinstance(part, FolderPart))
+    assert len(pickle.dumps(parts)) < 400 + 100 * len(parts) + 20 * files
 
 
 @pytest.mark.parametrize("source", WRITERS)

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
 from pipeline.data.index import open_dataset, open_splits, read_rows
+from pipeline.data.sources.parquet import read_row_group
 from pipeline.errors import InputError
 from tests.data.common import encoded, tar_bytes
 from tests.jobs.common import ROOT
@@ -87,7 +90,6 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_name_is_taken_as_it_is_before_it_is_a_pattern(root: str, name: str) -> None:
     for decoy in DECOYS:
         storage.write_atomic(f"{root}/{decoy}/x.bin", b"decoy")
-        storage.write_atomic(f"{root}/{decoy}.bin", b"decoy")
     folder, file = f"{root}/{name}", f"{root}/{name}/{name}.bin"
     decoys = storage.sizes(root)
     assert not storage.exists(folder) and not storage.exists(f"{folder}/x.bin")
@@ -95,6 +97,12 @@ def test_a_name_is_taken_as_it_is_before_it_is_a_pattern(root: str, name: str) -
     assert storage.sizes(root) == decoys
     storage.write_atomic(file, b"abc")
     assert storage.create(f"{folder}/y.txt", b"") and not storage.create(f"{folder}/y.txt", b"")
+    table = pa.table({"image": [b"abc"]})
+    with pa.BufferOutputStream() as buffer:
+        pq.write_table(table, buffer)
+    storage.write_atomic(f"{folder}/{name}.parquet", buffer.getvalue().to_pybytes())
+    assert read_row_group(f"{folder}/{name}.parquet", 0)["bytes"].to_pylist() == [b"abc"]
+    storage.remove(f"{folder}/{name}.parquet")
     assert storage.exists(folder) and storage.exists(file) and not storage.exists(f"{folder}/x.bin")
     assert storage.read_bytes(file) == storage.read_many([file])[file] == b"abc"
     assert storage.list_files(folder) == sorted([file, f"{folder}/y.txt"])
@@ -130,13 +138,13 @@ def test_what_is_not_there_by_its_name_may_be_a_pattern(root: str) -> None:
 
 def test_data_in_a_folder_of_an_odd_name(root: str) -> None:
     """Found, read and split as in any other, and nothing of the folder that its name matches."""
-    images = encoded(40)
-    for place, some in (("a[1]", images[:30]), ("a1", images[30:])):
+    images = encoded(14)
+    for place, some in (("a[1]", images[:10]), ("a1", images[10:])):
         for i, data in enumerate(some):
             storage.write_atomic(f"{root}/{place}/c[0]/{i}*.png", data)
         storage.write_atomic(f"{root}/tars/{place}.tar", tar_bytes(some))
     for uri in (f"{root}/a[1]", f"{root}/tars/a[1].tar", f"{root}/a[1]/c[0]/*.png"):
         splits = open_splits(uri).indexes.values()
         found = [read_rows(group, np.arange(group.rows)) for split in splits for group in split.groups]
-        assert sorted(data for table in found for data in table["bytes"].to_pylist()) == sorted(images[:30])
+        assert sorted(data for table in found for data in table["bytes"].to_pylist()) == sorted(images[:10])
     assert open_dataset(f"{root}/a[1]").image.classes == ("c[0]",)

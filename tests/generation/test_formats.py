@@ -1,9 +1,13 @@
 """Every format opens as it is in the libraries that read it, and every row says what it is."""
 
+import io
+import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
@@ -11,7 +15,7 @@ from PIL import Image
 from pipeline.config import ImageConfig
 from pipeline.data.images import decode
 from pipeline.data.index import open_dataset, read_rows
-from pipeline.generation.writers import class_folders
+from pipeline.generation.writers import Row, class_folders, parquet
 from tests.generation.common import config, digests, make, manifest, opened
 
 
@@ -97,6 +101,26 @@ def test_the_card_shows_the_first_samples(whole: Path, pixels: list[bytes]) -> N
     sheet = Image.open(whole / "contact-sheet.png")
     assert sheet.size == (16 * 8, 3 * 8)
     assert sheet.crop((8, 16, 16, 24)).tobytes() == pixels[33]
+
+
+@pytest.mark.parametrize("classes", [(), ("a", "b")])
+def test_parquet_files_are_those_of_0_1_0_byte_for_byte(classes: tuple[str, ...]) -> None:
+    """Files that it made are compared by their digests: this is how it wrote them."""
+    labels = [i % 2 for i in range(5)] if classes else [None] * 5
+    integer = {"dtype": "int64", "_type": "Value"}
+    label = {"names": list(classes), "_type": "ClassLabel"} if classes else integer
+    features = {"image": {"_type": "Image"}, "label": label, "index": integer, "seed": integer}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {"image": image, "label": pa.int64(), "index": pa.int64(), "seed": pa.int64()}
+    schema = pa.schema(columns, {"huggingface": json.dumps({"info": {"features": features}})})
+    fields = [pa.array([b"png%d" % i for i in range(5)]), pa.array([f"{i:012d}.png" for i in range(5)])]
+    arrays = [pa.StructArray.from_arrays(fields, fields=list(image))]
+    arrays += [pa.array(values, pa.int64()) for values in (labels, range(5), [7] * 5)]
+    buffer = io.BytesIO()
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    pq.write_table(table, buffer, compression="none", write_statistics=False)
+    rows = [Row(b"png%d" % i, labels[i], i, 7) for i in range(5)]
+    assert parquet(rows, classes) == buffer.getvalue()
 
 
 def test_class_names_that_are_no_folder_names_get_safe_ones() -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.labels import label_text, name_classes
+from pipeline.data.labels import label_text, name_classes, stored_numbers
 from pipeline.data.sources.parts import Item, Part, SourceListing, with_suffix
 from pipeline.errors import InputError
 from pipeline.redact import one_line
@@ -43,7 +43,9 @@ class ParquetPart(Part):
 
     def table(self, rows: np.ndarray) -> pa.Table:
         groups = range(self.start, self.start + self.count)
-        return pa.concat_tables([read_row_group(self.uri, group) for group in groups]).take(rows)
+        table = pa.concat_tables([read_row_group(self.uri, group) for group in groups])
+        # Numbers first: Arrow can't take rows of every kind of text.
+        return table.set_column(1, "label", stored_numbers(table["label"])).take(rows)
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
@@ -129,8 +131,6 @@ def read_row_group(uri: str, number: int) -> pa.Table:
             else None
         )
         label = table["label"] if "label" in columns else pa.nulls(count)
-        if pa.types.is_string_view(label.type):  # from which Arrow takes no rows
-            label = label.cast(pa.string())
     except Exception as error:
         if storage.is_storage_error(error):
             raise

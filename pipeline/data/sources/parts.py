@@ -42,11 +42,14 @@ class Part(ABC):
         """Some of its images, by their positions in it (int [N], any order).
 
         Returns:
-            columns bytes (binary) and path (string), and label where the file holds a column of that name.
+            columns bytes (binary), label (int64, class numbers that stand in the file, -1 for none) and path (string).
         """
         items = list(self.read())
         data, paths = [items[row].data for row in rows], [items[row].path for row in rows]
-        return pa.table({"bytes": pa.array(data, pa.binary()), "path": pa.array(paths, pa.string())})
+        none = pa.array(np.full(len(rows), -1, np.int64))
+        return pa.table(
+            {"bytes": pa.array(data, pa.binary()), "label": none, "path": pa.array(paths, pa.string())}
+        )
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ on the machine.
 
 import posixpath
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.cluster.pool import ActorPool
 from pipeline.data.images import encode_png
-from pipeline.data.labels import MOST_UNNAMED_CLASSES, is_number, label_text, name_classes
+from pipeline.data.labels import label_text
 from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE, list_folder
 from pipeline.data.sources.idx import is_idx, list_idx
 from pipeline.data.sources.parquet import list_parquet
@@ -86,34 +85,3 @@ def find_source(uri: str, files: list[str]) -> Source:
         if is_its and any(map(is_its, names)):
             return source
     raise InputError(f"--data {uri}: holds no prepared images, nor Parquet, tar, IDX or image files")
-
-
-def with_class_names(source: SourceListing) -> SourceListing:
-    """The listing with the classes by name, in order, where its labels are texts; numbers name themselves.
-
-    Where nothing lists the labels and the first of them is a text, all are read once, over the cluster.
-
-    Raises:
-        InputError: so many different texts that they can't be classes.
-    """
-    if source.classes is not None:
-        return source
-    labels = set[str]()
-    if not is_number(_first_label(source.parts[0])):
-        for found in ActorPool(len(source.parts), gpu=False, least=1, ordered=False)(_Labels(), source.parts):
-            labels |= found
-            if len(labels) > MOST_UNNAMED_CLASSES:
-                break
-    return replace(source, classes=name_classes(labels))
-
-
-def _first_label(part: Part) -> str:
-    """As it stands beside the first image that has one; a number where none has."""
-    return next((item.label for item in part.read() if item.label is not None), "0")
-
-
-class _Labels:
-    """All labels in a part; see `pool.Work`."""
-
-    def start(self, device: str) -> Callable[[Part], set[str]]:
-        return lambda part: {item.label for item in part.read() if item.label is not None}
