@@ -130,7 +130,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     with pytest.raises(InputError, match="already holds a search: pass --resume"):
         search(moved)
     moved = replace(moved, resume=True)
-    with pytest.raises(InputError, match="terms was 4"):
+    with pytest.raises(InputError, match="terms = 4, now it is 6"):
         search(replace(moved, terms=6))
     result = search(moved)
 
