@@ -16,6 +16,8 @@ from tests.jobs.common import Outcome, database, outcome_of
 
 # A thread each: two tests, or a test and its jobs, share two cores, and nothing here is large enough for more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor are there programs enough to compile that headers would be worth it.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

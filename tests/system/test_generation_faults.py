@@ -21,7 +21,7 @@ from tests.generation.common import config, digests, make, manifest
 from tests.jobs.common import command, environment, run_job
 from tests.system.cluster import LocalCluster
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.system
 
 SECONDS = 400  # for whatever is waited for, also beside other load
 

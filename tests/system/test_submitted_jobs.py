@@ -10,8 +10,7 @@ from tests.jobs.common import Outcome
 from tests.system.conftest import STEPS, Trained
 from tests.system.served import BUCKET, DATA, PREPARE, RUN, SMALL, Served, wait_for
 
-# The first of all waits for the cluster, and the first of some for a run of training.
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.system
 
 
 def ask(served: Served, path: str = "", method: str = "GET") -> Any:

@@ -15,7 +15,7 @@ from tests.jobs.common import Outcome, outcome
 from tests.system.conftest import Trained
 from tests.system.served import BIN, BUCKET, DATA, Served
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.system
 
 SAMPLES, REPORT = (f"s3://{BUCKET}/{name}" for name in ("samples", "report"))
 MODEL = "models:/digits@newest"

@@ -18,7 +18,7 @@ from tests.jobs.common import command, environment
 from tests.system.cluster import LocalCluster
 from tests.training.test_loop import epochs_digest
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.system
 
 ROWS, BATCH, STEPS, SECONDS = 1620, 90, 108, 300  # six epochs
 FLAGS = (
