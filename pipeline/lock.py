@@ -36,19 +36,22 @@ class LeaseLost(InputError):
 
 
 @contextlib.contextmanager
-def locked(output: str) -> Iterator[None]:
+def locked(output: str) -> Iterator[threading.Event]:
     """Holds the lock of an output; it is gone afterwards.
+
+    Returns:
+        an event that is set when another driver has taken it over.
 
     Raises:
         InputError: another driver that is alive holds it.
-        LeaseLost: another driver took it over. In the main thread it is raised wherever the program is.
+        LeaseLost: another driver took it over. In the main thread it interrupts whatever the program does.
     """
     with _folder_locked(output) as held:
         lease = _Lease(output, held)
         _take(lease)
         try:
-            with _renewed(lease):
-                yield
+            with _renewed(lease) as lost:
+                yield lost
         finally:
             lease.release()
 
@@ -154,16 +157,17 @@ def _take(lease: _Lease) -> None:
 
 
 @contextlib.contextmanager
-def _renewed(lease: _Lease) -> Iterator[None]:
+def _renewed(lease: _Lease) -> Iterator[threading.Event]:
     """Renews a lease from a thread. A storage that is away only delays that: nobody else can take it there."""
     done, lost = threading.Event(), threading.Event()
     main = threading.current_thread() is threading.main_thread()
+    error = LeaseLost(
+        f"--output {lease.output} was taken over by another driver while this one was silent: it stops here, the other "
+        "one goes on"
+    )
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        raise LeaseLost(
-            f"--output {lease.output} was taken over by another driver while this one was silent: it stops here, the "
-            "other one goes on"
-        )
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise error
 
     def run() -> None:
         while not done.wait(RENEW_SECONDS):
@@ -174,18 +178,22 @@ def _renewed(lease: _Lease) -> Iterator[None]:
                         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
                     return
 
-    former = signal.signal(signal.SIGUSR2, hear) if main else None
+    former = signal.signal(signal.SIGUSR2, interrupt) if main else None
     thread = threading.Thread(target=run, daemon=True, name="lease")
     thread.start()
     try:
-        yield
-        if lost.is_set():
-            hear(0, None)
+        yield lost
+    except Exception:
+        if lost.is_set():  # Ray's core makes errors of its own of what interrupts it
+            raise error from None
+        raise
     finally:
         done.set()
         thread.join()
         if main:
             signal.signal(signal.SIGUSR2, former or signal.SIG_DFL)
+    if lost.is_set():
+        raise error
 
 
 def _refusal(output: str, lock: dict[str, Any]) -> InputError:

@@ -22,7 +22,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import storage
 from pipeline.display import Display
 from pipeline.evaluation.config import BITS_PER_DIM
-from pipeline.lock import LeaseLost
 from pipeline.redact import one_line
 
 # The value by which a point is known as one of a curve: of the training, and of the validation.
@@ -159,6 +158,7 @@ class ChannelReader:
     Args:
         last_steps: by curve, the last step that it already has.
         deliver: takes new points and files; what it could not take (it raised) is offered again.
+        lost: set when another driver has taken over the run: from then on nothing is delivered.
     """
 
     def __init__(
@@ -168,15 +168,17 @@ class ChannelReader:
         last_steps: dict[str, int],
         deliver: Callable[[list[Point], list[tuple[str, bytes]]], None],
         on_point: Callable[[int, dict[str, float]], None],
+        lost: threading.Event,
     ) -> None:
         self._channel, self._display, self._deliver, self._on_point = channel, display, deliver, on_point
+        self._lost = lost
         self._last, self._kept, self._error = dict(last_steps), Messages(), ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="run-channel")
         self.latest: dict[str, float] = {}
 
     def _run(self) -> None:
-        while not self._done.wait(POLL_SECONDS):
+        while not (self._done.wait(POLL_SECONDS) or self._lost.is_set()):
             self._round()
 
     def _round(self) -> None:
@@ -223,7 +225,7 @@ class ChannelReader:
     ) -> None:
         self._done.set()
         self._thread.join()
-        if not isinstance(error, LeaseLost):
+        if not self._lost.is_set():
             self._round()
         self._display.close()
         if self._error:

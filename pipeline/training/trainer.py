@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
-from pipeline.lock import LeaseLost, locked
+from pipeline.lock import locked
 from pipeline.models.ema import power_gamma
 from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
@@ -165,9 +166,9 @@ def train(
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
     # A caller that opened the MLflow run holds the lock of the folder that the output lies in.
-    with contextlib.nullcontext() if hooks.run_id else locked(output):
+    with contextlib.nullcontext(threading.Event()) if hooks.run_id else locked(output) as lost:
         run = open_run(config, spec, data["train"], output, hooks.run_id)
-        return _train(config, data, spec, output, run, callbacks, on_point, hooks)
+        return _train(config, data, spec, output, run, callbacks, on_point, hooks, lost)
 
 
 def _train(
@@ -179,6 +180,7 @@ def _train(
     callbacks: Sequence[Any],
     on_point: Callable[[int, dict[str, float]], None],
     hooks: worker.Hooks,
+    lost: threading.Event,
 ) -> Trained:
     folder = storage.join(output, CHECKPOINTS)
     mend(folder)
@@ -195,7 +197,7 @@ def _train(
 
     status = "FAILED"
     try:
-        with ChannelReader(channel, display, run.last_steps, deliver, on_point) as reader:
+        with ChannelReader(channel, display, run.last_steps, deliver, on_point, lost) as reader:
             result, signal_number = run_until_signal(trainer.fit, channel, display.note)
             if reason := ray.get(channel.reason_to_give_up.remote()):
                 raise InputError(reason)
@@ -214,12 +216,9 @@ def _train(
     except Interrupted:
         status = "KILLED"
         raise
-    except LeaseLost:
-        status = "RUNNING"  # by the other driver
-        raise
     finally:
         ray.kill(channel)
-        if status != "RUNNING":
+        if status != "RUNNING" and not lost.is_set():  # else the run is the other driver's
             runs.end_run(run, status)
     place = storage.join(output, "model")
     exported = save_model(place, weights, spec)

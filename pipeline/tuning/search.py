@@ -21,7 +21,7 @@ from pipeline.config import to_dict
 from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.lock import LeaseLost, locked
+from pipeline.lock import locked
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import registry, runs
 from pipeline.tuning import ledger, report
@@ -75,7 +75,7 @@ def search(
     # Trials run in folders of Ray's.
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
-    with locked(config.output):
+    with locked(config.output) as lost:
         parent = _open(config, space, splits)
         try:
             at_a_time, objective = _concurrent(config), make_objective(config, splits)
@@ -83,10 +83,9 @@ def search(
             trainable = tune.with_parameters(trial, **settings)
             _run(config, space, trainable, at_a_time, parent)
             return _conclude(config, parent)
-        except LeaseLost:
-            raise  # the run is the other driver's
         except InputError:
-            runs.end_run(parent, "FAILED")
+            if not lost.is_set():  # else the run is the other driver's
+                runs.end_run(parent, "FAILED")
             raise
 
 

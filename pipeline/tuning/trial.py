@@ -45,6 +45,8 @@ class Trial(tune.Trainable):
     Ray Tune calls `step` once for each rung, and `cleanup` when it is told to stop.
     """
 
+    _measured = False  # whether this process has measured the trial
+
     def setup(self, config: dict[str, Any], *, job: TuneConfig, **settings: Any) -> None:
         """Called by Ray Tune in the trial's own actor; `config` is the trial's flags."""
         connect()
@@ -59,6 +61,7 @@ class Trial(tune.Trainable):
             if rung not in self.record.rungs:
                 check_finite(rung)
                 self.keep(rungs=(*self.record.rungs, rung))
+            self._measured = True
             if done := rung.images >= self.job.images:
                 self.finish()
                 self.keep(status="finished")
@@ -69,8 +72,9 @@ class Trial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Ends an unfinished trial at its last rung, if Ray Tune told it to stop."""
-        if self.record.status != "running":
-            return
+        measured, self._measured = self._measured, False
+        if self.record.status != "running" or not measured:
+            return  # what has no rung yet goes on after a resume
         try:
             if self.stopped_early():
                 self.keep(status="stopped")
