@@ -84,7 +84,8 @@ def test_a_name_that_leads_nowhere_gets_one_line_and_leaves_nothing(
 def test_no_job_leaves_anything_in_the_temporary_folder(digits: Path, temporary: Path) -> None:
     def leaves_nothing(job: Any, config: Any) -> dict[str, Any]:
         try:
-            result: dict[str, Any] = job.execute(config)
+            checked = [job.check(config)] if hasattr(job, "check") else []
+            result: dict[str, Any] = job.execute(config, *checked)
         finally:
             assert not list(temporary.iterdir())
         return result
