@@ -128,9 +128,10 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     guidance = arguments.guidance or GUIDANCE[name]
     connect(environment={"MLFLOW_TRACKING_URI": runs.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
     prepare.execute(prepared(name, Path(arguments.mnist), root, smoke))
+    settings = training(name, root, 4 if smoke else arguments.steps)
     began = time.perf_counter()
     with CpuTime() as cpu:
-        trained = train.execute(training(name, root, 4 if smoke else arguments.steps))
+        trained = train.execute(settings, train.check(settings))
     result = {
         "data": name,
         "steps": trained["count"],
