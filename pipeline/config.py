@@ -242,6 +242,17 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
         raise InputError(f"{where}: {error}") from None
 
 
+def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of every setting of a configuration and of those inside it, by dotted name."""
+    from typing import get_type_hints
+
+    leaves: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        nested = dataclasses.is_dataclass(hint)
+        leaves |= leaf_fields(hint, f"{prefix}{name}.") if nested else {f"{prefix}{name}": hint}
+    return leaves
+
+
 def check_at_least(config: Any, **least: float) -> None:
     """Refuses settings below their least value, or that are not a number.
 

@@ -37,10 +37,10 @@ class LeaseLost(InputError):
 
 @contextlib.contextmanager
 def locked(output: str) -> Iterator[threading.Event]:
-    """Holds the lock of an output; it is gone afterwards.
+    """Holds the lock of an output, and releases it afterwards.
 
-    Returns:
-        an event that is set when another driver has taken it over.
+    Yields:
+        an event that is set when another driver has taken the output over.
 
     Raises:
         InputError: another driver that is alive holds it.
@@ -90,7 +90,7 @@ class _Lease:
         self._place, self._owner = storage.join(output, LOCK), uuid.uuid4().hex
 
     def read(self) -> tuple[dict[str, Any], str | None]:
-        """What it says (nothing, where it is damaged), and its version; None where there is none."""
+        """The content (empty where the file is damaged) and the version (None where there is no file)."""
         try:
             content, version = storage.read_version(self._place)
         except FileNotFoundError:
@@ -101,7 +101,7 @@ class _Lease:
         return {}, version
 
     def other(self) -> dict[str, Any]:
-        """What another owner wrote that may be alive; nothing where there is none."""
+        """The content that another owner wrote, if that owner may be alive; empty otherwise."""
         lock, _ = self.read()
         if _is_here(lock):
             by_process = lock.get("pids", _pids()) == _pids() and not psutil.pid_exists(lock.get("pid", 0))
@@ -111,23 +111,25 @@ class _Lease:
     def take(self, seen: dict[str, Any]) -> bool:
         """Takes a free lease, or a dead owner's; of many who try, one does."""
         lock, version = self.read()
-        content = json.dumps(_self() | {"owner": self._owner}).encode()
         if version is None:
-            return storage.create(self._place, content)
+            return storage.create(self._place, self._content())
+        if seen and lock != seen:
+            return False
         # Some stores ignore the condition: there the one that wrote last has it.
-        taken = lock == seen or not seen
-        return taken and storage.replace(self._place, content, version) and self._is_ours(self.read()[0])
+        return storage.replace(self._place, self._content(), version) and self._is_ours(self.read()[0])
 
     def renew(self) -> bool:
-        """Whether it still is ours."""
+        """Renews the lease, if it still is ours; returns whether it was."""
         lock, version = self.read()
-        content = json.dumps(_self() | {"owner": self._owner}).encode()
-        return self._is_ours(lock) and storage.replace(self._place, content, version or "")
+        return self._is_ours(lock) and storage.replace(self._place, self._content(), version or "")
 
     def release(self) -> None:
         with contextlib.suppress(Exception):  # it expires by itself
             if self._is_ours(self.read()[0]):
                 storage.remove(self._place)
+
+    def _content(self) -> bytes:
+        return json.dumps(_self() | {"owner": self._owner}).encode()
 
     def _is_ours(self, lock: dict[str, Any]) -> bool:
         return lock.get("owner") == self._owner

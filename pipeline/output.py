@@ -40,12 +40,13 @@ def check_claim(
     defaults: dict[str, Any] | None = None,
     hints: dict[str, str] | None = None,
 ) -> None:
-    """Whether what an output was begun with allows to go on with `fixed`: an output belongs to one set of settings.
+    """Refuses to continue an output with other settings than it was begun with.
 
     Args:
-        before: what `read_claim` gave.
-        defaults: of settings that an older release did not have.
-        hints: by setting, what else is to be said of its former value.
+        before: what `read_claim` returned.
+        fixed: the settings of this run that must equal those the output was begun with.
+        defaults: values of settings that an older release did not write.
+        hints: by setting, words that the error adds to the former value.
 
     Raises:
         InputError: other settings, or a release that works otherwise.

@@ -35,9 +35,8 @@ def open_fs(uri: str) -> tuple[Any, str]:
     try:
         if scheme not in ("file", *_EXTRAS):
             return fsspec.core.url_to_fs(uri)
-        kind = fsspec.get_filesystem_class(
-            scheme
-        )  # by itself: `::` in a name is no chain of file systems there
+        # Not url_to_fs: it takes `::` in a name for a chain of file systems.
+        kind = fsspec.get_filesystem_class(scheme)
         return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
     except ImportError as error:
         extra = f": pip install 'ray-ddpm[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
@@ -73,7 +72,7 @@ def exists(uri: str, pattern: bool = False) -> bool:
     """Whether there is a file or a folder of that very name.
 
     Args:
-        pattern: or files that it matches, as `list_files` would list them.
+        pattern: also accept a pattern that matches some files, as `list_files` does.
 
     Raises:
         InputError: the storage can't say.
@@ -165,7 +164,7 @@ def move(uri: str, to: str) -> None:
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Writes a file only where there is none; whether it did. Atomic where the store can: S3 and GCS can."""
+    """Writes a file if there is none yet; returns whether it did. Atomic where the store can: S3 and GCS can."""
     fs, path = open_fs(uri)
     try:
         fs.pipe_file(path, data, mode="create")
@@ -175,7 +174,7 @@ def create(uri: str, data: bytes) -> bool:
 
 
 def read_version(uri: str) -> tuple[bytes, str]:
-    """A whole file, and by what `replace` knows it again."""
+    """A whole file and its version, by which `replace` recognises it (empty where the store has no versions)."""
     fs, path = open_fs(uri)
     fs.invalidate_cache()
     # The version first: if the file changes between the two, `replace` finds that out.
@@ -184,7 +183,7 @@ def read_version(uri: str) -> tuple[bytes, str]:
 
 
 def replace(uri: str, data: bytes, version: str) -> bool:
-    """Overwrites a file only where it still is of that version; whether it did. Atomic on S3 alone."""
+    """Overwrites a file if it still has that version; returns whether it did. Atomic on S3 alone."""
     if not version:
         write_atomic(uri, data)
         return True
@@ -248,8 +247,13 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
             found = [path] if kind == "file" else sorted(fs.find(path)) if kind else []
         if not found and not kind:
             raise InputError(f"{uri}: no such file or folder")
-    wanted = [name for name in found if not suffixes or name.lower().endswith(suffixes)]
+    wanted = with_suffix(found, *suffixes) if suffixes else found
     return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
+
+
+def with_suffix(files: list[str], *suffixes: str) -> list[str]:
+    """The files whose names end in one of these, in upper or lower case."""
+    return [file for file in files if file.lower().endswith(suffixes)]
 
 
 def is_storage_error(error: Exception) -> bool:

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_type_hints
+from typing import IO, Any, TypeVar
 
 import tyro
 
@@ -17,7 +17,7 @@ import tyro
 from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, on_parse_error
 
 from pipeline.cluster.session import connect, disconnect
-from pipeline.config import RENAMED, from_dict, load_yaml
+from pipeline.config import RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.redact import one_line, redact, refuse_secrets
@@ -56,7 +56,7 @@ def _mistake(event: ParseErrorEvent, cls: type) -> str:
     """What is wrong with a command line, from what tyro says of it."""
     unknown: list[str] = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
     if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
-        near = difflib.get_close_matches(flag.replace("_", "-"), list(_flags(cls)), n=1, cutoff=0.7)
+        near = difflib.get_close_matches(flag.replace("_", "-"), _flags(cls), n=1, cutoff=0.7)
         return f"no flag {flag}" + (f": did you mean {near[0]}?" if near else "")
     if unknown:
         return f"{unknown[0]!r} stands where a flag is expected"
@@ -81,13 +81,9 @@ def _name(argument: Any) -> str:
     )
 
 
-def _flags(cls: Any) -> Iterator[str]:
-    """Every flag of a configuration and of those inside it."""
-    for name, hint in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _flags(hint)
-        else:
-            yield f"--{name.replace('_', '-')}"
+def _flags(cls: type) -> list[str]:
+    """Every flag of a configuration, as it is typed."""
+    return [f"--{name.rpartition('.')[2].replace('_', '-')}" for name in leaf_fields(cls)]
 
 
 def main(

@@ -60,7 +60,7 @@ def names_of_all(labels: Iterable[str], first: str) -> tuple[str, ...]:
 
 
 def class_numbers(classes: tuple[str, ...]) -> Callable[[str | None], int | None]:
-    """What gives labels the numbers of their classes: -1 where there is no label, None for one that is no class.
+    """Returns a function from a label to its class number: -1 for no label, None for a label that is no class.
 
     Args:
         classes: all of them, in order; with none, numbers are taken as they are.

@@ -9,7 +9,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import optuna
 from optuna.distributions import (
@@ -19,7 +19,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from pipeline.config import RENAMED, TrainConfig, from_dict, load_yaml, to_dict
+from pipeline.config import RENAMED, TrainConfig, from_dict, leaf_fields, load_yaml, to_dict
 from pipeline.errors import InputError
 from pipeline.redact import one_line
 
@@ -133,7 +133,7 @@ def resolve_flag(name: str, where: str = "--space") -> str:
     """
     wanted = name.lstrip("-").replace("-", "_")
     wanted = RENAMED.get(wanted, wanted)
-    found = [flag for flag in _flags() if wanted in (flag, flag.rpartition(".")[2])]
+    found = [flag for flag in leaf_fields(TrainConfig) if wanted in (flag, flag.rpartition(".")[2])]
     if not found:
         raise InputError(f"{where}: {name!r} is no flag of jobs/train.py (see its --help)")
     if found[0] in RESERVED:
@@ -178,17 +178,6 @@ def train_command(config: TrainConfig) -> str:
     return shlex.join(words)
 
 
-def _flags() -> dict[str, Any]:
-    """Every dotted name of TrainConfig, with its type."""
-    flags: dict[str, Any] = {}
-    for name, hint in get_type_hints(TrainConfig).items():
-        if dataclasses.is_dataclass(hint):
-            flags |= {f"{name}.{leaf}": kind for leaf, kind in get_type_hints(hint).items()}
-        else:
-            flags[name] = hint
-    return flags
-
-
 def _defaults(cls: Any) -> dict[str, Any]:
     defaults = {}
     for field in dataclasses.fields(cls):
@@ -215,7 +204,7 @@ def _choice(values: list[str], name: str, where: str) -> CategoricalDistribution
 
 
 def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
-    kind = _flags()[flag]
+    kind = leaf_fields(TrainConfig)[flag]
     if kind not in (int, float):
         raise InputError(f"{where}: {flag} is no number: give a list of values")
     if unknown := set(value) - {"low", "high", "log", "step"}:

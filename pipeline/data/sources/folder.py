@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing, with_suffix
+from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing
 from pipeline.errors import InputError
 
 # What `datasets` calls an ImageFolder's table of other columns: the images are files.
@@ -34,7 +34,7 @@ class FolderPart(Part):
 
 
 def list_folder(uri: str, files: list[str], images_per_part: int) -> SourceListing:
-    files = with_suffix(files, *IMAGE_SUFFIXES)
+    files = storage.with_suffix(files, *IMAGE_SUFFIXES)
     if not files:
         raise InputError(f"--input {uri}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     root = _root(uri, files)

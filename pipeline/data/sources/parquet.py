@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.labels import label_text, name_classes, stored_numbers
-from pipeline.data.sources.parts import Item, Part, SourceListing, with_suffix
+from pipeline.data.sources.parts import Item, Part, SourceListing
 from pipeline.errors import InputError
 from pipeline.redact import one_line
 
@@ -149,7 +149,7 @@ def _paths(own: pa.Array | None, prefix: str, count: int) -> pa.Array:
 
 def list_parquet(uri: str, files: list[str], images_per_part: int) -> SourceListing:
     parts, names = list[Part](), dict[tuple[str, ...], tuple[str, ...]]()
-    for file in with_suffix(files, ".parquet"):
+    for file in storage.with_suffix(files, ".parquet"):
         rows, found = row_counts(file), class_names(file)
         classes = names.setdefault(found, found)  # one object for all parts: it travels once
         start = count = images = 0

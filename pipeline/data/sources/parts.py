@@ -66,8 +66,3 @@ class SourceListing:
     size: int = 0
     channels: int = 0
     classes: tuple[str, ...] | None = ()
-
-
-def with_suffix(files: list[str], *suffixes: str) -> list[str]:
-    """The files whose names end so, in upper or lower case."""
-    return [file for file in files if file.lower().endswith(suffixes)]

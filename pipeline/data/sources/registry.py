@@ -39,8 +39,8 @@ def list_digits(uri: str, files: list[str], images_per_part: int) -> SourceListi
     return SourceListing((DigitsPart("digits"),), 8, 1, tuple(map(str, range(10))))
 
 
-# Of each source: who lists it (its URI, the files there, images in a part), and whether a file of that name, in lower
-# case, is one of its. The first that has such a file is what a folder is.
+# By source: the function that lists it (from its URI, its files and the images in a part), and the test that tells its
+# files by their lower-case names. A folder belongs to the first source whose test accepts one of its files.
 _SOURCES: dict[
     Source, tuple[Callable[[str, list[str], int], SourceListing], Callable[[str], bool] | None]
 ] = {

@@ -10,7 +10,7 @@ from typing import IO
 
 from pipeline import storage
 from pipeline.data.labels import label_text
-from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing, with_suffix
+from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing
 from pipeline.errors import InputError
 
 
@@ -50,7 +50,7 @@ class TarPart(Part):
 
 
 def list_tars(uri: str, files: list[str], images_per_part: int) -> SourceListing:
-    parts = tuple(TarPart(file) for file in with_suffix(files, ".tar"))
+    parts = tuple(TarPart(file) for file in storage.with_suffix(files, ".tar"))
     if not parts:
         raise InputError(f"--input {uri}: no .tar files in it")
     return SourceListing(parts, classes=None)
