@@ -22,7 +22,7 @@ from pipeline.cluster.session import connect
 from pipeline.commands import cli
 from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
 from pipeline.diffusion.process import make_process
-from pipeline.tracking import runs
+from pipeline.tracking import address
 from pipeline.training import loop, network
 
 
@@ -65,7 +65,7 @@ def main(smoke: bool, threads: int, folder: Path) -> dict[str, object]:
         experiment="pipeline_overhead",
     )
     first = bare_alone(config, spec, steps // 2)
-    connect(environment=runs.environment())
+    connect(environment=address.environment())
     on_disk(folder, 64 if smoke else 640, spec.image)
     rate, points = pipeline_rate(config)
     second = bare_alone(config, spec, steps // 2)
@@ -89,7 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a small network and few steps: does it run?")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
-        runs.quieten()
+        address.quieten()
         os.chdir(temporary)
         result = main(options.smoke, options.threads, Path(temporary))
         print(json.dumps(result), file=stream, flush=True)

@@ -26,7 +26,7 @@ from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, Train
 from pipeline.data.shards import PrepareConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.generation.config import GenerateConfig
-from pipeline.tracking import runs
+from pipeline.tracking import address
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 PADDING = 2
@@ -82,7 +82,7 @@ def pad_mnist(source: Path, output: Path, most: int) -> None:
 
 def prepared(name: str, mnist: Path, root: Path, smoke: bool) -> PrepareConfig:
     if name == "digits":
-        return PrepareConfig(output=str(root / "data"), validation_fraction=0.2)
+        return PrepareConfig(output=str(root / "data"), source="digits", validation_fraction=0.2)
     if not (root / "padded" / "train-labels-idx1-ubyte").exists():
         pad_mnist(mnist, root / "padded", 2000 if smoke else 60_000)
     return PrepareConfig(
@@ -126,7 +126,7 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Runs the jobs; returns what is printed."""
     name, smoke = arguments.data, arguments.smoke
     guidance = arguments.guidance or GUIDANCE[name]
-    connect(environment={"MLFLOW_TRACKING_URI": runs.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
+    connect(environment={"MLFLOW_TRACKING_URI": address.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
     prepare.execute(prepared(name, Path(arguments.mnist), root, smoke))
     settings = training(name, root, 4 if smoke else arguments.steps)
     began = time.perf_counter()
@@ -182,6 +182,6 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps: does it run?")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
-        runs.quieten()
+        address.quieten()
         where = Path(options.output or temporary).absolute()
         print(json.dumps(main(options, where)), file=stream, flush=True)

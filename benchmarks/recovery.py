@@ -94,10 +94,10 @@ def drive(writer: int) -> None:
     """The training job, which writes each new point's step to a pipe."""
     from pipeline.cluster.session import connect
     from pipeline.config import DiffusionConfig, ModelConfig, TrainConfig
-    from pipeline.tracking import runs
+    from pipeline.tracking import address
     from pipeline.training.trainer import train
 
-    runs.quieten()
+    address.quieten()
     connect()
     config = TrainConfig(
         data="digits",

@@ -22,7 +22,7 @@ from typing import Any  # noqa: E402
 from pipeline.cluster.session import connect  # noqa: E402
 from pipeline.commands import cli  # noqa: E402
 from pipeline.config import ImageConfig, ModelConfig, TrainConfig  # noqa: E402
-from pipeline.tracking import runs  # noqa: E402
+from pipeline.tracking import address, runs  # noqa: E402
 
 
 class Clock:
@@ -99,7 +99,7 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
 
     clock = Clock(BEGAN)
     clock("imports")
-    connect(environment=runs.environment())
+    connect(environment=address.environment())
     clock("Ray")
     from benchmarks.common import on_disk, pipeline_rate, two_over_one
 
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a small network and few steps: does it run?")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
-        runs.quieten()
+        address.quieten()
         os.chdir(temporary)
         result = main(options.smoke, Path(temporary))
         print(json.dumps(result), file=stream, flush=True)

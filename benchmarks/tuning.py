@@ -25,7 +25,8 @@ from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.models.export import load_model
-from pipeline.tracking.runs import end_run, quieten, tracking_uri
+from pipeline.tracking.address import quieten, tracking_uri
+from pipeline.tracking.runs import end_run
 from pipeline.training.trainer import train
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger
@@ -85,7 +86,7 @@ def main() -> None:
     connect(environment={"MLFLOW_TRACKING_URI": tracking_uri()})
     data = str(output / "digits")
     if not (output / "digits" / "manifest.json").exists():
-        prepare(PrepareConfig(output=data))
+        prepare(PrepareConfig(output=data, source="digits"))
     base = TuneConfig(
         data=data,
         output=str(output / "tpe"),

@@ -19,6 +19,9 @@ LossKind = Literal["simple", "weighted", "vlb", "hybrid", "min_snr"]
 TimestepSampler = Literal["uniform", "loss_second_moment"]
 SamplerName = Literal["ancestral", "ddim", "dpm_solver"]
 Precision = Literal["auto", "fp32", "bf16"]
+Source = Literal[
+    "auto", "digits", "idx", "cifar", "npz", "folder", "zip", "webdataset", "huggingface", "arrow"
+]
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How raw data is read; prepared data needs none of it."""
+
+    source: Source = "auto"
+    """Kind of --data where it was not prepared; auto looks into it."""
+    image_column: str = ""
+    """Column with the images in Parquet and Arrow files; found by its type where there is only one."""
+    label_column: str = ""
+    """Column with the labels in Parquet and Arrow files, or in the metadata of a folder; none = take no labels."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: what the data, the model and the optimizer are, and where everything goes."""
 
@@ -186,6 +201,9 @@ class TrainConfig:
     """Name under which the finished model is registered in MLflow; empty = not registered."""
     alias: str = "newest"
     """Alias that is pointed at the registered version."""
+    reading: Reading = field(default_factory=Reading)
+    split: tuple[str, ...] = ()
+    """The own splits of raw data to use; all, but a test split is left alone where there is a validation split."""
 
 
 _T = TypeVar("_T")

@@ -1,11 +1,12 @@
 """Whose an output folder is: one set of settings, from its first file on."""
 
 import json
+import os
 from typing import Any
 
 from pipeline import __version__, storage
 from pipeline.errors import InputError
-from pipeline.versions import OF_0_1_0, VERSIONS, check_same
+from pipeline.versions import OF_0_1_0, TRAINING, VERSIONS, check_same
 
 
 def read_claim(output: str, name: str) -> dict[str, Any] | None:
@@ -39,6 +40,7 @@ def check_claim(
     fixed: dict[str, Any],
     defaults: dict[str, Any] | None = None,
     hints: dict[str, str] | None = None,
+    of: tuple[str, ...] = TRAINING,
 ) -> None:
     """Refuses to continue an output with other settings than it was begun with.
 
@@ -47,11 +49,12 @@ def check_claim(
         fixed: the settings of this run that must equal those the output was begun with.
         defaults: values of settings that an older release did not write.
         hints: by setting, words that the error adds to the former value.
+        of: the versions that the work depends on.
 
     Raises:
         InputError: other settings, or a release that works otherwise.
     """
-    check_same(before.get("versions"), f"--output {output}")
+    check_same(before.get("versions"), f"--output {output}", of)
     for key, now in fixed.items():
         if (then := before["fixed"].get(key, (defaults or {}).get(key))) != now:
             raise InputError(
@@ -64,3 +67,26 @@ def write_claim(output: str, name: str, fixed: dict[str, Any], **beside: Any) ->
     """Makes an output belong to `fixed`; what is `beside` it is kept, and may change."""
     content = {"versions": {**VERSIONS, "release": f"ray-ddpm {__version__}"}, "fixed": fixed, **beside}
     storage.write_atomic(storage.join(output, name), json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def check_apart(output: str, flag: str, source: str) -> None:
+    """Refuses an output inside of the data that it is made from: the next run would take it for data.
+
+    Args:
+        flag: that the data was given with.
+
+    Raises:
+        InputError: it lies inside, or is the same folder.
+    """
+    if source and is_inside(output, source):
+        raise InputError(f"--output {output} lies inside of {flag} {source}: choose a folder beside it")
+
+
+def is_inside(uri: str, folder: str) -> bool:
+    """Whether a file or a folder lies in another folder, or is that, whatever links lead there."""
+
+    def place(uri: str) -> str:
+        whole = storage.absolute(uri)
+        return f"{os.path.realpath(whole) if storage.is_local(uri) else whole.rstrip('/')}/"
+
+    return place(uri).startswith(place(folder))

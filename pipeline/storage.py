@@ -30,7 +30,8 @@ def open_fs(uri: str) -> tuple[Any, str]:
     Raises:
         InputError: a scheme that nothing installed can open.
     """
-    uri = os.path.expanduser(uri)  # noqa: PTH111  (may be a URI)
+    if uri.startswith("~"):  # the home folder, unless something here is called so
+        uri = os.path.abspath(uri) if os.path.lexists(uri) else os.path.expanduser(uri)  # noqa: PTH100, PTH111
     scheme = found[1] if (found := _SCHEME.match(uri)) else "file"
     try:
         if scheme not in ("file", *_EXTRAS):
@@ -101,9 +102,9 @@ def _pattern(fs: Any, path: str) -> str | None:
     return None
 
 
-def _matches(fs: Any, pattern: str) -> list[str]:
+def _matches(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
     found = fs.glob(pattern, detail=True)
-    return sorted(name for name, info in found.items() if info["type"] == "file")
+    return {name: info for name, info in found.items() if info["type"] != "directory"}
 
 
 @contextlib.contextmanager
@@ -228,11 +229,11 @@ def write_atomic(uri: str, data: bytes) -> None:
         raise
 
 
-def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+def list_details(uri: str) -> dict[str, dict[str, Any]]:
     """A file, every file below a folder, or, where neither is there, the files that a pattern with *, ? or [] matches.
 
     Returns:
-        URIs that `open_fs` takes, sorted.
+        what the storage says of each (at least `size`), by its path in the file system that `open_fs` gives.
 
     Raises:
         InputError: there is none of these, or it can't be read.
@@ -241,12 +242,29 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
     fs.invalidate_cache()  # others write there too
     with _asking(uri):
         if (pattern := _pattern(fs, path)) is not None:
-            kind, found = None, _matches(fs, pattern)
+            found = _matches(fs, pattern)
+        elif (kind := _kind(fs, path)) == "file":
+            return {path: fs.info(path)}
+        elif kind:
+            return dict(fs.find(path, detail=True))
         else:
-            kind = _kind(fs, path)
-            found = [path] if kind == "file" else sorted(fs.find(path)) if kind else []
-        if not found and not kind:
+            found = {}
+        if not found:
             raise InputError(f"{uri}: no such file or folder")
+        return found
+
+
+def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+    """The URIs of what `list_details` finds, sorted.
+
+    Args:
+        suffixes: only names that end in one of these, in upper or lower case.
+
+    Raises:
+        InputError: as `list_details`.
+    """
+    fs = open_fs(uri)[0]
+    found = sorted(list_details(uri))
     wanted = with_suffix(found, *suffixes) if suffixes else found
     return wanted if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(name) for name in wanted]
 

@@ -9,11 +9,12 @@ from typing import Any
 from pipeline.errors import InputError
 
 VERSIONS = {
-    "order": 1,  # which samples form global batch k
+    "order": 2,  # which samples form global batch k
     "noise": 1,  # which random numbers a sample gets
     "kernels": 1,  # how the network's arithmetic is done, to the bit
     "format": 2,  # how files are laid out
 }
+TRAINING, SAMPLING, PREPARING = ("order", "noise", "kernels"), ("noise", "kernels"), ("order",)
 OF_0_1_0 = {"order": 1, "noise": 1, "kernels": 1, "format": 2}
 
 
@@ -31,19 +32,18 @@ def check_readable(found: dict[str, Any] | None, where: str) -> None:
         )
 
 
-def check_same(found: dict[str, Any] | None, where: str) -> None:
+def check_same(found: dict[str, Any] | None, where: str, of: tuple[str, ...] = TRAINING) -> None:
     """Whether work that was begun can go on and come out as if nothing had stopped it.
+
+    Args:
+        of: the versions that such work depends on.
 
     Raises:
         InputError: this release orders data, draws noise or computes otherwise than the one that began it.
     """
     check_readable(found, where)
     its = found or OF_0_1_0
-    changed = [
-        f"{name} {its[name]}, now {VERSIONS[name]}"
-        for name in ("order", "noise", "kernels")
-        if its[name] != VERSIONS[name]
-    ]
+    changed = [f"{name} {its[name]}, now {VERSIONS[name]}" for name in of if its[name] != VERSIONS[name]]
     if changed:
         raise InputError(
             f"{where}: begun by {its.get('release', 'ray-ddpm 0.1.0')}, which works otherwise ({'; '.join(changed)}): "

@@ -16,15 +16,21 @@ from tests.jobs.common import Outcome, database, outcome_of
 
 # A thread each: two tests, or a test and its jobs, share two cores, and nothing here is large enough for more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Many nodes share this machine, and nobody looks at their figures: what watches them would take a tenth of it.
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "2")
 # Nor are there programs enough to compile that headers would be worth it.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that use the local Ray, and puts all tests into an order in which it is started once."""
+    """Marks the tests that use a cluster that is shared, and orders all so that each is started once."""
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("system"):
+        fixtures = getattr(item, "fixturenames", ())
+        if "cluster" in fixtures and not item.get_closest_marker("system"):
             item.add_marker("cluster")
+        if "served" in fixtures:
+            item.add_marker("served")
     items.sort(key=_place)
 
 
@@ -79,7 +85,8 @@ def digits(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pipeline.data.shards import PrepareConfig, prepare
 
     folder = tmp_path_factory.mktemp("digits")
-    prepare(PrepareConfig(output=str(folder), source="digits"))
+    # Of the 1797, so many as make 18 batches of 90.
+    prepare(PrepareConfig(output=str(folder), source="digits", validation_fraction=0.098))
     return folder
 
 

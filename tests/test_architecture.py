@@ -100,3 +100,24 @@ def test_the_public_names_are_imported_when_they_are_asked_for() -> None:
     subprocess.run([sys.executable, "-c", asked], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pipeline.nothing
+
+
+LIGHT = {
+    "pipeline.commands.train": ("mlflow", "torch", "ray"),
+    "pipeline.commands.tune": ("mlflow", "torch", "ray"),
+    "pipeline.commands.generate": ("mlflow", "torch", "ray"),
+    "pipeline.commands.evaluate": ("mlflow", "torch", "ray"),
+    "pipeline.commands.plot": ("mlflow", "torch", "ray"),
+    "pipeline.commands.submit": ("mlflow", "torch", "ray"),
+    "pipeline.commands.prepare": ("mlflow", "torch"),
+    "pipeline.data.stream": ("mlflow", "torch"),  # Ray Train's actor that hands out the streams
+    "pipeline.training.worker": ("mlflow",),
+}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_process_does_not_import_what_it_does_not_use(module: str) -> None:
+    """MLflow and torch take seconds each: before a flag is refused, and in every process of a job."""
+    ask = f"import sys, {module}; print([name for name in {LIGHT[module]!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

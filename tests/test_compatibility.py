@@ -20,7 +20,7 @@ from pipeline.training import checkpoint
 from pipeline.training.loop import new_state
 from pipeline.tuning import ledger
 from pipeline.tuning.space import apply, parse_space
-from pipeline.versions import VERSIONS
+from pipeline.versions import SAMPLING, VERSIONS
 from tests.generation.common import save
 from tests.jobs.common import database
 from tests.training.common import problem
@@ -99,18 +99,21 @@ def test_a_release_that_works_otherwise_refuses_to_go_on_and_opens_what_is_finis
     for output, name in claims.items():
         before = read_claim(output, name)
         assert before is not None
-        check_claim(output, before, settings)
+        check_claim(output, before, settings, of=SAMPLING)
         with pytest.raises(InputError, match=r"begun with seed = 1, now it is 2: keep it"):
-            check_claim(output, before, settings | {"seed": 2})
+            check_claim(output, before, settings | {"seed": 2}, of=SAMPLING)
+        with pytest.raises(InputError, match=r"begun by ray-ddpm 0.1.0.*order 1, now 2"):
+            check_claim(output, before, settings)
     assert read_claim(samples, "settings.json")["model"] == "models:/m/1"  # type: ignore[index]
 
     for name in ("order", "noise", "kernels"):
+        written = VERSIONS[name]
         with monkeypatch.context() as later:
             later.setitem(VERSIONS, name, 7)
             for output, file in claims.items():
                 with pytest.raises(InputError, match=rf"{output}: begun by ray-ddpm 0.1.0.*{name} 1, now 7"):
                     check_claim(output, read_claim(output, file) or {}, settings)
-            with pytest.raises(InputError, match=f"{name} 1, now 7"):
+            with pytest.raises(InputError, match=f"{name} {written}, now 7"):
                 checkpoint.read(str(tmp_path / "c"))
             assert checkpoint.read_model(str(tmp_path / "c"))[1] == 0
 

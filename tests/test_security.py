@@ -24,11 +24,12 @@ from pipeline.commands.__main__ import main
 from pipeline.config import TrainConfig
 from pipeline.data import index
 from pipeline.data.sources import registry as sources
+from pipeline.data.sources.parts import Request
 from pipeline.errors import InputError
 from pipeline.evaluation.features import read_torchscript
 from pipeline.models.export import load_model
 from pipeline.redact import redact, refuse_secrets
-from pipeline.tracking import registry, runs
+from pipeline.tracking import address, registry, runs
 from pipeline.training import checkpoint
 from pipeline.training.loop import new_state
 from tests.jobs.common import ROOT, database
@@ -125,7 +126,7 @@ def test_a_pickle_in_a_parquet_file_is_not_run(tmp_path: Path, mark: Path, colum
     assert mark.exists()
     mark.unlink()
     with pytest.raises(InputError, match="not plain data"):
-        list(sources.list_source("huggingface", str(tmp_path), 10).parts[0].read())
+        list(sources.open_source("huggingface", str(tmp_path), Request(10)).listing.parts[0].read())
     with pytest.raises(InputError, match="not plain data"):
         index.read_rows(index.row_group(str(file), 0, 1), np.array([0]))
     assert not mark.exists()
@@ -222,14 +223,14 @@ def test_mlflow_is_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_workers_are_told_of_mlflow_only_what_others_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert runs.environment() == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    assert address.environment() == {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@mlflow:5000")
-    assert runs.environment() == {}
+    assert address.environment() == {}
 
 
 def test_the_command_that_shows_the_runs_listens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:{SECRET}@db/mlflow")
-    shown = runs.ui_command()
+    shown = address.ui_command()
     assert shown.endswith("--host 127.0.0.1") and SECRET not in shown
 
 

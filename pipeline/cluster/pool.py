@@ -1,5 +1,6 @@
 """Tasks through workers that are set up once: a pool of actors on Ray Data, or this process."""
 
+import contextlib
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -88,17 +89,13 @@ class ActorPool:
             num_gpus=1 if gpu else 0,
         )
         dataset.context.execution_options.preserve_order = self.ordered
-        display = Display(title, len(tasks), "tasks") if title else None
-        try:
+        with Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display:
             for done, row in enumerate(dataset.iter_rows(), start=1):
                 if row["error"]:
                     raise InputError(row["error"])
                 if display:
                     display.update(done, "")
                 yield pickle.loads(row["result"])
-        finally:
-            if display:
-                display.close()
 
     def size(self, units: int, tasks: int) -> tuple[int, int]:
         """Fewest and most actors for so many CPUs or GPUs, and tasks."""

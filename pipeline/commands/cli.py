@@ -21,7 +21,7 @@ from pipeline.config import RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.redact import one_line, redact, refuse_secrets
-from pipeline.tracking import runs
+from pipeline.tracking import address
 
 T = TypeVar("T")
 
@@ -114,10 +114,10 @@ def main(
         with result_stream() as stream:
             if not verbose:
                 quieten()
-                runs.quieten()
+                address.quieten()
             checked = (check(config),) if check else ()
             if ray:
-                connect(verbose, runs.environment())
+                connect(verbose, address.environment())
             result = execute(config, *checked)
             print(json.dumps(result), file=stream, flush=True)
             if ray:

@@ -12,7 +12,7 @@ from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, Train
 from pipeline.data.shards import PrepareConfig
 from pipeline.errors import InputError
 from pipeline.generation.config import GenerateConfig
-from pipeline.tracking import runs
+from pipeline.tracking import address
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ def execute(config: DemoConfig) -> dict[str, Any]:
     if root.exists() and any(root.iterdir()):
         raise InputError(f"--output {config.output} is not empty: remove it, or choose another folder")
     data, samples, pictures = root / "digits", root / "samples", root / "pictures"
-    timed("prepare", lambda: prepare.execute(PrepareConfig(output=str(data))))
+    timed("prepare", lambda: prepare.execute(PrepareConfig(output=str(data), source="digits")))
     settings = training(config, data, root / "run")
     trained = timed("train", lambda: train.execute(settings, train.check(settings)))
     model = "models:/digits@newest"
@@ -58,7 +58,7 @@ def execute(config: DemoConfig) -> dict[str, Any]:
     say(f"pictures   {pictures}/samples.png, process.png, schedules.png, bound.png, nearest.png")
     say(f"dataset    {samples}  ({generated['count']} samples)")
     say(f"model      {trained['model']}  (also the folder {root / 'run' / 'model'})")
-    say(f"MLflow     {runs.ui_command()}")
+    say(f"MLflow     {address.ui_command()}")
     return {**trained, "output": str(root), "count": generated["count"]}
 
 

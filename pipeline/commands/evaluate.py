@@ -3,12 +3,14 @@
 from typing import Any
 
 from pipeline.commands import cli
-from pipeline.evaluation.evaluate import EvaluateConfig, evaluate
-from pipeline.tracking import registry
+from pipeline.evaluation.config import EvaluateConfig
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
     """Resolves the model once, then measures it over the cluster."""
+    from pipeline.evaluation.evaluate import evaluate
+    from pipeline.tracking import registry
+
     model, pinned = registry.resolve_model(config.model)
     return {"output": config.output, "model": pinned, "metrics": evaluate(config, model)}
 

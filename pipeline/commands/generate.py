@@ -4,12 +4,12 @@ from typing import Any
 
 from pipeline.commands import cli
 from pipeline.generation.config import GenerateConfig
-from pipeline.tracking import registry
 
 
 def execute(config: GenerateConfig) -> dict[str, Any]:
     """Resolves the model once, then generates what is missing."""
     from pipeline.generation.job import generate, model_to_use
+    from pipeline.tracking import registry
 
     model, pinned = registry.resolve_model(model_to_use(config))
     return {**generate(config, model, pinned), "model": pinned}

@@ -1,12 +1,13 @@
 """Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.commands import cli
+from pipeline.config import Reading
 from pipeline.errors import InputError
-from pipeline.tracking import registry
+from pipeline.output import check_apart
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class PlotConfig:
     """Folder for the pictures."""
     seed: int = 0
     """Seed of the samples drawn."""
+    reading: Reading = field(default_factory=Reading)
 
 
 def execute(config: PlotConfig) -> dict[str, Any]:
@@ -28,10 +30,12 @@ def execute(config: PlotConfig) -> dict[str, Any]:
     from pipeline.data.index import open_splits
     from pipeline.models.export import load_model
     from pipeline.pictures import make
+    from pipeline.tracking import registry
 
     packed, pinned = registry.resolve_model(config.model)
     model, spec = load_model(packed)
-    splits = open_splits(config.data, spec.image.size)
+    check_apart(config.output, "--data", config.data)
+    splits = open_splits(config.data, spec.image.size, config.reading)
     train, held_out = splits["train"], splits["validation" if "validation" in splits else "train"]
     output = Path(config.output)
     try:

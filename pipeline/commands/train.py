@@ -10,14 +10,13 @@ from typing import Any
 
 from pipeline.commands import cli
 from pipeline.config import TrainConfig
-from pipeline.data.index import Splits
-from pipeline.tracking import runs
 
 
-def execute(config: TrainConfig, data: Splits) -> dict[str, Any]:
+def execute(config: TrainConfig, data: Any) -> dict[str, Any]:
     """Trains on data that `check` opened, exports, logs a grid of samples, registers."""
     from pipeline.models.export import load_model
     from pipeline.pictures.make import draw_samples
+    from pipeline.tracking import runs
     from pipeline.training.trainer import train
 
     trained = train(config, data)
@@ -35,7 +34,7 @@ def execute(config: TrainConfig, data: Splits) -> dict[str, Any]:
     }
 
 
-def check(config: TrainConfig) -> Splits:
+def check(config: TrainConfig) -> Any:
     """Refuses what can't work, before a cluster is asked for anything; opens the data."""
     from pipeline.training.trainer import check as check_training
 

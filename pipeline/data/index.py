@@ -1,22 +1,26 @@
 """A dataset as training sees it: groups of rows that can be read alone, and what they hold."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.config import ImageConfig
+from pipeline.config import ImageConfig, Reading
 from pipeline.data.labels import class_numbers
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
-from pipeline.data.scan import scan
+from pipeline.data.scan import Scan, scan
 from pipeline.data.sources.parquet import ParquetPart
 from pipeline.data.sources.parts import Part
+from pipeline.data.sources.splits import VALIDATION_FRACTION, held_out
 from pipeline.errors import InputError
 from pipeline.versions import check_readable
 
-VALIDATION_FRACTION = 0.1
+AS_FOUND = Reading()
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class DatasetIndex:
     Attributes:
         groups: in the dataset's own order; sample id = rows of all groups before + row in the group.
         fingerprint: of the content, the same however it is cut into files.
+        order: of the content as it is cut into groups: a run goes on only on data of the same order.
         quarantined: images that are left out: damaged ones of prepared data, those of no known class of raw data.
+        settings: with which jobs/prepare.py made it; none for raw data.
     """
 
     uri: str
@@ -50,6 +56,8 @@ class DatasetIndex:
     groups: tuple[Group, ...]
     fingerprint: str
     quarantined: int = 0
+    order: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -57,14 +65,10 @@ class DatasetIndex:
         return sum(group.rows for group in self.groups)
 
 
-def held_out(digest: bytes, fraction: float) -> bool:
-    """Whether an image belongs to the validation split, by a hash of its content."""
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
 def row_group(uri: str, number: int, rows: int) -> Group:
     """All of one row group of a Parquet file."""
-    return Group(ParquetPart(uri, number, 1), rows)
+    folder, _, name = uri.rpartition("/")
+    return Group(ParquetPart(folder, (name,), start=number, count=1), rows)
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,12 @@ class Splits:
 
     Attributes:
         indexes: of the splits that hold images, by name.
+        found: one line that says what raw data was found to be; "" for prepared data.
     """
 
     uri: str
     indexes: dict[str, DatasetIndex]
+    found: str = ""
 
     def __getitem__(self, name: str) -> DatasetIndex:
         """One split.
@@ -94,23 +100,29 @@ class Splits:
         return name in self.indexes
 
 
-def open_dataset(uri: str, split: str = "train", image_size: int = 0) -> DatasetIndex:
+def open_dataset(
+    uri: str, split: str = "train", image_size: int = 0, reading: Reading = AS_FOUND
+) -> DatasetIndex:
     """One split of a dataset; see `open_splits`, which opens all of them for the price of one.
 
     Raises:
         InputError: see `open_splits`; no such split, or no images in it.
     """
-    return open_splits(uri, image_size)[split]
+    return open_splits(uri, image_size, reading)[split]
 
 
-def open_splits(uri: str, image_size: int = 0) -> Splits:
+def open_splits(
+    uri: str, image_size: int = 0, reading: Reading = AS_FOUND, split: tuple[str, ...] = ()
+) -> Splits:
     """Opens what jobs/prepare.py or jobs/generate.py wrote, or any of the formats that the former reads.
 
     Images that were not prepared are read once, here, undecoded: for their hashes, by which a tenth of them is held
-    out, their labels and their sizes.
+    out where the source has no split for that, their labels and their sizes.
 
     Args:
         image_size: to bring the images to; 0 = their own.
+        reading: how raw data is read.
+        split: the source's own splits to use, where it was not prepared; see `splits.roles_of`.
 
     Raises:
         InputError: no such folder, or nothing in it that could be read.
@@ -122,7 +134,9 @@ def open_splits(uri: str, image_size: int = 0) -> Splits:
         return _open_prepared(uri, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
         raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run that again, it goes on")
-    return _open_source(uri, image_size)
+    splits = _open_source(uri, image_size, reading, split)
+    print(f"--data {splits.found}", file=sys.stderr, flush=True)
+    return splits
 
 
 def _open_prepared(uri: str, image_size: int) -> Splits:
@@ -130,7 +144,7 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
         manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
         check_readable(manifest.get("versions"), f"--data {uri}")
         if manifest["format"] == SAMPLES_FORMAT:
-            return _open_source(storage.join(uri, SAMPLES), image_size)
+            return _open_source(storage.join(uri, SAMPLES), image_size, AS_FOUND, ())
         if manifest["format"] != FORMAT:
             raise InputError(f"--data {uri}: {MANIFEST} is not one of jobs/prepare.py or jobs/generate.py")
         stored = manifest["image"]
@@ -147,6 +161,8 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
                 ),
                 fingerprint=manifest["fingerprint"],
                 quarantined=manifest["quarantined"],
+                order=_hash([(shard["sha256"], shard["row_groups"]) for shard in split["shards"]]),
+                settings=manifest.get("settings", {}),
             )
             for name, split in manifest["splits"].items()
             if split["rows"]
@@ -156,31 +172,62 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
         raise InputError(f"--data {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
 
 
-def _open_source(uri: str, image_size: int) -> Splits:
-    found = scan(uri)
+def _open_source(uri: str, image_size: int, reading: Reading, split: tuple[str, ...]) -> Splits:
+    found = scan(uri, reading, split)
     size = image_size or found.size
     if not size:
         raise InputError(f"--data {uri}: its images are not squares of one size: give --image-size")
     image = ImageConfig(size, found.channels, found.classes)
-    number_of, unusable = class_numbers(found.classes), 0
-    groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
-    for part in found.parts:
-        labels: dict[str, dict[int, int]] = {name: {} for name in SPLITS}  # by place in the part
-        for place, (digest, label) in enumerate(zip(part.digests, part.labels, strict=True)):
-            if (number := number_of(label)) is None:
-                unusable += 1
-            else:
-                labels[SPLITS[held_out(digest, VALIDATION_FRACTION)]][place] = number
-        for name, mine in labels.items():
-            if mine:
-                kept = None if len(mine) == len(part.digests) else tuple(mine)
-                groups[name].append(Group(part.part, len(mine), kept, tuple(mine.values())))
+    groups, digests, bad = _groups(found)
+    fingerprint = sum(int.from_bytes(digest, "big") for some in digests.values() for digest in some) % 2**256
     indexes = {
-        name: DatasetIndex(uri, name, image, tuple(some), found.fingerprint, unusable)
+        name: DatasetIndex(
+            uri=uri,
+            split=name,
+            image=image,
+            groups=tuple(some),
+            fingerprint=f"{fingerprint:064x}",
+            quarantined=len(bad),
+            order=_hash([[group.rows for group in some], digests[name]]),
+        )
         for name, some in groups.items()
         if some
     }
-    return Splits(uri, indexes)
+    if not indexes:
+        named = "".join(f": {entry['path']} ({entry['reason']})" for entry in bad[:1])
+        raise InputError(f"--data {uri}: holds no images that can be used{named}")
+    counts = {name: index.rows for name, index in indexes.items()}
+    return Splits(uri, indexes, found.opened.describe(counts, found.classes, bad))
+
+
+def _groups(found: Scan) -> tuple[dict[str, list[Group]], dict[str, list[bytes]], list[dict[str, str]]]:
+    """The groups of each split, the hash of each image in them with its label, and what can't be used."""
+    number_of, classes = class_numbers(found.classes), len(found.classes)
+    bad = [{"path": path, "reason": reason} for path, reason in found.opened.listing.bad.items()]
+    groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
+    digests: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+    for scanned in found.parts:
+        labels: dict[str, dict[int, int]] = {name: {} for name in SPLITS}  # by place in the part
+        role = found.opened.roles[scanned.part.split]
+        for place, (digest, label) in enumerate(zip(scanned.digests, scanned.labels, strict=True)):
+            if place in scanned.bad:
+                bad.append(scanned.bad[place])
+            elif (number := number_of(label)) is None:
+                reason = f"label {label!r} is not among the {classes} classes"
+                bad.append({"path": f"{scanned.part.base}/{place}", "reason": reason})
+            else:
+                name = role or SPLITS[held_out(digest, VALIDATION_FRACTION)]
+                labels[name][place] = number
+                digests[name].append(hashlib.sha256(digest + str(label).encode()).digest())
+        for name, mine in labels.items():
+            if mine:
+                kept = None if len(mine) == len(scanned.digests) else tuple(mine)
+                groups[name].append(Group(scanned.part, len(mine), kept, tuple(mine.values())))
+    return groups, digests, bad
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def read_rows(group: Group, rows: np.ndarray) -> pa.Table:

@@ -1,6 +1,7 @@
 """What the label of an image means: decided here alone, for jobs/prepare.py and for training on raw files alike."""
 
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from pipeline.errors import InputError
 MOST_UNNAMED_CLASSES = 100_000
 UNPUBLISHED = "-1"  # what data sets hold in place of labels that are kept back
 _MOST_DIGITS = 18  # of an int64
+_SHOWN = 60  # characters of a label that is none
 
 
 def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
@@ -21,12 +23,51 @@ def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
     """
     if value is None or value != value:  # pandas writes NaN where there is nothing
         return None
-    if isinstance(value, bytes):
-        return value.decode(errors="replace").strip() or None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (bytes, str)):
+        text = value.decode(errors="replace") if isinstance(value, bytes) else value
+        return text.strip() or None
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]
-    # Also truth, and whole numbers that pandas made floats.
-    return str(int(value)) if isinstance(value, (int, float)) and float(value).is_integer() else str(value)
+    # Also truth, and whole numbers that were made floats or decimals.
+    return str(int(value)) if _is_whole(value) else str(value)
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, Decimal):
+        return value == value.to_integral_value()
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def class_text(value: Any, names: tuple[str, ...] = ()) -> tuple[str | None, str]:
+    """What a column says of an image's class: a text, a number, truth, nothing, or a list of one of these.
+
+    Args:
+        names: of the classes 0, 1, …, where the column has them.
+
+    Returns:
+        the label as text, or None for none; and the reason why it can be no class, else "".
+    """
+    if isinstance(value, (list, tuple)):
+        if len(value) > 1:
+            return None, f"label {_shown(value)} names {len(value)} classes"
+        return class_text(value[0] if value else None, names)
+    text = label_text(value)
+    if text is None or isinstance(value, (bytes, str)):
+        return text, ""
+    if text == UNPUBLISHED:
+        return None, ""
+    if not is_number(text):
+        return None, f"label {_shown(text)} is not a class number"
+    if names and int(text) >= len(names):
+        return None, f"label {text} is not among the {len(names)} classes"
+    return (names[int(text)] if names else text), ""
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def is_number(label: str) -> bool:
@@ -81,7 +122,7 @@ def class_numbers(classes: tuple[str, ...]) -> Callable[[str | None], int | None
 def stored_numbers(column: pa.ChunkedArray) -> pa.Array:
     """Class numbers as prepared and generated files hold them: int64, -1 for none, and for what is no number."""
     if pa.types.is_integer(column.type):
-        return column.cast(pa.int64()).fill_null(-1)
+        return column.cast(pa.int64(), safe=False).fill_null(-1)  # what is larger is no class
     return pa.array(np.full(len(column), -1, np.int64))
 
 

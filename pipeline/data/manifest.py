@@ -5,9 +5,10 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 UNFINISHED = "parts/settings.json"
+QUARANTINE, IGNORED = "quarantine.jsonl", "ignored.jsonl"
 FORMAT, SAMPLES_FORMAT = "ray-ddpm-shards", "ray-ddpm-samples"
 SAMPLES = "data"
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,11 @@ class Manifest:
     """What `manifest.json` says of a prepared dataset.
 
     Attributes:
+        source: kind of source that the images came from.
         fingerprint: a hash of the set of (pixels, label) pairs: how they are cut into shards does not matter.
         mean, std: per channel over the training split, of pixels in [0, 1].
         quarantined: images left out; named in quarantine.jsonl.
+        ignored: files that are no data, by reason; named in ignored.jsonl.
     """
 
     format: str
@@ -49,3 +52,5 @@ class Manifest:
     quarantined: int
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    source: str = ""
+    ignored: dict[str, int] = field(default_factory=dict)

@@ -1,40 +1,13 @@
-"""Images as a Parquet file in exactly the Hugging Face convention, and sums over them."""
+"""Images as a Parquet file in exactly the Hugging Face convention."""
 
 import io
 import json
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 IMAGE = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-
-
-class Totals:
-    """Sums over a part that merge exactly: integers, whatever the order."""
-
-    def __init__(self, channels: int) -> None:
-        self._count, self._hash, self._top = 0, 0, -1
-        self._sum, self._squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
-
-    def add(self, pixels: np.ndarray, digest: bytes, label: int, train: bool) -> None:
-        self._top = max(self._top, label)
-        self._hash = (self._hash + int.from_bytes(digest, "big")) % 2**256
-        if train:
-            values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
-            self._count += len(values)
-            self._sum += values.sum(0)
-            self._squares += (values**2).sum(0)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "pixels": self._count,
-            "sum": self._sum.tolist(),
-            "squares": self._squares.tolist(),
-            "hash": f"{self._hash:064x}",
-            "top_label": self._top,
-        }
 
 
 class ShardWriter:
@@ -54,7 +27,7 @@ class ShardWriter:
     def rows(self) -> int:
         return sum(self.row_groups) + len(self._rows)
 
-    def add(self, data: bytes, path: str, **columns: int | None) -> None:
+    def add(self, data: bytes, path: str, **columns: int | bytes | None) -> None:
         self._rows.append({"image": {"bytes": data, "path": path}, **columns})
         if len(self._rows) == self._limit:
             self._flush()
@@ -91,3 +64,13 @@ def huggingface_schema(
     }
     fields = [first, *(pa.field(name, pa.int64()) for name in ("label", *integers))]
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def shard_schema(classes: tuple[str, ...]) -> pa.Schema:
+    """As `huggingface_schema`, with `source_sha256`, the hash of each image as it was given."""
+    schema = huggingface_schema(classes)
+    features = json.loads(schema.metadata[b"huggingface"])
+    features["info"]["features"]["source_sha256"] = {"dtype": "binary", "_type": "Value"}
+    return schema.append(pa.field("source_sha256", pa.binary())).with_metadata(
+        {"huggingface": json.dumps(features)}
+    )

@@ -1,37 +1,55 @@
 """Writing Parquet image shards, in exactly the Hugging Face convention, as a Ray Data job over the cluster.
 
-Each part of the source becomes one shard of every split, written whole or not at all, and a record of what is in
-it; a run that was killed goes on with the parts that have no record yet, and gives the same bytes.
+Two stages: each part of the source is decoded (decoded.py), then the images of all parts are mixed into shards
+(shuffle.py). A run that was killed goes on with what is missing. A run on a source that has changed decodes what is new,
+and gives the bytes that a run from nothing would give.
 """
 
 import hashlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.cluster.pool import ActorPool
-from pipeline.cluster.session import spilled_bytes
-from pipeline.config import ImageConfig, check_at_least, to_dict
-from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
-from pipeline.data.index import VALIDATION_FRACTION, held_out
-from pipeline.data.labels import MOST_UNNAMED_CLASSES, class_numbers, is_number, name_classes
-from pipeline.data.manifest import FORMAT, MANIFEST, SPLITS, UNFINISHED, Manifest, Shard, Split
-from pipeline.data.shard_writer import ShardWriter, Totals, huggingface_schema
-from pipeline.data.sources.parts import Part, Source, SourceListing
-from pipeline.data.sources.registry import list_source
+from pipeline.cluster.pool import ActorPool, Pool, in_process
+from pipeline.config import ImageConfig, Source, check_at_least, to_dict
+from pipeline.data.decoded import (
+    FOLDER,
+    Decoded,
+    DecodeParts,
+    Pixels,
+    Task,
+    key_of,
+    read_records,
+    slots_of,
+)
+from pipeline.data.finish import card, make_manifest, sweep, write_list
+from pipeline.data.labels import class_numbers, names_of_all
+from pipeline.data.manifest import (
+    IGNORED,
+    MANIFEST,
+    QUARANTINE,
+    UNFINISHED,
+    Manifest,
+)
+from pipeline.data.shuffle import SHARDS, ShardTask, WriteShards, is_written, shard_tasks
+from pipeline.data.sources.parts import Request
+from pipeline.data.sources.registry import Opened, open_source
+from pipeline.data.sources.splits import VALIDATION_FRACTION
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
-from pipeline.output import check_claim, read_claim, write_claim
-from pipeline.versions import VERSIONS
+from pipeline.output import check_apart, check_claim, is_inside, read_claim, write_claim
+from pipeline.versions import PREPARING
 
-QUARANTINE = "quarantine.jsonl"
 NAMED_BAD_IMAGES = 5
+# A part is decoded in memory; images whose size is not known yet count as these.
+PART_BYTES, UNKNOWN_SIZE = 256 * 2**20, 256
+SMALL_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -40,109 +58,120 @@ class PrepareConfig:
 
     output: str
     """Folder for the shards (URI)."""
-    source: Source = "digits"
-    """Kind of --input: digits (embedded, needs none), idx, folder (class = folder), webdataset, huggingface."""
+    source: Source = "auto"
+    """Kind of --input; auto looks into it. digits is embedded and needs no --input."""
     input: str = ""
     """Where the images are (URI)."""
     image_size: int = 0
     """Width and height in pixels; 0 = the source's own, where all its images have one."""
-    channels: Literal[0, 1, 3] = 0
-    """1 = grey, 3 = colour; 0 = the source's own, colour where it varies."""
+    channels: Literal[0, 1, 3, 4] = 0
+    """1 = grey, 3 = colour, 4 = colour and alpha; 0 = the source's own, colour where it varies."""
     validation_fraction: float = VALIDATION_FRACTION
-    """Share of images held out, chosen by a hash of their content: re-sharding does not move them."""
+    """Share of images held out, by a hash of their content, where the source has no split for that."""
     rows_per_shard: int = 10_000
-    """Images read into one pair of shards."""
+    """About so many images in one shard."""
     rows_per_group: int = 64
     """Images in one row group, the unit of reading and shuffling."""
     max_bad_fraction: float = 0.01
-    """Share of undecodable images at which the job stops."""
+    """Share of images that can't be used at which the job stops."""
     crop: Literal["centre", "none"] = "centre"
     """Cut a square out of the middle, or keep all of the longer side (then training can crop at random)."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent images, red green blue in 0..255."""
+    image_column: str = ""
+    """Column with the images in Parquet and Arrow files; found by its type where there is only one."""
+    label_column: str = ""
+    """Column with the labels in Parquet and Arrow files, or in the metadata of a folder; none = take no labels."""
+    split: tuple[str, ...] = ()
+    """The source's own splits to use; all, but a test split is left alone where there is a validation split."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Writes `data/SPLIT-NNNNN.parquet`, manifest.json, quarantine.jsonl and a dataset card.
+    """Writes `data/SPLIT-NNNNN.parquet`, manifest.json, quarantine.jsonl, ignored.jsonl and a dataset card.
 
     Raises:
-        InputError: a setting, an input or an output that can't be used; too many undecodable images.
+        InputError: a setting, an input or an output that can't be used; too many images that can't be used.
     """
     _check(config)
-    source = _with_class_names(list_source(config.source, config.input, config.rows_per_shard))
-    image = _image(config, source)
+    size = config.image_size or UNKNOWN_SIZE
+    per_part = max(1, min(config.rows_per_shard, PART_BYTES // (size * size * (config.channels or 3))))
+    request = Request(per_part, config.image_column, config.label_column, config.split)
+    opened = open_source(config.source, config.input, request)
     output = storage.absolute(config.output)
     with locked(output):
-        return _prepare(config, source, image, output)
-
-
-def _prepare(config: PrepareConfig, source: SourceListing, image: ImageConfig, output: str) -> Manifest:
-    settings, defaults = (_settings(some) for some in (config, PrepareConfig(output="")))
-    if before := read_claim(output, UNFINISHED):
-        check_claim(output, before, settings, defaults)
-    else:
-        write_claim(output, UNFINISHED, settings)
-    missing = [n for n in range(len(source.parts)) if not storage.exists(_record_uri(output, n))]
-    if missing:
-        display = Display("prepare", len(source.parts), "parts")
-        images = finished = 0
-        work = _Shards(image, config, output)
-        pool = ActorPool(len(missing), gpu=False, least=1, ordered=False)
-        try:
-            for rows in pool(work, [(n, source.parts[n]) for n in missing]):
-                finished, images = finished + 1, images + rows
-                display.update(len(source.parts) - len(missing) + finished, f"{images} images")
-        finally:
-            display.close()
-        if spilled := spilled_bytes():
-            print(f"Ray's object store spilled {spilled:,} bytes to disk", file=sys.stderr, flush=True)
-    records = [json.loads(storage.read_bytes(_record_uri(output, n))) for n in range(len(source.parts))]
-    return _finish(config, image, records, output, settings)
+        return _prepare(config, opened, output)
 
 
 def _check(config: PrepareConfig) -> None:
     if not 0 <= config.validation_fraction < 1:
         raise InputError(f"--validation-fraction {config.validation_fraction} is outside 0 to 1")
     check_at_least(config, rows_per_shard=1, rows_per_group=1, image_size=0)
+    if not all(0 <= value <= 255 for value in config.background):
+        raise InputError(
+            f"--background {' '.join(map(str, config.background))}: give three numbers in 0..255"
+        )
+    check_apart(config.output, "--input", config.input)
+    for folder in (SHARDS, FOLDER):
+        if config.input and is_inside(config.input, mine := storage.join(config.output, folder)):
+            raise InputError(
+                f"--input {config.input} lies in {mine}, where this job writes: choose another --output"
+            )
     storage.check_writable(config.output)
 
 
-def _with_class_names(source: SourceListing) -> SourceListing:
-    """The listing with the classes by name, in order, where its labels are texts; numbers name themselves.
+def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
+    settings, defaults = (_settings(some) for some in (config, PrepareConfig(output="")))
+    image = _image(config, opened)
+    if before := read_claim(output, UNFINISHED):
+        check_claim(output, before, settings, defaults, of=PREPARING)
+    else:
+        if storage.exists(storage.join(output, MANIFEST)) or storage.sizes(storage.join(output, SHARDS)):
+            raise InputError(
+                f"--output {output} holds data that this job did not write: choose another folder"
+            )
+        write_claim(output, UNFINISHED, settings)
+    records = _decode(config, opened, image, output)
+    first, labels = _labels(records)
+    classes = opened.listing.classes or names_of_all(labels, first)
+    bad = _bad(opened, records, classes, output)
+    write_list(output, QUARANTINE, bad)
+    write_list(output, IGNORED, [{"path": k, "reason": v} for k, v in opened.listing.ignored.items()])
+    good = sum(record.rows for record in records.values()) - (
+        len(bad) - len(opened.listing.bad) - sum(len(record.bad) for record in records.values())
+    )
+    if not good and not bad:
+        raise InputError(f"--input {config.input}: holds no images")
+    if not good or len(bad) > config.max_bad_fraction * (good + len(bad)):
+        named = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in bad[:NAMED_BAD_IMAGES])
+        raise InputError(
+            f"{len(bad)} of {good + len(bad)} images can't be used, more than --max-bad-fraction "
+            f"{config.max_bad_fraction:g} allows; all are listed in {storage.join(output, QUARANTINE)}: {named}"
+        )
+    roles = opened.roles
+    signature = hashlib.sha256(
+        repr((sorted(records), sorted(roles.items()), classes, settings)).encode()
+    ).hexdigest()
+    tasks = shard_tasks(list(records.values()), roles, config.rows_per_shard, signature)
+    _shuffle(config, records, roles, classes, image, tasks, output)
+    manifest = make_manifest(opened, image, classes, tasks, len(bad), settings, output)
+    sweep(
+        output,
+        set(records),
+        tasks,
+        {shard.file for some in manifest.splits.values() for shard in some.shards},
+    )
+    storage.write_atomic(storage.join(output, "README.md"), card(manifest).encode())
+    storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
+    counts = {name: split.rows for name, split in manifest.splits.items()}
+    print(f"prepare: {opened.describe(counts, manifest.image['classes'], bad)}", file=sys.stderr, flush=True)
+    return manifest
 
-    Where nothing lists the labels and the first of them is a text, all are read once, over the cluster.
 
-    Raises:
-        InputError: so many different texts that they can't be classes.
-    """
-    if source.classes is not None:
-        return source
-    labels = set[str]()
-    if not is_number(_first_label(source.parts[0])):
-        for found in ActorPool(len(source.parts), gpu=False, least=1, ordered=False)(_Labels(), source.parts):
-            labels |= found
-            if len(labels) > MOST_UNNAMED_CLASSES:
-                break
-    return replace(source, classes=name_classes(labels))
-
-
-def _first_label(part: Part) -> str:
-    """As it stands beside the first image that has one; a number where none has."""
-    return next((item.label for item in part.read() if item.label is not None), "0")
-
-
-class _Labels:
-    """All labels in a part; see `pool.Work`."""
-
-    def start(self, device: str) -> Callable[[Part], set[str]]:
-        return lambda part: {item.label for item in part.read() if item.label is not None}
-
-
-def _image(config: PrepareConfig, source: SourceListing) -> ImageConfig:
-    size = config.image_size or source.size
+def _image(config: PrepareConfig, opened: Opened) -> ImageConfig:
+    size = config.image_size or opened.listing.size
     if not size:
-        raise InputError(f"--source {config.source} has images of any size: give --image-size")
-    return ImageConfig(size, config.channels or source.channels or 3, source.classes or ())
+        raise InputError(f"--input {config.input}: its images may be of any size: give --image-size")
+    return ImageConfig(size, config.channels or opened.listing.channels or 3)
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -150,123 +179,89 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")}
 
 
-def _record_uri(output: str, number: int) -> str:
-    return storage.join(output, "parts", f"{number:05d}.json")
-
-
-@dataclass(frozen=True)
-class _Shards:
-    """Writes the shards of a numbered part, and says how many images are in them; see `pool.Work`."""
-
-    image: ImageConfig
-    config: PrepareConfig
-    output: str
-
-    def start(self, device: str) -> Callable[[tuple[int, Part]], int]:
-        """Has nothing to set up."""
-        return lambda task: _write_part(*task, **vars(self))
-
-
-def _write_part(
-    number: int,
-    part: Part,
-    image: ImageConfig,
-    config: PrepareConfig,
-    output: str,
-) -> int:
-    """Decodes one part and writes its shards, then its record."""
-    writers = {
-        split: ShardWriter(huggingface_schema(image.classes), config.rows_per_group) for split in SPLITS
-    }
-    number_of = class_numbers(image.classes)
-    bad: list[dict[str, str]] = []
-    totals = Totals(image.channels)
-    for item in part.read():
-        try:
-            pixels = _pixels(item.data, image, config)
-            if (label := number_of(item.label)) is None:
-                known = len(image.classes)
-                reason = f"not among the {known} classes" if known else "not a class number"
-                raise DecodeError(f"label {item.label!r} is {reason}")
-        except DecodeError as error:
-            bad.append({"path": item.path, "reason": str(error)})
-            continue
-        digest = hashlib.sha256(pixels.tobytes() + str(item.label).encode()).digest()
-        validates = held_out(digest, config.validation_fraction)
-        split = SPLITS[validates]
-        writers[split].add(encode_png(pixels), item.path, label=None if label < 0 else label)
-        totals.add(pixels, digest, label, train=not validates)
-    shards = {}
-    for split, writer in writers.items():
-        if writer.rows:
-            data = writer.close()
-            name = f"data/{split}-{number:05d}.parquet"
-            storage.write_atomic(storage.join(output, name), data)
-            digest_hex = hashlib.sha256(data).hexdigest()
-            shards[split] = asdict(Shard(name, writer.rows, writer.row_groups, len(data), digest_hex))
-    record = {"shards": shards, "bad": bad, **totals.to_dict()}
-    storage.write_atomic(_record_uri(output, number), json.dumps(record).encode())
-    return sum(shard["rows"] for shard in shards.values())
-
-
-def _pixels(data: bytes, image: ImageConfig, config: PrepareConfig) -> np.ndarray:
-    if config.image_size == 0 and open_image(data).size != (image.size, image.size):
-        raise DecodeError(f"not {image.size}x{image.size}")
-    if config.crop == "none":
-        return fit(data, image.size, image.channels, config.background)
-    return decode(data, image.size, image.channels, background=config.background)
-
-
-def _finish(
-    config: PrepareConfig,
-    image: ImageConfig,
-    records: list[dict[str, Any]],
-    output: str,
-    settings: dict[str, Any],
-) -> Manifest:
-    bad = [entry for record in records for entry in record["bad"]]
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
-    storage.write_atomic(storage.join(output, QUARANTINE), lines.encode())
-    splits = {
-        split: Split(sum(shard.rows for shard in shards), shards)
-        for split in SPLITS
-        if (shards := [Shard(**record["shards"][split]) for record in records if split in record["shards"]])
-    }
-    good = sum(split.rows for split in splits.values())
-    if not good or len(bad) > config.max_bad_fraction * (good + len(bad)):
-        named = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in bad[:NAMED_BAD_IMAGES])
-        raise InputError(
-            f"{len(bad)} of {good + len(bad)} images can't be used, more than --max-bad-fraction "
-            f"{config.max_bad_fraction:g} allows; all are listed in {storage.join(output, QUARANTINE)}: {named}"
+def _decode(config: PrepareConfig, opened: Opened, image: ImageConfig, output: str) -> dict[str, Decoded]:
+    """The first stage: what came of every part that is used, by key, in the order of the parts."""
+    pixels = Pixels(
+        image.size, image.channels, config.image_size > 0, config.crop == "none", config.background
+    )
+    parts = tuple(part for part in opened.listing.parts if part.split in opened.roles)
+    keys = [key_of(part, opened.tree, pixels) for part in parts]
+    before = read_records(output)
+    stale = {key: record for key, record in before.items() if key not in set(keys)}
+    tasks = [
+        Task(
+            part, key, slot, tuple(c.file for r in stale.values() if _overlap(r.slot, slot) for c in r.chunks)
         )
-    pixels = max(1, sum(record["pixels"] for record in records))
-    mean = np.sum([record["sum"] for record in records], axis=0) / pixels / 255
-    square = np.sum([record["squares"] for record in records], axis=0) / pixels / 255**2
-    top = max(record["top_label"] for record in records)
-    classes = image.classes or name_classes({str(top)})
-    fingerprint = sum(int(record["hash"], 16) for record in records) % 2**256
-    manifest = Manifest(
-        format=FORMAT,
-        version=1,
-        image={"size": image.size, "channels": image.channels, "classes": list(classes)},
-        splits=splits,
-        fingerprint=f"{fingerprint:064x}",
-        mean=mean.tolist(),
-        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
-        quarantined=len(bad),
-        settings=settings,
-        versions=VERSIONS,
-    )
-    storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
-    storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
-    return manifest
+        for part, key, slot in zip(parts, keys, slots_of(parts, pixels), strict=True)
+        if key not in before
+    ]
+    if tasks:
+        work, images = DecodeParts(pixels, config.validation_fraction, output), 0
+        with Display("prepare", len(keys), "parts") as display:
+            pool = _pool(len(tasks), small=len(tasks) == 1)
+            for finished, rows in enumerate(pool(work, tasks), len(keys) - len(tasks) + 1):
+                images += rows
+                display.update(finished, f"{images} images")
+        before = read_records(output)
+    return {key: before[key] for key in keys}
 
 
-def _card(manifest: Manifest) -> str:
-    files = "".join(f"  - split: {name}\n    path: data/{name}-*.parquet\n" for name in manifest.splits)
-    counts = ", ".join(f"{split.rows:,} in {name}" for name, split in manifest.splits.items())
-    size = manifest.image["size"]
-    return (
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n# Images of {size}x{size} pixels\n\n"
-        f"{counts}. Written by ray-ddpm; fingerprint `{manifest.fingerprint}`.\n"
+def _overlap(one: str, other: str) -> bool:
+    return one.startswith(other) or other.startswith(one)
+
+
+def _labels(records: dict[str, Decoded]) -> tuple[str, list[str]]:
+    """The first label in the source's order (a number where there is none), and all of them."""
+    labels = dict.fromkeys(label for record in records.values() for label in record.labels)
+    return next(iter(labels), "0"), list(labels)
+
+
+def _bad(
+    opened: Opened, records: dict[str, Decoded], classes: tuple[str, ...], output: str
+) -> list[dict[str, str]]:
+    """Path and reason of everything that should be an image and can't be used, in the order of the paths."""
+    bad = [{"path": path, "reason": reason} for path, reason in opened.listing.bad.items()]
+    number_of = class_numbers(classes)
+    reason = f"not among the {len(classes)} classes" if classes else "not a class number"
+    for record in records.values():
+        bad += record.bad
+        if unknown := [label for label in record.labels if number_of(label) is None]:
+            for chunk in record.chunks:
+                fs, path = storage.open_fs(storage.join(output, chunk.file))
+                with fs.open(path, "rb") as file:
+                    table = pq.read_table(file, columns=["path", "label"])
+                for row in table.filter(pc.field("label").isin(unknown)).to_pylist():
+                    bad.append({"path": row["path"], "reason": f"label {row['label']!r} is {reason}"})
+    return sorted(bad, key=lambda entry: (entry["path"], entry["reason"]))
+
+
+def _shuffle(
+    config: PrepareConfig,
+    records: dict[str, Decoded],
+    roles: dict[str, str],
+    classes: tuple[str, ...],
+    image: ImageConfig,
+    tasks: list[ShardTask],
+    output: str,
+) -> None:
+    """The second stage: writes the shards that are not there yet."""
+    sizes = {storage.name(uri): size for uri, size in storage.sizes(storage.join(output, SHARDS)).items()}
+    missing = [task for task in tasks if not is_written(task, output, sizes)]
+    if not missing:
+        return
+    if storage.exists(manifest := storage.join(output, MANIFEST)):
+        storage.remove(manifest)  # it says that the shards are whole
+    chunks = tuple((roles[record.split], chunk) for record in records.values() for chunk in record.chunks)
+    work = WriteShards(
+        chunks, classes, config.validation_fraction, config.rows_per_group, image.channels, output
     )
+    size = sum(record.bytes for record in records.values())
+    with Display("prepare", len(tasks), "shards") as display:
+        pool = _pool(len(missing), small=size < SMALL_BYTES)
+        for finished, _ in enumerate(pool(work, missing), len(tasks) - len(missing) + 1):
+            display.update(finished, "")
+
+
+def _pool(tasks: int, small: bool) -> Pool:
+    """Who does them: this process where starting others would take longer than the work."""
+    return in_process if small else ActorPool(tasks, gpu=False, least=1, ordered=False)

@@ -10,20 +10,21 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy
+from ray.train import DataConfig
 
 from pipeline.cluster.pace import set_in_flight, set_pace
-from pipeline.config import ImageConfig
-from pipeline.data.batch import Batch
 from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Plan, local_batch_size, windows_between
-from pipeline.data.reads import BLOCK_BYTES, Reader, make_read_tasks, pixel_bytes, pixels_of, rows_ahead
+from pipeline.data.reads import BLOCK_BYTES, Reader, make_read_tasks, pixel_bytes, rows_ahead
+
+if TYPE_CHECKING:
+    from pipeline.data.batch import Batch
 
 WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
@@ -57,7 +58,7 @@ class RankStream:
         prefetch: int = 2,
         pin: bool = False,
         on_bad: Callable[[dict[str, str]], object] = lambda bad: None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator["Batch"]:
         """This rank's part of the global batches [start_step, stop_step), `prefetch` of them made ahead.
 
         Args:
@@ -65,12 +66,15 @@ class RankStream:
             on_bad: is told which images could not be decoded, and why.
         """
 
-        def produce() -> Iterator[Batch]:
+        # Here, since processes that only hand streams out do without torch, which takes seconds.
+        from pipeline.data.batch import from_tables
+
+        def produce() -> Iterator["Batch"]:
             tables = self._tables(start_step * self.plan.batch_size, stop_step * self.plan.batch_size)
             steps = range(start_step, stop_step)
             sizes = (local_batch_size(self.plan, step, self.rank, self.world_size) for step in steps)
             for pieces in _rebatch(tables, sizes):
-                batch = _batch(pieces, self.index.image)
+                batch = from_tables(pieces, self.index.image)
                 if batch.bad:
                     on_bad(batch.bad)
                 yield batch.pin_memory() if pin else batch
@@ -114,27 +118,23 @@ class RankStream:
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
-def _batch(pieces: list[pa.Table], image: ImageConfig) -> Batch:
-    """Copies the rows of some tables out of the object store, into one batch."""
-    count = sum(piece.num_rows for piece in pieces)
-    images = torch.empty((count, image.size, image.size, image.channels), dtype=torch.uint8)
-    first = 0
-    for piece in pieces:
-        images[first : first + piece.num_rows].numpy()[:] = pixels_of(piece, image)
-        first += piece.num_rows
-    table = pa.concat_tables([piece.drop_columns(["pixels"]) for piece in pieces])
-    labels, ids, epochs = (
-        torch.from_numpy(table[name].to_numpy().copy()) for name in ("label", "id", "epoch")
-    )
-    failed = table.filter(pc.is_valid(table["bad"]))
-    return Batch(
-        images=images.permute(0, 3, 1, 2),
-        labels=labels,
-        ids=ids,
-        epochs=epochs,
-        weights=torch.from_numpy(table["bad"].is_null().to_numpy().astype("float32")),
-        bad=dict(zip(failed["path"].to_pylist(), failed["bad"].to_pylist(), strict=True)),
-    )
+class PlannedData(DataConfig):
+    """Hands each rank its part of the plan, anew at every start or resize of the worker group."""
+
+    def __init__(self, plan: Plan, readers: int, random_crop: bool) -> None:
+        super().__init__()
+        self._plan, self._readers, self._random_crop = plan, readers, random_crop
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, *_: object, **__: object
+    ) -> list[dict[str, Any]]:
+        return [
+            {
+                name: RankStream(index, self._plan, rank, world_size, self._readers, self._random_crop)
+                for name, index in datasets.items()
+            }
+            for rank in range(world_size)
+        ]
 
 
 def _rebatch(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[list[pa.Table]]:
@@ -153,12 +153,12 @@ def _rebatch(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[list[
         yield pieces
 
 
-def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch]:
+def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Batch"]:
     """Runs an iterator in a thread from now on, at most `depth` items ahead, until the consumer closes it."""
     items: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=max(depth, 1))
     stopped = threading.Event()
 
-    def put(item: Batch | Exception | None) -> None:
+    def put(item: "Batch | Exception | None") -> None:
         while not stopped.is_set():
             try:
                 items.put(item, timeout=0.1)
@@ -176,7 +176,7 @@ def _ahead(produce: Callable[[], Iterator[Batch]], depth: int) -> Iterator[Batch
         except Exception as error:  # handed to the consumer, who raises it
             put(error)
 
-    def consume() -> Iterator[Batch]:
+    def consume() -> Iterator["Batch"]:
         try:
             while (item := items.get()) is not None:
                 if isinstance(item, Exception):

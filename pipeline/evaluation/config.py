@@ -1,9 +1,9 @@
 """The settings of an evaluation; imports neither torch nor Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config import check_at_least
+from pipeline.config import Reading, check_at_least
 from pipeline.errors import InputError
 
 # "manifold" is what 0.1.0 called precision_recall.
@@ -19,7 +19,7 @@ class EvaluateConfig:
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
     data: str
-    """Dataset to measure against: a folder that jobs/prepare.py wrote (URI)."""
+    """Dataset to measure against: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     samples: str = ""
     """Samples to compare with the data: a folder that jobs/generate.py wrote with --format parquet (URI)."""
     output: str = ""
@@ -58,6 +58,7 @@ class EvaluateConfig:
     """Processes that measure; 0 = one per CPU of the cluster (per GPU where those are used)."""
     gpu: bool | None = None
     """Measure on GPUs; left out = when the cluster has any."""
+    reading: Reading = field(default_factory=Reading)
 
 
 def check(config: EvaluateConfig) -> None:

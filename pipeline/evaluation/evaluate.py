@@ -27,6 +27,7 @@ from pipeline.evaluation.work import choose
 from pipeline.models.export import Packed, load_model, save_model
 from pipeline.models.snapshots import posthoc_ema
 from pipeline.models.unet import UNet
+from pipeline.output import check_apart
 from pipeline.pictures import draw
 
 
@@ -47,11 +48,13 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
     renamed: dict[Metric, Metric] = {"manifold": "precision_recall"}
     config = replace(config, metrics=tuple(renamed.get(name, name) for name in config.metrics))
     if config.output:
+        check_apart(config.output, "--data", config.data)
         storage.check_writable(config.output)
     pool = ActorPool(config.actors, config.gpu)
     # Only the bound looks at the model; images of a folder that was not prepared are read at its size.
     loaded = load_model(model_folder) if model_folder else None
-    splits = open_splits(config.data, loaded[1].image.size if loaded else 0)
+    wanted = ("all",) if "test" in (config.split, config.reference_split) else ()
+    splits = open_splits(config.data, loaded[1].image.size if loaded else 0, config.reading, wanted)
     held_out = splits[config.split]
     metrics: dict[str, float] = {}
     if loaded and "bits" in config.metrics:

@@ -98,14 +98,11 @@ def _make(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str
     done, made, began = 0, 0, time.monotonic()
     _refuse_bad(bad, kept + total, config)
     if spans:
-        display = Display("generate", total, "images")
-        try:
+        with Display("generate", total, "images") as display:
             for span in pool(SampleWork(setup), tasks(spans, config.rows_per_file, MOST_BLOCKS)):
                 done, made, bad = done + span.rows, made + span.made, bad + span.bad
                 _refuse_bad(bad, kept + total, config)
                 display.update(done, f"{made / (time.monotonic() - began):.1f} images/s")
-        finally:
-            display.close()
     seconds = time.monotonic() - began
     return {
         "generated": made,

@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 from pipeline.generation.chunks import Chunk, file_name, parse_name
 from pipeline.generation.writers import SUFFIX, png_name
 from pipeline.output import check_claim, read_claim, write_claim
+from pipeline.versions import SAMPLING
 
 SETTINGS = "settings.json"
 CARD = "README.md"
@@ -101,7 +102,8 @@ def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
         InputError: it holds other samples, or something else altogether.
     """
     if before := saved_settings(output):
-        check_claim(output, before, wanted, hints={"model_fingerprint": f" ({before.get('model')})"})
+        hints = {"model_fingerprint": f" ({before.get('model')})"}
+        check_claim(output, before, wanted, hints=hints, of=SAMPLING)
     else:
         _check_unclaimed(output, digest(wanted))
         write_claim(output, SETTINGS, wanted, **model)

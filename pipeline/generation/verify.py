@@ -43,15 +43,13 @@ def verify(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[st
     again = {chunk for chunk in whole if random.random() < config.verify_share}
     again |= {random.choice(list(whole))}
     tasks = [Sealed(chunk, record.sha256, chunk in again) for chunk, record in whole.items()]
-    display, checked, wrong = Display("verify", len(tasks), "files"), 0, dict[str, list[Chunk]]()
-    try:
+    checked, wrong = 0, dict[str, list[Chunk]]()
+    with Display("verify", len(tasks), "files") as display:
         for chunk, how in pool(VerifyWork(setup), tasks):
             checked += 1
             if how:
                 wrong.setdefault(how, []).append(chunk)
             display.update(checked, f"{sum(map(len, wrong.values()))} wrong")
-    finally:
-        display.close()
     for chunk in wrong.get(DAMAGED, []):
         storage.remove(ledger.record_uri(setup.output, chunk, config.format))
     if wrong:

@@ -16,7 +16,8 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, pack_model
 from pipeline.redact import one_line, redact
-from pipeline.tracking import runs
+from pipeline.tracking import runs  # also for its settings of MLflow
+from pipeline.tracking.address import tracking_uri
 
 MODEL_FOLDER = "model"
 
@@ -27,7 +28,7 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
     Returns:
         `models:/NAME/VERSION` when registered, else `models:/ID` of the logged model.
     """
-    mlflow.set_tracking_uri(runs.tracking_uri())
+    mlflow.set_tracking_uri(tracking_uri())
     # Registering prints to stderr by itself, and warns that this model declares no schema of its input.
     quiet = contextlib.redirect_stderr(io.StringIO())
     with (
@@ -104,7 +105,7 @@ def _download(model: str) -> tuple[Packed, str]:
             logged = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target)).resolve()
         except (MlflowException, OSError) as error:
             raise InputError(
-                f"--model {model}: not found in MLflow at {redact(runs.tracking_uri())}: {one_line(error)}"
+                f"--model {model}: not found in MLflow at {redact(tracking_uri())}: {one_line(error)}"
             ) from None
         try:
             flavour = yaml.safe_load((logged / "MLmodel").read_text())["flavors"]["python_function"]

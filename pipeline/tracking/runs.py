@@ -4,7 +4,6 @@ Only the driver talks to MLflow: workers hand their numbers to it (see training/
 one writer, whatever restarts, and workers need neither the server's address nor its credentials.
 """
 
-import os
 import re
 import tempfile
 import time
@@ -17,13 +16,16 @@ import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from pipeline.cluster.session import submitted_settings
 from pipeline.errors import InputError
 from pipeline.redact import one_line, redact
+from pipeline.tracking import address
+from pipeline.tracking.address import tracking_uri
 
 T = TypeVar("T")
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
+if address.is_quiet:
+    mlflow.utils.logging_utils.disable_logging()
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,6 @@ class Run:
 
     id: str
     last_steps: dict[str, int] = field(default_factory=dict)
-
-
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory.
-
-    Raises:
-        InputError: that directory is a submitted job's own, which goes away.
-    """
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
-    if "working_dir" in submitted_settings():
-        raise InputError(
-            "MLFLOW_TRACKING_URI is not set on the cluster: set it where its nodes are started, or submit with "
-            "--forward MLFLOW_TRACKING_URI"
-        )
-    return f"sqlite:///{Path('mlflow.db').absolute()}"
-
-
-def environment() -> dict[str, str]:
-    """What workers on other nodes need of it, without secrets: those belong to the nodes' own environment."""
-    if "MLFLOW_TRACKING_URI" not in os.environ and submitted_settings():
-        return {}
-    uri = tracking_uri()
-    return {"MLFLOW_TRACKING_URI": uri} if redact(uri) == uri else {}
-
-
-def quieten() -> None:
-    """No progress bars and no chatter from MLflow on stderr."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    mlflow.utils.logging_utils.disable_logging()
 
 
 def open_client() -> mlflow.MlflowClient:
@@ -189,11 +161,6 @@ def log_config(run: Run, config: dict[str, Any]) -> None:
     import yaml
 
     open_client().log_text(run.id, redact(yaml.safe_dump(config, sort_keys=False)), "config.yaml")
-
-
-def ui_command() -> str:
-    """The one command that shows the runs in a browser, on this machine only."""
-    return f"mlflow ui --backend-store-uri {redact(tracking_uri())} --host 127.0.0.1"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

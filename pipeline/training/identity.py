@@ -17,9 +17,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import runs
-from pipeline.training.run_channel import CURVES
-
-RUN_FILE = "run.json"
+from pipeline.training.run_channel import CURVES, RUN_FILE
 
 
 def open_run(
@@ -36,6 +34,7 @@ def open_run(
         # Fields that the release which began the run did not have are at their defaults.
         for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
             before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
+        _check_order(before, index, config)
         check_claim(output, before, fixed)
         if run := runs.reopen_run(run_id or before["run_id"], CURVES):
             return run
@@ -47,14 +46,37 @@ def open_run(
     )
     runs.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
     runs.log_config(run, settings)
-    write_claim(output, RUN_FILE, fixed, run_id=run.id, config=settings)
+    write_claim(output, RUN_FILE, fixed, run_id=run.id, config=settings, data_settings=index.settings)
     return run
+
+
+def _check_order(before: dict[str, Any], index: DatasetIndex, config: TrainConfig) -> None:
+    """Refuses the same images in another order: a resume would skip some and see others twice.
+
+    Raises:
+        InputError: says which command makes the data as it was.
+    """
+    if before["fixed"].get("data_order", index.order) == index.order:
+        return
+    then = before.get("data_settings")
+    if not then or not index.settings:
+        what = "its files are others, or cut otherwise, than those that the run was begun on: restore them"
+    else:
+        flags = {
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in then.items()
+            if index.settings.get(name) != value
+        }
+        again = " ".join(sorted(flags)) or "the input as it was"
+        what = f"it was prepared anew since the run was begun: prepare it with jobs/prepare.py and {again}"
+    raise InputError(f"--data {config.data}: {what}, or choose another --output")
 
 
 def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[str, Any]:
     """What can't change between a run and its resume without making it another run."""
     return {
         "data_fingerprint": index.fingerprint,
+        "data_order": index.order,
         "image": to_dict(spec.image),
         "model": to_dict(spec.model),
         "diffusion": to_dict(spec.diffusion),

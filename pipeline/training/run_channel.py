@@ -30,7 +30,7 @@ CURVES = ("loss", BITS_PER_DIM)
 Point = tuple[int, int, dict[str, float]]
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 60
-QUARANTINE = "quarantine.jsonl"
+RUN_FILE, QUARANTINE = "run.json", "quarantine.jsonl"
 
 
 class Command(IntEnum):

@@ -12,7 +12,6 @@ import ray
 import ray.train
 from ray.train import (
     CheckpointConfig,
-    DataConfig,
     FailureConfig,
     LoggingConfig,
     RunConfig,
@@ -26,7 +25,7 @@ from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ModelSpec, TrainConfig, check_at_least
 from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.data.order import Plan
-from pipeline.data.stream import RankStream
+from pipeline.data.stream import PlannedData
 from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
@@ -35,6 +34,7 @@ from pipeline.lock import locked
 from pipeline.models.ema import power_gamma
 from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
+from pipeline.output import check_apart
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, sweep
@@ -42,25 +42,6 @@ from pipeline.training.identity import open_run
 from pipeline.training.run_channel import ChannelReader, Point, open_channel, read_quarantine
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
 from pipeline.training.validation import Validator
-
-
-class PlannedData(DataConfig):
-    """Hands each rank its part of the plan, anew at every start or resize of the worker group."""
-
-    def __init__(self, plan: Plan, readers: int, random_crop: bool) -> None:
-        super().__init__()
-        self._plan, self._readers, self._random_crop = plan, readers, random_crop
-
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, *_: object, **__: object
-    ) -> list[dict[str, Any]]:
-        return [
-            {
-                name: RankStream(index, self._plan, rank, world_size, self._readers, self._random_crop)
-                for name, index in datasets.items()
-            }
-            for rank in range(world_size)
-        ]
 
 
 @dataclass(frozen=True)
@@ -125,7 +106,8 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
         )
     for length in config.optimizer.ema_lengths:
         power_gamma(length)
-    data = data or open_splits(config.data, config.image_size)
+    check_apart(config.output, "--data", config.data)
+    data = data or open_splits(config.data, config.image_size, config.reading, config.split)
     spec = make_spec(config, data["train"])
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)

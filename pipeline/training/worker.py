@@ -19,9 +19,8 @@ from pipeline.models.snapshots import Snapshot
 from pipeline.training import checkpoint, flops, loop, network
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoint_manager import CHECKPOINTS, CheckpointManager
-from pipeline.training.identity import RUN_FILE
 from pipeline.training.meter import Meter
-from pipeline.training.run_channel import Command, Point
+from pipeline.training.run_channel import RUN_FILE, Command, Point
 
 SNAPSHOTS = "snapshots"
 

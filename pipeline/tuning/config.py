@@ -1,9 +1,9 @@
 """The settings of a search; imports neither torch nor Ray."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.config import TrainConfig, check_at_least
+from pipeline.config import Reading, TrainConfig, check_at_least
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 
@@ -19,7 +19,7 @@ class TuneConfig:
     """What is searched, what it is judged by, and for how long each trial trains."""
 
     data: str
-    """Dataset that jobs/prepare.py wrote, with a validation split (URI)."""
+    """Dataset with held-out images: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     output: str
     """Folder for the trials and the report (all nodes must see it)."""
     trials: int = 12
@@ -64,6 +64,9 @@ class TuneConfig:
     """Name under which the winner is registered in MLflow; empty = not registered."""
     alias: str = "best"
     """Alias that is pointed at the registered version."""
+    reading: Reading = field(default_factory=Reading)
+    split: tuple[str, ...] = ()
+    """The own splits of raw data to use; all, but a test split is left alone where there is a validation split."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -115,6 +118,8 @@ def base(config: TuneConfig) -> TrainConfig:
     return TrainConfig(
         data=config.data,
         output=config.output,
+        reading=config.reading,
+        split=config.split,
         workers=config.workers,
         cpus_per_worker=config.cpus_per_worker,
         seed=config.seed,

@@ -22,7 +22,7 @@ from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
-from pipeline.output import check_claim, read_claim, write_claim
+from pipeline.output import check_apart, check_claim, read_claim, write_claim
 from pipeline.tracking import registry, runs
 from pipeline.tuning import ledger, report
 from pipeline.tuning.config import Scheduler, TuneConfig, base, check, finished
@@ -55,7 +55,8 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
         raise InputError(f"--workers {config.workers}: more than the space's batch_size {fixed.batch_size}")
     if (Path(config.output) / SEARCH_FILE).exists() and not config.resume:
         raise InputError(f"--output {config.output} already holds a search: pass --resume, or another folder")
-    splits = open_splits(config.data, fixed.image_size)
+    check_apart(config.output, "--data", config.data)
+    splits = open_splits(config.data, fixed.image_size, config.reading, config.split)
     _ = splits["validation"]
     return space, splits
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,9 +126,9 @@ def test_damaged_images_are_passed_over_and_data_of_nothing_else_is_named(tmp_pa
 def test_the_data_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = list[str]()
 
-    def counted(uri: str, image_size: int = 0) -> Splits:
+    def counted(uri: str, *how: Any) -> Splits:
         calls.append(uri)
-        return open_splits(uri, image_size)
+        return open_splits(uri, *how)
 
     monkeypatch.setattr("pipeline.data.index.open_splits", counted)
     model = save(tmp_path / "model", ImageConfig(12, 3))

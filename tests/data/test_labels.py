@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.config import Source
 from pipeline.data.images import decode
 from pipeline.data.index import open_splits, read_rows
 from pipeline.data.labels import (
@@ -21,7 +22,6 @@ from pipeline.data.labels import (
     stored_numbers,
 )
 from pipeline.data.shards import PrepareConfig, prepare
-from pipeline.data.sources.parts import Source
 from pipeline.errors import InputError
 from tests.data.common import encoded, plain_parquet
 

@@ -6,18 +6,23 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 
 from pipeline import storage
+from pipeline.cluster.pool import in_process
+from pipeline.data import decoded, shards
 from pipeline.data.images import decode
 from pipeline.data.index import open_dataset, read_rows
 from pipeline.data.shards import Manifest, PrepareConfig, prepare
-from pipeline.data.sources.registry import list_source
+from pipeline.data.sources.parts import Request
+from pipeline.data.sources.registry import open_source
 from pipeline.errors import InputError
 from tests.data.common import (
     CLASSES,
@@ -34,6 +39,7 @@ from tests.data.common import (
 from tests.jobs.common import command, environment, run_job
 
 IMAGES = encoded(200, 16, 12)
+RECORDS = "parts/" + "[0-9a-f]" * 40 + ".json"
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +111,18 @@ def test_the_same_bytes_again_and_in_pieces(
     folder, _ = prepared
     prepare(config(source, tmp_path))
     assert contents(tmp_path) == contents(folder)
-    # A run that was killed has some records, and perhaps shards without one, but no manifest.
-    for name in ("manifest.json", "parts/00001.json", "parts/00003.json", "data/train-00003.parquet"):
-        (tmp_path / name).unlink()
+    # A run that was killed has some decoded parts and some shards, the last of each without a record, and no manifest.
+    records = sorted((tmp_path / "parts").glob("?" * 40 + ".json"))
+    shard = tmp_path / "parts" / "train-00001.shard"
+    for path in (tmp_path / "manifest.json", *records[:2], shard):
+        path.unlink()
     with pytest.raises(InputError, match="not finished"):
         open_dataset(str(tmp_path))
-    untouched = [p for p in (tmp_path / "data").iterdir() if p.stem[-5:] not in ("00001", "00003")]
-    ages = {p: p.stat().st_mtime_ns for p in untouched}
+    ages = {p: p.stat().st_mtime_ns for p in [*tmp_path.rglob("*.parquet"), *records[2:]]}
+    again = {p for p in ages if p.name.startswith((records[0].stem, records[1].stem, shard.stem))}
     prepare(config(source, tmp_path))
     assert contents(tmp_path) == contents(folder)
-    assert ages == {p: p.stat().st_mtime_ns for p in ages}
+    assert {p for p in ages if p.stat().st_mtime_ns != ages[p]} == again
 
 
 def test_resharding_moves_no_image_between_the_splits(
@@ -140,7 +148,6 @@ def test_bad_images_are_counted_and_named(cluster: None, tmp_path: Path) -> None
     (source / "dog" / "half.png").write_bytes(IMAGES[0][: len(IMAGES[0]) // 2])
     with pytest.raises(InputError, match=r"2 of 122 .*quarantine.jsonl"):
         prepare(config(source, tmp_path / "out"))
-    # Nothing is done again where more is allowed.
     manifest = prepare(config(source, tmp_path / "out", max_bad_fraction=0.05))
     assert manifest.quarantined == open_dataset(str(tmp_path / "out")).quarantined == 2
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
@@ -154,9 +161,9 @@ def test_what_a_reader_refuses_on_a_node_is_one_line_here(cluster: None, tmp_pat
     pixels = np.zeros((6, 4, 4), np.uint8)
     write_idx(tmp_path / "in", pixels, np.arange(6))
     settings = PrepareConfig(str(tmp_path / "out"), "idx", str(tmp_path / "in"))
-    list_source(settings.source, settings.input, settings.rows_per_shard)
+    assert open_source(settings.source, settings.input, Request(10)).listing.parts
     (tmp_path / "in" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bdamaged")
-    with pytest.raises(InputError, match=r"^\S+train-images-idx3-ubyte.gz: damaged gzip file") as error:
+    with pytest.raises(InputError, match=r"^\S+train-images-idx3-ubyte.gz: damaged, get it again") as error:
         prepare(settings)
     assert "\n" not in str(error.value)
 
@@ -212,6 +219,125 @@ def test_s3_in_and_out(cluster: None, s3: str, prepared: tuple[Path, Manifest], 
     assert set(all_rows(f"{s3}/tars", "train")) < set(IMAGES[:100])
 
 
+@dataclass
+class Counted:
+    """Prepares in this process, and counts what is decoded."""
+
+    source: Path
+    output: Path
+    decoded: list[int] = field(default_factory=list)
+
+    def __call__(self, **changes: object) -> Manifest:
+        self.decoded.append(0)
+        return prepare(config(self.source, self.output, **changes))
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    run = Counted(write_folder(tmp_path / "in", IMAGES[:100]), tmp_path / "out")
+    monkeypatch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
+
+    def count(*arguments: Any, **options: Any) -> np.ndarray:
+        run.decoded[-1] += 1
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(decoded, "decode", count)
+    return run
+
+
+def add(source: Path) -> None:
+    for i, data in enumerate(IMAGES[100:160], 100):
+        (source / CLASSES[label_of(i)] / f"{i:04d}.png").write_bytes(data)
+
+
+def remove(source: Path) -> None:
+    for path in sorted(source.rglob("*.png"))[::3]:
+        path.unlink()
+
+
+def replace_some(source: Path) -> None:
+    for path, data in zip(sorted(source.rglob("*.png"))[:7], IMAGES[150:], strict=False):
+        path.write_bytes(data)
+
+
+def rename(source: Path) -> None:
+    """A class, and an image in another one."""
+    (source / "cat").rename(source / "lynx")
+    first = min((source / "dog").iterdir())
+    first.rename(first.with_name("first.png"))
+
+
+@pytest.mark.parametrize(("change", "new"), [(add, 60), (remove, 0), (replace_some, 7), (rename, 34)])
+def test_after_a_change_the_same_command_gives_what_a_fresh_run_gives_and_decodes_what_is_new(
+    counted: Counted, tmp_path: Path, change: Callable[[Path], None], new: int
+) -> None:
+    counted()
+    change(counted.source)
+    counted()
+    assert counted.decoded[0] == 100 and counted.decoded[1] <= new  # a renamed image may go to another part
+    mine = contents(counted.output)
+    counted()
+    assert counted.decoded[2] == 0
+    assert contents(counted.output) == mine
+    counted.output = tmp_path / "fresh"
+    counted()
+    assert counted.decoded[-1] == len(list(counted.source.rglob("*.png")))
+    assert contents(counted.output) == mine
+    images = {data for split in ("train", "validation") for data in all_rows(str(counted.output), split)}
+    assert len(images) == counted.decoded[-1]
+
+
+def test_a_refused_run_goes_on_once_the_bad_images_are_mended_removed_or_allowed(
+    counted: Counted, tmp_path: Path
+) -> None:
+    bad = [counted.source / "cat" / f"bad{i}.png" for i in range(6)]
+    for path in bad:
+        path.write_text("<html>404</html>")
+    with pytest.raises(InputError, match="6 of 106 images"):
+        counted()
+    for path, data in zip(bad[:3], IMAGES[100:], strict=False):
+        path.write_bytes(data)
+    bad[3].unlink()
+    with pytest.raises(InputError, match="2 of 105 images"):
+        counted()
+    manifest = counted(max_bad_fraction=0.03)
+    assert manifest.quarantined == 2
+    assert counted.decoded == [106, 5, 0]  # damaged images are tried again where their part has changed
+    for path in bad[4:]:
+        path.unlink()
+    counted()
+    mine = contents(counted.output)
+    counted.output = tmp_path / "fresh"
+    assert counted().quarantined == 0
+    assert contents(counted.output) == mine
+
+
+@pytest.mark.parametrize("place", ["in", "in/out", "in/cat/../out", "link/out"])
+def test_an_output_inside_of_its_input_is_refused(tmp_path: Path, place: str) -> None:
+    source = write_folder(tmp_path / "in", IMAGES[:10])
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(InputError, match="lies inside of --input"):
+        prepare(config(source, tmp_path / place))
+    assert sorted(p.name for p in source.iterdir()) == sorted(CLASSES)
+
+
+def test_what_was_found_is_said_in_one_line(counted: Counted, capsys: pytest.CaptureFixture[str]) -> None:
+    (counted.source / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (counted.source / "cat" / "notes.txt").write_text("cats")
+    (counted.source / "cat" / "empty.png").write_bytes(b"")
+    counted(max_bad_fraction=0.5)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if " is folder" in line]
+    counts = Counter(
+        json.loads(line)["path"] for line in (counted.output / "ignored.jsonl").read_text().splitlines()
+    )
+    assert counts == {".DS_Store": 1, "cat/notes.txt": 1}
+    assert line.startswith(f"prepare: {counted.source} is folder: 100 images (")
+    assert "3 classes (cat, dog, owl)" in line
+    assert "1 file ignored: hidden (.DS_Store)" in line
+    assert "1 file ignored: not an image (cat/notes.txt)" in line
+    assert "1 can't be used: empty (cat/empty.png)" in line
+
+
 @pytest.mark.system
 def test_killed_and_started_again_it_finishes_what_is_missing(cluster: None, tmp_path: Path) -> None:
     images = [encode(picture(i, 700, 700), "JPEG") for i in range(20)] * 30
@@ -226,19 +352,19 @@ def test_killed_and_started_again_it_finishes_what_is_missing(cluster: None, tmp
         stderr=subprocess.DEVNULL,
     )
     try:
-        while len(list(output.glob("parts/0*.json"))) < 3:
+        while len(list(output.glob(RECORDS))) < 3:
             assert job.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)
     finally:
         job.send_signal(signal.SIGKILL)
         job.wait()
     time.sleep(3)  # its Ray goes down after it
-    done = {p.name: p.stat().st_mtime_ns for p in output.glob("parts/0*.json")}
-    assert 3 <= len(done) < 30
+    done = {p.name: p.stat().st_mtime_ns for p in output.glob(RECORDS)}
+    assert 3 <= len(done) < 32
     assert not (output / "manifest.json").exists()
     outcome = run_job("prepare", *flags, "--output", output, home=tmp_path)
     assert outcome.code == 0, outcome.stderr
-    assert "prepare: 30/30 parts" in outcome.stderr
+    assert "prepare: 32/32 parts" in outcome.stderr
     assert done == {name: (output / "parts" / name).stat().st_mtime_ns for name in done}
     prepare(config(source, tmp_path / "reference", rows_per_group=64, **options))
     assert contents(output) == contents(tmp_path / "reference")

@@ -51,7 +51,7 @@ class Trained:
     after: list[int]
 
 
-STEPS, CHECKPOINT_EVERY = 400, 20
+STEPS, CHECKPOINT_EVERY = 300, 20
 
 
 @pytest.fixture(scope="session")

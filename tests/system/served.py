@@ -25,9 +25,10 @@ from tests.jobs.common import Outcome, command, outcome
 LOOPBACK = "127.0.0.1"
 BUCKET = "ray-ddpm"
 DATA, RUN = f"s3://{BUCKET}/digits", f"s3://{BUCKET}/runs/digits"
-PREPARE = ["prepare", "--", "--output", DATA, "--rows-per-shard", "900"]
+PREPARE = ["prepare", "--", "--source", "digits", "--output", DATA, "--rows-per-shard", "900"]
 SMALL = [
     "--model-channels", "32", "--channel-multipliers", "1", "--res-blocks", "1", "--attention-resolutions", "4",
+    "--readers", "1",
 ]  # fmt: skip
 BIN = Path(sys.executable).parent
 START_SECONDS = 120.0

@@ -34,7 +34,7 @@ from tests.jobs.common import ROOT, environment
 
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
 IMAGE = ImageConfig(8, 1, tuple("0123456789"))
-HELD_OUT = 360
+HELD_OUT = 240
 
 
 def batches(config: TrainConfig, images: Tensor, labels: Tensor) -> Iterator[Batch]:
@@ -58,7 +58,7 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     model = ModelConfig(32, (1, 2), attention_resolutions=(4,), class_conditional=True)
     spec = ModelSpec(model, IMAGE, DiffusionConfig(schedule="cosine", timesteps=400))
     optimizer = OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,))
-    config = TrainConfig("", "", steps=300, batch_size=128, model=model, optimizer=optimizer)
+    config = TrainConfig("", "", steps=300, batch_size=48, model=model, optimizer=optimizer)
     cpu = torch.device("cpu")
     state = loop.new_state(config, spec, cpu)
     stream = batches(config, real, real_labels)

@@ -25,7 +25,7 @@ from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import LeaseLost
-from pipeline.tracking import runs
+from pipeline.tracking import address, runs
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record, Rung
@@ -52,8 +52,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, cluster: LocalCluster) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
         patch.setenv("RAY_ADDRESS", cluster.address)
-        connect(environment=runs.environment())
-        prepare(PrepareConfig(output=str(home / "digits")))
+        connect(environment=address.environment())
+        prepare(PrepareConfig(output=str(home / "digits"), source="digits"))
         yield home
         leave_ray()
 
@@ -173,7 +173,7 @@ def check_rungs(output: str, good: list[Record]) -> None:
 
 def check_tracking(result: dict[str, Any], after: dict[str, Record], best: Record) -> None:
     """One parent run, a nested run a trial with its settings and measurements, the winner registered."""
-    client = mlflow.MlflowClient(runs.tracking_uri())
+    client = mlflow.MlflowClient(address.tracking_uri())
     parent = client.get_run(result["run_id"])
     assert parent.info.status == "FINISHED"
     nested = client.search_runs(

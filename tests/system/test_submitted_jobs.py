@@ -32,7 +32,7 @@ def test_requests_without_the_right_token_are_refused(served: Served) -> None:
         ({"RAY_AUTH_MODE": "disabled"}, "asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
         ({"RAY_AUTH_TOKEN": "x" * 64}, "refuses the token: is RAY_AUTH_TOKEN that of this cluster?"),
     ):
-        refused = served.submit("prepare", "--", "--output", DATA, **changed)
+        refused = served.submit("prepare", "--", "--source", "digits", "--output", DATA, **changed)
         assert (refused.code, refused.stdout) == (2, "")
         assert refused.stderr.count("\n") == 1 and complaint in refused.stderr
     assert submitted(served) == before

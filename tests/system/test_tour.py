@@ -23,7 +23,7 @@ COUNT = 64
 # As SMALL, in a space.
 NETWORK = {
     "model.model_channels": 32, "model.channel_multipliers": [[1]], "model.res_blocks": 1,
-    "model.attention_resolutions": [[4]],
+    "model.attention_resolutions": [[4]], "readers": 1,
 }  # fmt: skip
 
 

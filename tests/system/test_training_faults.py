@@ -25,6 +25,7 @@ FLAGS = (
     "--batch-size", BATCH, "--log-every", 6, "--checkpoint-every", 6,
     "--model-channels", 32, "--channel-multipliers", 1, "--res-blocks", 1, "--attention-resolutions", 4,
     "--timesteps", 20, "--timestep-sampler", "loss_second_moment", "--precision", "fp32", "--resize-seconds", 2,
+    "--readers", 1,
 )  # fmt: skip
 
 

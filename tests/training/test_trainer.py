@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from pipeline.models.export import load_model
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint
 from pipeline.training.trainer import Trained, train
-from tests.jobs.common import database
+from tests.jobs.common import ROOT, database
 from tests.training.test_loop import epochs_digest
 
 ROWS, BATCH = 1620, 90  # 18 steps are an epoch
@@ -49,6 +51,7 @@ def settings(home: Path, output: str, **changes: Any) -> TrainConfig:
         ),
         diffusion=DiffusionConfig(timesteps=20, timestep_sampler="loss_second_moment"),
         precision="fp32",
+        readers=1,
         **(options | changes),
     )
 
@@ -234,5 +237,9 @@ def test_a_full_disk_stops_the_run_and_a_resume_passes_over_a_damaged_checkpoint
 
 def test_storage_that_not_all_processes_see_is_refused(home: Path) -> None:
     # Each process has a working directory of its own, as each machine has a disk of its own.
-    with pytest.raises(InputError, match=r"--output /proc/self/cwd/mine: the node \S+ does not see"):
-        train(settings(home, "/proc/self/cwd/mine"))
+    name = f"mine-{uuid.uuid4().hex}"
+    try:
+        with pytest.raises(InputError, match=rf"--output /proc/self/cwd/{name}: the node \S+ does not see"):
+            train(settings(home, f"/proc/self/cwd/{name}"))
+    finally:
+        shutil.rmtree(ROOT / name, ignore_errors=True)  # made by a worker, where its Ray was started

@@ -1,16 +1,33 @@
-"""A tree of image files, whose folders are the classes."""
+"""Trees of image files: their folders, or metadata beside them, name the classes."""
 
 import hashlib
+import itertools
+import math
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing
+from pipeline.data.images import sniff
+from pipeline.data.labels import name_classes
+from pipeline.data.sources.fetch import THREADS, fault_of_file, in_order, read_file
+from pipeline.data.sources.label_columns import NO_LABELS
+from pipeline.data.sources.parts import Item, Part, Request, SourceListing
+from pipeline.data.sources.sidecar import is_sidecar, read_labels
+from pipeline.data.sources.sidecar_files import IMAGE_FOLDER_TABLE as IMAGE_FOLDER_TABLE
+from pipeline.data.sources.splits import BESIDE, split_folders, split_of_word, splits_in_classes
+from pipeline.data.sources.tree import Tree, printable
 from pipeline.errors import InputError
 
-# What `datasets` calls an ImageFolder's table of other columns: the images are files.
-IMAGE_FOLDER_TABLE = "metadata.parquet"
+NO_IMAGE = "not an image"
+# Files with these names are meant to be images; of others, the first bytes tell.
+_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga",
+)  # fmt: skip
+_HEAD_BYTES = 64
+_ARCHIVES = (".zip", ".npz")
 
 
 @dataclass(frozen=True)
@@ -18,44 +35,205 @@ class FolderPart(Part):
     """Some files of a tree.
 
     Attributes:
-        names: what follows the tree's URI in theirs.
+        labels: of each file.
+        bucket: the first binary digits of the hashes of their names.
     """
 
-    names: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    bucket: str = ""
 
-    def read(self) -> Iterator[Item]:
-        for name in self.names:
-            try:
-                data = storage.read_bytes(self.uri + name)
-            # Any other error is the storage's, not an image's fault.
-            except (FileNotFoundError, PermissionError):
-                data = b""
-            yield Item(_place(name), data, posixpath.dirname(_place(name)) or None)
+    @property
+    def slot(self) -> str:
+        return f"{self.split}|{self.bucket}"
 
+    def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
+        def item(place: int) -> Item:
+            name = self.names[place]
+            data, reason = read_file(storage.join(self.root, name))
+            return Item(printable(name), data, self.labels[place], reason)
 
-def list_folder(uri: str, files: list[str], images_per_part: int) -> SourceListing:
-    files = storage.with_suffix(files, *IMAGE_SUFFIXES)
-    if not files:
-        raise InputError(f"--input {uri}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    root = _root(uri, files)
-    names = [file.removeprefix(root) for file in files]
-    classes = sorted({folder for name in names if (folder := posixpath.dirname(_place(name)))})
-    # A tree lists one class after the other: mixed by a hash of the name, so that every shard has them all.
-    names.sort(key=lambda name: hashlib.sha256(_place(name).encode()).digest())
-    parts = [
-        FolderPart(root, tuple(names[i : i + images_per_part])) for i in range(0, len(names), images_per_part)
-    ]
-    return SourceListing(tuple(parts), classes=tuple(classes))
+        yield from in_order(item, range(len(self.names)) if rows is None else rows, self.root)
 
 
-def _root(uri: str, files: list[str]) -> str:
-    """The folder that was given, or above the file or the pattern that was given, as it stands in the files' URIs."""
-    fs, path = storage.open_fs(uri)
-    root = path if storage.is_local(uri) else str(fs.unstrip_protocol(path))
-    while not all(file.startswith(f"{root.rstrip('/')}/") for file in files):
-        root = posixpath.dirname(root)
-    return root.rstrip("/")
+@dataclass(frozen=True)
+class Arranged:
+    """Images of a tree, or of an archive.
+
+    Attributes:
+        splits, labels: of each image that is used.
+        used: other files that were read for labels.
+        ignored, bad: as in `SourceListing`.
+        named: whether the labels are other than folders.
+        classes: names of the labels in order, where something names them.
+    """
+
+    splits: dict[str, str]
+    labels: dict[str, str | None]
+    used: frozenset[str]
+    ignored: dict[str, str]
+    bad: dict[str, str]
+    named: bool
+    classes: tuple[str, ...]
 
 
-def _place(name: str) -> str:
-    return posixpath.normpath(name.lstrip("/"))
+def is_image_name(name: str) -> bool:
+    """Whether a file is meant to be an image, by its suffix."""
+    return posixpath.splitext(name)[1].lower() in _SUFFIXES
+
+
+def is_folder(tree: Tree) -> bool:
+    """Whether there are images, by their names or their first bytes."""
+    if any(map(is_image_name, tree.files)):
+        return True
+    names = list(tree.files)
+    batches = (names[i : i + 8 * THREADS] for i in range(0, len(names), 8 * THREADS))
+    return any(any(_are_images(tree, batch)) for batch in batches)
+
+
+def list_folder(tree: Tree, request: Request) -> SourceListing:
+    """All images of a tree, mixed by hashes of their names, so that every part has images of all classes.
+
+    Raises:
+        InputError: a file that holds labels can't be read, or contradicts another.
+    """
+    others = [name for name in tree.files if not is_image_name(name)]
+    found = dict(zip(others, _are_images(tree, others), strict=True))
+    images = [name for name in tree.files if found.get(name, True) is True]
+    no_images = dict.fromkeys((name for name in others if found[name] is False), NO_IMAGE)
+    where = printable(tree.root)
+
+    def read(name: str) -> bytes:
+        data, reason = read_file(tree.uri(name))
+        if reason:
+            raise InputError(f"{where}/{printable(name)}: {reason}")
+        return data
+
+    unreadable = {**tree.ignored, **tree.bad}
+    arranged = arrange(images, tree.files, unreadable, read, request, where)
+    parts = tuple(
+        FolderPart(tree.root, names, tuple(arranged.labels[name] for name in names), bits, split=split)
+        for split, bits, names in buckets(arranged.splits, request.images_per_part)
+    )
+    beside = {
+        name: f"an archive beside image files: --source {suffix[1:]} reads it"
+        for name in others
+        for suffix in _ARCHIVES
+        if found[name] is False and name.lower().endswith(suffix)
+    }
+    used = arranged.used.union(arranged.labels)
+    left_out = no_images | beside | arranged.ignored
+    ignored = {name: why for name, why in left_out.items() if name not in used and name not in arranged.bad}
+    return SourceListing(parts, used, classes=classes_of([arranged]), ignored=ignored, bad=arranged.bad)
+
+
+def _are_images(tree: Tree, names: Iterable[str]) -> Iterator[bool | None]:
+    """Whether files begin as images do; None where one can't be read, for which the registry finds the reason."""
+
+    def is_image(name: str) -> bool | None:
+        try:
+            return not is_sidecar(name) and sniff(tree.head(name, _HEAD_BYTES)) is not None
+        except OSError as error:
+            fault_of_file(error, tree.uri(name))
+            return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(is_image, names)
+
+
+def arrange(
+    images: Iterable[str],
+    names: Collection[str],
+    unreadable: Mapping[str, str],
+    read: Callable[[str], bytes],
+    request: Request,
+    where: str,
+    label_of: Callable[[str], str | None] | None = None,
+) -> Arranged:
+    """Finds the split and the label of each image.
+
+    Args:
+        names, unreadable, read, where: as in `read_labels`.
+        label_of: the label of an image that lies in no split, by its name; by default its folder.
+    """
+    images = dict.fromkeys(images)
+    level, found = split_folders(images)
+    doubled, depth = _doubled(images, level, found), 0 if found else splits_in_classes(images)
+    ignored, splits, labels = dict[str, str](), dict[str, str](), dict[str, str | None]()
+    known = dict[str, str]()  # one object for all labels that are alike: they travel once
+    for name in images:
+        if found:
+            first, _, rest = name[len(level) :].partition("/")
+            if first not in found or not name.startswith(level):
+                ignored[name] = BESIDE.format(", ".join(sorted(found)))
+                continue
+            splits[name], label = found[first], folder_label(rest[len(doubled.get(first, "")) :])
+        elif depth:
+            folders = name.split("/")
+            splits[name] = split_of_word(folders.pop(depth))
+            label = folder_label("/".join(folders))
+        else:
+            splits[name], label = "", label_of(name) if label_of else folder_label(name)
+        labels[name] = label if label is None else known.setdefault(label, label)
+    said = read_labels(splits, names, unreadable, read, request, where)
+    for name, label in said.of.items():
+        labels[name] = label if label is None else known.setdefault(label, label)
+    left_out = said.ignored.keys() | said.bad.keys()
+    take = request.label_column != NO_LABELS
+    return Arranged(
+        {name: split for name, split in splits.items() if name not in left_out},
+        {name: label if take else None for name, label in labels.items() if name not in left_out},
+        said.used,
+        ignored | said.ignored,
+        {name: reason for name, reason in said.bad.items() if name not in ignored},
+        bool(said.of),
+        said.classes if take else (),
+    )
+
+
+def _doubled(images: Iterable[str], level: str, found: Mapping[str, str]) -> dict[str, str]:
+    """The folder in a split's folder that holds all of it and is called as the split is: train/train/cat/1.png."""
+    inside = dict[str, set[str]]()
+    for name in images:
+        first, _, rest = name[len(level) :].partition("/")
+        inside.setdefault(first, set()).add(rest[: rest.find("/") + 1])
+    lone = {first: folders.pop() for first, folders in inside.items() if len(folders) == 1}
+    return {
+        first: folder
+        for first, folder in lone.items()
+        if first in found and split_of_word(folder.rstrip("/")) == found[first]
+    }
+
+
+def folder_label(name: str) -> str | None:
+    """The folder that a file lies in, as text."""
+    return printable(posixpath.dirname(name)) or None
+
+
+def classes_of(found: Iterable[Arranged]) -> tuple[str, ...]:
+    """The classes of all images: folders in the order of their names, numbers in their own."""
+    found = list(found)
+    labels = {label for one in found for label in one.labels.values() if label is not None}
+    if not any(one.named for one in found):
+        return tuple(sorted(labels))
+    classes = tuple(dict.fromkeys(name for one in found for name in one.classes))
+    return (*classes, *sorted(labels.difference(classes))) if classes else name_classes(labels)
+
+
+def buckets(splits: Mapping[str, str], images_per_part: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Cuts names, each with its split, into parts by hashes of the names: another file changes one part.
+
+    Returns:
+        split, the first binary digits of the hashes, and names.
+    """
+    hashed = sorted((split, _hash(name), name) for name, split in splits.items())
+    for split, some in itertools.groupby(hashed, key=lambda entry: entry[0]):
+        mine = [(digits, name) for _, digits, name in some]
+        depth = max(0, math.ceil(math.log2(len(mine) / images_per_part)))
+        for bits, names in itertools.groupby(mine, key=lambda entry: entry[0][:depth]):
+            yield split, bits, tuple(name for _, name in names)
+
+
+def _hash(name: str) -> str:
+    """64 binary digits."""
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return f"{int.from_bytes(digest[:8], 'big'):064b}"

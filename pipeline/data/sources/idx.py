@@ -2,88 +2,151 @@
 
 import gzip
 import posixpath
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+import re
+import zlib
+from collections.abc import Iterable
 
-import numpy as np
-
-from pipeline import storage
-from pipeline.data.images import encode_png
 from pipeline.data.labels import label_text, name_classes
-from pipeline.data.sources.parts import Item, Part, SourceListing
+from pipeline.data.sources.fetch import open_file, refusing
+from pipeline.data.sources.folder import is_image_name
+from pipeline.data.sources.label_columns import NO_LABELS
+from pipeline.data.sources.parts import Part, Request, SourceListing
+from pipeline.data.sources.records import GZIP, Records, cut_array
+from pipeline.data.sources.splits import splits_of_files
+from pipeline.data.sources.tree import Tree, printable
 from pipeline.errors import InputError
+from pipeline.redact import one_line
 
-_IMAGES = 2051
+_IMAGES, _LABELS = 2051, 2049  # magic numbers: bytes in three dimensions, and in one
+_GZIPPED = b"\x1f\x8b"
+_NAME, _LABELS_NAME = re.compile(r"images[-._]idx3"), re.compile(r"labels[-._]idx")
 
 
-@dataclass(frozen=True)
-class IdxPart(Part):
-    """Images that follow each other in one file.
+def is_idx(tree: Tree) -> bool:
+    """Whether there are files named as MNIST's images are: train-images-idx3-ubyte, gzipped or not."""
+    return any(map(_is_images, tree.files))
 
-    Attributes:
-        labels: the file of their labels, or "".
+
+def _is_images(name: str) -> bool:
+    return _NAME.search(posixpath.basename(name).lower()) is not None and not is_image_name(name)
+
+
+def list_idx(tree: Tree, request: Request) -> SourceListing:
+    """All files of images, each with the file of its labels where there is one.
+
+    Raises:
+        InputError: a file is something else, damaged or cut short; a file of labels does not fit its images.
     """
+    names, ignored = _plain_first(filter(_is_images, tree.files))
+    splits, parts, used, found = splits_of_files(names), list[Part](), set[str](), set[str]()
+    shapes = set[tuple[int, int]]()
+    for name in names:
+        records, height, width = _open_images(tree, name)
+        shapes.add((height, width))
+        labels_name = _labels_of(tree, name)
+        texts = list[tuple[str | None, str]]([(None, "")] * records.count)
+        if labels_name:
+            used.add(labels_name)
+            values = _read_labels(tree, labels_name, name, records.count)
+            if request.label_column != NO_LABELS:
+                known = [label_text(value) for value in range(256)]  # one object for all that are alike
+                texts = [(known[value], "") for value in values]
+                found |= {text for text, _ in texts if text is not None}
+        used.add(name)
+        if not records.count:
+            ignored[name] = "holds no images"
+        parts += cut_array(
+            tree.root, name, records, (height, width, 1), False, texts, request.images_per_part, splits[name]
+        )
+    labels = [name for name in tree.files if _LABELS_NAME.search(posixpath.basename(name).lower())]
+    copies = _plain_first(labels)[1]
+    for name in labels:
+        if name not in used:
+            ignored[name] = copies.get(name, "labels that belong to none of the files of images")
+    sides = {side for shape in shapes for side in shape}
+    size = sides.pop() if len(sides) == 1 else 0
+    return SourceListing(
+        tuple(parts), frozenset(used - ignored.keys()), size, 1, name_classes(found), ignored
+    )
 
-    labels: str
-    start: int
-    count: int
 
-    def read(self) -> Iterator[Item]:
-        data, labels = _open_idx(self.uri), _labels(self.labels)
-        _, _, rows, columns = struct.unpack(">IIII", data[:16])
-        first = 16 + self.start * rows * columns
-        pixels = np.frombuffer(data, np.uint8, self.count * rows * columns, first)
-        name = posixpath.basename(self.uri)
-        for i, image in enumerate(pixels.reshape(-1, rows, columns, 1), self.start):
-            label = label_text(labels[i]) if self.labels else None
-            yield Item(f"{name}/{i:06d}.png", encode_png(image), label)
+def _plain_first(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Names without those that are gzipped and there as well as they were before that."""
+    found, copies = dict[str, str](), dict[str, str]()
+    for name in sorted(names, key=lambda name: (name.lower().endswith(".gz"), name)):
+        plain = name[:-3] if name.lower().endswith(".gz") else name
+        if plain in found:
+            copies[name] = f"packed copy of {printable(posixpath.basename(found[plain]))}"
+        else:
+            found[plain] = name
+    return sorted(found.values()), copies
 
 
-def is_idx(name: str) -> bool:
-    return "images" in name and "idx3" in name
+def _key(name: str) -> str:
+    """A name without what may differ between a file of images and that of its labels."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.lower().removesuffix(".gz").replace(".", "-").replace("_", "-"))
 
 
-@lru_cache(maxsize=2)
-def _open_idx(uri: str) -> bytes:
-    data = storage.read_bytes(uri)
+def _labels_of(tree: Tree, images: str) -> str:
+    """The file of labels, in the same folder, that has the name of a file of images; "" for none.
+
+    Raises:
+        InputError: it is there, and can't be read.
+    """
+    folder, base = posixpath.split(_key(images))
+    before, _, after = base.rpartition("images-idx3")
+    wanted = posixpath.join(folder, f"{before}labels-idx1{after}")
+    for name, reason in tree.bad.items():
+        if _key(name) == wanted:
+            raise InputError(f"{tree.uri(name)}: {reason}: there are labels in it")
+    return next(iter(_plain_first(name for name in tree.files if _key(name) == wanted)[0]), "")
+
+
+def _open_images(tree: Tree, name: str) -> tuple[Records, int, int]:
+    """The images in a file, their height and their width."""
+    uri, file = tree.uri(name), tree.files[name]
+    with refusing(uri):
+        packed = tree.head(name, 2) == _GZIPPED
+    head = _content(uri, packed, 16)
+    magic = int.from_bytes(head[:4], "big")
+    if len(head) < 16 or magic != _IMAGES:
+        raise InputError(
+            f"{uri}: no IDX file of 8-bit images in three dimensions "
+            f"({'cut short' if len(head) < 16 else f'it begins with {magic}, not {_IMAGES}'})"
+        )
+    count, height, width = (int.from_bytes(head[at : at + 4], "big") for at in (4, 8, 12))
+    if not height or not width:
+        raise InputError(f"{uri}: its images have {height}x{width} pixels")
+    records = Records(16, height * width, count, GZIP if packed else "", file.version)
+    records.check(uri, file.size)
+    return records, height, width
+
+
+def _read_labels(tree: Tree, name: str, images: str, count: int) -> bytes:
+    uri = tree.uri(name)
+    with refusing(uri):
+        packed = tree.head(name, 2) == _GZIPPED
+    data = _content(uri, packed, 8 + count + 1)
+    magic, said = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
+    if len(data) < 8 or magic != _LABELS:
+        raise InputError(f"{uri}: no IDX file of 8-bit labels (it begins with {magic}, not {_LABELS})")
+    if said != count:
+        raise InputError(
+            f"{uri}: holds {said} labels for the {count} images of {printable(posixpath.basename(images))}"
+        )
+    if len(data) != 8 + count:
+        raise InputError(f"{uri}: holds {len(data) - 8} labels or more, {count} expected: get it again")
+    return data[8:]
+
+
+def _content(uri: str, packed: bool, most: int) -> bytes:
+    """The first bytes of a file, gzipped or not."""
     try:
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError) as error:
-        raise InputError(f"{uri}: damaged gzip file: {error}") from None
-
-
-def _labels(uri: str) -> bytes:
-    return _open_idx(uri)[8:] if uri else b""
-
-
-def _idx_header(uri: str) -> tuple[int, int, int, int]:
-    """Magic number, count, rows, columns."""
-    data = _open_idx(uri)
-    if len(data) < 16:
-        raise InputError(f"{uri}: not an IDX file")
-    magic, count, rows, columns = struct.unpack(">IIII", data[:16])
-    if magic == _IMAGES and len(data) != 16 + count * rows * columns:
-        raise InputError(f"{uri}: cut short: {len(data)} bytes, {16 + count * rows * columns} expected")
-    return magic, count, rows, columns
-
-
-def list_idx(uri: str, files: list[str], images_per_part: int) -> SourceListing:
-    images = [file for file in files if is_idx(posixpath.basename(file))]
-    if not images:
-        raise InputError(f"--input {uri}: no IDX image files (…-images-idx3-ubyte, gzipped or not)")
-    parts, size, classes = list[Part](), 0, set[int]()
-    for file in images:
-        magic, count, rows, columns = _idx_header(file)
-        if magic != _IMAGES or rows != columns:
-            raise InputError(f"{file}: not an IDX file of square images")
-        labels = file.replace("images", "labels").replace("idx3", "idx1")
-        labels = labels if labels in files else ""
-        classes |= set(_labels(labels))
-        size = max(size, rows)
-        parts += [
-            IdxPart(file, labels, start, min(images_per_part, count - start))
-            for start in range(0, count, images_per_part)
-        ]
-    return SourceListing(tuple(parts), size, 1, name_classes(map(str, classes)))
+        with refusing(uri), open_file(uri) as file:
+            if not packed:
+                return file.read(most)
+            with gzip.open(file) as content:
+                return content.read(most)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{uri}: damaged, get it again: {one_line(error)}") from None

@@ -1,164 +1,166 @@
-"""Images in Parquet files of the Hugging Face convention: a column `image` of {bytes, path}, a column `label`."""
+"""Parquet files as a source: those of a folder that hold images, and the parts to read them in."""
 
-import json
-import posixpath
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import storage
-from pipeline.data.labels import label_text, name_classes, stored_numbers
-from pipeline.data.sources.parts import Item, Part, SourceListing
+from pipeline.data.sources.cells import Columns, images_of, name_beside, one_form
+from pipeline.data.sources.columns import choose, is_source
+from pipeline.data.sources.label_columns import name_labels
+from pipeline.data.sources.look import Look, features_of, files_beside, lies_beside
+from pipeline.data.sources.parquet_files import (
+    PREPARED,
+    _kept_open,
+    iterate,
+    open_parquet,
+    opened,
+    read_row_group,
+)
+from pipeline.data.sources.parquet_part import ParquetPart
+from pipeline.data.sources.parts import Request, SourceListing
+from pipeline.data.sources.splits import splits_of_files
+from pipeline.data.sources.tree import Tree, printable
 from pipeline.errors import InputError
-from pipeline.redact import one_line
 
-OPEN_FILES = 64
-
-
-@dataclass(frozen=True)
-class ParquetPart(Part):
-    """Row groups that follow each other in one file.
-
-    Attributes:
-        classes: names of integer labels, where the file has them.
-    """
-
-    start: int
-    count: int
-    classes: tuple[str, ...] = ()
-
-    def read(self) -> Iterator[Item]:
-        for group in range(self.start, self.start + self.count):
-            table = read_row_group(self.uri, group)
-            columns = (table[name].to_pylist() for name in ("bytes", "label", "path"))
-            for data, label, name in zip(*columns, strict=True):
-                path = f"{posixpath.basename(self.uri)}/{group}/{posixpath.basename(name)}"
-                yield Item(path, data or b"", label_text(label, self.classes))
-
-    def table(self, rows: np.ndarray) -> pa.Table:
-        groups = range(self.start, self.start + self.count)
-        table = pa.concat_tables([read_row_group(self.uri, group) for group in groups])
-        # Numbers first: Arrow can't take rows of every kind of text.
-        return table.set_column(1, "label", stored_numbers(table["label"])).take(rows)
-
-
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """A file from outside, opened so that nothing in it is run.
-
-    A file may ask for a type that Python classes read. One of Ray's holds pickles: whoever looks at a value runs
-    what the file's author wrote.
-
-    Raises:
-        InputError: not a Parquet file, or a column of such a type.
-    """
-    fs, path = storage.open_fs(uri)
-    try:
-        # A local file is read by pyarrow itself: through Python it costs a tenth of decoding small images.
-        file = pq.ParquetFile(path if storage.is_local(uri) else fs.open(path, "rb"))
-    except Exception as error:  # pyarrow raises anything on a damaged footer
-        if storage.is_storage_error(error):
-            raise
-        raise InputError(f"{uri}: not a Parquet file: {one_line(error)}") from None
-    for column in file.schema_arrow:
-        if _has_python_type(column.type):
-            raise InputError(f"{uri}: column {column.name} is {column.type}, not plain data: refused")
-    return file
-
-
-@lru_cache(maxsize=OPEN_FILES)
-def _kept_open(uri: str, thread: int) -> pq.ParquetFile:
-    """A reading thread reads a file's footer once, not once a row group; no two may read through one open file."""
-    return open_parquet(uri)
-
-
-def _has_python_type(kind: pa.DataType) -> bool:
-    if isinstance(kind, pa.ExtensionType):
-        return True
-    return any(_has_python_type(kind.field(i).type) for i in range(kind.num_fields))
+__all__ = ["ParquetPart", "is_parquet", "list_parquet", "open_parquet", "read_row_group", "row_counts"]
+SUFFIXES = (".parquet", ".parq", ".pq")
+THREADS = 16
+_FIRST = 32  # files to look into before all others
+_ROWS = 4096
+_POINTER = b"version https://git-lfs"
 
 
 def row_counts(uri: str) -> list[int]:
-    """Rows of each row group.
+    """Rows of each row group of a file that was prepared or generated.
 
     Raises:
         InputError: not a Parquet file, or one without a column `image`.
     """
-    file = open_parquet(uri)
-    if "image" not in file.schema_arrow.names:
-        raise InputError(f"{uri}: no column `image`; it has {', '.join(file.schema_arrow.names)}")
-    return [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    metadata = opened(uri, PREPARED).file.metadata
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
-def class_names(uri: str) -> tuple[str, ...]:
-    """The classes, where the file names them as `datasets` does or has labels that are no integers."""
-    file = open_parquet(uri)
-    kind = file.schema_arrow.field("label").type if "label" in file.schema_arrow.names else pa.null()
-    if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
-        texts = set(map(label_text, file.read(columns=["label"])["label"].to_pylist()))
-        return name_classes(text for text in texts if text is not None)
-    try:
-        metadata = file.schema_arrow.metadata or {}
-        features: dict[str, Any] = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return tuple(features["label"]["names"])
-    except (KeyError, ValueError, TypeError):
-        return ()
+def is_parquet(tree: Tree) -> bool:
+    """Whether some Parquet file holds images (see `columns.is_source`), or none of them can be opened."""
+    names, opened_any = _names(tree), False
+    for some in (names[:_FIRST], names[_FIRST:]):
+        files, _ = _open_all(tree, some)
+        opened_any = opened_any or bool(files)
+        if is_source([file.look for file in files]):
+            return True
+    return bool(names) and not opened_any
 
 
-def read_row_group(uri: str, number: int) -> pa.Table:
-    """The images of one row group, still encoded.
+def list_parquet(tree: Tree, request: Request) -> SourceListing:
+    """The Parquet files of a folder that hold images, in parts of some row groups.
 
-    Returns:
-        columns bytes (binary), label (as in the file, or null) and path (string). Rows that damage makes unreadable
-        are there, with no bytes.
+    Raises:
+        InputError: see `columns.choose`.
     """
-    file = _kept_open(uri, threading.get_ident())
-    count, prefix = file.metadata.row_group(number).num_rows, f"{posixpath.basename(uri)}/{number}"
-    columns = [name for name in ("image", "label") if name in file.schema_arrow.names]
-    try:
-        table = file.read_row_group(number, columns=columns)
-        image = table["image"].combine_chunks()
-        struct = pa.types.is_struct(image.type)
-        data = (image.field("bytes") if struct else image).cast(pa.binary())
-        own = (
-            image.field("path").cast(pa.string())
-            if struct and image.type.get_field_index("path") >= 0
-            else None
+    _kept_open.cache_clear()  # files of a remote store may be others by now
+    files, bad = _open_all(tree, _names(tree))
+    choice = choose([file.look for file in files], request, "Parquet")
+    files = [file for file in files if file.look.name in choice.columns]
+    classes, columns = name_labels([file.look for file in files], choice.columns)
+    splits = splits_of_files(columns)
+    with ThreadPoolExecutor(THREADS) as pool:
+        per_part = request.images_per_part
+        cut = pool.map(
+            lambda f: list(_cut(tree, f, columns[f.look.name], splits[f.look.name], per_part)), files
         )
-        label = table["label"] if "label" in columns else pa.nulls(count)
-    except Exception as error:
-        if storage.is_storage_error(error):
-            raise
-        data, label = pa.nulls(count, pa.binary()), pa.nulls(count)
-        own, prefix = None, f"{prefix} ({type(error).__name__})"
-    return pa.table({"bytes": data, "label": label, "path": _paths(own, prefix, count)})
+        parts = tuple(part for some in cut for part in some)
+    used = frozenset(name for part in parts for name in part.names) | columns.keys()
+    return SourceListing(parts, used, classes=classes, ignored=choice.ignored, bad={**bad, **choice.bad})
 
 
-def _paths(own: pa.Array | None, prefix: str, count: int) -> pa.Array:
-    """The images' own names; where they have none, their place in the file."""
-    if own is not None and not own.null_count:
-        return own
-    names = own.to_pylist() if own is not None else [None] * count
-    return pa.array([name or f"{prefix}/{i:06d}" for i, name in enumerate(names)], pa.string())
+def _names(tree: Tree) -> list[str]:
+    return [name for name in tree.files if name.lower().endswith(SUFFIXES)]
 
 
-def list_parquet(uri: str, files: list[str], images_per_part: int) -> SourceListing:
-    parts, names = list[Part](), dict[tuple[str, ...], tuple[str, ...]]()
-    for file in storage.with_suffix(files, ".parquet"):
-        rows, found = row_counts(file), class_names(file)
-        classes = names.setdefault(found, found)  # one object for all parts: it travels once
-        start = count = images = 0
-        for group, more in enumerate([*rows, images_per_part]):
-            if count and images + more > images_per_part:
-                parts.append(ParquetPart(file, start, count, classes))
-                start, count, images = group, 0, 0
-            count, images = count + 1, images + more
-    if not parts:
-        raise InputError(f"--input {uri}: no .parquet files with images in it")
-    classes = tuple(sorted(set[str]().union(*names))) if len(names) > 1 else next(iter(names))
-    return SourceListing(tuple(parts), classes=classes)
+@dataclass(frozen=True)
+class _File:
+    """What its footer says of a file: its columns, and the rows of each row group."""
+
+    look: Look
+    rows: tuple[int, ...]
+
+
+def _open_all(tree: Tree, names: list[str]) -> tuple[list[_File], dict[str, str]]:
+    """The files that can be opened, and the others with the reason."""
+    files, bad = list[_File](), dict[str, str]()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, found in zip(names, pool.map(partial(_open, tree), names), strict=True):
+            if isinstance(found, str):
+                bad[name] = found
+            else:
+                files.append(found)
+    return files, bad
+
+
+def _open(tree: Tree, name: str) -> _File | str:
+    uri = tree.uri(name)
+    try:
+        file = open_parquet(uri)
+    except (FileNotFoundError, PermissionError) as error:
+        return f"can't be read: {error.strerror or type(error).__name__}"
+    except InputError as error:
+        if tree.head(name).startswith(_POINTER):
+            return "no Parquet file: a pointer to one, which `git lfs pull` fetches"
+        return str(error).removeprefix(f"{uri}: ")
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+
+    def read(column: str, rows: int) -> Iterator[pa.Array]:
+        anew = open_parquet(uri, piecewise=True)
+        for group in range(len(groups)):
+            for batch in iterate(anew, printable(name), group, [column], rows):
+                yield batch.column(column)
+
+    schema = file.schema_arrow
+    return _File(
+        Look(name, schema, features_of(schema), read, partial(lies_beside, tree, name)), tuple(groups)
+    )
+
+
+def _cut(tree: Tree, file: _File, columns: Columns, split: str, images: int) -> Iterator[ParquetPart]:
+    name, beside = file.look.name, _named_beside(tree, file, columns.image)
+    alone, start, held, named = (name,), 0, 0, set[str]()
+    for group, (more, others) in enumerate(zip(file.rows, beside, strict=True)):
+        if group > start and held + more > images:
+            names = (name, *sorted(named)) if named else alone
+            yield ParquetPart(tree.root, names, start, group - start, columns, split=split)
+            start, held, named = group, 0, set()
+        held, named = held + more, named | others
+    if held:
+        names = (name, *sorted(named)) if named else alone
+        yield ParquetPart(tree.root, names, start, len(file.rows) - start, columns, split=split)
+
+
+def _named_beside(tree: Tree, file: _File, image: str) -> list[set[str]]:
+    """The files beside a Parquet file that its rows name as their images, for each row group."""
+    name, form = file.look.name, one_form(file.look.type_of(image))
+    found = [set[str]() for _ in file.rows]
+    if form == "bytes" or not files_beside(tree):
+        return found
+    anew = open_parquet(tree.uri(name), piecewise=True)
+    for group, named in enumerate(found):
+        about = anew.metadata.row_group(group)
+        leaves = [about.column(i) for i in range(about.num_columns)]
+        inside = {
+            leaf.path_in_schema: leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{image}.")
+        }
+        paths = [image] if form == "text" else [leaf for leaf in inside if leaf.endswith(".path")]
+        if paths and not any(_is_whole(leaf) for place, leaf in inside.items() if place.endswith(".bytes")):
+            for batch in iterate(anew, printable(name), group, paths, _ROWS):
+                pairs = (pair for row in images_of(batch.column(image)) for pair in row)
+                others = (name_beside(name, path) for _, path in pairs if path)
+                named.update(other for other in others if other in tree.files)
+    return found
+
+
+def _is_whole(leaf: Any) -> bool:
+    """Whether statistics say that a column has no nulls."""
+    return leaf.is_stats_set and leaf.statistics.has_null_count and not leaf.statistics.null_count

@@ -1,23 +1,40 @@
 """The parts that a source of images is read in: each source has a small type of its own for them."""
 
+import hashlib
+import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-Source = Literal["digits", "idx", "folder", "webdataset", "huggingface"]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+from pipeline import storage
+from pipeline.data.images import Encoded, encode_png
 
 
 class Item(NamedTuple):
-    """One image as it was found; `label` is what the source says of its class (see pipeline.data.labels), or None."""
+    """One image as it was found.
+
+    Attributes:
+        path: its name in the source, printable.
+        data: the encoded bytes, or the pixels where the source holds those: uint8 [H, W, C].
+        label: what the source says of its class (see pipeline.data.labels), or None.
+        reason: why it can't be used, where that is known before it is decoded.
+    """
 
     path: str
-    data: bytes
-    label: str | None
+    data: Encoded
+    label: str | None = None
+    reason: str = ""
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the content as it was given."""
+        if isinstance(self.data, bytes):
+            return hashlib.sha256(self.data).digest()
+        return hashlib.sha256(str(self.data.shape).encode() + self.data.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -25,16 +42,39 @@ class Part(ABC):
     """What one task reads of a source, on any node and by itself; thousands of them travel by pickle.
 
     Attributes:
-        uri: the file or folder that its images lie in.
+        root: URI of the folder that was given.
+        names: of the files in it that this part reads.
+        split: the source's own split that its images belong to (train, validation or test); "" where it has none.
     """
 
-    uri: str
+    root: str
+    names: tuple[str, ...]
+    split: str = field(default="", kw_only=True)
+
+    @property
+    def uri(self) -> str:
+        """Of its first file."""
+        return storage.join(self.root, self.names[0])
+
+    @property
+    def base(self) -> str:
+        """The name of its first file, without folders."""
+        return posixpath.basename(self.names[0])
+
+    @property
+    def slot(self) -> str:
+        """Its place in the source, where its files' names don't tell: see `decoded.slots_of`."""
+        return ""
 
     @abstractmethod
-    def read(self) -> Iterator[Item]:
-        """Its images, in order; an image that is damaged is still an item, with the bytes there are."""
+    def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
+        """Its images, in order; an image that can't be read is still an item, with the reason.
 
-    def split(self, images: int) -> Iterator["Part"]:
+        Args:
+            rows: only these, by their positions in the part, in this order.
+        """
+
+    def cut(self, images: int) -> Iterator["Part"]:
         """Cuts it into parts of about so many images, where it was not cut small from the start."""
         yield self
 
@@ -42,14 +82,23 @@ class Part(ABC):
         """Some of its images, by their positions in it (int [N], any order).
 
         Returns:
-            columns bytes (binary), label (int64, class numbers that stand in the file, -1 for none) and path (string).
+            columns bytes (large_binary), label (int64, class numbers that stand in the file, -1 for none) and path
+            (string).
         """
-        items = list(self.read())
-        data, paths = [items[row].data for row in rows], [items[row].path for row in rows]
-        none = pa.array(np.full(len(rows), -1, np.int64))
-        return pa.table(
-            {"bytes": pa.array(data, pa.binary()), "label": none, "path": pa.array(paths, pa.string())}
-        )
+        items = list(self.read(rows.tolist()))
+        return image_table(items)
+
+
+def image_table(items: Sequence[Item]) -> pa.Table:
+    """Images as rows of bytes, label (-1) and path; pixels are encoded as PNG."""
+    data = [item.data if isinstance(item.data, bytes) else encode_png(item.data) for item in items]
+    return pa.table(
+        {
+            "bytes": pa.array(data, pa.large_binary()),
+            "label": pa.array(np.full(len(items), -1, np.int64)),
+            "path": pa.array([item.path for item in items], pa.string()),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -57,12 +106,44 @@ class SourceListing:
     """A source cut into parts.
 
     Attributes:
+        used: names of the files that its parts read, and of those that were read for labels.
         size, channels: of the source's own images, or 0 where they vary.
         classes: of labels, in order; empty where there are none or numbers name themselves; None where they are only
             known after reading.
+        ignored: files that are no data, by name, with the reason.
+        bad: files that should hold images and can't be read, by name, with the reason.
     """
 
     parts: tuple[Part, ...]
+    used: frozenset[str]
     size: int = 0
     channels: int = 0
     classes: tuple[str, ...] | None = ()
+    ignored: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a source is to be read.
+
+    Attributes:
+        images_per_part: about so many images go into one part.
+        image_column, label_column: of Parquet and Arrow files; "" = found by their types and usual names.
+        split: the source's own splits to use; see `splits.roles_of`.
+    """
+
+    images_per_part: int
+    image_column: str = ""
+    label_column: str = ""
+    split: tuple[str, ...] = ()
+
+
+def pick(items: Iterable[Item], rows: Sequence[int] | None) -> Iterator[Item]:
+    """Some of a part's images, where the whole part must be read for them."""
+    if rows is None:
+        yield from items
+        return
+    wanted = set(rows)
+    found = {place: item for place, item in enumerate(items) if place in wanted}
+    yield from (found[row] for row in rows)

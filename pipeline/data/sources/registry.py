@@ -1,87 +1,213 @@
-"""The sources that images are read from, by name.
+"""The sources that images are read from, by name, and which of them a folder is.
 
 A source is cut into parts, small descriptions that any node can read alone, in an order that does not depend
-on the machine.
+on the machine. Every file that was given is in a part, or named with the reason why it is not.
 """
 
-import posixpath
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.images import encode_png
+from pipeline.config import Source
+from pipeline.data.images import sniff
 from pipeline.data.labels import label_text
-from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE, list_folder
-from pipeline.data.sources.idx import is_idx, list_idx
-from pipeline.data.sources.parquet import list_parquet
-from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, Source, SourceListing
-from pipeline.data.sources.tars import list_tars
+from pipeline.data.sources import arrow, cifar, folder, idx, npz, parquet, tars, zips
+from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
+from pipeline.data.sources.splits import roles_of
+from pipeline.data.sources.tree import Tree, open_tree, printable
 from pipeline.errors import InputError
+from pipeline.redact import one_line
+
+THREADS = 16
+SHOWN = 5  # classes and reasons, in the line that describes a source
+NOT_AN_IMAGE = "not an image"
+# What other tools write, and what to do with it.
+_ELSEWHERE = {
+    ".tar.gz": "compressed tar files: unpack them with `gunzip`, or their images into folders",
+    ".tgz": "compressed tar files: unpack them with `gunzip`, or their images into folders",
+    ".tar.xz": "compressed tar files: unpack them with `unxz`, or their images into folders",
+    ".tar.bz2": "compressed tar files: unpack them with `bunzip2`, or their images into folders",
+    ".tar.zst": "compressed tar files: unpack them with `unzstd`, or their images into folders",
+    ".mdb": "an LMDB database: export its images into folders or tar files first",
+    ".pkl": "pickle files, which run code when they are opened: export the images into folders or .npz files first",
+    ".pickle": "pickle files, which run code when they are opened: export the images into folders or .npz files first",
+    ".npy": "NumPy files: save the images as `arr_0` of an .npz file",
+    ".h5": "HDF5 files: export the images into folders or .npz files first",
+    ".hdf5": "HDF5 files: export the images into folders or .npz files first",
+    ".mat": "MATLAB files: export the images into folders or .npz files first",
+    ".tfrecord": "TFRecord files: export the images into folders or tar files first",
+    ".7z": "archives: unpack them first",
+    ".rar": "archives: unpack them first",
+    ".mp4": "videos: export their frames into folders first",
+}
+_CIFAR_PICKLES = ("data_batch_1", "test_batch", "batches.meta")
 
 
 @dataclass(frozen=True)
 class DigitsPart(Part):
     """The handwritten digits that come with scikit-learn."""
 
-    def read(self) -> Iterator[Item]:
+    def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            pixels = np.minimum(np.round(image * (255 / 16)), 255).astype(np.uint8)[..., None]
-            yield Item(f"digits/{i:04d}.png", encode_png(pixels), label_text(int(label)))
+
+        def items() -> Iterator[Item]:
+            for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+                pixels = np.minimum(np.round(image * (255 / 16)), 255).astype(np.uint8)[..., None]
+                yield Item(f"digits/{i:04d}.png", pixels, label_text(int(label)))
+
+        yield from pick(items(), rows)
 
 
-def list_digits(uri: str, files: list[str], images_per_part: int) -> SourceListing:
-    return SourceListing((DigitsPart("digits"),), 8, 1, tuple(map(str, range(10))))
-
-
-# By source: the function that lists it (from its URI, its files and the images in a part), and the test that tells its
-# files by their lower-case names. A folder belongs to the first source whose test accepts one of its files.
-_SOURCES: dict[
-    Source, tuple[Callable[[str, list[str], int], SourceListing], Callable[[str], bool] | None]
-] = {
-    "huggingface": (list_parquet, lambda name: name.endswith(".parquet") and name != IMAGE_FOLDER_TABLE),
-    "webdataset": (list_tars, lambda name: name.endswith(".tar")),
-    "idx": (list_idx, is_idx),
-    "folder": (list_folder, lambda name: name.endswith(IMAGE_SUFFIXES)),
-    "digits": (list_digits, None),
+# In the order in which a folder is asked whether it is one.
+_SOURCES: dict[Source, tuple[Callable[[Tree], bool], Callable[[Tree, Request], SourceListing]]] = {
+    "arrow": (arrow.is_arrow, arrow.list_arrow),
+    "huggingface": (parquet.is_parquet, parquet.list_parquet),
+    "webdataset": (tars.is_tars, tars.list_tars),
+    "idx": (idx.is_idx, idx.list_idx),
+    "cifar": (cifar.is_cifar, cifar.list_cifar),
+    "npz": (npz.is_npz, npz.list_npz),
+    "zip": (zips.is_zip, zips.list_zip),
+    "folder": (folder.is_folder, folder.list_folder),
 }
 
 
-def list_source(source: Source | Literal["auto"], uri: str, images_per_part: int) -> SourceListing:
-    """Cuts a source into parts of about `images_per_part` images.
+@dataclass(frozen=True)
+class Opened:
+    """What a source was found to be.
+
+    Attributes:
+        listing: its parts; `ignored` and `bad` account for every file in `tree` that is in none of them.
+        roles: what each of its own splits is used for; see `splits.roles_of`.
+    """
+
+    source: Source
+    uri: str
+    tree: Tree
+    listing: SourceListing
+    roles: dict[str, str]
+
+    def describe(self, splits: dict[str, int], classes: Sequence[str], bad: Sequence[dict[str, str]]) -> str:
+        """One line: what it is, the images in each split, the classes, and what was left out and why.
+
+        Args:
+            splits: images in use, by split.
+            bad: path and reason of each image that can't be used.
+        """
+        cut = ", held out by content" if "" in self.roles.values() and "validation" in splits else ""
+        named = [printable(name) for name in classes[:SHOWN]]
+        shown = ", ".join([*named, "…"] if len(classes) > SHOWN else named)
+        left = [
+            f"{count} file{'s' * (count > 1)} ignored: {words}"
+            for words, count in _tally(self.listing.ignored)
+        ]
+        left += [
+            f"{count} can't be used: {words}"
+            for words, count in _tally({e["path"]: e["reason"] for e in bad})
+        ]
+        alone = {part.split for part in self.listing.parts} - self.roles.keys()
+        if named := sorted(alone - {""}):
+            left.append(f"split {', '.join(named)} left alone (--split takes it)")
+        if "" in alone:
+            left.append("what is in none of the splits left alone (--split all takes it)")
+        counts = ", ".join(f"{count:,} {name}" for name, count in splits.items())
+        words = [
+            f"{printable(self.uri) or self.source} is {self.source}: {sum(splits.values()):,} images ({counts}{cut})",
+            f"{len(classes)} classes ({shown})" if classes else "no classes",
+        ]
+        return "; ".join([*words, *left])
+
+
+def _tally(reasons: dict[str, str]) -> list[tuple[str, int]]:
+    """Reasons with the name of one file each, and how many files there are; the most frequent first."""
+    example = {reason: name for name, reason in reversed(reasons.items())}
+    most = Counter(reasons.values()).most_common()
+    named = [(f"{reason} ({example[reason]}{', …' * (count > 1)})", count) for reason, count in most[:SHOWN]]
+    rest = sum(count for _, count in most[SHOWN:])
+    return [*named, ("for other reasons", rest)] if rest else named
+
+
+def open_source(source: Source, uri: str, request: Request, flag: str = "--input") -> Opened:
+    """Finds out what a source is, and cuts it into parts of about `request.images_per_part` images.
 
     Args:
-        source: auto = by the names of the files.
+        source: auto = found by the names and the content of the files.
+        flag: that the URI was given with, for errors.
 
     Raises:
         InputError: nothing of that kind is there.
     """
     if source == "digits":
-        files = []
-    elif uri:
-        uri = storage.absolute(uri)
-        files = storage.list_files(uri)
-    else:
-        raise InputError(f"--source {source} needs --input")
-    lister, _ = _SOURCES[find_source(uri, files) if source == "auto" else source]
-    return lister(uri, files, images_per_part)
+        listing = SourceListing((DigitsPart("", ("digits",)),), frozenset(), 8, 1, tuple(map(str, range(10))))
+        return Opened("digits", "", Tree("", {}), listing, {"": ""})
+    if not uri:
+        raise InputError(f"{flag} is missing: where are the images? (--source digits has its own)")
+    tree = open_tree(storage.absolute(uri))
+    found = _find_source(tree, uri, flag) if source == "auto" else source
+    listing = _SOURCES[found][1](tree, request)
+    if not listing.parts:
+        raise InputError(f"{flag} {uri}: {_nothing(tree, listing, source)}")
+    roles = roles_of((part.split for part in listing.parts), request.split)
+    return Opened(found, uri, tree, _account(tree, found, listing), roles)
 
 
-def find_source(uri: str, files: list[str]) -> Source:
-    """What kind of source these files are, by their names.
-
-    Raises:
-        InputError: there are none, or none that could be read.
-    """
-    if not files:
-        raise InputError(f"--data {uri}: is empty: write shards with jobs/prepare.py first")
-    names = [posixpath.basename(file).lower() for file in files]
-    for source, (_, is_its) in _SOURCES.items():
-        if is_its and any(map(is_its, names)):
+def _find_source(tree: Tree, uri: str, flag: str) -> Source:
+    for source, (is_it, _) in _SOURCES.items():
+        if is_it(tree):
             return source
-    raise InputError(f"--data {uri}: holds no prepared images, nor Parquet, tar, IDX or image files")
+    raise InputError(f"{flag} {uri}: {_nothing(tree)}")
+
+
+def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = "auto") -> str:
+    """Why there is nothing to read, whatever it is or as the source that was asked for."""
+    names = [name.lower() for name in tree.files]
+    for suffix, words in _ELSEWHERE.items():
+        if any(name.endswith(suffix) for name in names):
+            return f"holds {words}"
+    if any(name.rpartition("/")[2] in _CIFAR_PICKLES for name in names):
+        return (
+            "holds CIFAR's Python version, pickles that run code when they are opened: "
+            "use its binary version (data_batch_1.bin), or export the images into folders"
+        )
+    if source in ("auto", "huggingface") and any(name.endswith(".parquet") for name in names):
+        return "holds Parquet files, none with a column of images: name it with --image-column"
+    reasons = {**tree.bad, **(listing.bad if listing else {})}
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        return f"nothing in it can be read: {printable(name)}: {reason}"
+    if not names:
+        hidden = f" ({len(tree.ignored)} hidden or special files are no data)" if tree.ignored else ""
+        return f"is empty{hidden}: give a folder of images, or shards that jobs/prepare.py wrote"
+    if source != "auto":
+        return f"holds nothing that --source {source} reads"
+    return "holds no images, nor Parquet, Arrow, tar, zip, npz, IDX or CIFAR files with images"
+
+
+def _account(tree: Tree, source: Source, listing: SourceListing) -> SourceListing:
+    """Gives every file that is in no part a reason."""
+    ignored, bad = {**tree.ignored, **listing.ignored}, {**tree.bad, **listing.bad}
+    left = [
+        name for name in tree.files if name not in listing.used and name not in ignored and name not in bad
+    ]
+
+    def reason(name: str) -> tuple[str, bool]:
+        """Why a file was not read, and whether it could have been an image."""
+        try:
+            kind = sniff(tree.head(name))
+        except OSError as error:
+            return f"can't be read: {one_line(error.strerror or error)}", True
+        return (f"images beside --source {source}" if kind else NOT_AN_IMAGE), False
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, (words, may_be_data) in zip(left, pool.map(reason, left), strict=True):
+            (bad if may_be_data else ignored)[name] = words
+    return replace(listing, ignored=_printable(ignored), bad=_printable(bad))
+
+
+def _printable(reasons: dict[str, str]) -> dict[str, str]:
+    return {printable(name): words for name, words in sorted(reasons.items())}

@@ -1,131 +1,220 @@
-"""WebDataset tars, read without unpacking anything to disk, and past any damage."""
+"""Tars of images as WebDataset has them, read without unpacking anything to disk, and past any damage."""
 
 import contextlib
-import io
-import json
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO
 
+from fsspec.implementations.local import LocalFileSystem
+
 from pipeline import storage
-from pipeline.data.labels import label_text
-from pipeline.data.sources.parts import IMAGE_SUFFIXES, Item, Part, SourceListing
-from pipeline.errors import InputError
+from pipeline.data.sources.fetch import THREADS, fault_of_file
+from pipeline.data.sources.parts import Item, Part, Request, SourceListing
+from pipeline.data.sources.splits import splits_of_files
+from pipeline.data.sources.tar_index import TarImage, index_tar, stored_bytes
+from pipeline.data.sources.tar_members import BLOCK, is_header
+from pipeline.data.sources.tree import Tree, printable
+
+_PIECE_BYTES = 32 * 2**20
+_GAP_BYTES = 2**20  # between two images that one request fetches
+_COMPRESSED = "a tar compressed with {}: decompress it with `{}`"
+_SUFFIXES = {
+    (".tar.gz", ".tgz"): _COMPRESSED.format("gzip", "gunzip"),
+    (".tar.bz2", ".tbz2", ".tbz"): _COMPRESSED.format("bzip2", "bunzip2"),
+    (".tar.xz", ".txz"): _COMPRESSED.format("xz", "unxz"),
+    (".tar.zst", ".tzst"): _COMPRESSED.format("zstd", "unzstd"),
+    (".tar.lz4", ".tlz4"): _COMPRESSED.format("lz4", "unlz4"),
+}
+# What is named .tar as well, by its first bytes.
+_HEADS = {
+    b"\x1f\x8b": _COMPRESSED.format("gzip", "gunzip"),
+    b"BZh": _COMPRESSED.format("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": _COMPRESSED.format("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": _COMPRESSED.format("zstd", "unzstd"),
+    b"\x04\x22\x4d\x18": _COMPRESSED.format("lz4", "unlz4"),
+    b"PK\3\4": "no tar file: a zip file, whose name should end in .zip",
+    b"version https://git-lfs": "no tar file: a pointer to one, which `git lfs pull` fetches",
+}
+# Copies of remote tars that are being cut, by URI: the new parts that are read meanwhile fetch nothing again.
+_copies: dict[str, IO[bytes]] = {}
+_copies_lock = threading.Lock()
+
+
+class _FileFault(Exception):
+    """This tar alone can't be read: says why."""
 
 
 @dataclass(frozen=True)
 class TarPart(Part):
-    """A whole tar, or some of its samples.
+    """A tar, or some of its images.
 
     Attributes:
-        start, size: which of its bytes; a size of 0 is all.
+        members: the images; none = all that are in the tar, which is read for them first.
     """
 
-    start: int = 0
-    size: int = 0
+    members: tuple[TarImage, ...] = ()
 
-    def read(self) -> Iterator[Item]:
-        fs, path = storage.open_fs(self.uri)
-        size = self.size or int(fs.size(path))
-        content = fs.cat_file(path, start=self.start, end=self.start + size) if self.size else None
-        with fs.open(path, "rb") if content is None else io.BytesIO(content) as file:
-            for _, item in _tar_samples(storage.name(self.uri), file, size):
-                yield item
-
-    def split(self, images: int) -> Iterator[Part]:
-        if self.size:
-            yield self
-            return
-        fs, path = storage.open_fs(self.uri)
-        size, start, held = int(fs.size(path)), 0, 0
-        with fs.open(path, "rb") as file:
-            for offset, _ in _tar_samples(storage.name(self.uri), file, size):
-                if held >= images and start < offset < size:
-                    yield TarPart(self.uri, start, offset - start)
-                    start, held = offset, 0
-                held += 1
-        if held:
-            yield TarPart(self.uri, start, size - start)
-
-
-def list_tars(uri: str, files: list[str], images_per_part: int) -> SourceListing:
-    parts = tuple(TarPart(file) for file in storage.with_suffix(files, ".tar"))
-    if not parts:
-        raise InputError(f"--input {uri}: no .tar files in it")
-    return SourceListing(parts, classes=None)
-
-
-def _tar_samples(tar_name: str, file: IO[bytes], size: int) -> Iterator[tuple[int, Item]]:
-    """Groups members by key, the name up to the first dot, as WebDataset does. Nothing is unpacked to disk.
-
-    Returns:
-        images, each with the byte at which the first member of its group begins; for damage, an item without bytes.
-    """
-    key, found, first = "", dict[str, bytes](), 0
-    for begins, name, content in _tar_members(file, size):
-        folder, _, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        its_key = f"{folder}/{stem}" if folder else stem
-        if its_key != key:
-            yield from ((first, item) for item in _tar_item(tar_name, key, found))
-            key, found, first = its_key, {}, begins
-        if content is None:
-            yield begins, Item(f"{tar_name}: damaged at byte {begins}", b"", None)
-        else:
-            found[suffix.lower()] = content
-    yield from ((first, item) for item in _tar_item(tar_name, key, found))
-
-
-def _tar_members(file: IO[bytes], size: int) -> Iterator[tuple[int, str, bytes | None]]:
-    """First byte, name and content of every file in a tar; no name and no content where bytes make no sense.
-
-    tarfile ends without a word at the first damaged header: here it looks for the next good one.
-    """
-    here = 0
-    while here < size:
-        file.seek(here)
+    def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
         try:
-            with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep a note of every member
-                    if _any_bytes(file, here, member.offset):
-                        yield here, "", None
-                    begins = member.offset
-                    here = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    if member.isfile():
-                        if member.offset_data + member.size > size:
-                            raise tarfile.ReadError("cut short")
-                        content = tar.extractfile(member)
-                        yield begins, member.name, content.read() if content is not None else b""
-                if _any_bytes(file, here, size):
-                    yield here, "", None
+            if not self.members:
+                with _on_disk(self.uri) as (file, size):
+                    found = _some(index_tar(file, size), rows)
+                    for image in found:
+                        yield self._item(image, stored_bytes(file, image))
                 return
-        except Exception as error:  # tarfile raises anything on damaged headers
-            if storage.is_storage_error(error):
-                raise
-            yield here, "", None
-            here += tarfile.BLOCKSIZE
+            some = _some(self.members, rows)
+            contents = _contents(self.uri, some)
+        except _FileFault as fault:
+            if not self.members:
+                yield Item(printable(self.names[0]), b"", None, str(fault))
+                return
+            some, contents = [image._replace(reason=str(fault)) for image in some], (b"" for _ in some)
+        yield from map(self._item, some, contents)
+
+    def cut(self, images: int) -> Iterator[Part]:
+        with contextlib.ExitStack() as stack:
+            members = self.members
+            if not members:
+                try:
+                    file, size = stack.enter_context(_on_disk(self.uri))
+                except _FileFault:
+                    yield self
+                    return
+                members = tuple(index_tar(file, size))
+                stack.enter_context(_lent(self.uri, file))
+            for first in range(0, len(members), images):
+                yield replace(self, members=members[first : first + images])
+
+    def _item(self, image: TarImage, stored: bytes) -> Item:
+        path = printable(self.names[0]) + image.name
+        reason = image.reason
+        if len(stored) < image.stored and not reason:
+            reason = "its bytes are not in the tar any more"
+        return Item(path, b"" if reason else image.content(stored), image.label, reason)
 
 
-def _any_bytes(file: IO[bytes], start: int, stop: int) -> bool:
-    """Whether there is anything but padding."""
-    if start >= stop:
-        return False
-    place = file.tell()
-    file.seek(start)
-    found = any(file.read(min(2**20, stop - at)).strip(b"\0") for at in range(start, stop, 2**20))
-    file.seek(place)
-    return found
+def is_tars(tree: Tree) -> bool:
+    """Whether there are files named .tar."""
+    return any(_is_tar(name) for name in tree.files)
 
 
-def _tar_item(tar_name: str, key: str, found: dict[str, bytes]) -> Iterator[Item]:
-    for suffix, data in found.items():
-        if f".{suffix}" in IMAGE_SUFFIXES:
-            label = label_text(found.get("cls", b""))
-            if label is None and "json" in found:
-                with contextlib.suppress(ValueError, AttributeError):  # other things may lie beside an image
-                    label = label_text(json.loads(found["json"]).get("label"))
-            # The name is kept as text only; a member's path leads nowhere.
-            yield Item(f"{tar_name}/{key.lstrip('/').replace('..', '_')}.{suffix}", data, label)
-            return
+def list_tars(tree: Tree, request: Request) -> SourceListing:
+    """All tars, each a part of its own: how many images there are is known when it was read.
+
+    Reads the first bytes of each. Files named .tar that are none, and compressed tars, are `bad`; one that is damaged
+    is read as far as it can be.
+    """
+    bad = {name: reason for name in tree.files if (reason := _compressed(name))}
+    ignored = {name: "empty" for name in tree.files if _is_tar(name) and not tree.files[name].size}
+    tars = [name for name in tree.files if _is_tar(name) and name not in ignored]
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = pool.map(lambda name: _no_tar(tree, name), tars)
+        bad |= {name: reason for name, reason in zip(tars, faults, strict=True) if reason}
+    used = [name for name in tars if name not in bad]
+    splits = splits_of_files(used)
+    parts = tuple(TarPart(tree.root, (name,), split=splits[name]) for name in used)
+    return SourceListing(parts, frozenset(used), classes=None, ignored=ignored, bad=bad)
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _compressed(name: str) -> str:
+    """The reason why a tar of that name isn't read; "" for other names."""
+    return next((reason for suffixes, reason in _SUFFIXES.items() if name.lower().endswith(suffixes)), "")
+
+
+def _no_tar(tree: Tree, name: str) -> str:
+    """Why a file named .tar can be none; "" where it may be one."""
+    try:
+        with _faults_of(tree.uri(name)):
+            head = tree.head(name, BLOCK)
+    except _FileFault as fault:
+        return str(fault)
+    if is_header(head):
+        return ""
+    found = next((reason for magic, reason in _HEADS.items() if head.startswith(magic)), "")
+    return found or ("no tar file: shorter than any" if len(head) < BLOCK else "")
+
+
+def _some(images: Sequence[TarImage], rows: Sequence[int] | None) -> list[TarImage]:
+    return list(images) if rows is None else [images[row] for row in rows]
+
+
+@contextlib.contextmanager
+def _faults_of(uri: str) -> Iterator[None]:
+    """Tells what is wrong with one file from what is wrong with its storage."""
+    try:
+        yield
+    except OSError as error:
+        raise _FileFault(fault_of_file(error, uri)) from None
+
+
+@contextlib.contextmanager
+def _on_disk(uri: str) -> Iterator[tuple[IO[bytes], int]]:
+    """A file for reading at any place, and its size; one that is elsewhere is fetched, and deleted afterwards."""
+    fs, path = storage.open_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        with contextlib.ExitStack() as stack:
+            with _faults_of(uri):
+                file = stack.enter_context(Path(path).open("rb"))
+            yield file, os.fstat(file.fileno()).st_size
+        return
+    with _faults_of(uri):
+        size = int(fs.info(path)["size"])
+    with tempfile.TemporaryFile() as copy:
+        for start in range(0, size, _PIECE_BYTES):
+            with _faults_of(uri):
+                piece = fs.cat_file(path, start=start, end=min(start + _PIECE_BYTES, size))
+            copy.write(piece)
+        yield copy, copy.tell()
+
+
+@contextlib.contextmanager
+def _lent(uri: str, file: IO[bytes]) -> Iterator[None]:
+    """Lets those who read images of a remote tar meanwhile, in this process, read them from its copy."""
+    if storage.is_local(uri):
+        yield
+        return
+    with _copies_lock:
+        _copies[uri] = file
+    try:
+        yield
+    finally:
+        with _copies_lock:
+            if _copies.get(uri) is file:
+                del _copies[uri]
+
+
+def _contents(uri: str, images: list[TarImage]) -> Iterable[bytes]:
+    """The stored bytes of each image."""
+    fs, path = storage.open_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _on_disk(uri) as (file, _):
+            return [stored_bytes(file, image) for image in images]
+    with _copies_lock:
+        if (copy := _copies.get(uri)) is not None:
+            return [stored_bytes(copy, image) for image in images]
+    spans = list[tuple[int, int]]()
+    for image in sorted(images, key=lambda image: image.offset):
+        if image.stored:
+            begin, end = image.offset, image.offset + image.stored
+            if spans and begin <= spans[-1][1] + _GAP_BYTES:
+                begin, end = spans[-1][0], max(end, spans.pop()[1])
+            spans.append((begin, end))
+    with _faults_of(uri):
+        fetched = [(begin, fs.cat_file(path, start=begin, end=end)) for begin, end in spans]
+    return [_cut_out(fetched, image) for image in images]
+
+
+def _cut_out(fetched: list[tuple[int, bytes]], image: TarImage) -> bytes:
+    if not image.stored:
+        return b""
+    begin, data = next(span for span in reversed(fetched) if span[0] <= image.offset)
+    return data[image.offset - begin : image.offset - begin + image.stored]

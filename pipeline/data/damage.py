@@ -1,0 +1,366 @@
+"""Damaged files: good pixels are used whatever is broken beside them, and parts of an image never are."""
+
+import hashlib
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from PIL import Image
+
+from pipeline.data.depth import opened, png_chunks
+from pipeline.data.formats import PNG, DecodeError
+
+_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"eXIf", b"IDAT")
+_PNG_KNOWN = re.compile(rb"PLTE|tRNS|sBIT|eXIf|IDAT|IEND")
+_TRIES = 1000  # names of chunks that are looked at in what isn't one
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_JPEG_SEGMENT = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xdb\xdd\xe0-\xef\xfe]")
+_JPEG_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+_JPEG_END = b"\xff\xd9"
+# Random bytes, and every beginning of three bits: where data is missing, some of them decode to other pixels.
+_FILLERS = tuple(
+    bytes([first << 5 | 0x13]) + hashlib.sha512(bytes([first])).digest().replace(b"\xff", b"\x5a")
+    for first in range(8)
+)
+_WEBP_PIXELS = (b"VP8X", b"ALPH", b"VP8 ", b"VP8L", b"ANIM", b"ANMF")
+_WEBP_KNOWN = re.compile(rb"VP8X|ALPH|VP8 |VP8L|ANIM|ANMF|EXIF")
+# Every tag that tells what the pixels are, and the orientation; the others tell of them.
+_TIFF_KEPT = {
+    *range(254, 260), 262, 266, *range(273, 275), *range(277, 282), 284, 292, 293, 317, 320, *range(322, 326), 332,
+    *range(338, 342), 347, *range(512, 522), *range(529, 533),
+}  # fmt: skip
+
+
+def repaired(kind: str, data: bytes) -> bytes | None:
+    """A file whose pixels are whole, without what is broken in it; None where that can't be made of it."""
+    repair = _REPAIRS.get(kind)
+    try:
+        return repair(data) if repair else None
+    except (struct.error, IndexError, zlib.error):  # it ends too early
+        return None
+
+
+def check_whole(kind: str, data: bytes, image: Image.Image, at_least: int) -> None:
+    """Finds images that Pillow has filled up, of which only a part is in the file.
+
+    Args:
+        image: what Pillow made of it.
+        at_least: see `images.open_image`.
+
+    Raises:
+        DecodeError: some of the pixels are missing.
+    """
+    if kind == "PNG":
+        # Missing rows are black or transparent; those of an interlaced image lie between others.
+        if (data[28] or not _any(image)) and not _all_rows(data):
+            raise DecodeError("PNG that ends before its last row")
+    elif kind == "JPEG":
+        # Missing blocks are grey.
+        if _last(image) in (128, (128, 128, 128)) and not _all_blocks(data, image, at_least):
+            raise DecodeError("JPEG that ends before its last pixels")
+    elif kind == "JPEG2000" and not _all_tiles(data):
+        raise DecodeError("JPEG 2000 that ends before its last tile")
+
+
+def _last(image: Image.Image) -> float | tuple[int, ...] | None:
+    return image.getpixel((image.width - 1, image.height - 1))
+
+
+def _any(image: Image.Image) -> bool:
+    last = _last(image)
+    return any(last) if isinstance(last, tuple) else bool(last)
+
+
+def _all_rows(data: bytes) -> bool:
+    """Whether a PNG file holds as many bytes of pixels as it says."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    size = 0
+    for left, top, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // right), -((top - height) // down)
+        size += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
+    pixels = b"".join(content for kind, content in png_chunks(data) if kind == b"IDAT")
+    try:
+        return len(zlib.decompressobj().decompress(pixels, size)) == size
+    except zlib.error:
+        return False
+
+
+def _repaired_png(data: bytes) -> bytes | None:
+    kept, place, pixels = [PNG], len(PNG), False
+    if data[12:16] != b"IHDR":
+        return None
+    palette = data[25] == 3
+    while place + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, place)
+        if kind == b"IEND":
+            break
+        if _is_chunk(data, place):
+            if kind in _PNG_KEPT:
+                kept.append(_chunk(kind, data[place + 8 : place + 8 + size]))
+                pixels = pixels or kind == b"IDAT"
+            place += 12 + size
+            continue
+        # Capital letters name what can't be done without, but for a palette that is only a proposal.
+        needed = kind.isalpha() and not kind[0] & 0x20 and (palette or kind != b"PLTE")
+        if needed or kind == b"tRNS":
+            return None
+        starts = (match.start() - 4 for match in islice(_PNG_KNOWN.finditer(data, place + 5), _TRIES))
+        place = next((start for start in starts if _is_chunk(data, start)), len(data))
+        if pixels and data[place + 4 : place + 8] == b"IDAT":
+            return None  # what lay between may have been pixels
+    whole = b"".join([*kept, _chunk(b"IEND", b"")])
+    return whole if pixels and _all_rows(whole) else None
+
+
+def _is_chunk(data: bytes, place: int) -> bool:
+    """Whether a chunk with the right checksum is there, or pixels that are cut off by the end of the file."""
+    size, kind = struct.unpack_from(">I4s", data, place)
+    end = place + 8 + size
+    if end + 4 > len(data):
+        return bool(kind == b"IDAT")
+    return kind.isalpha() and zlib.crc32(data[place + 4 : end]) == int.from_bytes(data[end : end + 4], "big")
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _repaired_jpeg(data: bytes) -> bytes | None:
+    found = _jpeg_header(data)
+    if found is None:
+        return None
+    header, start = found
+    whole = header + data[start:]
+    scans, end = _jpeg_scans(whole, len(header))
+    if end is not None:
+        return whole if whole != data else None
+    whole = whole.rstrip(b"\xff")
+    if not _has_all_scans(header, scans):
+        return None
+    pixels = {_jpeg_pixels(other) for other in _continued(whole, len(header), _FILLERS)}
+    return whole + _JPEG_END if len(pixels) == 1 and None not in pixels else None
+
+
+def _all_blocks(data: bytes, image: Image.Image, at_least: int) -> bool:
+    """Whether a JPEG file looks the same when other data follows: else some of its own is missing."""
+    found = _jpeg_header(data)
+    if found is None:
+        return True
+    start = found[1]
+    _, end = _jpeg_scans(data, start)
+    pixels, whole = image.tobytes(), data[:end]
+    return all(_jpeg_pixels(other, at_least) == pixels for other in _continued(whole, start, _FILLERS[:2]))
+
+
+def _continued(data: bytes, start: int, fillers: tuple[bytes, ...]) -> Iterator[bytes]:
+    """A JPEG file without its end, followed by other data each time; `start` is that of its first scan."""
+    markers = _JPEG_RESTART.findall(data, start)
+    restart = bytes([0xFF, 0xD0 + (markers[-1][1] + 1) % 8 if markers else 0xD0])
+    for filler in fillers:
+        yield data + filler + _JPEG_END
+    # Where a restart marker is next, all is skipped up to it.
+    for filler in fillers[:2]:
+        yield data + restart + filler + _JPEG_END
+
+
+def _jpeg_pixels(data: bytes, at_least: int = 0) -> bytes | None:
+    try:
+        return opened("JPEG", data, at_least).tobytes()
+    except Exception:
+        return None
+
+
+def _jpeg_header(data: bytes) -> tuple[bytes, int] | None:
+    """The segments before the first scan that matter to the pixels, and where that scan starts.
+
+    Segments of a wrong length are left out if they tell nothing of the pixels: the next one is searched for. None
+    where that fails.
+    """
+    kept, place, dead = [data[:2]], 2, set[int]()
+    while _is_marker(data, place):
+        marker, end = data[place + 1], _segment_end(data, place)
+        if marker == 0xDA:
+            return b"".join(kept), place
+        if end > place + 3 and _is_segment(data, end):
+            exif = marker == 0xE1 and data[place + 4 : place + 8] == b"Exif"
+            if marker < 0xE0 or marker in (0xE0, 0xEE) or exif:
+                kept.append(data[place:end])
+            place = end
+            continue
+        if marker < 0xE0 or marker == 0xEE:
+            return None
+        following = _next_segment(data, place + 4, dead)
+        if following is None or b"Adobe\0d" in data[place + 4 : following]:  # which tells of the colours
+            return None
+        place = following
+    return None
+
+
+def _next_segment(data: bytes, place: int, dead: set[int]) -> int | None:
+    """Where the header goes on after a segment of a wrong length; what a preview in it holds is passed over."""
+    while True:
+        starts = (match.start() for match in _JPEG_SEGMENT.finditer(data, place))
+        following = next((start for start in starts if _leads_to_scan(data, start, dead)), None)
+        if following is None:
+            return None
+        preview = data.find(b"\xff\xd8", place, following)
+        if preview < 0:
+            return following
+        place = data.find(_JPEG_END, preview) + 2
+        if place < 2:
+            return None
+
+
+def _is_marker(data: bytes, place: int) -> bool:
+    """Whether a segment starts there, as its first bytes say."""
+    if place + 4 > len(data) or data[place] != 0xFF:
+        return False
+    marker = data[place + 1]
+    return 0xC0 <= marker <= 0xCF or 0xDA <= marker <= 0xEF or marker == 0xFE
+
+
+def _is_segment(data: bytes, place: int) -> bool:
+    """Whether a whole segment is there."""
+    return _is_marker(data, place) and place + 4 <= _segment_end(data, place) <= len(data)
+
+
+def _segment_end(data: bytes, place: int) -> int:
+    """Where the next segment starts."""
+    end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    while data[end : end + 2] == b"\xff\xff":
+        end += 1
+    return end
+
+
+def _leads_to_scan(data: bytes, place: int, dead: set[int]) -> bool:
+    passed = list[int]()
+    while place not in dead and _is_segment(data, place):
+        if data[place + 1] == 0xDA:
+            return True
+        passed.append(place)
+        place = _segment_end(data, place)
+    dead.update(passed)
+    return False
+
+
+def _jpeg_scans(data: bytes, start: int) -> tuple[list[bytes], int | None]:
+    """The headers of a JPEG file's scans, and where its end marker is, or None."""
+    scans = list[bytes]()
+    while match := _JPEG_MARKER.search(data, start):
+        marker, start = match[0][-1], match.end()
+        if marker == 0xD9:
+            return scans, match.start()
+        if 0xC0 <= marker <= 0xFE and marker != 0xD8:
+            end = start + int.from_bytes(data[start : start + 2], "big")
+            if marker == 0xDA:
+                scans.append(data[start + 2 : end])
+            start = end
+    return scans, None
+
+
+def _has_all_scans(header: bytes, scans: list[bytes]) -> bool:
+    """Whether every coefficient of every component comes to its last bit."""
+    left = set[tuple[int, int]]()
+    place, progressive = 2, False
+    while place + 4 <= len(header):
+        marker, end = header[place + 1], _segment_end(header, place)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
+            components = header[place + 10 : end : 3]
+            left = {(component, k) for component in components for k in range(64)}
+        place = end
+    for scan in scans:
+        if len(scan) < 4 or len(scan) < 4 + 2 * scan[0]:
+            return False
+        first, last, bits = scan[1 + 2 * scan[0] :][:3] if progressive else (0, 63, 0)
+        if bits & 15 == 0:
+            left -= {(c, k) for c in scan[1 : 1 + 2 * scan[0] : 2] for k in range(first, last + 1)}
+    return bool(scans) and not left
+
+
+def _all_tiles(data: bytes) -> bool:
+    """Whether every tile of a JPEG 2000 file is there, as long as it says."""
+    return _tiles_end(data) is not None
+
+
+def _tiles_end(data: bytes) -> int | None:
+    """Where the last tile of a JPEG 2000 file ends; None where some are cut off or missing."""
+    place = data.find(b"\xff\x4f\xff\x51") + 2
+    width, height, _, _, tile_width, tile_height, x, y = struct.unpack_from(">8I", data, place + 6)
+    wanted = -((x - width) // tile_width) * -((y - height) // tile_height)
+    while data[place : place + 2] != b"\xff\x90":  # a tile's header
+        place = _segment_end(data, place)
+        if place >= len(data):
+            return None
+    parts, seen = dict[int, int](), dict[int, int]()
+    while data[place : place + 2] == b"\xff\x90":
+        tile, size, _, count = struct.unpack_from(">HIBB", data, place + 4)
+        if not size:  # up to the end of the file
+            return len(data) if data.endswith(b"\xff\xd9") else None
+        place += size
+        if place > len(data):
+            return None
+        seen[tile] = seen.get(tile, 0) + 1
+        parts[tile] = max(parts.get(tile, 1), count)
+    return place if len(seen) == wanted and all(seen[t] >= parts[t] for t in seen) else None
+
+
+def _repaired_jpeg2000(data: bytes) -> bytes | None:
+    end = _tiles_end(data)
+    return data[:end] + b"\xff\xd9" if end is not None and data[end : end + 2] != b"\xff\xd9" else None
+
+
+def _repaired_webp(data: bytes) -> bytes | None:
+    kept, place, pixels = list[bytes](), 12, False
+    while place + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, place)
+        content = data[place + 8 : place + 8 + size]
+        end = place + 8 + size + size % 2
+        following = data[end : end + 4]
+        if kind in _WEBP_PIXELS:
+            if len(content) < size:
+                if kind == b"ANMF" and pixels:
+                    break  # the first frame is there
+                return None
+            pixels = pixels or kind in (b"VP8 ", b"VP8L", b"ANMF")
+        elif len(content) < size or not (following.rstrip(b" ").isalnum() or end >= len(data)):
+            starts = (match.start() for match in _WEBP_KNOWN.finditer(data, place + 4))
+            place = next(starts, len(data))
+            continue
+        if kind in _WEBP_PIXELS or kind == b"EXIF":
+            kept.append(kind + struct.pack("<I", size) + content + b"\0" * (size % 2))
+        place = end
+    if kept and kept[0].startswith(b"VP8X"):  # its flags announce what follows: no colour profile, no XMP
+        flags = kept[0][8] & ~0x2C | (0x08 if any(chunk.startswith(b"EXIF") for chunk in kept) else 0)
+        kept[0] = kept[0][:8] + bytes([flags]) + kept[0][9:]
+    chunks = b"WEBP" + b"".join(kept)
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks if pixels else None
+
+
+def _repaired_tiff(data: bytes) -> bytes | None:
+    """The first image's tags are cut down to those that tell of its pixels."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = 43 in data[2:4]
+    counts, links, size, first = ("Q", "Q", 20, 8) if big else ("H", "I", 12, 4)
+    (place,) = struct.unpack_from(order + links, data, first)
+    (count,) = struct.unpack_from(order + counts, data, place)
+    place += struct.calcsize(counts)
+    entries = [data[i : i + size] for i in range(place, min(place + count * size, len(data)), size)]
+    kept = [entry for entry in entries if struct.unpack(order + "H", entry[:2])[0] in _TIFF_KEPT]
+    if len(kept) == len(entries):
+        return None
+    cut = bytearray(data)
+    struct.pack_into(order + counts, cut, place - struct.calcsize(counts), len(kept))
+    tags = b"".join(kept) + struct.pack(order + links, 0)
+    cut[place : place + len(tags)] = tags
+    return bytes(cut)
+
+
+_REPAIRS: dict[str, Callable[[bytes], bytes | None]] = {
+    "PNG": _repaired_png, "JPEG": _repaired_jpeg, "JPEG2000": _repaired_jpeg2000, "WEBP": _repaired_webp,
+    "TIFF": _repaired_tiff,
+}  # fmt: skip

@@ -1,0 +1,277 @@
+"""The first stage of jobs/prepare.py: the images of one part of the source, decoded once and kept for the next run.
+
+The files of a part are named after what it was made of: a run that was killed, or that is given more images, finds
+what is there and decodes the rest. Their rows lie in the order of the shuffle, so that the second stage (shuffle.py)
+reads only what a shard needs.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
+from pipeline.data.sources.parts import Item, Part
+from pipeline.data.sources.splits import held_out
+from pipeline.data.sources.tree import Tree
+
+FOLDER = "parts"
+ROWS_PER_GROUP = 16  # few: a shard takes some rows of every chunk, and reads whole groups
+CHUNK_BYTES = 128 * 2**20  # of encoded images that are sorted at once
+SCHEMA = pa.schema(
+    [
+        ("key", pa.uint64()),  # place in the shuffled order
+        ("digest", pa.binary(32)),  # of the content as it was given
+        ("pixels", pa.binary(32)),  # of the pixels
+        ("count", pa.int64()),  # of the pixels
+        ("sum", pa.list_(pa.int64())),  # of the pixels, by channel
+        ("squares", pa.list_(pa.int64())),
+        ("label", pa.string()),
+        ("path", pa.string()),
+        ("image", pa.binary()),  # PNG
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What decides the pixels that are made of an image.
+
+    Attributes:
+        size: width and height in pixels.
+        channels: 1, 3 or 4.
+        resize: bring images of other sizes to this one; else they are refused.
+        whole: keep all of the longer side, instead of a square out of the middle.
+        background: red, green, blue under transparent images.
+    """
+
+    size: int
+    channels: int
+    resize: bool
+    whole: bool
+    background: tuple[int, int, int]
+
+    def of(self, item: Item) -> np.ndarray:
+        """Its pixels, uint8 [H, W, channels].
+
+        Raises:
+            DecodeError: it can't be used, and why.
+        """
+        if item.reason:
+            raise DecodeError(item.reason)
+        if not self.resize and (size := open_image(item.data).size) != (self.size, self.size):
+            raise DecodeError(f"{size[0]}x{size[1]} pixels, not {self.size}x{self.size}: give --image-size")
+        read = fit if self.whole else decode
+        return read(item.data, self.size, self.channels, background=self.background)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A file of decoded images.
+
+    Attributes:
+        file: its name below the output.
+        keys: the first key of each of its row groups.
+    """
+
+    file: str
+    keys: list[int]
+
+
+@dataclass
+class Decoded:
+    """What came of one part: `parts/KEY.json` beside its chunks.
+
+    Attributes:
+        split: the source's own split that it belongs to.
+        slot: its place in the source; see `slots_of`.
+        rows, held, bytes: images that can be used, those of them that are held out by their content, and what they
+            take.
+        labels: images that can be used of each label, be it none of them.
+        bad: path and reason of each image that can't be used.
+    """
+
+    split: str
+    slot: str
+    chunks: list[Chunk] = field(default_factory=list)
+    rows: int = 0
+    held: int = 0
+    bytes: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
+    bad: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part to decode.
+
+    Attributes:
+        key: of its files.
+        before: files of earlier runs in which some of its images may be.
+    """
+
+    part: Part
+    key: str
+    slot: str
+    before: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecodeParts:
+    """Decodes parts over the cluster, and says how many images can be used; see `pool.Work`."""
+
+    pixels: Pixels
+    fraction: float
+    output: str
+
+    def start(self, device: str) -> Callable[[Task], int]:
+        return lambda task: _decode_part(task, self.pixels, self.fraction, self.output)
+
+
+def key_of(part: Part, tree: Tree, pixels: Pixels) -> str:
+    """A name for what is made of a part: another one as soon as its files or the settings are others."""
+    versions = [tree.files[name].version for name in part.names if name in tree.files]
+    return hashlib.sha256(repr((part, versions, pixels)).encode(errors="surrogateescape")).hexdigest()[:40]
+
+
+def record_uri(output: str, key: str) -> str:
+    return storage.join(output, FOLDER, f"{key}.json")
+
+
+def read_records(output: str) -> dict[str, Decoded]:
+    """The parts that earlier runs decoded, by key; those of which a file is missing or damaged are left out."""
+    folder = storage.join(output, FOLDER)
+    if not storage.exists(folder):
+        return {}
+    there = {storage.name(file): file for file in storage.list_files(folder)}
+    files = [file for name, file in there.items() if name.endswith(".json") and len(name) == 45]
+    records = dict[str, Decoded]()
+    for file, data in storage.read_many(files).items():
+        try:
+            record = Decoded(**json.loads(data))
+        except (TypeError, ValueError):
+            continue
+        record.chunks = [Chunk(**chunk) for chunk in record.chunks]  # type: ignore[arg-type]
+        if all(storage.name(chunk.file) in there for chunk in record.chunks):
+            records[storage.name(file)[:40]] = record
+    return records
+
+
+def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> int:
+    """Decodes one part, or takes its images from earlier runs, and writes its record last."""
+    done, known = Decoded(task.part.split, task.slot), _known_rows(output, task.before)
+    waiting, size, labels = list[dict[str, Any]](), 0, Counter[str]()
+
+    def flush() -> None:
+        file = f"{FOLDER}/{task.key}-{len(done.chunks):03d}.parquet"
+        done.chunks.append(Chunk(file, _write_chunk(storage.join(output, file), waiting)))
+        waiting.clear()
+
+    for item in task.part.read():
+        digest = item.digest
+        if item.label is not None:
+            labels[item.label] += (
+                0  # it names a class, though the image may be damaged: raw data is not decoded for that
+            )
+        row = known.get(digest)
+        try:
+            if row is None or item.reason:
+                row = _row(pixels.of(item))
+        except DecodeError as error:
+            done.bad.append({"path": item.path, "reason": str(error)})
+            continue
+        if item.label is not None:
+            labels[item.label] += 1
+        done.rows += 1
+        done.held += held_out(digest, fraction)
+        done.bytes += len(row["image"])
+        size += len(row["image"])
+        waiting.append(
+            row
+            | {"key": _order_key(digest, item.path), "digest": digest, "label": item.label, "path": item.path}
+        )
+        if size >= CHUNK_BYTES:
+            flush()
+            size = 0
+    if waiting:
+        flush()
+    done.labels = dict(labels)
+    storage.write_atomic(record_uri(output, task.key), json.dumps(asdict(done)).encode())
+    return done.rows
+
+
+def _row(pixels: np.ndarray) -> dict[str, Any]:
+    values = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
+    return {
+        "pixels": hashlib.sha256(pixels.tobytes()).digest(),
+        "count": len(values),
+        "sum": values.sum(0).tolist(),
+        "squares": (values**2).sum(0).tolist(),
+        "image": encode_png(pixels),
+    }
+
+
+def _order_key(digest: bytes, path: str) -> int:
+    """A uniform 64-bit number, independent of the one by which images are held out."""
+    return int.from_bytes(hashlib.sha256(digest + path.encode()).digest()[:8], "big")
+
+
+def _known_rows(output: str, files: tuple[str, ...]) -> dict[bytes, dict[str, Any]]:
+    """Decoded images of earlier runs, by the digest of what they were made of."""
+    known = dict[bytes, dict[str, Any]]()
+    for file in files:
+        columns = ["digest", "pixels", "count", "sum", "squares", "image"]
+        for row in pq.read_table(
+            io.BytesIO(storage.read_bytes(storage.join(output, file))), columns=columns
+        ).to_pylist():
+            known[row.pop("digest")] = row
+    return known
+
+
+def _write_chunk(file: str, rows: list[dict[str, Any]]) -> list[int]:
+    """Writes rows in the order of their keys; returns the first key of each row group."""
+    table = pa.Table.from_pylist(sorted(rows, key=lambda row: (row["key"], row["path"])), SCHEMA)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=ROWS_PER_GROUP, compression="none", write_statistics=False)
+    storage.write_atomic(file, buffer.getvalue())
+    return [int(table["key"][i].as_py()) for i in range(0, table.num_rows, ROWS_PER_GROUP)]
+
+
+def slots_of(parts: tuple[Part, ...], pixels: Pixels) -> list[str]:
+    """The place of each part in the source: where one starts with the other, an older part may hold the same images.
+
+    Images that were decoded otherwise are others: the source's own number of channels may have changed.
+    """
+    counts, slots = Counter[str](), list[str]()
+    for part in parts:
+        slot = part.slot or f"{part.split}|{part.names[0]}|{counts[part.names[0]]}|"
+        counts[part.names[0]] += 1
+        slots.append(f"{pixels}|{slot}")
+    return slots
+
+
+def rows_between(uri: str, keys: list[int], first: int, last: int) -> pa.Table:
+    """Rows of a chunk with keys in [first, last), from the row groups that may hold some.
+
+    Args:
+        uri: of the chunk.
+        keys: see `Chunk`.
+    """
+    ends = [*keys[1:], 2**64]
+    groups = [n for n, (low, high) in enumerate(zip(keys, ends, strict=True)) if low < last and high >= first]
+    if not groups:
+        return SCHEMA.empty_table()
+    fs, path = storage.open_fs(uri)
+    # Without s3fs's blocks of 50 MiB: pyarrow asks for exactly what it needs.
+    with fs.open(path, "rb", **({} if storage.is_local(uri) else {"cache_type": "none"})) as file:
+        table = pq.ParquetFile(file, pre_buffer=True).read_row_groups(groups)
+    there = table["key"].to_numpy()
+    return table.filter(pa.array((there >= first) & (there < last)))

@@ -1,0 +1,84 @@
+"""What jobs/prepare.py leaves beside the shards: lists, the manifest and a card; and what it takes away."""
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.config import ImageConfig
+from pipeline.data.decoded import FOLDER
+from pipeline.data.manifest import FORMAT, SPLITS, Manifest, Shard, Split
+from pipeline.data.shuffle import SHARDS, ShardTask
+from pipeline.data.sources.registry import Opened
+from pipeline.versions import VERSIONS
+
+
+def write_list(output: str, name: str, entries: list[dict[str, str]]) -> None:
+    """Writes a list of names and reasons, one JSON object a line."""
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    storage.write_atomic(storage.join(output, name), lines.encode())
+
+
+def make_manifest(
+    opened: Opened,
+    image: ImageConfig,
+    classes: tuple[str, ...],
+    tasks: list[ShardTask],
+    bad: int,
+    settings: dict[str, Any],
+    output: str,
+) -> Manifest:
+    """The manifest of shards that are all written, from their records."""
+    records = [json.loads(storage.read_bytes(task.record(output))) for task in tasks]
+    shards = {task.file: Shard(**record["shard"]) for task, record in zip(tasks, records, strict=True)}
+    splits = {
+        split: Split(sum(shard.rows for shard in some), some)
+        for split in SPLITS
+        if (some := [shards[task.file] for task in tasks if task.split == split and shards[task.file].rows])
+    }
+    trained = [record for record in records if record["split"] == "train"]
+    pixels = max(1, sum(record["count"] for record in trained))
+    mean = np.sum([record["sum"] for record in trained] or [[0] * image.channels], axis=0) / pixels / 255
+    square = (
+        np.sum([record["squares"] for record in trained] or [[0] * image.channels], axis=0) / pixels / 255**2
+    )
+    return Manifest(
+        format=FORMAT,
+        version=1,
+        image={"size": image.size, "channels": image.channels, "classes": list(classes)},
+        splits=splits,
+        fingerprint=f"{sum(int(record['hash'], 16) for record in records) % 2**256:064x}",
+        mean=mean.tolist(),
+        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+        quarantined=bad,
+        settings=settings,
+        versions=VERSIONS,
+        source=opened.source,
+        ignored=dict(Counter(opened.listing.ignored.values())),
+    )
+
+
+def card(manifest: Manifest) -> str:
+    """A dataset card, by which `datasets` knows the splits."""
+    files = "".join(f"  - split: {name}\n    path: data/{name}-*.parquet\n" for name in manifest.splits)
+    counts = ", ".join(f"{split.rows:,} in {name}" for name, split in manifest.splits.items())
+    size = manifest.image["size"]
+    return (
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n# Images of {size}x{size} pixels\n\n"
+        f"{counts}. Written by ray-ddpm; fingerprint `{manifest.fingerprint}`.\n"
+    )
+
+
+def sweep(output: str, keys: set[str], tasks: list[ShardTask], shards: set[str]) -> None:
+    """Deletes what earlier runs on another state of the source left."""
+    # By name: a store may spell a URI otherwise than it was given, such as one that ends in a /.
+    current = {storage.name(file) for file in (*shards, *(task.record(output) for task in tasks))}
+    for uri in [file for name in (FOLDER, SHARDS) for file in storage.list_files(storage.join(output, name))]:
+        name = storage.name(uri)
+        decoded = re.fullmatch(r"([0-9a-f]{40})(-\d{3}\.parquet|\.json)", name)
+        shard = re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{5}}\.(parquet|shard)", name)
+        if (decoded and decoded[1] not in keys) or (shard and name not in current):
+            storage.remove(uri)

@@ -1,0 +1,158 @@
+"""The second stage of jobs/prepare.py: decoded images, from all parts, mixed into shards.
+
+A bucket sort on a hash of each image's content and path: shard s of S holds the images whose hash lies in the s-th of S
+equal ranges, in the order of the hashes. So every shard is a random draw of the whole dataset, and its bytes depend on
+the set of images alone, not on the parts or the runs that they were decoded in.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.decoded import FOLDER, Chunk, Decoded, rows_between
+from pipeline.data.labels import class_numbers
+from pipeline.data.manifest import Shard
+from pipeline.data.shard_writer import ShardWriter, shard_schema
+from pipeline.data.sources.splits import held_out
+
+SHARDS = "data"  # the folder that they lie in
+SHARD_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write.
+
+    Attributes:
+        number, of: which of how many shards of its split.
+        signature: of all that decides its bytes.
+    """
+
+    split: str
+    number: int
+    of: int
+    signature: str
+
+    @property
+    def file(self) -> str:
+        """Its name below the output."""
+        return f"{SHARDS}/{self.split}-{self.number:05d}.parquet"
+
+    def record(self, output: str) -> str:
+        """URI of the record of what is in it."""
+        return storage.join(output, FOLDER, f"{self.split}-{self.number:05d}.shard")
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """The first key of its rows, and the first that is no more in it."""
+        return self.number * 2**64 // self.of, (self.number + 1) * 2**64 // self.of
+
+
+@dataclass(frozen=True)
+class WriteShards:
+    """Writes shards over the cluster; see `pool.Work`.
+
+    Attributes:
+        chunks: decoded images, with the role of the split that they belong to ("" = held out by their content).
+    """
+
+    chunks: tuple[tuple[str, Chunk], ...]
+    classes: tuple[str, ...]
+    fraction: float
+    rows_per_group: int
+    channels: int
+    output: str
+
+    def start(self, device: str) -> Callable[[ShardTask], None]:
+        return lambda task: _write_shard(task, self)
+
+
+def shard_tasks(
+    records: list[Decoded], roles: dict[str, str], rows_per_shard: int, signature: str
+) -> list[ShardTask]:
+    """The shards of every split that has images."""
+    rows, size = dict[str, int](), dict[str, int]()
+    for record in records:
+        role = roles[record.split]
+        shares = (
+            {role: record.rows} if role else {"train": record.rows - record.held, "validation": record.held}
+        )
+        for split, count in shares.items():
+            rows[split] = rows.get(split, 0) + count
+            size[split] = size.get(split, 0) + record.bytes * count // max(1, record.rows)
+    tasks = []
+    for split in sorted(rows):
+        count = max(-(-rows[split] // rows_per_shard), -(-size[split] // SHARD_BYTES))
+        tasks += [ShardTask(split, number, count, signature) for number in range(count)]
+    return tasks
+
+
+def is_written(task: ShardTask, output: str, sizes: dict[str, int]) -> bool:
+    """Whether a shard was written whole, by this or an earlier run, and is still there.
+
+    Args:
+        sizes: bytes of all files in the folder of the shards, by their names.
+    """
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(task.record(output)))
+    except (FileNotFoundError, ValueError):
+        return False
+    shard = record["shard"]
+    whole = not shard["rows"] or sizes.get(storage.name(task.file)) == shard["bytes"]
+    return whole and record["signature"] == task.signature and record["of"] == task.of
+
+
+def _write_shard(task: ShardTask, work: WriteShards) -> None:
+    rows = sorted(_rows(task, work), key=lambda row: (row["key"], row["path"]))
+    number_of, writer = (
+        class_numbers(work.classes),
+        ShardWriter(shard_schema(work.classes), work.rows_per_group),
+    )
+    total, square = np.zeros(work.channels, np.int64), np.zeros(work.channels, np.int64)
+    fingerprint, count = 0, 0
+    for row in rows:
+        label = number_of(row["label"])
+        if label is None:  # quarantined: `prepare` names it
+            continue
+        count += row["count"]
+        total += row["sum"]
+        square += row["squares"]
+        content = hashlib.sha256(row["pixels"] + str(row["label"]).encode()).digest()
+        fingerprint = (fingerprint + int.from_bytes(content, "big")) % 2**256
+        writer.add(row["image"], row["path"], label=None if label < 0 else label, source_sha256=row["digest"])
+    data = writer.close()
+    shard = Shard(task.file, writer.rows, writer.row_groups, len(data), hashlib.sha256(data).hexdigest())
+    if writer.rows:
+        storage.write_atomic(storage.join(work.output, task.file), data)
+    record = asdict(task) | {
+        "shard": asdict(shard),
+        "count": count,
+        "sum": total.tolist(),
+        "squares": square.tolist(),
+        "hash": f"{fingerprint:064x}",
+    }
+    storage.write_atomic(task.record(work.output), json.dumps(record).encode())
+
+
+def _rows(task: ShardTask, work: WriteShards) -> Iterator[dict[str, Any]]:
+    first, last = task.keys
+    for role, chunk in work.chunks:
+        if role not in ("", task.split):
+            continue
+        table = rows_between(storage.join(work.output, chunk.file), chunk.keys, first, last)
+        yield from _of_split(table, task.split, role, work.fraction).to_pylist()
+
+
+def _of_split(table: pa.Table, split: str, role: str, fraction: float) -> pa.Table:
+    if role:
+        return table
+    wanted = split == "validation"
+    return table.filter(
+        pa.array([held_out(d, fraction) == wanted for d in table["digest"].to_pylist()], pa.bool_())
+    )

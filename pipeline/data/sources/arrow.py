@@ -1,0 +1,251 @@
+"""Arrow files: folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` wrote, and IPC files of others."""
+
+import json
+import posixpath
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.sources.arrow_files import forget_open_files, opened, schema_of, walk
+from pipeline.data.sources.cells import (
+    Columns,
+    images_of,
+    is_list,
+    items_of,
+    name_beside,
+    one_form,
+    read_beside,
+)
+from pipeline.data.sources.columns import choose, is_source
+from pipeline.data.sources.label_columns import name_labels
+from pipeline.data.sources.look import Look, features_of, files_beside, lies_beside
+from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
+from pipeline.data.sources.splits import split_of_word, splits_of_files
+from pipeline.data.sources.tree import Tree, printable
+from pipeline.errors import InputError
+
+SUFFIXES = (".arrow", ".feather")
+THREADS = 16
+_STATE, _ABOUT, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_INDICES = ("_indices_files", "_indices_data_files")
+_CACHE = "cache-"
+_FIRST = 32  # files to look into before all others
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class ArrowPart(Part):
+    """Rows that follow each other in one file; `names` are the file, and images beside it that its rows name.
+
+    Attributes:
+        columns: where images and labels are.
+    """
+
+    start: int
+    count: int
+    columns: Columns
+
+    def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
+        file = opened(self.uri, self.columns)
+        if rows is not None and is_list(file.schema.field(self.columns.image).type):
+            # A row may hold several images, so that all before are read for their number.
+            yield from pick(self.read(), rows)
+            return
+        beside = partial(read_beside, self.root, self.names[0])
+        for first, count in [(0, self.count)] if rows is None else [(row, 1) for row in rows]:
+            at = self.start + first
+            for batch in file.slices(self.uri, at, count):
+                for begin in range(0, batch.num_rows, _ROWS):
+                    piece = batch.slice(begin, _ROWS)
+                    labels = piece.column(self.columns.label) if self.columns.label in file.names else None
+                    places = [f"{self.names[0]}/{at + i:06d}" for i in range(piece.num_rows)]
+                    images = piece.column(self.columns.image)
+                    for items in items_of(images, labels, self.columns.classes, places, beside):
+                        yield from items
+                    at += piece.num_rows
+
+
+@dataclass
+class _Found:
+    """What a folder holds of Arrow files.
+
+    Attributes:
+        data: names of the files to read, in order, each with the split that it was saved as, if it was.
+        used: of the files that say so.
+        features: of the columns, by folder.
+    """
+
+    data: dict[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+def _find(tree: Tree) -> _Found:
+    found, names = _Found(), [name for name in tree.files if name.lower().endswith(SUFFIXES)]
+    saved = {posixpath.dirname(name) for name in tree.files if posixpath.basename(name) == _STATE}
+    for folder in sorted({posixpath.dirname(name) for name in names} | saved):
+        here = [name for name in names if posixpath.dirname(name) == folder]
+        about = _read_json(tree, posixpath.join(folder, _ABOUT), found)
+        if isinstance(features := about.get("features"), dict):
+            found.features[folder] = features
+        above = posixpath.join(posixpath.dirname(folder), _SPLITS)
+        splits = _read_json(tree, above, found).get("splits") if folder else None
+        if isinstance(splits, list) and posixpath.basename(folder) not in splits:
+            found.ignored |= dict.fromkeys(here, f"not of a split that {_SPLITS} names")
+            continue
+        state = _read_json(tree, posixpath.join(folder, _STATE), found) if folder in saved else {}
+        if any(state.get(key) for key in _INDICES):
+            raise InputError(
+                f"{tree.uri(folder) if folder else tree.root}: saved as a choice of rows (`_indices_files` in {_STATE}): "
+                "save it again after flatten_indices()"
+            )
+        if isinstance(state.get("_data_files"), list):
+            split = split_of_word(str(state.get("_split") or ""))
+            for entry in state["_data_files"]:
+                name = posixpath.join(folder, str(entry.get("filename")) if isinstance(entry, dict) else "")
+                if name in here:
+                    found.data[name] = split
+                elif name not in tree.bad:
+                    found.bad[name] = f"{_STATE} names it, and it is not there"
+            rest = "not among the data files that state.json names"
+            found.ignored |= {name: rest for name in here if name not in found.data}
+        else:
+            for name in here:
+                if posixpath.basename(name).startswith(_CACHE):
+                    found.ignored[name] = "a cache of `datasets`"
+                else:
+                    found.data[name] = ""
+    return found
+
+
+def _read_json(tree: Tree, name: str, found: _Found) -> dict[str, Any]:
+    """An object in a file that may be there; a damaged one is noted."""
+    if name not in tree.files or name in found.bad:
+        return {}
+    try:
+        content = json.loads(storage.read_bytes(tree.uri(name)))
+    except (FileNotFoundError, PermissionError) as error:
+        found.bad[name] = f"can't be read: {error.strerror or type(error).__name__}"
+        return {}
+    except ValueError as error:
+        found.bad[name] = f"damaged: {error}"
+        return {}
+    found.used.add(name)
+    return content if isinstance(content, dict) else {}
+
+
+def is_arrow(tree: Tree) -> bool:
+    """Whether some Arrow file holds images (see `columns.is_source`), or none of them can be opened."""
+    if not any(name.lower().endswith(SUFFIXES) for name in tree.files):
+        return False
+    try:
+        found = _find(tree)
+    except InputError:
+        return True
+    names, opened_any = list(found.data), False
+    for some in (names[:_FIRST], names[_FIRST:]):
+        looks, _ = _look_at_all(tree, found, some)
+        opened_any = opened_any or bool(looks)
+        if is_source(looks):
+            return True
+    return bool(names) and not opened_any
+
+
+def list_arrow(tree: Tree, request: Request) -> SourceListing:
+    """The Arrow files of a folder that hold images, in parts of some rows.
+
+    Raises:
+        InputError: see `columns.choose`; a dataset that was saved as a choice of rows of another one.
+    """
+    forget_open_files()
+    found = _find(tree)
+    looks, bad = _look_at_all(tree, found, list(found.data))
+    choice = choose(looks, request, "Arrow")
+    looks = [look for look in looks if look.name in choice.columns]
+    rows = {look.name: _count(tree, look, choice.columns[look.name], bad) for look in looks}
+    looks = [look for look in looks if look.name not in bad]
+    classes, columns = name_labels(looks, {look.name: choice.columns[look.name] for look in looks})
+    # A file's own name and folder come first, then what it was saved as.
+    whole = {posixpath.join(found.data[name], name): name for name in columns}
+    splits = {whole[name]: split for name, split in splits_of_files(whole).items()}
+    parts = list[Part]()
+    for look in looks:
+        name = look.name
+        beside = _named_beside(tree, look, columns[name].image, request.images_per_part)
+        for number, start in enumerate(range(0, rows[name], request.images_per_part)):
+            count = min(request.images_per_part, rows[name] - start)
+            names = (name, *sorted(beside.get(number, ())))
+            parts.append(ArrowPart(tree.root, names, start, count, columns[name], split=splits[name]))
+    used = {name for part in parts for name in part.names} | columns.keys() | found.used
+    ignored = {**found.ignored, **choice.ignored}
+    return SourceListing(
+        tuple(parts),
+        frozenset(used),
+        classes=classes,
+        ignored=ignored,
+        bad={**found.bad, **bad, **choice.bad},
+    )
+
+
+def _look_at_all(tree: Tree, found: _Found, names: list[str]) -> tuple[list[Look], dict[str, str]]:
+    """The files that can be opened, and the others with the reason."""
+    looks, bad = list[Look](), dict[str, str]()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, look in zip(names, pool.map(partial(_look_at, tree, found), names), strict=True):
+            if isinstance(look, str):
+                bad[name] = look
+            else:
+                looks.append(look)
+    return looks, bad
+
+
+def _look_at(tree: Tree, found: _Found, name: str) -> Look | str:
+    uri = tree.uri(name)
+    try:
+        schema = schema_of(uri)
+    except (FileNotFoundError, PermissionError) as error:
+        return f"can't be read: {error.strerror or type(error).__name__}"
+    except InputError as error:
+        return str(error).removeprefix(f"{uri}: ")
+
+    def read(column: str, step: int) -> Iterator[pa.Array]:
+        for batch in walk(uri, printable(name), (column,)):
+            for begin in range(0, batch.num_rows, step):
+                yield batch.column(column).slice(begin, step)
+
+    features = features_of(schema) or found.features.get(posixpath.dirname(name), {})
+    return Look(name, schema, features, read, partial(lies_beside, tree, name))
+
+
+def _count(tree: Tree, look: Look, columns: Columns, bad: dict[str, str]) -> int:
+    """Rows of a file; one that can't be read to its end is noted."""
+    where = printable(look.name)
+    try:
+        smallest = columns.label or columns.image
+        return sum(batch.num_rows for batch in walk(tree.uri(look.name), where, (smallest,)))
+    except InputError as error:
+        bad[look.name] = str(error).removeprefix(f"{where}: ")
+        return 0
+
+
+def _named_beside(tree: Tree, look: Look, image: str, per_part: int) -> dict[int, set[str]]:
+    """The files beside an Arrow file that its rows name as their images, by the number of the part."""
+    kind, named, at = look.type_of(image), dict[int, set[str]](), 0
+    if one_form(kind) == "bytes" or not files_beside(tree):
+        return named
+    for array in look.read(image, _ROWS):
+        if pa.types.is_struct(kind) and not array.flatten()[kind.get_field_index("bytes")].null_count:
+            at += len(array)
+            continue
+        for row in images_of(array):
+            others = (name_beside(look.name, path) for data, path in row if data is None and path)
+            named.setdefault(at // per_part, set()).update(other for other in others if other in tree.files)
+            at += 1
+    return named

@@ -1,0 +1,186 @@
+"""Arrow IPC files opened, in the stream and the file format: mapped into memory, nothing in them is run."""
+
+import os
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.sources.cells import Columns, check_names, present
+from pipeline.errors import InputError
+from pipeline.redact import one_line
+
+OPEN_FILES = 64
+_FILE, _OLD = b"ARROW1", b"FEA1"
+_BLOCK = 8 * 2**20  # of a remote store, asked for at once
+_fetching = threading.Lock()
+
+
+def walk(uri: str, where: str, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    """The record batches of a file, one after the other, without holding the file.
+
+    Args:
+        where: the file, for errors.
+        columns: the only ones to read.
+
+    Raises:
+        InputError: not an Arrow file, or a record batch can't be read.
+    """
+    source = _source(uri)
+    schema, whole = _schema(source, where)
+    number = 0
+    try:
+        reader = _open(source, schema, whole, columns)
+        count = reader.num_record_batches if whole else None
+        while number != count:
+            batch = reader.get_batch(number) if whole else reader.read_next_batch()
+            for column in batch.columns:
+                _check(column)
+            yield batch
+            number += 1
+    except StopIteration:
+        return
+    except Exception as error:
+        raise _unreadable(error, where, number) from None
+
+
+def schema_of(uri: str) -> pa.Schema:
+    """The columns of a file from outside.
+
+    Raises:
+        InputError: not an Arrow file.
+    """
+    return _schema(_source(uri, "none"), uri)[0]
+
+
+def _schema(source: pa.NativeFile, where: str) -> tuple[pa.Schema, bool]:
+    """The columns, and whether it is of the file format."""
+    head = source.read(len(_FILE))
+    source.seek(0)
+    if head.startswith(_OLD):
+        raise InputError(
+            f"{where}: a Feather file of version 1: write it again with pyarrow.feather.write_feather"
+        )
+    try:
+        if not head:
+            raise InputError("it is empty")
+        schema = (pa.ipc.open_file if head == _FILE else pa.ipc.open_stream)(source).schema
+        check_names(schema)
+    except Exception as error:  # pyarrow raises anything on damaged bytes
+        if storage.is_storage_error(error):
+            raise
+        raise InputError(f"{where}: not an Arrow file: {one_line(error)}") from None
+    return schema, head == _FILE
+
+
+def _open(source: pa.NativeFile, schema: pa.Schema, whole: bool, columns: tuple[str, ...]) -> Any:
+    source.seek(0)
+    options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in columns])
+    return (pa.ipc.open_file if whole else pa.ipc.open_stream)(source, options=options)
+
+
+def _source(uri: str, cache: str = "readahead") -> pa.NativeFile:
+    fs, path = storage.open_fs(uri)
+    if not storage.is_local(uri):
+        return pa.PythonFile(fs.open(path, "rb", block_size=_BLOCK, cache_type=cache), "r")
+    # An empty file can't be mapped.
+    return pa.memory_map(path) if os.stat(path).st_size else pa.BufferReader(b"")  # noqa: PTH116
+
+
+def _check(column: pa.Array) -> None:
+    """Raises an ArrowInvalid where offsets in a damaged file would lead out of the memory."""
+    column.validate()
+    for part in column.flatten() if pa.types.is_struct(column.type) else [column]:
+        try:
+            part.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # such text is shown with replacement characters
+                raise
+
+
+def _unreadable(error: Exception, where: str, number: int) -> Exception:
+    if isinstance(error, InputError) or storage.is_storage_error(error):
+        return error
+    return InputError(f"{where}: record batch {number} can't be read: {one_line(error)}")
+
+
+class Opened(NamedTuple):
+    """A file whose columns were checked.
+
+    Attributes:
+        names: of the columns to read.
+        starts: int [batches + 1], the first row of each record batch, and the number of rows of all.
+        batches: of the stream format, all; of the file format, their reader.
+    """
+
+    names: list[str]
+    schema: pa.Schema
+    starts: np.ndarray
+    batches: Any
+
+    def slices(self, where: str, first: int, count: int) -> Iterator[pa.RecordBatch]:
+        """Some rows that follow each other; raises InputError as `walk`."""
+        stop, here = first + count, int(np.searchsorted(self.starts, first, side="right")) - 1
+        while first < stop:
+            begin, end = int(self.starts[here]), min(int(self.starts[here + 1]), stop)
+            try:
+                whole = self.batches[here] if isinstance(self.batches, list) else self.batches.get_batch(here)
+                rows = whole.slice(first - begin, end - first)
+                for column in rows.columns:
+                    _check(column)
+            except Exception as error:
+                raise _unreadable(error, where, here) from None
+            if rows.num_rows:
+                yield rows
+            first, here = max(first, end), here + 1
+
+
+def opened(uri: str, columns: Columns) -> Opened:
+    """A file, kept open for the thread that asks.
+
+    Raises:
+        InputError: see `walk` and `cells.present`.
+    """
+    info = os.stat(uri) if uri.startswith("/") else None  # noqa: PTH116
+    stamp = (info.st_mtime_ns, info.st_size, info.st_ino) if info else None
+    return _kept_open(uri, columns.image, columns.label, stamp, threading.get_ident())
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _kept_open(uri: str, image: str, label: str, stamp: Any, thread: int) -> Opened:
+    source = _source(uri) if storage.is_local(uri) else pa.BufferReader(_fetched_once(uri))
+    schema, whole = _schema(source, uri)
+    names = present(uri, schema, Columns(image, label))
+    rows, batches = list[int](), list[pa.RecordBatch]()
+    try:
+        reader = _open(source, schema, whole, tuple(names))
+        if whole:
+            rows = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
+        else:
+            for batch in reader:
+                batches.append(batch)
+                rows.append(batch.num_rows)
+    except Exception as error:
+        raise _unreadable(error, uri, len(rows)) from None
+    starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+    return Opened(names, schema, starts, reader if whole else batches)
+
+
+def _fetched_once(uri: str) -> bytes:
+    with _fetching:  # several threads want parts of one file
+        return _fetched(uri)
+
+
+@lru_cache(maxsize=2)
+def _fetched(uri: str) -> bytes:
+    return storage.read_bytes(uri)
+
+
+def forget_open_files() -> None:
+    """Opens every file anew from now on: those of a remote store may be others by now."""
+    _kept_open.cache_clear()
+    _fetched.cache_clear()

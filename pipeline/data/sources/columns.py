@@ -1,0 +1,178 @@
+"""Which columns of Parquet and Arrow files hold images and labels: found by their types, then by usual names."""
+
+import json
+import posixpath
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.data.formats import told_by_all
+from pipeline.data.sources.cells import Columns, check_plain, form_of, is_foreign, one_form
+from pipeline.data.sources.label_columns import choose_label, label_column
+from pipeline.data.sources.look import Look, check_there, listed
+from pipeline.data.sources.parts import Request
+from pipeline.data.sources.splits import splits_of_files
+from pipeline.data.sources.tree import printable
+from pipeline.errors import InputError
+
+_IMAGES = ("image", "img", "picture", "photo", "pic", "jpg", "jpeg", "png", "webp")
+_PLURAL = ("images", "imgs", "pictures", "photos", "pics")
+_OTHERS = ("image_bytes", "img_bytes", "image_data", "bytes", "content", "data")
+_PATHS = ("file_name", "filename", "image_path", "img_path", "image_file", "filepath", "file", "path")
+_RANKS = {usual: rank for rank, usual in enumerate((*_IMAGES, *_PLURAL, *_OTHERS, *_PATHS))}
+_FOLDER_TABLE = "metadata.parquet"  # of an ImageFolder, which is read as a folder
+_FILES = 4  # of one schema, looked into until one tells
+
+
+def image_columns(look: Look) -> list[str]:
+    """The columns that hold images, those of the surest kind alone.
+
+    Surest is what `datasets` calls an Image, then a struct of bytes and path, then bytes that begin as an image does,
+    then lists of these, then paths of files beside the table.
+
+    Raises:
+        InputError: the rows that tell can't be read.
+    """
+    known = Counter(look.schema.names)
+    forms = {f.name: form_of(f.type) for f in look.fields if known[f.name] == 1 and not is_foreign(f)}
+    kinds = {name: look.kind(name) for name, form in forms.items() if form}
+    for lists in (False, True):
+        if found := [n for n, kind in kinds.items() if kind == "Image" and (forms[n] == "list") == lists]:
+            return found
+    # What `datasets` calls Audio, Video or ClassLabel is none.
+    maybe = [name for name, kind in kinds.items() if kind in ("", "Image", "Value")]
+
+    def tells(name: str) -> bool:
+        return any(told_by_all(data) if data else look.beside(path or "") for data, path in look.first(name))
+
+    for form in ("struct", "bytes", "list", "text"):
+        if found := [name for name in maybe if forms[name] == form and tells(name)]:
+            return found
+    # A struct with bytes is meant to hold images, though the first ones are damaged or missing.
+    return [name for name in maybe if one_form(look.type_of(name)) == "struct"]
+
+
+def is_source(looks: list[Look]) -> bool:
+    """Whether some of these files hold images, or what is called so and must be refused.
+
+    Paths of images alone make no source of a file: where it has neither labels nor a split, the folders of the images
+    say more of them.
+    """
+    found, _ = by_schema(looks)
+    return any(_says_more(look, found.get(look.name, [])) or refused_column(look) for look in looks)
+
+
+def _says_more(look: Look, images: list[str]) -> bool:
+    if not all(one_form(look.type_of(image)) == "text" for image in images):
+        return True
+    if not images or posixpath.basename(look.name).lower() == _FOLDER_TABLE:
+        return False
+    try:
+        return bool(label_column(look, images[0]) or splits_of_files([look.name])[look.name])
+    except InputError:
+        return True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The columns of each file that holds images, the same names in all of them.
+
+    Attributes:
+        columns: by file, without the names of classes.
+        ignored: files without images, with the reason.
+        bad: files that can't be looked into, with the reason.
+    """
+
+    columns: dict[str, Columns] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+def choose(looks: list[Look], request: Request, kind: str) -> Choice:
+    """The columns of images and of labels.
+
+    Args:
+        kind: of the files, for reasons: Parquet, Arrow.
+
+    Raises:
+        InputError: a column that was asked for is not there or holds something else; several may be meant.
+    """
+    image, ignored, bad = (
+        _named(looks, request.image_column, kind) if request.image_column else _found(looks, kind)
+    )
+    mine = [look for look in looks if look.name not in ignored and look.name not in bad]
+    label = choose_label(mine, image, request.label_column)
+    columns = {look.name: Columns(image, label if label in look.schema.names else "") for look in mine}
+    return Choice(columns, ignored, bad)
+
+
+def _named(looks: list[Look], wanted: str, kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    check_there("--image-column", looks, wanted)
+    for look in looks:
+        if wanted in look.schema.names:
+            check_plain(look.name, look.schema, wanted)
+            if not form_of(look.type_of(wanted)):
+                holds = f"holds {look.type_of(wanted)} in {printable(look.name)}"
+                raise InputError(f"--image-column {wanted}: {holds}, no images")
+    without = [look.name for look in looks if wanted not in look.schema.names]
+    return wanted, dict.fromkeys(without, f"{kind} without the column {printable(wanted)}"), {}
+
+
+def _found(looks: list[Look], kind: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    found, bad = by_schema(looks)
+    without = {name: f"{kind} without an image column" for name, names in found.items() if not names}
+    if len(without) == len(found):
+        for look in looks:
+            if refused := refused_column(look):
+                check_plain(look.name, look.schema, refused)
+        return "", without, bad
+    counts = Counter(name for names in found.values() for name in names)
+    image = _most_usual([name for name, count in counts.items() if count == max(counts.values())])
+    for look in looks:
+        if names := found.get(look.name):
+            if image not in names:
+                words = f"has its images in {listed(names)}, the other files in {printable(image)}"
+                without[look.name] = f"{kind} that {words}"
+        elif look.name in found and _is_empty(look, image):
+            del without[look.name]
+    return image, without, bad
+
+
+def _is_empty(look: Look, image: str) -> bool:
+    """Whether a file has the column of images, and nothing in it that tells: no rows, or damaged ones at first."""
+    if look.schema.names.count(image) != 1 or not form_of(look.type_of(image)):
+        return False
+    return not any(path for _, path in look.first(image))
+
+
+def by_schema(looks: list[Look]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The columns that hold images, by file, and the files that can't be looked into, with the reason.
+
+    Files of one schema are taken for alike: only some of them are looked into.
+    """
+    known, tried, failed = dict[Any, list[str]](), Counter[Any](), dict[str, str]()
+    keys = dict[str, Any]()
+    for look in looks:
+        types = tuple((column.name, str(column.type), is_foreign(column)) for column in look.fields)
+        key = keys[look.name] = (types, json.dumps(look.features))
+        if known.get(key) or tried[key] == _FILES:
+            continue
+        try:
+            known[key] = image_columns(look)
+            tried[key] += 1
+        except InputError as error:
+            failed[look.name] = str(error).removeprefix(f"{printable(look.name)}: ")
+    bad = {name: reason for name, reason in failed.items() if not known.get(keys[name])}
+    return {name: known.get(key, []) for name, key in keys.items() if name not in bad}, bad
+
+
+def refused_column(look: Look) -> str:
+    """The column that is called as images are, and that only code from elsewhere can read; "" for none."""
+    return next((f.name for f in look.fields if f.name.lower() in (*_IMAGES, *_PLURAL) and is_foreign(f)), "")
+
+
+def _most_usual(names: list[str]) -> str:
+    usual = sorted((name for name in names if name.lower() in _RANKS), key=lambda name: _RANKS[name.lower()])
+    if len(names) > 1 and not usual:
+        raise InputError(f"columns {listed(names)} hold images: give --image-column")
+    return (usual or names)[0]

@@ -1,0 +1,119 @@
+"""What is known of a Parquet or Arrow file before its images are read: its columns, and what `datasets` notes of them."""
+
+import json
+import posixpath
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from pipeline import storage
+from pipeline.data.sources.cells import images_of, name_beside
+from pipeline.data.sources.tree import Tree, printable
+from pipeline.errors import InputError
+
+_ROWS = 4  # looked at for images
+# No images, however they are called.
+_NO_IMAGES = (
+    ".parquet", ".parq", ".pq", ".arrow", ".feather", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml",
+    ".py", ".tar",
+)  # fmt: skip
+_EMPTY = 4096  # rows without any, until a column counts as empty
+
+
+@dataclass(frozen=True)
+class Look:
+    """One file.
+
+    Attributes:
+        name: below the root.
+        features: what `datasets` notes of its columns.
+        read: one column, about so many rows at a time.
+        beside: whether a path, from the file's own folder, leads to a file.
+    """
+
+    name: str
+    schema: pa.Schema
+    features: dict[str, Any]
+    read: Callable[[str, int], Iterator[pa.Array]]
+    beside: Callable[[str], bool]
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        """Its columns."""
+        return [self.schema.field(i) for i in range(len(self.schema))]
+
+    def type_of(self, column: str) -> pa.DataType:
+        """Of a column that is there once."""
+        return self.schema.field(column).type
+
+    def first(self, column: str) -> list[tuple[bytes | None, str | None]]:
+        """Bytes and path of some images of a column, from its first rows that hold any."""
+        seen = 0
+        for array in self.read(column, _ROWS):
+            if found := [pair for row in images_of(array) for pair in row if pair[0] or pair[1]]:
+                return found
+            seen += len(array)
+            if seen >= _EMPTY:
+                break
+        return []
+
+    def kind(self, column: str) -> str:
+        """What `datasets` calls a column, or what is in its lists: Image, ClassLabel, Value, …; "" for nothing."""
+        return str(_inner(self.features.get(column)).get("_type", ""))
+
+    def names(self, column: str) -> tuple[str, ...]:
+        """Of the classes in a column, where `datasets` has noted them."""
+        names = _inner(self.features.get(column)).get("names") if self.kind(column) == "ClassLabel" else None
+        if isinstance(names, dict):
+            names = [names[key] for key in sorted(names, key=int)]
+        return tuple(map(str, names or ()))
+
+
+def lies_beside(tree: Tree, file: str, path: str) -> bool:
+    """Whether a path, from the folder of a file in the tree, leads to a file."""
+    if (name := name_beside(file, path)) is None:
+        return False
+    if name in tree.files:
+        return True
+    # The tree may be one file, or some.
+    suffix = posixpath.splitext(name)[1].lower()
+    try:
+        return suffix in Image.registered_extensions() and storage.exists(tree.uri(name))
+    except InputError:
+        return False
+
+
+def files_beside(tree: Tree) -> bool:
+    """Whether there are files that may be the images of others."""
+    return not all(name.lower().endswith(_NO_IMAGES) for name in tree.files)
+
+
+def features_of(schema: pa.Schema) -> dict[str, Any]:
+    """What `datasets` notes in a schema; nothing where that makes no sense."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _inner(feature: Any) -> dict[str, Any]:
+    while isinstance(feature, list) or (isinstance(feature, dict) and "feature" in feature):
+        feature = feature["feature"] if isinstance(feature, dict) else feature[0] if feature else None
+    return feature if isinstance(feature, dict) else {}
+
+
+def check_there(flag: str, looks: list[Look], wanted: str) -> None:
+    """Raises an InputError, with the columns that are there, where no file has the one that was asked for."""
+    if looks and not any(wanted in look.schema.names for look in looks):
+        there = ", ".join(map(printable, looks[0].schema.names))
+        raise InputError(f"{flag} {wanted}: there is no such column; {printable(looks[0].name)} has {there}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in words: a, b and c."""
+    *some, last = map(printable, names)
+    return f"{', '.join(some)} and {last}" if some else last

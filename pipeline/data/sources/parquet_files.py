@@ -1,0 +1,206 @@
+"""Parquet files opened and their row groups read: nothing in them is run, and the largest are read piece by piece."""
+
+import contextlib
+import os
+import posixpath
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data.labels import stored_numbers
+from pipeline.data.sources.cells import Columns, Form, check_names, form_of, is_text, present, texts
+from pipeline.errors import InputError
+from pipeline.redact import one_line
+
+OPEN_FILES = 64
+# A row group of more bytes is never held as a whole.
+BIG_GROUP, PIECE = 256 * 2**20, 64 * 2**20
+_BUFFER = 2**20
+PREPARED = Columns()
+
+
+def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:
+    """A file from outside; see `cells.present` for what of it may be looked at.
+
+    Args:
+        piecewise: to read a part of a large row group without the rest.
+
+    Raises:
+        InputError: not a Parquet file.
+    """
+    fs, path = storage.open_fs(uri)
+    # A local file is read by pyarrow itself: through Python it costs a tenth of decoding small images. Others are
+    # asked for what is needed alone, in one request for a row group: they would read megabytes ahead.
+    source = pa.OSFile(path) if storage.is_local(uri) else fs.open(path, "rb", cache_type="none")
+    options = {"pre_buffer": False, "buffer_size": _BUFFER} if piecewise else {}
+    try:
+        file = pq.ParquetFile(
+            source,
+            binary_type=pa.large_binary(),
+            list_type=pa.LargeListType,
+            page_checksum_verification=True,
+            **options,
+        )
+        check_names(file.schema_arrow)
+        return file
+    except Exception as error:  # pyarrow raises anything on a damaged footer
+        if storage.is_storage_error(error):
+            raise
+        raise InputError(f"{uri}: not a Parquet file: {one_line(error)}") from None
+
+
+class Opened(NamedTuple):
+    """A file whose columns were checked: those to read, and how the images stand in theirs."""
+
+    file: pq.ParquetFile
+    names: list[str]
+    form: Form
+
+
+def opened(uri: str, columns: Columns, piecewise: bool = False) -> Opened:
+    # What lies there may have been replaced; a remote store would be asked once more for each read.
+    info = os.stat(uri) if uri.startswith("/") else None  # noqa: PTH116
+    stamp = (info.st_mtime_ns, info.st_size, info.st_ino) if info else None
+    return _kept_open(uri, columns.image, columns.label, piecewise, stamp, threading.get_ident())
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _kept_open(uri: str, image: str, label: str, piecewise: bool, stamp: Any, thread: int) -> Opened:
+    """A reading thread reads a file's footer once, not once a row group; no two may read through one open file."""
+    file = open_parquet(uri, piecewise)
+    schema = file.schema_arrow
+    return Opened(file, present(uri, schema, Columns(image, label)), form_of(schema.field(image).type))
+
+
+@contextlib.contextmanager
+def reading(where: str, group: int) -> Iterator[None]:
+    """Makes an InputError of what the reader says of damaged bytes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if storage.is_storage_error(error):
+            raise
+        raise InputError(f"{where}: row group {group} can't be read: {one_line(error)}") from None
+
+
+def iterate(
+    file: pq.ParquetFile, where: str, group: int, names: list[str], step: int
+) -> Iterator[pa.RecordBatch]:
+    """Columns of a row group, about `step` rows at a time.
+
+    Args:
+        where: the file, for errors.
+
+    Raises:
+        InputError: the row group can't be read.
+    """
+    done = 0
+    for rows in (step, 1):
+        at, batches = 0, file.iter_batches(batch_size=rows, row_groups=[group], columns=names)
+        while True:
+            with reading(where, group):
+                try:
+                    batch = next(batches, None)
+                except pa.ArrowNotImplementedError:
+                    if rows == 1:
+                        raise
+                    break  # rows of more than 2 GiB together: one by one, then
+            if batch is None:
+                _check_rows(file, where, group, at)
+                return
+            at += batch.num_rows
+            if at > done:
+                yield batch
+                done = at
+
+
+def _check_rows(file: pq.ParquetFile, where: str, group: int, rows: int) -> None:
+    if rows != (said := file.metadata.row_group(group).num_rows):
+        raise InputError(
+            f"{where}: row group {group} can't be read: it holds {rows} rows, and should hold {said}"
+        )
+
+
+def batches(uri: str, group: int, columns: Columns) -> Iterator[pa.RecordBatch]:
+    """The images and labels of a row group, in pieces that can be held."""
+    found = opened(uri, columns)
+    about = found.file.metadata.row_group(group)
+    if about.total_byte_size > BIG_GROUP:
+        found = opened(uri, columns, piecewise=True)
+    step = max(1, min(about.num_rows, PIECE * about.num_rows // max(1, about.total_byte_size)))
+    yield from iterate(found.file, uri, group, found.names, step)
+
+
+def read_row_group(uri: str, number: int, columns: Columns = PREPARED) -> pa.Table:
+    """The images of one row group, still encoded.
+
+    Returns:
+        columns bytes (large_binary, null for what lies beside the file), label (int64, -1 for none) and path (string,
+        the image's own name, or its place in the file).
+
+    Raises:
+        InputError: the row group can't be read, or a column is of a type that only code from elsewhere can read.
+    """
+    file, names, _ = opened(uri, columns)
+    with reading(uri, number):
+        if file.metadata.row_group(number).total_byte_size > BIG_GROUP:
+            table = pa.Table.from_batches(batches(uri, number, columns))
+        else:
+            table = file.read_row_group(number, columns=names)
+            _check_rows(file, uri, number, table.num_rows)
+        return _plain(table, f"{posixpath.basename(uri)}/{number}", 0, columns)
+
+
+def some_rows(uri: str, group: int, rows: np.ndarray, columns: Columns) -> pa.Table:
+    """As `read_row_group`, of some rows in any order."""
+    if opened(uri, columns).file.metadata.row_group(group).total_byte_size <= BIG_GROUP:
+        return read_row_group(uri, group, columns).take(rows)
+    wanted, pieces, at = np.unique(rows), list[pa.Table](), 0
+    for batch in batches(uri, group, columns):
+        here = wanted[(wanted >= at) & (wanted < at + batch.num_rows)] - at
+        if len(here):
+            with reading(uri, group):
+                table = _plain(
+                    pa.Table.from_batches([batch]), f"{posixpath.basename(uri)}/{group}", at, columns
+                )
+                pieces.append(table.take(here))
+        at += batch.num_rows
+    return pa.concat_tables(pieces).take(np.searchsorted(wanted, rows))
+
+
+def _plain(table: pa.Table, prefix: str, first: int, columns: Columns) -> pa.Table:
+    image, count = table[columns.image], table.num_rows
+    if pa.types.is_dictionary(image.type):
+        image = image.cast(image.type.value_type)
+    own = None
+    if pa.types.is_struct(image.type):
+        kind, fields = image.type, image.flatten()  # with the nulls of the rows
+        image, path = fields[kind.get_field_index("bytes")], kind.get_field_index("path")
+        own = fields[path] if path >= 0 and is_text(fields[path].type) else None
+    label = table[columns.label] if columns.label in table.column_names else None
+    return pa.table(
+        {
+            "bytes": image.cast(pa.large_binary()),
+            "label": np.full(count, -1, np.int64) if label is None else stored_numbers(label),
+            "path": _paths(own, prefix, first, count),
+        }
+    )
+
+
+def _paths(own: pa.ChunkedArray | None, prefix: str, first: int, count: int) -> pa.ChunkedArray | pa.Array:
+    """The images' own names; where they have none, their place in the file."""
+    if own is not None and not own.null_count:
+        with contextlib.suppress(pa.ArrowInvalid):
+            own = own.cast(pa.string())
+            own.validate(full=True)
+            return own
+    names = [None] * count if own is None else [name for chunk in own.chunks for name in texts(chunk)]
+    return pa.array([name or f"{prefix}/{first + i:06d}" for i, name in enumerate(names)], pa.string())

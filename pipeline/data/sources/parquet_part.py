@@ -1,0 +1,84 @@
+"""Images of some row groups of a Parquet file."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data.sources.cells import Columns, items_of, read_beside
+from pipeline.data.sources.parquet_files import PREPARED, batches, opened, reading, some_rows
+from pipeline.data.sources.parts import Item, Part, image_table, pick
+
+
+@dataclass(frozen=True)
+class ParquetPart(Part):
+    """Row groups that follow each other in one file; `names` are the file, and images beside it that its rows name.
+
+    Attributes:
+        columns: where images and labels are.
+    """
+
+    start: int = 0
+    count: int = 1
+    columns: Columns = PREPARED
+
+    def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
+        if rows is not None and opened(self.uri, self.columns).form == "list":
+            # A row may hold several images, so that all before are read for their number.
+            yield from pick(self.read(), rows)
+            return
+        if rows is None:
+            for group in range(self.start, self.start + self.count):
+                yield from (item for _, item in self._items(group, None))
+            return
+        found = dict[int, Item]()
+        for group, first, here in self._by_group(np.asarray(rows, np.int64)):
+            wanted = np.unique(np.asarray(rows)[here] - first)
+            found |= {first + row: item for row, item in self._items(group, wanted)}
+        yield from (found[row] for row in rows)
+
+    def _items(self, group: int, wanted: np.ndarray | None) -> Iterator[tuple[int, Item]]:
+        beside = partial(read_beside, self.root, self.names[0])
+        at = 0
+        for batch in batches(self.uri, group, self.columns):
+            count = batch.num_rows
+            some = [0] if wanted is None else wanted[(wanted >= at) & (wanted < at + count)] - at
+            for row in some:
+                piece = batch if wanted is None else batch.slice(row, 1)
+                labels = (
+                    piece.column(self.columns.label) if self.columns.label in piece.schema.names else None
+                )
+                places = [f"{self.names[0]}/{group}/{at + row + i:06d}" for i in range(piece.num_rows)]
+                read = items_of(
+                    piece.column(self.columns.image), labels, self.columns.classes, places, beside
+                )
+                with reading(self.uri, group):
+                    yield from ((at + row + i, item) for i, items in enumerate(read) for item in items)
+            at += count
+
+    def _by_group(self, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Row groups that hold some rows: number, first row in this part, and which of the rows they are."""
+        metadata = opened(self.uri, self.columns).file.metadata
+        counts = [metadata.row_group(g).num_rows for g in range(self.start, self.start + self.count)]
+        ends = np.cumsum(counts)
+        owners = np.searchsorted(ends, rows, side="right")
+        for n in np.unique(owners).tolist():
+            yield self.start + n, int(ends[n]) - counts[n], np.flatnonzero(owners == n)
+
+    def table(self, rows: np.ndarray) -> pa.Table:
+        if not len(rows) or opened(self.uri, self.columns).form in ("list", "text"):
+            return super().table(rows) if len(rows) else image_table([])
+        if self.count == 1:
+            table = some_rows(self.uri, self.start, rows, self.columns)
+        else:
+            pieces, places = list[pa.Table](), list[np.ndarray]()
+            for group, first, here in self._by_group(rows):
+                pieces.append(some_rows(self.uri, group, rows[here] - first, self.columns))
+                places.append(here)
+            table = pa.concat_tables(pieces).take(np.argsort(np.concatenate(places)))
+        if table["bytes"].null_count:  # they lie beside the file
+            data = pa.array([item.data for item in self.read(rows.tolist())], pa.large_binary())
+            table = table.set_column(0, "bytes", data)
+        return table

@@ -1,0 +1,206 @@
+"""Which members of a tar are images, where their bytes lie, and what their labels are."""
+
+import posixpath
+import tarfile
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple
+
+from pipeline.data.images import sniff
+from pipeline.data.sources import tar_labels
+from pipeline.data.sources.folder import is_image_name
+from pipeline.data.sources.tar_labels import Label, Labels, parse_label, stem_and_suffix
+from pipeline.data.sources.tar_members import CONTINUED, WITHOUT_CONTENT, Damage, Member, walk
+from pipeline.data.sources.tree import is_hidden, printable
+
+MOST_BYTES = 2**30  # of an image: more than the largest that is decoded takes
+_HEAD_BYTES = 512
+_TGA = ".tga"  # images that their first bytes don't tell
+# No images, whatever is in them.
+_TEXT_SUFFIXES = (".txt", ".text", ".caption", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml")
+_LINKS = (tarfile.SYMTYPE, tarfile.LNKTYPE)
+_UNREADABLE = {
+    tarfile.FIFOTYPE: "a named pipe",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    CONTINUED: "the rest of a file that begins in another tar",
+}
+
+
+class TarImage(NamedTuple):
+    """An image in a tar, or what stands where one may have been.
+
+    Attributes:
+        name: what follows the name of the tar in the image's path.
+        offset, size: its bytes in the tar.
+        reason: why it can't be used.
+        pieces: of a sparse file: place in the file, and size, of each stretch that is stored.
+    """
+
+    name: str
+    offset: int = 0
+    size: int = 0
+    label: str | None = None
+    reason: str = ""
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def stored(self) -> int:
+        """Bytes that lie in the tar; none of an image that can't be used."""
+        if self.reason:
+            return 0
+        return sum(size for _, size in self.pieces) if self.pieces else self.size
+
+    def content(self, stored: bytes) -> bytes:
+        """The file that was stored."""
+        if not self.pieces or self.reason:
+            return stored
+        whole, at = bytearray(self.size), 0
+        for place, size in self.pieces:
+            whole[place : place + size] = stored[at : at + size].ljust(size, b"\0")
+            at += size
+        return bytes(whole)
+
+
+def stored_bytes(file: IO[bytes], image: TarImage) -> bytes:
+    """What lies of an image in its tar."""
+    file.seek(image.offset)
+    return file.read(image.stored)
+
+
+def index_tar(file: IO[bytes], size: int) -> list[TarImage]:
+    """All images of a tar in its order, with what is damaged between them.
+
+    Reads the headers, the labels, and the first bytes of members whose names don't tell what they are. No two images
+    have the same name.
+
+    Args:
+        file: open for reading and seeking.
+        size: bytes in it.
+    """
+    found = list(walk(file, size))
+    resolve = _resolver(found)
+    labels, images = Labels(), list[tuple[TarImage, str, int]]()
+    for place, member in enumerate(found):
+        if isinstance(member, Damage):
+            images.append((TarImage(f": damaged at byte {member.begins}", reason=member.reason), "", 0))
+            continue
+        name, at_once = _plain(member.name), member.missing or _hidden(member.name)
+        target, reason = (member, _fault(member)) if at_once else resolve(place, member)
+        if target is None or (at_once and not member.missing):
+            continue
+        suffix = stem_and_suffix(name)[1]
+        image = TarImage(_path(member.name), target.offset, target.size, None, reason, target.pieces)
+        if suffix in tar_labels.SUFFIXES:
+            labels.add(name, _label(file, image, suffix))
+        if member.missing or member.kind in _UNREADABLE or _is_image(file, image, suffix):
+            images.append((_checked(image), name, labels.images[name]))
+            labels.images[name] += 1
+    find = labels.finder()
+    return list(_named_once(_labelled(image, find(name, which)) for image, name, which in images))
+
+
+def _resolver(found: list[Member | Damage]) -> Callable[[int, Member], tuple[Member | None, str]]:
+    """Returns a function from a member, and its place among all, to the one that holds its data, and what is wrong.
+
+    Folders, and links to them, have no data.
+    """
+    places, folders = defaultdict[str, list[tuple[int, Member]]](list), {".", "/"}
+    for place, member in enumerate(found):
+        if isinstance(member, Member):
+            name = _plain(member.name)
+            places[name].append((place, member))
+            while (name := posixpath.dirname(name)) and name not in folders:
+                folders.add(name)
+
+    def resolve(place: int, member: Member) -> tuple[Member | None, str]:
+        first, seen = member, set[int]()
+        while member.kind in _LINKS:
+            seen.add(place)
+            hard = member.kind == tarfile.LNKTYPE
+            folder = "" if hard else posixpath.dirname(member.name)
+            name = _plain(posixpath.join(folder, member.link))
+            if not (some := places.get(name)):
+                known = name in folders
+                return (
+                    None if known else first,
+                    f"a link to {printable(member.link)}, which is not in the tar",
+                )
+            # As unpacking does: a hard link leads to what lies before it, the other kind to what is there in the end.
+            which = max(0, bisect_left(some, place, key=lambda one: one[0]) - 1) if hard else -1
+            place, member = some[which]
+            if place in seen:
+                return first, "a link that leads to itself"
+        return None if member.kind in WITHOUT_CONTENT else member, _fault(member)
+
+    return resolve
+
+
+def _fault(member: Member) -> str:
+    """Why the data of a member can't be read."""
+    if member.missing:
+        return f"cut short: {member.missing} of its bytes lie behind the end of the tar"
+    return _UNREADABLE.get(member.kind, "")
+
+
+def _plain(name: str) -> str:
+    """A name without what makes no difference in it, such as ./ in front."""
+    return posixpath.normpath(name)
+
+
+def _hidden(name: str) -> bool:
+    return is_hidden("/".join(part for part in name.split("/") if part not in ("", ".", "..")))
+
+
+def _path(name: str) -> str:
+    """A name as part of a path that leads nowhere."""
+    return "/" + "/".join("_" if part == ".." else part for part in printable(name).lstrip("/").split("/"))
+
+
+def _is_image(file: IO[bytes], image: TarImage, suffix: str) -> bool:
+    if suffix == _TGA or is_image_name(image.name):
+        return True
+    if suffix in tar_labels.SUFFIXES or suffix in _TEXT_SUFFIXES:
+        return False
+    return bool(image.reason) or sniff(_head(file, image)) is not None  # what can't be read may be one
+
+
+def _head(file: IO[bytes], image: TarImage) -> bytes:
+    if not image.pieces:
+        return stored_bytes(file, image._replace(size=min(image.size, _HEAD_BYTES)))
+    return image.content(stored_bytes(file, image))[:_HEAD_BYTES] if image.size <= MOST_BYTES else b""
+
+
+def _label(file: IO[bytes], image: TarImage, suffix: str) -> Label:
+    if image.reason:
+        return Label(problem=image.reason)
+    if image.size > tar_labels.MOST_BYTES:
+        return Label(problem=f"{image.size} bytes are more than a label has")
+    return parse_label(suffix, image.content(stored_bytes(file, image)))
+
+
+def _checked(image: TarImage) -> TarImage:
+    if image.reason:
+        return image
+    if not image.size:
+        return image._replace(reason="empty")
+    if image.size > MOST_BYTES:
+        return image._replace(reason=f"{image.size} bytes are more than an image has")
+    return image
+
+
+def _labelled(image: TarImage, label: Label) -> TarImage:
+    return image._replace(label=label.text, reason=image.reason or label.problem)
+
+
+def _named_once(images: Iterator[TarImage]) -> Iterator[TarImage]:
+    """Appends a number to names that were there before."""
+    given, counts = set[str](), defaultdict[str, int](int)
+    for image in images:
+        name = image.name
+        while name in given:
+            counts[image.name] += 1
+            name = f"{image.name} ({counts[image.name] + 1})"
+        given.add(name)
+        yield image if name == image.name else image._replace(name=name)

@@ -1,0 +1,117 @@
+"""The labels of images in a tar: what .cls and .json members say, and which image each belongs to.
+
+An image takes the label of the member with its own name before the last dot, or else of the one with the longest part
+of it that ends before an earlier dot: a.input.jpg takes that of a.input.cls, or else of a.cls.
+
+A .cls member holds a class number or a name; one that is empty or -1 holds none. A .json member holds it as `label`,
+or else as `class` or `cls`. Of two with the same name, .cls goes first. An image whose label is there and can't be read
+is not used. JSON that can't be read is let alone where no image of the tar has a label, and other JSON could be read.
+"""
+
+import codecs
+import json
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline.data.labels import UNPUBLISHED, class_text, label_text
+from pipeline.data.sources.tree import printable
+
+SUFFIXES = (".cls", ".json")
+MOST_BYTES = 64 * 2**20
+_KEYS = ("label", "class", "cls")
+_NO_JSON = "no JSON"
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class Label(NamedTuple):
+    """What a member says of a class, or why that can't be read; neither where it says nothing."""
+
+    text: str | None = None
+    problem: str = ""
+
+
+def stem_and_suffix(name: str) -> tuple[str, str]:
+    """A name in two, at the last dot of its last part; the suffix has its dot, and small letters."""
+    base = posixpath.basename(name)
+    suffix = base[base.rfind(".") :] if "." in base else ""
+    return name[: len(name) - len(suffix)], suffix.lower()
+
+
+def parse_label(suffix: str, content: bytes) -> Label:
+    """What is in a .cls or a .json member."""
+    if suffix == ".cls":
+        encoding = "utf-16" if content.startswith(_UTF_16) else "utf-8-sig"
+        return Label(_published(content.decode(encoding, errors="backslashreplace")))
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return Label(problem=_NO_JSON)
+    some = [value[key] for key in _KEYS if value.get(key) is not None] if isinstance(value, dict) else []
+    text, problem = class_text(some[0] if some else None)
+    return Label(_published(text), problem)
+
+
+def _published(text: str | None) -> str | None:
+    """A label, without halves of characters that can't be stored."""
+    text = label_text(text and text.encode(errors="backslashreplace"))
+    return None if text == UNPUBLISHED else text
+
+
+@dataclass
+class Labels:
+    """The labels in a tar, by the names of their members.
+
+    Attributes:
+        images: of each name.
+    """
+
+    images: Counter[str] = field(default_factory=Counter)
+    _found: defaultdict[tuple[str, str], list[Label]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, name: str, label: Label) -> None:
+        self._found[stem_and_suffix(name)].append(label)
+
+    def finder(self) -> Callable[[str, int], Label]:
+        """Returns a function from the name of an image, and which of that name it is (from 0), to its label."""
+        labels = [(suffix, label) for (_, suffix), some in self._found.items() for label in some]
+        some_have = any(label.text is not None for _, label in labels)
+        some_read = any(suffix == ".json" and label.problem != _NO_JSON for suffix, label in labels)
+        ignored = ".json" if some_read and not some_have else ""
+
+        def find(name: str, number: int) -> Label:
+            problem = ""
+            for stem in _stems(name):
+                for suffix in SUFFIXES:
+                    label = _one(self._found.get((stem, suffix), []), number, self.images[name])
+                    if label.text is not None:
+                        return label
+                    if label.problem and suffix != ignored and not problem:
+                        side = printable(posixpath.basename(stem) + suffix)
+                        problem = f"its label can't be read: {side}: {label.problem}"
+            return Label(problem=problem)
+
+        return find
+
+
+def _stems(name: str) -> Iterator[str]:
+    """A name, and all its beginnings that end before a dot of its last part, longest first."""
+    yield name
+    base = name.rfind("/") + 1
+    while (dot := name.rfind(".", base)) > base:
+        name = name[:dot]
+        yield name
+
+
+def _one(found: list[Label], number: int, images: int) -> Label:
+    """The label of one of the images of a name, of all members that may hold it."""
+    if len(set(found)) <= 1:
+        return found[0] if found else Label()
+    # Tars that were written one behind the other may have the same names.
+    return (
+        found[number]
+        if len(found) == images
+        else Label(problem="there more than once, with different labels")
+    )

@@ -1,0 +1,144 @@
+"""Zip archives of image files: their folders, or metadata in them, name the classes."""
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from pipeline.data.sources.fetch import THREADS, in_order
+from pipeline.data.sources.folder import (
+    NO_IMAGE,
+    Arranged,
+    arrange,
+    buckets,
+    classes_of,
+    folder_label,
+    is_image_name,
+)
+from pipeline.data.sources.parts import Item, Part, Request, SourceListing
+from pipeline.data.sources.sidecar import is_sidecar
+from pipeline.data.sources.splits import splits_of_files
+from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.zip_members import Archive, Member, open_archive, read_member
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class ZipPart(Part):
+    """Some images of an archive.
+
+    Attributes:
+        labels: of each of them.
+        bucket: the first binary digits of the hashes of their names.
+    """
+
+    members: tuple[Member, ...]
+    labels: tuple[str | None, ...]
+    bucket: str = ""
+
+    @property
+    def slot(self) -> str:
+        return f"{self.split}|{self.names[0]}|{self.bucket}"
+
+    def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
+        def item(place: int) -> Item:
+            member = self.members[place]
+            data, reason = read_member(self.uri, member)
+            path = f"{printable(self.names[0])}/{printable(member.name)}"
+            return Item(path, b"" if reason else data, self.labels[place], reason)
+
+        yield from in_order(item, range(len(self.members)) if rows is None else rows, self.root)
+
+
+def is_zip(tree: Tree) -> bool:
+    """Whether there are zip files with images in them, or damaged ones, no less than the images beside them."""
+    zips = _zips(tree)
+    beside = sum(file.size for name, file in tree.files.items() if is_image_name(name))
+    if sum(tree.files[name].size for name in zips) < beside:
+        return False
+    holding = 0
+    for name, archive in zip(zips, _open_all(tree, zips), strict=True):
+        if isinstance(archive, str) or archive.images:
+            holding += tree.files[name].size
+            if holding >= beside:
+                return True
+    return False
+
+
+def list_zip(tree: Tree, request: Request) -> SourceListing:
+    """All images in all zip files of a tree, mixed by hashes of their names within each.
+
+    The folders in an archive are splits where there are several, else its name may say one. Other folders are
+    classes, without those that all images of an archive lie in.
+
+    Raises:
+        InputError: a file that holds labels can't be read, or contradicts another.
+    """
+    names, parts = _zips(tree), list[Part]()
+    ignored, bad, found = dict[str, str](), dict[str, str](), list[Arranged]()
+    splits = splits_of_files(names)
+    for name, archive in zip(names, _open_all(tree, names), strict=True):
+        if isinstance(archive, str):
+            bad[name] = archive
+            continue
+        if not archive.images:
+            ignored[name] = "holds no images"
+            continue
+        arranged = _arrange(tree, name, archive, splits[name], request)
+        found.append(arranged)
+        for split, bits, some in buckets(arranged.splits, request.images_per_part):
+            labels = tuple(arranged.labels[member] for member in some)
+            members = tuple(archive.members[member] for member in some)
+            parts.append(ZipPart(tree.root, (name,), members, labels, bits, split=split))
+        mine = {*arranged.labels, *arranged.used, *arranged.bad}
+        others = {member: NO_IMAGE for member in archive.members if member not in mine}
+        ignored |= _inside(name, others | archive.ignored | arranged.ignored)
+        bad |= _inside(name, arranged.bad)
+    ignored |= {name: "lies beside archives, not in one" for name in tree.files if is_sidecar(name)}
+    used = {part.names[0] for part in parts}
+    return SourceListing(tuple(parts), frozenset(used), classes=classes_of(found), ignored=ignored, bad=bad)
+
+
+def _zips(tree: Tree) -> list[str]:
+    return [name for name in tree.files if name.lower().endswith(".zip")]
+
+
+def _open_all(tree: Tree, names: list[str]) -> Iterator[Archive | str]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(lambda name: open_archive(tree.uri(name)), names)
+
+
+def _inside(name: str, reasons: dict[str, str]) -> dict[str, str]:
+    return {f"{name}/{member}": reason for member, reason in reasons.items()}
+
+
+def _arrange(tree: Tree, name: str, archive: Archive, split: str, request: Request) -> Arranged:
+    where = printable(f"{tree.root}/{name}")
+
+    def read(member: str) -> bytes:
+        data, reason = read_member(tree.uri(name), archive.members[member])
+        if reason:
+            raise InputError(f"{where}/{printable(member)}: {reason}")
+        return data
+
+    folders = [posixpath.dirname(image) for image in archive.images]
+    wrapping = posixpath.commonpath(folders) if all(folders) else ""
+    if set(folders) == {wrapping}:
+        # A single folder is a class, unless it is called as the split is: train2017.zip has train2017/.
+        alone = posixpath.basename(wrapping)
+        wrapping = (
+            wrapping if split and splits_of_files([alone]) == {alone: split} else posixpath.dirname(wrapping)
+        )
+    cut = len(wrapping) + 1 if wrapping else 0
+    arranged = arrange(
+        archive.images,
+        archive.members,
+        archive.ignored,
+        read,
+        request,
+        where,
+        lambda image: folder_label(image[cut:]),
+    )
+    if not split or len(set(arranged.splits.values())) > 1:
+        return arranged
+    return replace(arranged, splits=dict.fromkeys(arranged.splits, split))

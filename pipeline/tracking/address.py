@@ -1,0 +1,49 @@
+"""Where MLflow is. Imports nothing of MLflow, which takes seconds: most jobs end or start Ray before they need it."""
+
+import os
+import sys
+from pathlib import Path
+
+from pipeline.cluster.session import submitted_settings
+from pipeline.errors import InputError
+from pipeline.redact import redact
+
+is_quiet = False
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory.
+
+    Raises:
+        InputError: that directory is a submitted job's own, which goes away.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if "working_dir" in submitted_settings():
+        raise InputError(
+            "MLFLOW_TRACKING_URI is not set on the cluster: set it where its nodes are started, or submit with "
+            "--forward MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def environment() -> dict[str, str]:
+    """What workers on other nodes need of it, without secrets: those belong to the nodes' own environment."""
+    if "MLFLOW_TRACKING_URI" not in os.environ and submitted_settings():
+        return {}
+    uri = tracking_uri()
+    return {"MLFLOW_TRACKING_URI": uri} if redact(uri) == uri else {}
+
+
+def ui_command() -> str:
+    """The one command that shows the runs in a browser, on this machine only."""
+    return f"mlflow ui --backend-store-uri {redact(tracking_uri())} --host 127.0.0.1"
+
+
+def quieten() -> None:
+    """No progress bars and no chatter from MLflow on stderr, now or when it is imported."""
+    global is_quiet
+    is_quiet = True
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if mlflow := sys.modules.get("mlflow"):
+        mlflow.utils.logging_utils.disable_logging()
