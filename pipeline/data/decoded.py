@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
+from pipeline.data.manifest import PARTS
 from pipeline.data.sources.parts import Item, Part
 from pipeline.data.sources.splits import held_out
 from pipeline.data.sources.tree import Tree
 
-FOLDER = "parts"
 ROWS_PER_GROUP = 16  # few: a shard takes some rows of every chunk, and reads whole groups
 CHUNK_BYTES = 128 * 2**20  # of encoded images that are sorted at once
 SCHEMA = pa.schema(
@@ -95,7 +95,7 @@ class Decoded:
         slot: its place in the source; see `slots_of`.
         rows, held, bytes: images that can be used, those of them that are held out by their content, and what they
             take.
-        labels: images that can be used of each label, be it none of them.
+        labels: how many of the images that can be used have each label; 0 for one that only damaged images have.
         bad: path and reason of each image that can't be used.
     """
 
@@ -143,12 +143,12 @@ def key_of(part: Part, tree: Tree, pixels: Pixels) -> str:
 
 
 def record_uri(output: str, key: str) -> str:
-    return storage.join(output, FOLDER, f"{key}.json")
+    return storage.join(output, PARTS, f"{key}.json")
 
 
 def read_records(output: str) -> dict[str, Decoded]:
     """The parts that earlier runs decoded, by key; those of which a file is missing or damaged are left out."""
-    folder = storage.join(output, FOLDER)
+    folder = storage.join(output, PARTS)
     if not storage.exists(folder):
         return {}
     there = {storage.name(file): file for file in storage.list_files(folder)}
@@ -171,16 +171,15 @@ def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> in
     waiting, size, labels = list[dict[str, Any]](), 0, Counter[str]()
 
     def flush() -> None:
-        file = f"{FOLDER}/{task.key}-{len(done.chunks):03d}.parquet"
+        file = f"{PARTS}/{task.key}-{len(done.chunks):03d}.parquet"
         done.chunks.append(Chunk(file, _write_chunk(storage.join(output, file), waiting)))
         waiting.clear()
 
     for item in task.part.read():
         digest = item.digest
         if item.label is not None:
-            labels[item.label] += (
-                0  # it names a class, though the image may be damaged: raw data is not decoded for that
-            )
+            # A damaged image names its class too: raw data is not decoded before its classes are known.
+            labels[item.label] += 0
         row = known.get(digest)
         try:
             if row is None or item.reason:
@@ -229,9 +228,8 @@ def _known_rows(output: str, files: tuple[str, ...]) -> dict[bytes, dict[str, An
     known = dict[bytes, dict[str, Any]]()
     for file in files:
         columns = ["digest", "pixels", "count", "sum", "squares", "image"]
-        for row in pq.read_table(
-            io.BytesIO(storage.read_bytes(storage.join(output, file))), columns=columns
-        ).to_pylist():
+        content = io.BytesIO(storage.read_bytes(storage.join(output, file)))
+        for row in pq.read_table(content, columns=columns).to_pylist():
             known[row.pop("digest")] = row
     return known
 

@@ -9,9 +9,8 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data.decoded import FOLDER
-from pipeline.data.manifest import FORMAT, SPLITS, Manifest, Shard, Split
-from pipeline.data.shuffle import SHARDS, ShardTask
+from pipeline.data.manifest import FORMAT, PARTS, SHARDS, SPLITS, Manifest, Shard, Split
+from pipeline.data.shuffle import ShardTask
 from pipeline.data.sources.registry import Opened
 from pipeline.versions import VERSIONS
 
@@ -72,11 +71,16 @@ def card(manifest: Manifest) -> str:
     )
 
 
-def sweep(output: str, keys: set[str], tasks: list[ShardTask], shards: set[str]) -> None:
-    """Deletes what earlier runs on another state of the source left."""
+def sweep(output: str, keys: set[str], tasks: list[ShardTask], manifest: Manifest) -> None:
+    """Deletes what earlier runs on another state of the source left.
+
+    Args:
+        keys: of the decoded parts that stay.
+    """
+    shards = [shard.file for split in manifest.splits.values() for shard in split.shards]
     # By name: a store may spell a URI otherwise than it was given, such as one that ends in a /.
     current = {storage.name(file) for file in (*shards, *(task.record(output) for task in tasks))}
-    for uri in [file for name in (FOLDER, SHARDS) for file in storage.list_files(storage.join(output, name))]:
+    for uri in [file for name in (PARTS, SHARDS) for file in storage.list_files(storage.join(output, name))]:
         name = storage.name(uri)
         decoded = re.fullmatch(r"([0-9a-f]{40})(-\d{3}\.parquet|\.json)", name)
         shard = re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{5}}\.(parquet|shard)", name)

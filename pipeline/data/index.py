@@ -237,7 +237,7 @@ def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
         rows: int [N], positions in the group, in any order.
 
     Returns:
-        columns bytes (binary), label (int64, -1 for none) and path (string), in the order asked for.
+        columns bytes (large_binary), label (int64, -1 for none) and path (string), in the order asked for.
     """
     table = group.part.table(rows if group.kept is None else np.asarray(group.kept)[rows])
     if group.labels is not None:

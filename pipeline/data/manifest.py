@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MANIFEST = "manifest.json"
-UNFINISHED = "parts/settings.json"
+PARTS = "parts"
+UNFINISHED = f"{PARTS}/settings.json"
 QUARANTINE, IGNORED = "quarantine.jsonl", "ignored.jsonl"
 FORMAT, SAMPLES_FORMAT = "ray-ddpm-shards", "ray-ddpm-samples"
-SAMPLES = "data"
+SAMPLES = SHARDS = "data"
 SPLITS = ("train", "validation", "test")
 
 

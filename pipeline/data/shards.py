@@ -18,7 +18,6 @@ from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool, in_process
 from pipeline.config import ImageConfig, Source, check_at_least, to_dict
 from pipeline.data.decoded import (
-    FOLDER,
     Decoded,
     DecodeParts,
     Pixels,
@@ -32,11 +31,13 @@ from pipeline.data.labels import class_numbers, names_of_all
 from pipeline.data.manifest import (
     IGNORED,
     MANIFEST,
+    PARTS,
     QUARANTINE,
+    SHARDS,
     UNFINISHED,
     Manifest,
 )
-from pipeline.data.shuffle import SHARDS, ShardTask, WriteShards, is_written, shard_tasks
+from pipeline.data.shuffle import ShardTask, WriteShards, is_written, shard_tasks
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import Opened, open_source
 from pipeline.data.sources.splits import VALIDATION_FRACTION
@@ -111,7 +112,7 @@ def _check(config: PrepareConfig) -> None:
             f"--background {' '.join(map(str, config.background))}: give three numbers in 0..255"
         )
     check_apart(config.output, "--input", config.input)
-    for folder in (SHARDS, FOLDER):
+    for folder in (SHARDS, PARTS):
         if config.input and is_inside(config.input, mine := storage.join(config.output, folder)):
             raise InputError(
                 f"--input {config.input} lies in {mine}, where this job writes: choose another --output"
@@ -136,15 +137,14 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
     bad = _bad(opened, records, classes, output)
     write_list(output, QUARANTINE, bad)
     write_list(output, IGNORED, [{"path": k, "reason": v} for k, v in opened.listing.ignored.items()])
-    good = sum(record.rows for record in records.values()) - (
-        len(bad) - len(opened.listing.bad) - sum(len(record.bad) for record in records.values())
-    )
-    if not good and not bad:
+    given = len(opened.listing.bad) + sum(record.rows + len(record.bad) for record in records.values())
+    good = given - len(bad)
+    if not given:
         raise InputError(f"--input {config.input}: holds no images")
-    if not good or len(bad) > config.max_bad_fraction * (good + len(bad)):
+    if not good or len(bad) > config.max_bad_fraction * given:
         named = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in bad[:NAMED_BAD_IMAGES])
         raise InputError(
-            f"{len(bad)} of {good + len(bad)} images can't be used, more than --max-bad-fraction "
+            f"{len(bad)} of {given} images can't be used, more than --max-bad-fraction "
             f"{config.max_bad_fraction:g} allows; all are listed in {storage.join(output, QUARANTINE)}: {named}"
         )
     roles = opened.roles
@@ -154,12 +154,7 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
     tasks = shard_tasks(list(records.values()), roles, config.rows_per_shard, signature)
     _shuffle(config, records, roles, classes, image, tasks, output)
     manifest = make_manifest(opened, image, classes, tasks, len(bad), settings, output)
-    sweep(
-        output,
-        set(records),
-        tasks,
-        {shard.file for some in manifest.splits.values() for shard in some.shards},
-    )
+    sweep(output, set(records), tasks, manifest)
     storage.write_atomic(storage.join(output, "README.md"), card(manifest).encode())
     storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
     counts = {name: split.rows for name, split in manifest.splits.items()}

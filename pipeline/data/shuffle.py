@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.decoded import FOLDER, Chunk, Decoded, rows_between
+from pipeline.data.decoded import Chunk, Decoded, rows_between
 from pipeline.data.labels import class_numbers
-from pipeline.data.manifest import Shard
+from pipeline.data.manifest import PARTS, SHARDS, Shard
 from pipeline.data.shard_writer import ShardWriter, shard_schema
 from pipeline.data.sources.splits import held_out
 
-SHARDS = "data"  # the folder that they lie in
 SHARD_BYTES = 512 * 2**20
 
 
@@ -46,7 +45,7 @@ class ShardTask:
 
     def record(self, output: str) -> str:
         """URI of the record of what is in it."""
-        return storage.join(output, FOLDER, f"{self.split}-{self.number:05d}.shard")
+        return storage.join(output, PARTS, f"{self.split}-{self.number:05d}.shard")
 
     @property
     def keys(self) -> tuple[int, int]:
@@ -110,10 +109,8 @@ def is_written(task: ShardTask, output: str, sizes: dict[str, int]) -> bool:
 
 def _write_shard(task: ShardTask, work: WriteShards) -> None:
     rows = sorted(_rows(task, work), key=lambda row: (row["key"], row["path"]))
-    number_of, writer = (
-        class_numbers(work.classes),
-        ShardWriter(shard_schema(work.classes), work.rows_per_group),
-    )
+    number_of = class_numbers(work.classes)
+    writer = ShardWriter(shard_schema(work.classes), work.rows_per_group)
     total, square = np.zeros(work.channels, np.int64), np.zeros(work.channels, np.int64)
     fingerprint, count = 0, 0
     for row in rows:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST, SAMPLES
-from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE
+from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
 from pipeline.errors import InputError
 from pipeline.generation.chunks import Chunk, file_name, parse_name
 from pipeline.generation.writers import SUFFIX, png_name

@@ -46,7 +46,15 @@ def open_run(
     )
     runs.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
     runs.log_config(run, settings)
-    write_claim(output, RUN_FILE, fixed, run_id=run.id, config=settings, data_settings=index.settings)
+    write_claim(
+        output,
+        RUN_FILE,
+        fixed,
+        run_id=run.id,
+        config=settings,
+        data_order=index.order,
+        data_settings=index.settings,
+    )
     return run
 
 
@@ -56,7 +64,7 @@ def _check_order(before: dict[str, Any], index: DatasetIndex, config: TrainConfi
     Raises:
         InputError: says which command makes the data as it was.
     """
-    if before["fixed"].get("data_order", index.order) == index.order:
+    if before.get("data_order", index.order) == index.order:
         return
     then = before.get("data_settings")
     if not then or not index.settings:
@@ -76,7 +84,6 @@ def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[st
     """What can't change between a run and its resume without making it another run."""
     return {
         "data_fingerprint": index.fingerprint,
-        "data_order": index.order,
         "image": to_dict(spec.image),
         "model": to_dict(spec.model),
         "diffusion": to_dict(spec.diffusion),

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.data.sources.folder import IMAGE_FOLDER_TABLE
+from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
 from pipeline.errors import InputError
 from tests.data.common import encode, picture
 from tests.data.reading import labels, opened, put, splits

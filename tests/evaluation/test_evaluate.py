@@ -69,7 +69,7 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     )  # fmt: skip
     worse = evaluate(config, "")
     assert worse["frechet_distance_real"] == pytest.approx(metrics["frechet_distance_real"], rel=1e-9)
-    assert worse["frechet_distance"] > 12 * metrics["frechet_distance"]
+    assert worse["frechet_distance"] > 20 * metrics["frechet_distance"]
     assert worse["kernel_distance"] > 5 * worse["kernel_distance_stderr"]
     assert worse["precision"] < 0.2
     assert worse["knn_label_accuracy"] < 0.25

@@ -22,6 +22,7 @@ from pipeline.data.sources.cells import (
     read_beside,
 )
 from pipeline.data.sources.columns import choose, is_source
+from pipeline.data.sources.fetch import THREADS
 from pipeline.data.sources.label_columns import name_labels
 from pipeline.data.sources.look import Look, features_of, files_beside, lies_beside
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
@@ -30,7 +31,6 @@ from pipeline.data.sources.tree import Tree, printable
 from pipeline.errors import InputError
 
 SUFFIXES = (".arrow", ".feather")
-THREADS = 16
 _STATE, _ABOUT, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _INDICES = ("_indices_files", "_indices_data_files")
 _CACHE = "cache-"

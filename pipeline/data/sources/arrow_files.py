@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.sources.cells import Columns, check_names, present
+from pipeline.data.sources.fetch import local_stamp
 from pipeline.errors import InputError
 from pipeline.redact import one_line
 
@@ -145,9 +146,7 @@ def opened(uri: str, columns: Columns) -> Opened:
     Raises:
         InputError: see `walk` and `cells.present`.
     """
-    info = os.stat(uri) if uri.startswith("/") else None  # noqa: PTH116
-    stamp = (info.st_mtime_ns, info.st_size, info.st_ino) if info else None
-    return _kept_open(uri, columns.image, columns.label, stamp, threading.get_ident())
+    return _kept_open(uri, columns.image, columns.label, local_stamp(uri), threading.get_ident())
 
 
 @lru_cache(maxsize=OPEN_FILES)

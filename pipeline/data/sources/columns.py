@@ -10,7 +10,7 @@ from pipeline.data.formats import told_by_all
 from pipeline.data.sources.cells import Columns, check_plain, form_of, is_foreign, one_form
 from pipeline.data.sources.label_columns import choose_label, label_column
 from pipeline.data.sources.look import Look, check_there, listed
-from pipeline.data.sources.parts import Request
+from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE, Request
 from pipeline.data.sources.splits import splits_of_files
 from pipeline.data.sources.tree import printable
 from pipeline.errors import InputError
@@ -20,7 +20,6 @@ _PLURAL = ("images", "imgs", "pictures", "photos", "pics")
 _OTHERS = ("image_bytes", "img_bytes", "image_data", "bytes", "content", "data")
 _PATHS = ("file_name", "filename", "image_path", "img_path", "image_file", "filepath", "file", "path")
 _RANKS = {usual: rank for rank, usual in enumerate((*_IMAGES, *_PLURAL, *_OTHERS, *_PATHS))}
-_FOLDER_TABLE = "metadata.parquet"  # of an ImageFolder, which is read as a folder
 _FILES = 4  # of one schema, looked into until one tells
 
 
@@ -65,7 +64,7 @@ def is_source(looks: list[Look]) -> bool:
 def _says_more(look: Look, images: list[str]) -> bool:
     if not all(one_form(look.type_of(image)) == "text" for image in images):
         return True
-    if not images or posixpath.basename(look.name).lower() == _FOLDER_TABLE:
+    if not images or posixpath.basename(look.name).lower() == IMAGE_FOLDER_TABLE:  # read as a folder
         return False
     try:
         return bool(label_column(look, images[0]) or splits_of_files([look.name])[look.name])

@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 
 THREADS = 16
+MOST_BYTES = 2**30  # of an image: more than the largest that is decoded takes
 _BLOCK_BYTES = 2**20
 _Given = TypeVar("_Given")
 _Got = TypeVar("_Got")
@@ -60,6 +61,14 @@ def refusing(uri: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{uri}: {fault_of_file(error, uri)}") from None
+
+
+def local_stamp(uri: str) -> tuple[int, int, int] | None:
+    """Differs once another file lies there; None for a remote one, of which the store would be asked for each read."""
+    if not uri.startswith("/"):  # told without a file system: it is asked for every read
+        return None
+    info = os.stat(uri)  # noqa: PTH116
+    return info.st_mtime_ns, info.st_size, info.st_ino
 
 
 def read_file(uri: str) -> tuple[bytes, str]:

@@ -15,7 +15,6 @@ from pipeline.data.sources.fetch import THREADS, fault_of_file, in_order, read_f
 from pipeline.data.sources.label_columns import NO_LABELS
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing
 from pipeline.data.sources.sidecar import is_sidecar, read_labels
-from pipeline.data.sources.sidecar_files import IMAGE_FOLDER_TABLE as IMAGE_FOLDER_TABLE
 from pipeline.data.sources.splits import BESIDE, split_folders, split_of_word, splits_in_classes
 from pipeline.data.sources.tree import Tree, printable
 from pipeline.errors import InputError
@@ -88,6 +87,24 @@ def is_folder(tree: Tree) -> bool:
     names = list(tree.files)
     batches = (names[i : i + 8 * THREADS] for i in range(0, len(names), 8 * THREADS))
     return any(any(_are_images(tree, batch)) for batch in batches)
+
+
+def outweigh_images(tree: Tree, names: list[str], hold_images: Callable[[list[str]], Iterable[bool]]) -> bool:
+    """Whether files that hold images are, together, no smaller than the image files beside them.
+
+    Args:
+        hold_images: says of each name, in order, whether there are images in it; is asked only where it matters.
+    """
+    beside = sum(file.size for name, file in tree.files.items() if is_image_name(name))
+    if sum(tree.files[name].size for name in names) < beside:
+        return False
+    holding = 0
+    for name, holds in zip(names, hold_images(names), strict=True):
+        if holds:
+            holding += tree.files[name].size
+            if holding >= beside:
+                return True
+    return False
 
 
 def list_folder(tree: Tree, request: Request) -> SourceListing:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pipeline.data.labels import name_classes
 from pipeline.data.sources.fetch import THREADS
-from pipeline.data.sources.folder import is_image_name
+from pipeline.data.sources.folder import outweigh_images
 from pipeline.data.sources.label_columns import NO_LABELS
 from pipeline.data.sources.npz_arrays import Array, as_images, list_arrays, read_labels
 from pipeline.data.sources.parts import Part, Request, SourceListing
@@ -36,19 +36,15 @@ class Pair(NamedTuple):
 
 def is_npz(tree: Tree) -> bool:
     """Whether there are .npz files with images, or damaged ones, no less than the image files beside them."""
-    names = _npz(tree)
-    beside = sum(file.size for name, file in tree.files.items() if is_image_name(name))
-    if sum(tree.files[name].size for name in names) < beside:
-        return False
-    holding = 0
-    for name, arrays in zip(names, _list_all(tree, names), strict=True):
-        if isinstance(arrays, str) or any(
-            pair.images.dtype.hasobject or len(pair.images.shape) > 2 for pair in _pairs(arrays, Request(1))
-        ):
-            holding += tree.files[name].size
-            if holding >= beside:
-                return True
-    return False
+
+    def hold_images(names: list[str]) -> Iterator[bool]:
+        for arrays in _list_all(tree, names):
+            yield isinstance(arrays, str) or any(
+                pair.images.dtype.hasobject or len(pair.images.shape) > 2
+                for pair in _pairs(arrays, Request(1))
+            )
+
+    return outweigh_images(tree, _npz(tree), hold_images)
 
 
 def list_npz(tree: Tree, request: Request) -> SourceListing:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline.data.sources.cells import Columns, images_of, name_beside, one_form
 from pipeline.data.sources.columns import choose, is_source
+from pipeline.data.sources.fetch import THREADS
 from pipeline.data.sources.label_columns import name_labels
 from pipeline.data.sources.look import Look, features_of, files_beside, lies_beside
 from pipeline.data.sources.parquet_files import (
@@ -28,7 +29,6 @@ from pipeline.errors import InputError
 
 __all__ = ["ParquetPart", "is_parquet", "list_parquet", "open_parquet", "read_row_group", "row_counts"]
 SUFFIXES = (".parquet", ".parq", ".pq")
-THREADS = 16
 _FIRST = 32  # files to look into before all others
 _ROWS = 4096
 _POINTER = b"version https://git-lfs"

@@ -1,7 +1,6 @@
 """Parquet files opened and their row groups read: nothing in them is run, and the largest are read piece by piece."""
 
 import contextlib
-import os
 import posixpath
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.labels import stored_numbers
 from pipeline.data.sources.cells import Columns, Form, check_names, form_of, is_text, present, texts
+from pipeline.data.sources.fetch import local_stamp
 from pipeline.errors import InputError
 from pipeline.redact import one_line
 
@@ -64,10 +64,8 @@ class Opened(NamedTuple):
 
 
 def opened(uri: str, columns: Columns, piecewise: bool = False) -> Opened:
-    # What lies there may have been replaced; a remote store would be asked once more for each read.
-    info = os.stat(uri) if uri.startswith("/") else None  # noqa: PTH116
-    stamp = (info.st_mtime_ns, info.st_size, info.st_ino) if info else None
-    return _kept_open(uri, columns.image, columns.label, piecewise, stamp, threading.get_ident())
+    """A file, kept open for the thread that asks."""
+    return _kept_open(uri, columns.image, columns.label, piecewise, local_stamp(uri), threading.get_ident())
 
 
 @lru_cache(maxsize=OPEN_FILES)

@@ -13,6 +13,9 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data.images import Encoded, encode_png
 
+# What `datasets` calls the table of an ImageFolder: the images are files, and it names them.
+IMAGE_FOLDER_TABLE = "metadata.parquet"
+
 
 class Item(NamedTuple):
     """One image as it was found.

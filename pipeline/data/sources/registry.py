@@ -16,15 +16,14 @@ from pipeline.config import Source
 from pipeline.data.images import sniff
 from pipeline.data.labels import label_text
 from pipeline.data.sources import arrow, cifar, folder, idx, npz, parquet, tars, zips
+from pipeline.data.sources.fetch import THREADS
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
 from pipeline.data.sources.splits import roles_of
 from pipeline.data.sources.tree import Tree, open_tree, printable
 from pipeline.errors import InputError
 from pipeline.redact import one_line
 
-THREADS = 16
 SHOWN = 5  # classes and reasons, in the line that describes a source
-NOT_AN_IMAGE = "not an image"
 # What other tools write, and what to do with it.
 _ELSEWHERE = {
     ".tar.gz": "compressed tar files: unpack them with `gunzip`, or their images into folders",
@@ -100,8 +99,8 @@ class Opened:
             bad: path and reason of each image that can't be used.
         """
         cut = ", held out by content" if "" in self.roles.values() and "validation" in splits else ""
-        named = [printable(name) for name in classes[:SHOWN]]
-        shown = ", ".join([*named, "…"] if len(classes) > SHOWN else named)
+        some = [printable(name) for name in classes[:SHOWN]]
+        shown = ", ".join([*some, "…"] if len(classes) > SHOWN else some)
         left = [
             f"{count} file{'s' * (count > 1)} ignored: {words}"
             for words, count in _tally(self.listing.ignored)
@@ -201,7 +200,7 @@ def _account(tree: Tree, source: Source, listing: SourceListing) -> SourceListin
             kind = sniff(tree.head(name))
         except OSError as error:
             return f"can't be read: {one_line(error.strerror or error)}", True
-        return (f"images beside --source {source}" if kind else NOT_AN_IMAGE), False
+        return (f"images beside --source {source}" if kind else folder.NO_IMAGE), False
 
     with ThreadPoolExecutor(THREADS) as pool:
         for name, (words, may_be_data) in zip(left, pool.map(reason, left), strict=True):

@@ -13,11 +13,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.data.sources.cells import check_plain
+from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
 from pipeline.errors import InputError
 from pipeline.redact import one_line
 
-# What `datasets` calls the table of an ImageFolder: the images are files, and it names them.
-IMAGE_FOLDER_TABLE = "metadata.parquet"
 TABLES = ("metadata.csv", "metadata.jsonl", IMAGE_FOLDER_TABLE)
 EDM = "dataset.json"
 FILE_NAME = "file_name"

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.data.images import sniff
-from pipeline.data.sources.fetch import fault_of_file, in_order, open_file, read_stretch
+from pipeline.data.sources.fetch import MOST_BYTES, fault_of_file, in_order, open_file, read_stretch
 from pipeline.data.sources.folder import is_image_name
 from pipeline.data.sources.sidecar import is_sidecar
 from pipeline.data.sources.tree import HIDDEN, is_hidden
 from pipeline.redact import one_line
 
-MOST_BYTES = 2**30  # of an image: more than the largest that is decoded takes
 _HEAD_BYTES = 64
 _HEADER = struct.Struct("<4s22xHH")  # of a member: signature, lengths of its name and of what follows that
 _SLACK = 512  # bytes that this header may be longer than the archive's directory says

@@ -13,7 +13,7 @@ from pipeline.data.sources.folder import (
     buckets,
     classes_of,
     folder_label,
-    is_image_name,
+    outweigh_images,
 )
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing
 from pipeline.data.sources.sidecar import is_sidecar
@@ -52,17 +52,12 @@ class ZipPart(Part):
 
 def is_zip(tree: Tree) -> bool:
     """Whether there are zip files with images in them, or damaged ones, no less than the images beside them."""
-    zips = _zips(tree)
-    beside = sum(file.size for name, file in tree.files.items() if is_image_name(name))
-    if sum(tree.files[name].size for name in zips) < beside:
-        return False
-    holding = 0
-    for name, archive in zip(zips, _open_all(tree, zips), strict=True):
-        if isinstance(archive, str) or archive.images:
-            holding += tree.files[name].size
-            if holding >= beside:
-                return True
-    return False
+
+    def hold_images(names: list[str]) -> Iterator[bool]:
+        for archive in _open_all(tree, names):
+            yield isinstance(archive, str) or bool(archive.images)
+
+    return outweigh_images(tree, _zips(tree), hold_images)
 
 
 def list_zip(tree: Tree, request: Request) -> SourceListing:
