@@ -1,34 +1,16 @@
-"""What the benchmarks of training share: the network, images in memory, images on disk, rates of a whole run."""
+"""What the benchmarks of whole runs share: images on disk, the rate of a run, the machine's own limit."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, TrainConfig
-from pipeline.data.batch import Batch
+from pipeline.config import ImageConfig, TrainConfig
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.training.trainer import train
-
-UNET = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
-"""improved-diffusion's shape at 32x32x3: 6.95 M parameters."""
-
-
-def in_memory(config: TrainConfig, image: ImageConfig) -> Iterator[Batch]:
-    """Endless batches of random images, all made beforehand but for their ids."""
-    size = config.batch_size
-    generator = torch.Generator().manual_seed(0)
-    shape = (size, image.channels, image.size, image.size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    zeros, ones = torch.zeros(size, dtype=torch.int64), torch.ones(size)
-    step = 0
-    while True:
-        yield Batch(images, zeros, torch.arange(step * size, (step + 1) * size), zeros, ones)
-        step += 1
 
 
 def on_disk(folder: Path, count: int, image: ImageConfig) -> str:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import UNET, in_memory, on_disk, pipeline_rate
+from benchmarks.common import on_disk, pipeline_rate
+from benchmarks.networks import UNET, in_memory
 from pipeline.cluster.session import connect
 from pipeline.commands import cli
 from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
-from pipeline.diffusion.process import make_process
 from pipeline.tracking import address
 from pipeline.training import loop, network
 
@@ -32,11 +32,11 @@ def bare(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
     network.prepare_device(config, device)
     state = loop.new_state(config, spec, device)
     model = network.wrap(config, state.model, 1)
-    process = make_process(spec.diffusion).to(device)
+    run_backward = loop.make_backward(config, spec, model, device)
     batches, seconds = in_memory(config, spec.image), list[float]()
     for _ in range(steps + 2):
         began = time.perf_counter()
-        loop.train_step(config, spec, process, state, model, next(batches), device)[0].item()
+        loop.train_step(config, spec, state, run_backward, next(batches), device).loss.item()
         seconds.append(time.perf_counter() - began)
     return seconds[2:]
 

@@ -1,15 +1,16 @@
 """Our training step against the same step around diffusers' UNet2DModel: ratios and a roofline from one run.
 
-    python -m benchmarks.train_step [--compile ours|both] [--smoke]
+    python -m benchmarks.train_step [--network unet|cifar|imagenet_64] [--compile ours|both] [--smoke]
 
-The network has improved-diffusion's shape (64 channels, multipliers 1,2,2, two residual blocks, attention at 16x16,
-6.95 M parameters), which diffusers' UNet2DModel of that configuration shares weight for weight; 32x32x3, batch 32.
-Each step draws timesteps and noise, goes forward and backward, clips, and updates Adam and the weight average. All
-contenders take turns, medians are compared. Besides fp32 (and bf16, where the hardware multiplies it), each is
-measured at its best: the machine's own precision, channels_last, and torch.compile with --compile (of ours, or of both).
+The networks are those of `benchmarks.networks`; diffusers' UNet2DModel of that configuration shares ours weight for
+weight. Batches of 32 on a CPU, and of 128 on a GPU (64 for images of 64x64). Each step draws timesteps and noise, goes
+forward and backward, clips, and updates Adam and the weight average. All contenders take turns, medians are compared.
+Besides fp32 (and bf16, where the hardware multiplies it), each is measured at its best: the machine's own precision,
+channels_last, and torch.compile with --compile (of ours, or of both; on a GPU theirs with its CUDA graphs).
 
 `share_of_convolution_peak` sets the UNet's convolutions and products (counted on diffusers' graph, forward and
-backward) against what a 3x3 convolution of 128 channels at 32x32 reaches here, at the precision that is our best.
+backward) against what a 3x3 convolution of 128 channels at 32x32 reaches here, at the precision that is our best; `mfu`
+against a large matrix product. `sampling` is images/s by DDIM, of our sampler over diffusers' DDIMPipeline.
 """
 
 import argparse
@@ -19,15 +20,19 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import UNET, in_memory
+from benchmarks.networks import NETWORKS, in_memory
 from pipeline.config import ModelConfig, ModelSpec, TrainConfig
 from pipeline.diffusion.process import make_process
+from pipeline.gpu.graph import Graphed
 from pipeline.models.diffusers import unet_config
-from pipeline.training import loop, network
+from pipeline.models.sampling import sample_images
+from pipeline.models.unet import build
+from pipeline.training import flops, loop, network
+from pipeline.training.prepared import Prepared
 
 
 class Theirs(nn.Module):
@@ -46,24 +51,58 @@ class Theirs(nn.Module):
 def stepper(
     config: TrainConfig, spec: ModelSpec, device: torch.device, model: nn.Module | None
 ) -> Callable[[], float]:
-    """A function that makes one step, of `model` or of ours, and returns its seconds."""
+    """A function that makes a step of `model` or of ours, on a GPU six, and returns the seconds of one."""
     state = loop.new_state(config, spec, device)
-    if model is not None:
+    if model is None:
+        run_backward = loop.make_backward(config, spec, network.wrap(config, state.model, 1), device)
+    else:
         state.model = model.to(device)  # type: ignore[assignment]
         state.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         state.averages = [[p.detach().clone() for p in model.parameters()]]
-    called = network.wrap(config, state.model, 1)
-    process = make_process(spec.diffusion).to(device)
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        called = torch.compile(model, dynamic=False, mode=mode) if config.compile else model
+        process = make_process(spec.diffusion).to(device)
+
+        def run_backward(data: Prepared) -> Tensor:
+            return loop.backward(config, spec, process, called, data, 1)  # type: ignore[arg-type]
+
     batches = in_memory(config, spec.image)
     state.model.train()
 
-    def step() -> float:
-        began = time.perf_counter()
-        loss, _ = loop.train_step(config, spec, process, state, called, next(batches), device)
-        loss.item()
-        return time.perf_counter() - began
+    count = 6 if device.type == "cuda" else 1  # a loop does not wait for a GPU after each step
 
-    return step
+    def steps() -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            outcome = loop.train_step(config, spec, state, run_backward, next(batches), device)
+        outcome.loss.item()
+        return (time.perf_counter() - began) / count
+
+    return steps
+
+
+def samplers(
+    spec: ModelSpec, device: torch.device, bf16: bool, count: int, steps: int
+) -> list[Callable[[], object]]:
+    """Our sampler and diffusers', each making `count` images by DDIM."""
+    ours = build(spec).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    called = Graphed(ours) if device.type == "cuda" else ours
+    pipe = DDIMPipeline(UNet2DModel.from_config(unet_config(spec)).eval().to(device), DDIMScheduler(1000))
+    pipe.set_progress_bar_config(disable=True)
+    ids = torch.arange(count, device=device)
+
+    def precision() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    def our_side() -> object:
+        with precision():
+            return sample_images(called, spec, ids, sampler="ddim", sampling_steps=steps).cpu()
+
+    def their_side() -> object:
+        with precision():
+            return pipe(count, num_inference_steps=steps, output_type="np").images
+
+    return [our_side, their_side]
 
 
 def flops_per_image(spec: ModelSpec) -> float:
@@ -92,12 +131,16 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> Iterator[float
         yield repeats * flops / (time.perf_counter() - began)
 
 
-def main(smoke: bool, compiled: str) -> dict[str, object]:
+def main(smoke: bool, name: str, compiled: str) -> dict[str, object]:
     """Runs all; returns what is printed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, rounds, warm_ups = (4, 1, 1) if smoke else (32, 5, 2)
-    model = ModelConfig(32, (1, 2), res_blocks=1) if smoke else UNET.model
-    spec = ModelSpec(model, UNET.image, UNET.diffusion)
+    spec, batch, rounds, warm_ups = NETWORKS[name], 32, 5, 2
+    if device.type == "cuda":
+        # Our graph is recorded at the fourth step.
+        batch, rounds, warm_ups = 64 if spec.image.size > 32 else 128, 5, 2
+    if smoke:
+        spec = ModelSpec(ModelConfig(32, (1, 2), res_blocks=1), spec.image, spec.diffusion)
+        batch, rounds, warm_ups = 4, 1, 1
 
     def settings(precision: str, compile: bool = False) -> TrainConfig:
         return TrainConfig("", "", batch_size=batch, steps=10_000, precision=precision, compile=compile)  # type: ignore[arg-type]
@@ -105,6 +148,8 @@ def main(smoke: bool, compiled: str) -> dict[str, object]:
     def theirs(channels_last: bool = False) -> Theirs:
         return Theirs(spec, torch.channels_last if channels_last else torch.contiguous_format)
 
+    if device.type == "cuda":
+        network.prepare_device(settings("auto"), device)
     bf16 = network.uses_bf16(settings("auto"), device)
     contenders = {"fp32": settings("fp32")} | ({"bf16": settings("bf16")} if bf16 else {})
     steps = {f"ours_{name}": stepper(c, spec, device, None) for name, c in contenders.items()}
@@ -116,21 +161,30 @@ def main(smoke: bool, compiled: str) -> dict[str, object]:
         steps["diffusers_compiled"] = stepper(
             settings("auto", True), spec, device, theirs(channels_last=True)
         )
+    sides = samplers(spec, device, bf16, batch, 2 if smoke else 10)
     peaks = convolution_peak(device, torch.bfloat16 if bf16 else torch.float32)
     for step in steps.values():
         for _ in range(warm_ups):
             step()
+    for side in sides:
+        side()
     seconds = {name: list[float]() for name in steps}
+    sampling = [list[float](), list[float]()]
     peak = list[float]()
     for _ in range(rounds):
         peak.append(next(peaks))
         for name, step in steps.items():
             seconds[name].append(step())
+    for _ in range(min(rounds, 5)):
+        for side, values in zip(sides, sampling, strict=True):
+            began = time.perf_counter()
+            side()
+            values.append(time.perf_counter() - began)
     rate = {name: batch / statistics.median(values) for name, values in seconds.items()}
     best = {
         side: max(v for name, v in rate.items() if name.startswith(side)) for side in ("ours", "diffusers")
     }
-    flops = flops_per_image(spec)
+    each = flops_per_image(spec)
     result: dict[str, object] = {
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"
@@ -139,12 +193,15 @@ def main(smoke: bool, compiled: str) -> dict[str, object]:
         "images_per_second": {name: round(value, 2) for name, value in rate.items()},
     }
     result |= {f"ratio_{n}": round(rate[f"ours_{n}"] / rate[f"diffusers_{n}"], 3) for n in contenders}
+    ours, other = (batch / statistics.median(values) for values in sampling)
     return result | {
         "ratio_best": round(best["ours"] / best["diffusers"], 3),
         "ratio_best_to_diffusers_fp32": round(best["ours"] / rate["diffusers_fp32"], 3),
-        "gflop_per_image": round(flops / 1e9, 2),
+        "gflop_per_image": round(each / 1e9, 2),
         "convolution_peak_tflops": round(statistics.median(peak) / 1e12, 3),
-        "share_of_convolution_peak": round(best["ours"] * flops / statistics.median(peak), 3),
+        "share_of_convolution_peak": round(best["ours"] * each / statistics.median(peak), 3),
+        "mfu": round(best["ours"] * each / flops.peak_flops(device, bf16), 3),
+        "sampling": {"ours": round(ours, 2), "diffusers": round(other, 2), "ratio": round(ours / other, 3)},
     }
 
 
@@ -152,6 +209,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--network", choices=list(NETWORKS), default="unet")
     parser.add_argument(
         "--compile",
         choices=["", "ours", "both"],
@@ -160,4 +218,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--smoke", action="store_true", help="a small network and one round: does it run?")
     options = parser.parse_args()
-    print(json.dumps(main(options.smoke, options.compile)))
+    print(json.dumps(main(options.smoke, options.network, options.compile)))

@@ -7,10 +7,14 @@ output is the same on CPU and GPU.
 """
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from pipeline.gpu import available
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -29,7 +33,7 @@ class Purpose(IntEnum):
     EVALUATION = 8
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Sequence[int]) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32.
 
     Args:
@@ -68,26 +72,66 @@ def bits(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, count: i
     Returns:
         int64, shape [N, count], elements in [0, 2^32), on the device of `ids`.
     """
-    blocks = -(-count // 4)
-    shape = (ids.shape[0], blocks)
-    block = torch.arange(blocks, device=ids.device).expand(shape)
-    low, high = (ids & _MASK)[:, None].expand(shape), (ids >> 32)[:, None].expand(shape)
-    stream = torch.as_tensor(epoch, device=ids.device, dtype=torch.int64) << 8 | int(purpose)
-    stream = stream.reshape(-1, 1).expand(shape)
-    words = philox4x32((block, low, high, stream), (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(words, dim=-1).reshape(ids.shape[0], -1)[:, :count]
+    return _words(seed, epoch, ids, (purpose,), count)[:, 0]
 
 
 def uniform(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, count: int = 1) -> Tensor:
     """Uniform numbers strictly inside (0, 1): float64, shape [N, count], 32 random bits each."""
-    return (bits(seed, epoch, ids, purpose, count).double() + 0.5) * 2.0**-32
+    return _inside(bits(seed, epoch, ids, purpose, count))
+
+
+def uniforms(
+    seed: int, epoch: int | Tensor, ids: Tensor, purposes: tuple[Purpose, ...]
+) -> dict[Purpose, Tensor]:
+    """The first number of `uniform` for several purposes, drawn together: float64 [N] of each."""
+    columns = _inside(_words(seed, epoch, ids, purposes, 1)[:, :, 0]).T.contiguous().unbind()
+    return dict(zip(purposes, columns, strict=True))
 
 
 def normal(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers: float32, shape [N, *shape] (Box & Muller 1958, computed in float64)."""
     count = math.prod(shape)
+    if not ids.is_cpu and available.work():
+        from pipeline.gpu import philox
+
+        numbers = philox.normal(_key(seed), ids, _epochs(epoch, ids), int(purpose), count)
+        return numbers.reshape(ids.shape[0], *shape)
     pairs = -(-count // 2)
     u = uniform(seed, epoch, ids, purpose, 2 * pairs)
     radius, angle = (-2.0 * u[:, :pairs].log()).sqrt(), (2.0 * math.pi) * u[:, pairs:]
     pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return pair[:, :count].float().reshape(ids.shape[0], *shape)
+
+
+def _words(seed: int, epoch: int | Tensor, ids: Tensor, purposes: tuple[Purpose, ...], count: int) -> Tensor:
+    """int64 [N, P, count]: `bits` for each of the purposes."""
+    purpose = _column(purposes, ids.device)
+    if not ids.is_cpu and available.work():
+        from pipeline.gpu import philox
+
+        return philox.words(_key(seed), ids, _epochs(epoch, ids), purpose, count)
+    blocks = -(-count // 4)
+    shape = (ids.shape[0], len(purposes), blocks)
+    block = torch.arange(blocks, device=ids.device).expand(shape)
+    low, high = (part[:, None, None].expand(shape) for part in (ids & _MASK, ids >> 32))
+    stream = (_epochs(epoch, ids)[:, None] << 8 | purpose)[:, :, None].expand(shape)
+    words = philox4x32((block, low, high, stream), _key(seed))
+    return torch.stack(words, dim=-1).flatten(2)[:, :, :count]
+
+
+@cache
+def _column(purposes: tuple[Purpose, ...], device: torch.device) -> Tensor:
+    """Kept, because a GPU would have to wait for the copy."""
+    return torch.tensor(purposes, dtype=torch.int64, device=device)
+
+
+def _key(seed: int) -> list[int]:
+    return [seed & _MASK, (seed >> 32) & _MASK]
+
+
+def _epochs(epoch: int | Tensor, ids: Tensor) -> Tensor:
+    return epoch.to(torch.int64) if isinstance(epoch, Tensor) else torch.full_like(ids, epoch)
+
+
+def _inside(words: Tensor) -> Tensor:
+    return (words.double() + 0.5) * 2.0**-32

@@ -21,6 +21,9 @@ os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "2")
 # Nor are there programs enough to compile that headers would be worth it.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+# Without a GPU Triton's kernels are interpreted (tests/gpu); Triton looks at this when it is imported.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

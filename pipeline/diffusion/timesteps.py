@@ -29,20 +29,33 @@ def init_state(kind: TimestepSampler, timesteps: int) -> State:
     return state
 
 
+def table(state: State, device: torch.device) -> Tensor:
+    """What `draw` looks up: float64 [2, T], the distribution function and the weights, on `device`."""
+    probability = state["probability"]
+    # Summed on the CPU, so that every device draws the same timesteps.
+    cumulative = probability.cumsum(0)
+    return torch.stack([cumulative / cumulative[-1], 1 / (len(probability) * probability)]).to(device)
+
+
 def draw(state: State, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Timesteps of a state: see `look_up`."""
+    return look_up(table(state, u.device), u)
+
+
+def look_up(table: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Timesteps by inversion of the distribution function.
 
     Args:
+        table: what the function `table` gives.
         u: uniform numbers in (0, 1), float64, shape [N].
 
     Returns:
         t, int64 [N], and weight = 1 / (T p_t), float64 [N], both on the device of `u`: the mean of
         weight * loss is an unbiased estimate of the loss's mean over uniform t.
     """
-    probability = state["probability"].to(u.device)
-    cumulative = probability.cumsum(0)
-    t = torch.searchsorted(cumulative / cumulative[-1], u, right=True).clamp(max=len(probability) - 1)
-    return t, 1 / (len(probability) * probability[t])
+    cumulative, weights = table
+    t = torch.searchsorted(cumulative, u, right=True).clamp(max=len(weights) - 1)
+    return t, weights[t]
 
 
 def update(state: State, t: Tensor, losses: Tensor) -> State:

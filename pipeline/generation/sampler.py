@@ -17,6 +17,7 @@ from pipeline.generation import ledger, writers
 from pipeline.generation.chunks import Chunk, batches, cut_into_chunks
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
+from pipeline.gpu.graph import Graphed
 from pipeline.models.export import Packed, load_model
 from pipeline.models.sampling import sample_floats, to_pixels
 from pipeline.redact import one_line
@@ -71,6 +72,8 @@ class Renderer:
         self.model: Any = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.compile:
             self.model = torch.compile(self.model, dynamic=False)
+        if self.device.type == "cuda":
+            self.model = Graphed(self.model)
 
     def render(self, chunk: Chunk) -> Rendered:
         """The samples of a chunk, computed in its whole batches."""

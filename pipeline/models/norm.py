@@ -1,7 +1,8 @@
-"""Group norm (Wu & He 2018), whose bf16 arithmetic on a CPU in channels_last is written here.
+"""Group norm (Wu & He 2018) and what follows it in a UNet, scale and shift and SiLU, in as few passes as can be.
 
-torch's own kernel for that case takes up to ten times as long as for contiguous images, backward above all: a fifth
-of a training step. Sums over the pixels of whole channels, which lie side by side, avoid that.
+On a GPU all of it is one kernel (`pipeline.gpu.norm`). In bf16 on a CPU in channels_last the norm is written here:
+torch's own kernel takes up to ten times as long as for contiguous images, backward above all: a fifth of a training step.
+Sums over the pixels of whole channels, which lie side by side, avoid that.
 """
 
 from typing import Any
@@ -9,16 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pipeline.gpu import available
 
 # From here on torch's forward kernel, which takes one group after the other, is the faster one.
 MANY_PIXELS = 1024
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm`; the same values to the rounding of bf16."""
+    """`torch.nn.GroupNorm`, and what comes after it; the same values to the rounding of bf16."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [N, C, H, W]."""
+    def __init__(self, groups: int, channels: int, eps: float) -> None:
+        super().__init__(groups, channels, eps)
+        self._kernels = available.work()
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
+        """silu((1 + scale) norm(x) + shift).
+
+        Args:
+            x: [N, C, H, W].
+            scale, shift: [N, C]; None leaves both out.
+            silu: False leaves it out.
+        """
+        if self._kernels and not x.is_cpu:
+            from pipeline.gpu import norm
+
+            return norm.group_norm(x, self.weight, self.bias, scale, shift, self.num_groups, self.eps, silu)
+        h = self._norm(x)
+        if scale is not None and shift is not None:
+            h = torch.addcmul(shift[:, :, None, None], h, 1 + scale[:, :, None, None])
+        return F.silu(h) if silu else h
+
+    def _norm(self, x: Tensor) -> Tensor:
         own = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
         if own and x.is_contiguous(memory_format=torch.channels_last):
             result: Tensor = _ChannelsLast.apply(x, self.weight, self.bias, self.num_groups, self.eps)

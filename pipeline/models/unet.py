@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.errors import InputError
+from pipeline.models.conv import Conv2d
 from pipeline.models.norm import GroupNorm
 
 MOST_GROUPS, LEAST_GROUP = 32, 4
@@ -97,7 +98,7 @@ class UNet(nn.Module):
         self.config, self.null_label = config, len(image.classes)
         widths = [config.model_channels * m for m in config.channel_multipliers]
         embedding = 4 * config.model_channels
-        self.conv_in = nn.Conv2d(image.channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(image.channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], embedding)
         self.class_embedding = (
             nn.Embedding(len(image.classes) + 1, embedding) if config.class_conditional else None
@@ -123,7 +124,7 @@ class UNet(nn.Module):
             self.up_blocks.append(block)
             width = out
         self.conv_norm_out = GroupNorm(norm_groups(config), width, NORM_EPS)
-        self.conv_out = _zero(nn.Conv2d(width, out_channels, 3, padding=1))
+        self.conv_out = _zero(Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """
@@ -156,7 +157,7 @@ class UNet(nn.Module):
                 h = attention(resnet(torch.cat([h, skips.pop()], dim=1), embedding))
             if block.upsamplers is not None:
                 h = block.upsamplers[0](h)
-        return self.conv_out(F.silu(self.conv_norm_out(h))).float()
+        return self.conv_out(self.conv_norm_out(h, silu=True)).float()
 
 
 class TimeEmbedding(nn.Module):
@@ -208,20 +209,19 @@ class ResidualBlock(nn.Module):
     def __init__(self, config: ModelConfig, channels: int, out: int, embedding: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(norm_groups(config), channels, NORM_EPS)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv1 = Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, 2 * out)
         self.norm2 = GroupNorm(norm_groups(config), out, NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
-        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
+        self.conv2 = _zero(Conv2d(out, out, 3, padding=1))
+        self.conv_shortcut = Conv2d(channels, out, 1) if channels != out else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`embedding` has been through SiLU already: once for all blocks."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.time_emb_proj(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv1(self.norm1(x, silu=True))
+        scale, shift = self.time_emb_proj(embedding).chunk(2, dim=1)
+        h = self.dropout(self.norm2(h, scale, shift, silu=True))
+        return self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -252,7 +252,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.conv(x)
@@ -268,7 +268,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
         self.taps: Tensor
         taps = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
         self.register_buffer("taps", taps, persistent=False)

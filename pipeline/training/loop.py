@@ -7,7 +7,8 @@ what ran before in the process.
 
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -21,12 +22,15 @@ from pipeline.data.batch import Batch
 from pipeline.diffusion import timesteps
 from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.process import Process, make_process
+from pipeline.gpu.graph import Graphed
 from pipeline.models import ema
 from pipeline.models.sampling import from_pixels
 from pipeline.models.unet import UNet, build
-from pipeline.rng import Purpose, normal, uniform
+from pipeline.rng import Purpose, normal, uniforms
 from pipeline.training.meter import Meter
 from pipeline.training.network import uses_bf16
+from pipeline.training.outcome import Outcome, look_later
+from pipeline.training.prepared import Prepared
 
 
 @dataclass
@@ -42,19 +46,15 @@ class TrainState:
     model: UNet
     optimizer: torch.optim.AdamW
     averages: list[list[Tensor]]
-    timestep_sampler: dict[str, Tensor]
+    timestep_sampler: timesteps.State
     step: int = 0
+    _table: tuple[timesteps.State, Tensor] | None = None
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """A batch on the device with everything random about it drawn."""
-
-    x_0: Tensor
-    t: Tensor
-    noise: Tensor
-    labels: Tensor | None
-    weights: Tensor
+    def timestep_table(self, device: torch.device) -> Tensor:
+        """The sampler's table, copied to the device only when the sampler has learned: a GPU waits for a copy."""
+        if self._table is None or self._table[0] is not self.timestep_sampler:
+            self._table = self.timestep_sampler, timesteps.table(self.timestep_sampler, device)
+        return self._table[1]
 
 
 class NonFinite(RuntimeError):
@@ -90,23 +90,24 @@ def new_state(config: TrainConfig, spec: ModelSpec, device: torch.device) -> Tra
 
 
 def prepare(
-    config: TrainConfig, spec: ModelSpec, sampler: dict[str, Tensor], batch: Batch, device: torch.device
+    config: TrainConfig, spec: ModelSpec, table: Tensor, batch: Batch, device: torch.device
 ) -> Prepared:
-    """Draws timesteps, noise, label drops and flips by each sample's own counters."""
+    """Draws timesteps, noise, label drops and flips by each sample's own counters.
+
+    Args:
+        table: of the timestep sampler (see `timesteps.table`), on the device.
+    """
     ids, epochs = (values.to(device, non_blocking=True) for values in (batch.ids, batch.epochs))
-
-    def draw(purpose: Purpose) -> Tensor:
-        return uniform(config.seed, epochs, ids, purpose)[:, 0]
-
+    u = uniforms(config.seed, epochs, ids, (Purpose.TIMESTEP, Purpose.FLIP, Purpose.LABEL_DROP))
     x_0 = from_pixels(batch.images.to(device, non_blocking=True))
     if config.random_flip:
-        x_0 = torch.where((draw(Purpose.FLIP) < 0.5)[:, None, None, None], x_0.flip(-1), x_0)
-    t, weight = timesteps.draw(sampler, draw(Purpose.TIMESTEP))
+        x_0 = torch.where((u[Purpose.FLIP] < 0.5)[:, None, None, None], x_0.flip(-1), x_0)
+    t, weight = timesteps.look_up(table, u[Purpose.TIMESTEP])
     labels = None
     if spec.model.class_conditional:
         null = len(spec.image.classes)
         labels = batch.labels.to(device, non_blocking=True)
-        hidden = (draw(Purpose.LABEL_DROP) < config.label_dropout) | (labels < 0)
+        hidden = (u[Purpose.LABEL_DROP] < config.label_dropout) | (labels < 0)
         labels = torch.where(hidden, null, labels)
     return Prepared(
         x_0=x_0.contiguous(memory_format=torch.channels_last),
@@ -121,7 +122,8 @@ def backward(
     config: TrainConfig, spec: ModelSpec, process: Process, model: nn.Module, data: Prepared, world_size: int
 ) -> Tensor:
     """Accumulates the gradient of the global batch's mean loss; returns each local sample's loss [N]."""
-    size = len(data.t)
+    size, device = len(data.t), data.x_0.device
+    bf16 = uses_bf16(config, device)
     pieces = torch.arange(size).split(config.microbatch or max(size, 1))
     losses = []
     for i, piece in enumerate(pieces):
@@ -131,9 +133,7 @@ def backward(
         part = slice(int(piece[0]), int(piece[-1]) + 1)
         labels = None if data.labels is None else data.labels[part]
         with context:
-            with torch.autocast(
-                data.x_0.device.type, torch.bfloat16, enabled=uses_bf16(config, data.x_0.device)
-            ):
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                 loss = training_loss(
                     process, spec.diffusion, model, data.x_0[part], data.t[part], data.noise[part], labels
                 )
@@ -144,49 +144,72 @@ def backward(
     return torch.cat(losses)
 
 
+def make_backward(
+    config: TrainConfig, spec: ModelSpec, model: nn.Module, device: torch.device, world_size: int = 1
+) -> Callable[[Prepared], Tensor]:
+    """`backward` of a run, as a CUDA graph where one worker trains on a GPU.
+
+    Args:
+        model: as a step calls it: see `network.wrap`.
+    """
+    process = make_process(spec.diffusion).to(device)
+
+    def run(x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
+        return backward(config, spec, process, model, Prepared(x_0, t, noise, labels, weights), world_size)
+
+    # Dropout draws from torch's generator, which is seeded anew each step: a graph would replay one draw.
+    graphed = device.type == "cuda" and world_size == 1 and not spec.model.dropout
+    compute = Graphed(run, model.parameters()) if graphed else run
+    return lambda data: compute(data.x_0, data.t, data.noise, data.labels, data.weights)
+
+
 def train_step(
     config: TrainConfig,
     spec: ModelSpec,
-    process: Process,
     state: TrainState,
-    model: nn.Module,
+    run_backward: Callable[[Prepared], Tensor],
     batch: Batch,
     device: torch.device,
     world_size: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step, in place.
+) -> Outcome:
+    """One optimizer step, in place; where its loss or gradient is not finite, weights and optimizer stay as they were.
 
-    Returns:
-        the local part of the global mean loss, and the global gradient norm before clipping.
+    On a GPU nothing waits for the result, unless the timestep sampler learns from the losses.
 
-    Raises:
-        NonFinite: on every worker alike.
+    Args:
+        run_backward: see `make_backward`.
     """
     options = config.optimizer
     if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
         rank = dist.get_rank() if world_size > 1 else 0
         torch.manual_seed((config.seed * 1_000_003 + state.step) * 4096 + rank)
-    data = prepare(config, spec, state.timestep_sampler, batch, device)
-    losses = backward(config, spec, process, model, data, world_size)
+    data = prepare(config, spec, state.timestep_table(device), batch, device)
+    losses = run_backward(data)
     limit = options.clip_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit, foreach=True)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
     # Every worker has the same summed gradient, so all decide alike.
-    if not bool(norm.isfinite()):
-        state.optimizer.zero_grad(set_to_none=True)
-        ids, epochs, t, all_losses = gather_by_id(batch.ids, batch.epochs, data.t, losses, world_size)
-        keys = ("id", "epoch", "timestep", "loss")
-        rows = zip(ids.tolist(), epochs.tolist(), t.tolist(), all_losses.tolist(), strict=True)
-        raise NonFinite(state.step + 1, [dict(zip(keys, row, strict=True)) for row in rows])
+    finite = norm.isfinite()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
+    # As torch's GradScaler tells a fused optimizer to leave everything as it is.
+    state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     ema.update_(state.averages, list(state.model.parameters()), decays(config, state.step + 1))
-    if spec.diffusion.timestep_sampler != "uniform":
+    if spec.diffusion.timestep_sampler != "uniform" and bool(finite):
         _, _, t, all_losses = gather_by_id(batch.ids, batch.epochs, data.t, losses, world_size)
         state.timestep_sampler = timesteps.update(state.timestep_sampler, t, all_losses)
     state.step += 1
-    return (losses * data.weights).sum() / config.batch_size, norm
+    loss = (losses * data.weights).sum() / config.batch_size
+    return Outcome(
+        state.step,
+        batch,
+        torch.where(finite, loss, 0.0),
+        torch.where(finite, norm, 0.0),
+        finite,
+        data.t,
+        losses,
+    )
 
 
 class Observer:
@@ -224,28 +247,47 @@ def train(
     Raises:
         NonFinite: unless `skip_nonfinite`.
     """
-    process = make_process(spec.diffusion).to(meter.device)
+    run_backward = make_backward(config, spec, model, meter.device, meter.world_size)
+    lag = 1 if meter.device.type == "cuda" else 0
+    unchecked: deque[tuple[Outcome, Callable[[], bool]]] = deque()
+
+    def check(left: int) -> None:
+        """Looks at all steps but the last `left`."""
+        while len(unchecked) > left:
+            outcome, is_finite = unchecked.popleft()
+            if not is_finite():
+                error = _non_finite(outcome, meter.world_size)
+                if not config.skip_nonfinite:
+                    raise error
+                observer.skipped(error)
+
     state.model.train()
     while state.step < config.steps and not observer.should_stop():
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began
-        try:
-            loss, norm = train_step(
-                config, spec, process, state, model, batch, meter.device, meter.world_size
-            )
-        except NonFinite as error:
-            if not config.skip_nonfinite:
-                raise
-            observer.skipped(error)
-            state.step += 1
-            meter.add_skipped(waited, batch)
-        else:
-            meter.add(loss, norm, waited, batch)
-        if state.step % config.log_every == 0 or state.step == config.steps:
+        outcome = train_step(config, spec, state, run_backward, batch, meter.device, meter.world_size)
+        meter.add(outcome, waited)
+        unchecked.append((outcome, look_later(outcome.finite)))
+        logs, saves = (
+            state.step == config.steps or state.step % every == 0
+            for every in (config.log_every, config.checkpoint_every)
+        )
+        check(0 if logs or saves else lag)
+        if logs:
             observer.log(state.step, meter.read(learning_rate(config, state.step - 1)))
-        if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+        if saves:
             observer.save()
+    check(0)
+
+
+def _non_finite(outcome: Outcome, world_size: int) -> NonFinite:
+    """A collective call."""
+    batch = outcome.batch
+    columns = gather_by_id(batch.ids, batch.epochs, outcome.t, outcome.losses, world_size)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    keys = ("id", "epoch", "timestep", "loss")
+    return NonFinite(outcome.step, [dict(zip(keys, row, strict=True)) for row in rows])
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

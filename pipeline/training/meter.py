@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.data.batch import Batch
 from pipeline.errors import InputError
 from pipeline.training.flops import utilisation
+from pipeline.training.outcome import Outcome
 
 BAD_IMAGES_BEFORE_JUDGING = 100
 
@@ -57,23 +57,16 @@ class Meter:
         self._new_interval()
 
     def _new_interval(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._norm, self._steps, self._skipped, self._bad = 0.0, 0, 0, 0
+        # Of the loss, of the gradient norm, and of the steps made: on the device, which waits for nothing so.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._steps, self._bad = 0, 0  # steps made and skipped, undecodable images
         self._here, self._waited, self._began = 0, 0.0, time.perf_counter()
 
-    def add(self, loss: Tensor, norm: Tensor, waited: float, batch: Batch) -> None:
-        """Counts a step: its local part of the mean loss, and the global gradient norm."""
-        self._loss += loss
-        self._norm += float(norm)
+    def add(self, outcome: Outcome, waited: float) -> None:
+        """Counts a step."""
+        self._sums += torch.stack([outcome.loss.double(), outcome.norm.double(), outcome.finite.double()])
         self._steps += 1
-        self._count(waited, batch)
-
-    def add_skipped(self, waited: float, batch: Batch) -> None:
-        """Counts a step that was not made."""
-        self._skipped += 1
-        self._count(waited, batch)
-
-    def _count(self, waited: float, batch: Batch) -> None:
+        batch = outcome.batch
         self._here += 1
         self._waited += waited
         digest = np.uint64(samples_digest(batch.epochs.numpy(), batch.ids.numpy())).astype(np.int64)
@@ -91,18 +84,19 @@ class Meter:
         """The interval's averages over all workers; a new interval begins. A collective call."""
         seconds = time.perf_counter() - self._began
         system = utilisation(self.device)
+        _, norm, made = self._sums.tolist()
         loss, waited, bad, peak, *means = self._total(
-            self._loss, self._waited, self._bad, self._peak_flops, *system.values()
+            self._sums[0], self._waited, self._bad, self._peak_flops, *system.values()
         )
         rate_of_images = self._here * self._config.batch_size / seconds
         result = {
-            "loss": loss / max(self._steps, 1),
-            "gradient_norm": self._norm / max(self._steps, 1),
+            "loss": loss / max(made, 1),
+            "gradient_norm": norm / max(made, 1),
             "learning_rate": rate,
             "images_per_second": rate_of_images,
             "data_wait_share": waited / self.world_size / seconds,
             "undecodable_images": bad,
-            "skipped_steps": self._skipped,
+            "skipped_steps": self._steps - made,
             **{name: mean / self.world_size for name, mean in zip(system, means, strict=True)},
         }
         if peak:
@@ -112,7 +106,8 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON: the sums over all workers. A collective call."""
-        loss, bad = self._total(self._loss, self._bad)
+        loss, bad = self._total(self._sums[0], self._bad)
+        _, norm, made = self._sums.tolist()
         seen = torch.from_numpy(self._seen.copy()).to(self.device)
         if self.world_size > 1:
             dist.all_reduce(seen)
@@ -120,9 +115,9 @@ class Meter:
         return {
             "interval": {
                 "loss": loss,
-                "norm": self._norm,
-                "steps": self._steps,
-                "skipped": self._skipped,
+                "norm": norm,
+                "steps": int(made),
+                "skipped": self._steps - int(made),
                 "bad": bad,
             },
             "seen": {
@@ -135,9 +130,12 @@ class Meter:
     def restore(self, state: dict[str, Any], rank: int) -> None:
         """Goes on from `state`, whose sums over all workers become those of rank 0."""
         interval, seen = state["interval"], state["seen"]
-        self._norm, self._steps, self._skipped = interval["norm"], interval["steps"], interval["skipped"]
+        self._steps = interval["steps"] + interval["skipped"]
+        loss = interval["loss"] if rank == 0 else 0.0
+        self._sums += torch.tensor([loss, interval["norm"], interval["steps"]], dtype=torch.float64).to(
+            self._sums
+        )
         if rank == 0:
-            self._loss += interval["loss"]
             self._bad = int(interval["bad"])
             digest = np.uint64(int(seen["digest"], 16)).astype(np.int64)
             self._seen = np.array([seen["samples"], digest, seen["undecodable"]], np.int64)

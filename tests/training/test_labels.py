@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from pipeline.data.batch import Batch
+from pipeline.diffusion import timesteps
 from pipeline.diffusion.timesteps import init_state
 from pipeline.training import loop
 from tests.training.common import problem
@@ -23,7 +24,9 @@ def labels_of(ids: torch.Tensor, dropout: float = 0.3, known: bool = True) -> to
         weights=torch.ones(size),
     )
     sampler = init_state("uniform", spec.diffusion.timesteps)
-    labels = loop.prepare(config, spec, sampler, batch, torch.device("cpu")).labels
+    labels = loop.prepare(
+        config, spec, timesteps.table(sampler, torch.device("cpu")), batch, torch.device("cpu")
+    ).labels
     assert labels is not None
     return labels
 
@@ -58,4 +61,9 @@ def test_a_model_without_classes_gets_no_labels() -> None:
         torch.ones(2),
     )
     sampler = init_state("uniform", spec.diffusion.timesteps)
-    assert loop.prepare(config, spec, sampler, batch, torch.device("cpu")).labels is None
+    assert (
+        loop.prepare(
+            config, spec, timesteps.table(sampler, torch.device("cpu")), batch, torch.device("cpu")
+        ).labels
+        is None
+    )

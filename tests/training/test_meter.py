@@ -7,6 +7,7 @@ import torch
 from pipeline.data.batch import Batch
 from pipeline.errors import InputError
 from pipeline.training.meter import Meter, samples_digest
+from pipeline.training.outcome import Outcome
 from tests.training.common import problem
 
 
@@ -44,6 +45,12 @@ def batch(count: int, bad: int = 0) -> Batch:
     )
 
 
+def outcome(of: Batch, loss: float = 1.0, norm: float = 1.0) -> Outcome:
+    return Outcome(
+        1, of, torch.tensor(loss), torch.tensor(norm), torch.tensor(True), of.ids, torch.zeros(len(of.ids))
+    )
+
+
 def test_an_interval_that_a_stop_cut_in_two_has_the_same_averages() -> None:
     config, _ = problem()
     whole, head, tail = (Meter(config, 1, torch.device("cpu")) for _ in range(3))
@@ -51,7 +58,7 @@ def test_an_interval_that_a_stop_cut_in_two_has_the_same_averages() -> None:
         for m in (whole, meter):
             if m is tail and i == 2:
                 tail.restore(head.state(), 0)
-            m.add(torch.tensor(0.1 * i + 1 / 3), torch.tensor(float(i)), 0.0, batch(10))
+            m.add(outcome(batch(10), loss=0.1 * i + 1 / 3, norm=float(i)), 0.0)
     assert whole.state() == tail.state()
     a, b = whole.read(0.1), tail.read(0.1)
     assert {k: a[k] for k in ("loss", "gradient_norm")} == {k: b[k] for k in ("loss", "gradient_norm")}
@@ -59,6 +66,6 @@ def test_an_interval_that_a_stop_cut_in_two_has_the_same_averages() -> None:
 
 def test_too_many_undecodable_images_stop_the_run() -> None:
     meter = Meter(problem()[0], 1, torch.device("cpu"))
-    meter.add(torch.tensor(1.0), torch.tensor(1.0), 0.0, batch(99, 50))
+    meter.add(outcome(batch(99, 50)), 0.0)
     with pytest.raises(InputError, match="could not be decoded"):
-        meter.add(torch.tensor(1.0), torch.tensor(1.0), 0.0, batch(10))
+        meter.add(outcome(batch(10)), 0.0)

@@ -1,0 +1,76 @@
+"""What a GPU is asked to do in a training step, counted without one.
+
+    python -m benchmarks.kernels [--smoke]
+
+A step runs on torch's "meta" device, which knows shapes and no values, and every operation that would start a kernel is
+counted: those of `prepare`, which draws a batch's noise, and those of the whole step. Whatever waits for a value of the
+device (`.item()`, a copy to the CPU) fails there: that the step ends shows that it waits for nothing. In float32, so
+that the casts of autocast are not among them, nor are the few kernels of the optimizer. Needs Triton, but no GPU.
+"""
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.networks import UNET, in_memory
+from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
+from pipeline.gpu import available
+from pipeline.training import loop
+
+# They only look at memory in another way, or reserve some.
+NO_KERNEL = {
+    "view", "_unsafe_view", "expand", "select", "slice", "unsqueeze", "squeeze", "permute", "transpose", "t", "detach",
+    "alias", "as_strided", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty", "unfold",
+}  # fmt: skip
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that start at least one kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name not in NO_KERNEL:
+            self.count[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def main(smoke: bool) -> dict[str, object]:
+    """Counts; returns what is printed."""
+    available.work = lambda: True  # type: ignore[assignment]
+    spec = (
+        ModelSpec(ModelConfig(32, (1, 2), res_blocks=1), ImageConfig(32, 3), UNET.diffusion)
+        if smoke
+        else UNET
+    )
+    config = TrainConfig("", "", batch_size=4 if smoke else 128, steps=10, precision="fp32", random_flip=True)
+    device = torch.device("meta")
+    state = loop.new_state(config, spec, device)
+    run_backward = loop.make_backward(config, spec, state.model, device)
+    batches = in_memory(config, spec.image)
+    # torch's fused optimizer, a few kernels for all parameters, refuses to run without a device.
+    state.optimizer.step = lambda: None  # type: ignore[method-assign,assignment,return-value]
+    with Kernels() as prepare:
+        loop.prepare(config, spec, state.timestep_table(device), next(batches), device)
+    with Kernels() as step:
+        loop.train_step(config, spec, state, run_backward, next(batches), device)
+    return {
+        "prepare": sum(prepare.count.values()),
+        "step": sum(step.count.values()),
+        "most": dict(step.count.most_common(8)),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="a small network")
+    print(json.dumps(main(parser.parse_args().smoke)))

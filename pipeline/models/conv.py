@@ -1,0 +1,24 @@
+"""Convolutions whose bias, and what is added after it, take one pass on a GPU."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.gpu import available
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d`, and the sum with a residual."""
+
+    def __init__(self, channels: int, out: int, size: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__(channels, out, size, stride=stride, padding=padding)
+        self._kernels = available.work()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [N, C, H, W]; `residual` has the result's shape."""
+        # A compiler fuses these by itself.
+        if self._kernels and not x.is_cpu and not torch.compiler.is_compiling() and self.bias is not None:
+            from pipeline.gpu import bias
+
+            return bias.add_bias(self._conv_forward(x, self.weight, None), self.bias, residual)
+        h = super().forward(x)
+        return h if residual is None else residual + h
