@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.networks import UNET, in_memory
 from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
 from pipeline.gpu import available
-from pipeline.training import loop
+from pipeline.training.state import new_state
+from pipeline.training.step import make_backward, train_step
 
 # They only look at memory in another way, or reserve some.
 NO_KERNEL = {
@@ -52,17 +53,17 @@ def main(smoke: bool) -> dict[str, object]:
     )
     config = TrainConfig("", "", batch_size=4 if smoke else 128, steps=10, precision="fp32", random_flip=True)
     device = torch.device("meta")
-    state = loop.new_state(config, spec, device)
-    run_backward = loop.make_backward(config, spec, state.model, device)
+    state = new_state(config, spec, device)
+    run_backward = make_backward(config, spec, state.model, device)
     batches = in_memory(config, spec.image)
     # torch's fused optimizer, a few kernels for all parameters, refuses to run without a device.
     state.optimizer.step = lambda: None  # type: ignore[method-assign,assignment,return-value]
-    with Kernels() as prepare:
-        loop.prepare(config, spec, state.timestep_table(device), next(batches), device)
+    with Kernels() as preparing:
+        prepare(config, spec, state.timestep_table(device), next(batches), device)
     with Kernels() as step:
-        loop.train_step(config, spec, state, run_backward, next(batches), device)
+        train_step(config, spec, state, run_backward, next(batches), device)
     return {
-        "prepare": sum(prepare.count.values()),
+        "prepare": sum(preparing.count.values()),
         "step": sum(step.count.values()),
         "most": dict(step.count.most_common(8)),
     }

@@ -23,20 +23,22 @@ from pipeline.cluster.session import connect
 from pipeline.commands import cli
 from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
 from pipeline.tracking import address
-from pipeline.training import loop, network
+from pipeline.training import network
+from pipeline.training.state import new_state
+from pipeline.training.step import make_backward, train_step
 
 
 def bare(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
     """Seconds of each step after two that warm up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.prepare_device(config, device)
-    state = loop.new_state(config, spec, device)
+    state = new_state(config, spec, device)
     model = network.wrap(config, state.model, 1)
-    run_backward = loop.make_backward(config, spec, model, device)
+    run_backward = make_backward(config, spec, model, device)
     batches, seconds = in_memory(config, spec.image), list[float]()
     for _ in range(steps + 2):
         began = time.perf_counter()
-        loop.train_step(config, spec, state, run_backward, next(batches), device).loss.item()
+        train_step(config, spec, state, run_backward, next(batches), device).loss.item()
         seconds.append(time.perf_counter() - began)
     return seconds[2:]
 

@@ -31,8 +31,9 @@ from pipeline.gpu.graph import Graphed
 from pipeline.models.diffusers import unet_config
 from pipeline.models.sampling import sample_images
 from pipeline.models.unet import build
-from pipeline.training import flops, loop, network
-from pipeline.training.prepared import Prepared
+from pipeline.training import flops, network
+from pipeline.training.state import new_state
+from pipeline.training.step import Prepared, backward, make_backward, train_step
 
 
 class Theirs(nn.Module):
@@ -52,9 +53,9 @@ def stepper(
     config: TrainConfig, spec: ModelSpec, device: torch.device, model: nn.Module | None
 ) -> Callable[[], float]:
     """A function that makes a step of `model` or of ours, on a GPU six, and returns the seconds of one."""
-    state = loop.new_state(config, spec, device)
+    state = new_state(config, spec, device)
     if model is None:
-        run_backward = loop.make_backward(config, spec, network.wrap(config, state.model, 1), device)
+        run_backward = make_backward(config, spec, network.wrap(config, state.model, 1), device)
     else:
         state.model = model.to(device)  # type: ignore[assignment]
         state.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -64,7 +65,7 @@ def stepper(
         process = make_process(spec.diffusion).to(device)
 
         def run_backward(data: Prepared) -> Tensor:
-            return loop.backward(config, spec, process, called, data, 1)  # type: ignore[arg-type]
+            return backward(config, spec, process, called, data, 1)  # type: ignore[arg-type]
 
     batches = in_memory(config, spec.image)
     state.model.train()
@@ -74,7 +75,7 @@ def stepper(
     def steps() -> float:
         began = time.perf_counter()
         for _ in range(count):
-            outcome = loop.train_step(config, spec, state, run_backward, next(batches), device)
+            outcome = train_step(config, spec, state, run_backward, next(batches), device)
         outcome.loss.item()
         return (time.perf_counter() - began) / count
 

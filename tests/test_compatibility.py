@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.training import checkpoint
-from pipeline.training.loop import new_state
+from pipeline.training.state import new_state
 from pipeline.tuning import ledger
 from pipeline.tuning.space import apply, parse_space
 from pipeline.versions import SAMPLING, VERSIONS

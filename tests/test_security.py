@@ -31,7 +31,7 @@ from pipeline.models.export import load_model
 from pipeline.redact import redact, refuse_secrets
 from pipeline.tracking import address, registry, runs
 from pipeline.training import checkpoint
-from pipeline.training.loop import new_state
+from pipeline.training.state import new_state
 from tests.jobs.common import ROOT, database
 from tests.training.common import problem
 

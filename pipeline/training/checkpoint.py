@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.training.loop import TrainState
+from pipeline.training.state import TrainState
 from pipeline.versions import VERSIONS, check_readable, check_same
 
 STATE = "state.json"
@@ -35,7 +35,7 @@ class Saved:
     """A checkpoint's contents, on the CPU.
 
     Attributes:
-        averages: by parameter name, one dict for each decay, in the order of `loop.decays`.
+        averages: by parameter name, one dict for each decay, in the order of `decays`.
         optimizer: "PARAMETER/STATE" to tensor.
     """
 

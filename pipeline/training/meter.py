@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.training.flops import utilisation
-from pipeline.training.outcome import Outcome
+from pipeline.training.step import Outcome
 
 BAD_IMAGES_BEFORE_JUDGING = 100
 

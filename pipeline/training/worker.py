@@ -21,6 +21,8 @@ from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoint_manager import CHECKPOINTS, CheckpointManager
 from pipeline.training.meter import Meter
 from pipeline.training.run_channel import RUN_FILE, Command, Point
+from pipeline.training.state import TrainState, new_state
+from pipeline.training.step import learning_rate
 
 SNAPSHOTS = "snapshots"
 
@@ -28,7 +30,7 @@ SNAPSHOTS = "snapshots"
 class Watch(Protocol):
     """Looks at the training state between two steps, on every worker; travels to it by pickle, within the job."""
 
-    def __call__(self, state: loop.TrainState, rank: int, world_size: int) -> bool:
+    def __call__(self, state: TrainState, rank: int, world_size: int) -> bool:
         """Whether the run ends here, as it would after its last step; all workers must answer alike."""
 
 
@@ -95,7 +97,7 @@ def _run(task: Task) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     _check_shared(task)
     network.prepare_device(config, device)
-    state = loop.new_state(config, spec, device)
+    state = new_state(config, spec, device)
     peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
     per_image = flops.flops_per_image(spec) if rank == 0 else 0  # rank 0 posts the curve
     meter = Meter(config, world_size, device, per_image, peak)
@@ -123,7 +125,7 @@ def _run(task: Task) -> None:
 class RunObserver(loop.Observer):
     """One worker's hand on the run: its checkpoints, its curve, what the driver and a caller's watch want of it."""
 
-    def __init__(self, task: Task, state: loop.TrainState, meter: Meter, rank: int) -> None:
+    def __init__(self, task: Task, state: TrainState, meter: Meter, rank: int) -> None:
         config = task.config
         self._task, self._state, self._meter, self._rank = task, state, meter, rank
         self._points: list[Point] = []
@@ -199,7 +201,7 @@ class RunObserver(loop.Observer):
         return {
             "run_id": self._task.run_id,
             "position": position(config, step, self._task.rows),
-            "learning_rate": loop.learning_rate(config, step),
+            "learning_rate": learning_rate(config, step),
             **self._meter.state(),
             "points": list(self._points),
         }

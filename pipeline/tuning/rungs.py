@@ -15,7 +15,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from pipeline.config import ModelSpec
 from pipeline.models.unet import UNet
-from pipeline.training.loop import TrainState
+from pipeline.training.state import TrainState
 from pipeline.tuning.ledger import Rung
 from pipeline.tuning.objective import Objective, over_ranks
 

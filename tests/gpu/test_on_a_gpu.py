@@ -15,6 +15,7 @@ from pipeline.gpu.graph import Graphed
 from pipeline.rng import Purpose, bits, normal, uniforms
 from pipeline.training import loop
 from pipeline.training.meter import Meter
+from pipeline.training.state import new_state
 from tests.training.common import batches, problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -138,7 +139,7 @@ def _run(device: str, changes: dict[str, Any]) -> Ended:
     options = {name: dict(value) if isinstance(value, dict) else value for name, value in changes.items()}
     poisoned = options.pop("poisoned", False)
     config, spec = problem(steps=30, log_every=10, **options)
-    state, observer = loop.new_state(config, spec, torch.device(device)), _Recorder()
+    state, observer = new_state(config, spec, torch.device(device)), _Recorder()
 
     def stream() -> Iterator[Batch]:
         for i, batch in enumerate(batches(config)):

@@ -30,6 +30,7 @@ from pipeline.models.sampling import sample_images
 from pipeline.rng import Purpose, normal, uniform
 from pipeline.training import loop
 from pipeline.training.meter import Meter
+from pipeline.training.state import new_state
 from tests.jobs.common import ROOT, environment
 
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
@@ -60,7 +61,7 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     optimizer = OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,))
     config = TrainConfig("", "", steps=300, batch_size=48, model=model, optimizer=optimizer)
     cpu = torch.device("cpu")
-    state = loop.new_state(config, spec, cpu)
+    state = new_state(config, spec, cpu)
     stream = batches(config, real, real_labels)
     loop.train(config, spec, state, state.model, stream, Meter(config, 1, cpu), loop.Observer())
     with torch.no_grad():

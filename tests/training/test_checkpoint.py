@@ -7,7 +7,7 @@ import torch
 
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpoint
-from pipeline.training.loop import new_state
+from pipeline.training.state import new_state
 from tests.training.common import problem
 
 

@@ -7,7 +7,7 @@ import torch
 from pipeline.data.batch import Batch
 from pipeline.diffusion import timesteps
 from pipeline.diffusion.timesteps import init_state
-from pipeline.training import loop
+from pipeline.training.step import prepare
 from tests.training.common import problem
 
 COUNT = 4000
@@ -24,7 +24,7 @@ def labels_of(ids: torch.Tensor, dropout: float = 0.3, known: bool = True) -> to
         weights=torch.ones(size),
     )
     sampler = init_state("uniform", spec.diffusion.timesteps)
-    labels = loop.prepare(
+    labels = prepare(
         config, spec, timesteps.table(sampler, torch.device("cpu")), batch, torch.device("cpu")
     ).labels
     assert labels is not None
@@ -62,7 +62,7 @@ def test_a_model_without_classes_gets_no_labels() -> None:
     )
     sampler = init_state("uniform", spec.diffusion.timesteps)
     assert (
-        loop.prepare(
+        prepare(
             config, spec, timesteps.table(sampler, torch.device("cpu")), batch, torch.device("cpu")
         ).labels
         is None

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.training import checkpoint, loop
-from pipeline.training.loop import NonFinite, new_state, train
+from pipeline.training.loop import NonFinite, train
 from pipeline.training.meter import Meter, samples_digest
 from pipeline.training.network import wrap
+from pipeline.training.state import TrainState, new_state
 from tests.training.common import batches, problem
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def run(config, spec, state=None, rank: int = 0, world_size: int = 1, meter=None
     return state, {step: figures["loss"] for step, figures in observer.figures.items()}
 
 
-def flat(state: loop.TrainState) -> Tensor:
+def flat(state: TrainState) -> Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 

@@ -7,7 +7,7 @@ import torch
 from pipeline.data.batch import Batch
 from pipeline.errors import InputError
 from pipeline.training.meter import Meter, samples_digest
-from pipeline.training.outcome import Outcome
+from pipeline.training.step import Outcome
 from tests.training.common import problem
 
 

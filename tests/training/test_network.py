@@ -9,8 +9,8 @@ import torch
 
 from pipeline.config import ModelConfig
 from pipeline.training import checkpoint
-from pipeline.training.loop import new_state
 from pipeline.training.network import uses_bf16
+from pipeline.training.state import new_state
 from tests.training.common import problem
 from tests.training.test_loop import CPU, flat, run
 

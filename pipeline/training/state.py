@@ -1,0 +1,54 @@
+"""All that changes while training. Plain torch, no Ray."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ModelSpec, TrainConfig
+from pipeline.diffusion import timesteps
+from pipeline.models import ema
+from pipeline.models.unet import UNet, build
+
+
+@dataclass
+class TrainState:
+    """All that changes while training; what a checkpoint holds.
+
+    Attributes:
+        averages: for each entry of `ema_decays`, then of `ema_lengths`, the averaged parameters.
+        timestep_sampler: its state, the same on every worker.
+        step: optimizer steps done.
+    """
+
+    model: UNet
+    optimizer: torch.optim.AdamW
+    averages: list[list[Tensor]]
+    timestep_sampler: timesteps.State
+    step: int = 0
+    _table: tuple[timesteps.State, Tensor] | None = None
+
+    def timestep_table(self, device: torch.device) -> Tensor:
+        """The sampler's table, copied to the device only when the sampler has learned: a GPU waits for a copy."""
+        if self._table is None or self._table[0] is not self.timestep_sampler:
+            self._table = self.timestep_sampler, timesteps.table(self.timestep_sampler, device)
+        return self._table[1]
+
+
+def new_state(config: TrainConfig, spec: ModelSpec, device: torch.device) -> TrainState:
+    """Untrained weights, the same for the same seed on every worker."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build(spec)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+    count = len(options.ema_decays) + len(options.ema_lengths)
+    sampler = timesteps.init_state(spec.diffusion.timestep_sampler, spec.diffusion.timesteps)
+    return TrainState(model, optimizer, ema.init(list(model.parameters()), count), sampler)

@@ -1,0 +1,218 @@
+"""One optimizer step: plain torch, no Ray.
+
+Nothing here draws from hidden generator state: timesteps, noise, label drops and flips come from counters of
+(seed, epoch, sample id), so a step's result does not depend on the rank, the number of workers or on
+what ran before in the process.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import ModelSpec, TrainConfig
+from pipeline.data.batch import Batch
+from pipeline.diffusion import timesteps
+from pipeline.diffusion.losses import training_loss
+from pipeline.diffusion.process import Process, make_process
+from pipeline.gpu.graph import Graphed
+from pipeline.models import ema
+from pipeline.models.sampling import from_pixels
+from pipeline.rng import Purpose, normal, uniforms
+from pipeline.training.network import uses_bf16
+from pipeline.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch on the device with everything random about it drawn."""
+
+    x_0: Tensor
+    t: Tensor
+    noise: Tensor
+    labels: Tensor | None
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to, on the device: nothing has waited for it yet.
+
+    Attributes:
+        loss: the local part of the global mean loss; 0 where the step was skipped.
+        norm: the global gradient norm before clipping; 0 where the step was skipped.
+        finite: whether the step was made; alike on all workers.
+        t, losses: of each local sample.
+    """
+
+    step: int
+    batch: Batch
+    loss: Tensor
+    norm: Tensor
+    finite: Tensor
+    t: Tensor
+    losses: Tensor
+
+
+def prepare(
+    config: TrainConfig, spec: ModelSpec, table: Tensor, batch: Batch, device: torch.device
+) -> Prepared:
+    """Draws timesteps, noise, label drops and flips by each sample's own counters.
+
+    Args:
+        table: of the timestep sampler (see `timesteps.table`), on the device.
+    """
+    ids, epochs = (values.to(device, non_blocking=True) for values in (batch.ids, batch.epochs))
+    u = uniforms(config.seed, epochs, ids, (Purpose.TIMESTEP, Purpose.FLIP, Purpose.LABEL_DROP))
+    x_0 = from_pixels(batch.images.to(device, non_blocking=True))
+    if config.random_flip:
+        x_0 = torch.where((u[Purpose.FLIP] < 0.5)[:, None, None, None], x_0.flip(-1), x_0)
+    t, weight = timesteps.look_up(table, u[Purpose.TIMESTEP])
+    labels = None
+    if spec.model.class_conditional:
+        null = len(spec.image.classes)
+        labels = batch.labels.to(device, non_blocking=True)
+        hidden = (u[Purpose.LABEL_DROP] < config.label_dropout) | (labels < 0)
+        labels = torch.where(hidden, null, labels)
+    return Prepared(
+        x_0=x_0.contiguous(memory_format=torch.channels_last),
+        t=t,
+        noise=normal(config.seed, epochs, ids, Purpose.NOISE, tuple(x_0.shape[1:])),
+        labels=labels,
+        weights=weight.float() * batch.weights.to(device, non_blocking=True),
+    )
+
+
+def backward(
+    config: TrainConfig, spec: ModelSpec, process: Process, model: nn.Module, data: Prepared, world_size: int
+) -> Tensor:
+    """Accumulates the gradient of the global batch's mean loss; returns each local sample's loss [N]."""
+    size, device = len(data.t), data.x_0.device
+    bf16 = uses_bf16(config, device)
+    pieces = torch.arange(size).split(config.microbatch or max(size, 1))
+    losses = []
+    for i, piece in enumerate(pieces):
+        last = i == len(pieces) - 1
+        quiet = isinstance(model, DistributedDataParallel) and not last
+        context: AbstractContextManager[None] = model.no_sync() if quiet else nullcontext()  # type: ignore[operator]
+        part = slice(int(piece[0]), int(piece[-1]) + 1)
+        labels = None if data.labels is None else data.labels[part]
+        with context:
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                loss = training_loss(
+                    process, spec.diffusion, model, data.x_0[part], data.t[part], data.noise[part], labels
+                )
+            # Divided by the global batch and multiplied by the workers over which DDP averages, so that uneven
+            # parts count right and the sum is that of one worker.
+            ((loss * data.weights[part]).sum() * (world_size / config.batch_size)).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
+
+def make_backward(
+    config: TrainConfig, spec: ModelSpec, model: nn.Module, device: torch.device, world_size: int = 1
+) -> Callable[[Prepared], Tensor]:
+    """`backward` of a run, as a CUDA graph where one worker trains on a GPU.
+
+    Args:
+        model: as a step calls it: see `network.wrap`.
+    """
+    process = make_process(spec.diffusion).to(device)
+
+    def run(x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
+        return backward(config, spec, process, model, Prepared(x_0, t, noise, labels, weights), world_size)
+
+    # Dropout draws from torch's generator, which is seeded anew each step: a graph would replay one draw.
+    graphed = device.type == "cuda" and world_size == 1 and not spec.model.dropout
+    compute = Graphed(run, model.parameters()) if graphed else run
+    return lambda data: compute(data.x_0, data.t, data.noise, data.labels, data.weights)
+
+
+def train_step(
+    config: TrainConfig,
+    spec: ModelSpec,
+    state: TrainState,
+    run_backward: Callable[[Prepared], Tensor],
+    batch: Batch,
+    device: torch.device,
+    world_size: int = 1,
+) -> Outcome:
+    """One optimizer step, in place; where its loss or gradient is not finite, weights and optimizer stay as they were.
+
+    On a GPU nothing waits for the result, unless the timestep sampler learns from the losses.
+
+    Args:
+        run_backward: see `make_backward`.
+    """
+    options = config.optimizer
+    if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
+        rank = dist.get_rank() if world_size > 1 else 0
+        torch.manual_seed((config.seed * 1_000_003 + state.step) * 4096 + rank)
+    data = prepare(config, spec, state.timestep_table(device), batch, device)
+    losses = run_backward(data)
+    limit = options.clip_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    # Every worker has the same summed gradient, so all decide alike.
+    finite = norm.isfinite()
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    # As torch's GradScaler tells a fused optimizer to leave everything as it is.
+    state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    ema.update_(state.averages, list(state.model.parameters()), decays(config, state.step + 1))
+    if spec.diffusion.timestep_sampler != "uniform" and bool(finite):
+        _, _, t, all_losses = gather_by_id(batch.ids, batch.epochs, data.t, losses, world_size)
+        state.timestep_sampler = timesteps.update(state.timestep_sampler, t, all_losses)
+    state.step += 1
+    loss = (losses * data.weights).sum() / config.batch_size
+    return Outcome(
+        state.step,
+        batch,
+        torch.where(finite, loss, 0.0),
+        torch.where(finite, norm, 0.0),
+        finite,
+        data.t,
+        losses,
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to a constant; `step` counts from 0."""
+    options = config.optimizer
+    return options.learning_rate * min(1.0, (step + 1) / max(options.warmup_steps, 1))
+
+
+def decays(config: TrainConfig, step: int) -> list[float]:
+    """The decay of every average at optimizer step `step`, counted from 1."""
+    options = config.optimizer
+    # A young average would be mostly the first weights: its decay rises as (1 + step) / (10 + step) at first.
+    standard = [min(decay, (1 + step) / (10 + step)) for decay in options.ema_decays]
+    return standard + [ema.power_decay(length, step) for length in options.ema_lengths]
+
+
+def gather_by_id(
+    ids: Tensor, epochs: Tensor, t: Tensor, losses: Tensor, world_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every worker's samples in the order of their ids: alike on all workers, for any number of them."""
+    columns = (ids.to(losses.device), epochs.to(losses.device), t, losses)
+    rows = torch.stack([column.double() for column in columns])
+    if world_size > 1:
+        size = torch.tensor(rows.shape[1], device=rows.device)
+        sizes = [torch.zeros_like(size) for _ in range(world_size)]
+        dist.all_gather(sizes, size)
+        longest = int(max(int(s) for s in sizes))
+        padded = rows.new_zeros(len(rows), longest)
+        padded[:, : rows.shape[1]] = rows
+        parts = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(parts, padded)
+        rows = torch.cat([p[:, : int(s)] for p, s in zip(parts, sizes, strict=True)], dim=1)
+    # Small batches can hold a sample of two epochs.
+    rows = rows[:, rows[1].argsort(stable=True)]
+    rows = rows[:, rows[0].argsort(stable=True)]
+    return rows[0].long(), rows[1].long(), rows[2].long(), rows[3].float()
