@@ -20,7 +20,7 @@ from benchmarks.networks import UNET, in_memory
 from pipeline.config import ImageConfig, ModelConfig, ModelSpec, TrainConfig
 from pipeline.gpu import available
 from pipeline.training.state import new_state
-from pipeline.training.step import make_backward, train_step
+from pipeline.training.step import make_backward, prepare, train_step
 
 # They only look at memory in another way, or reserve some.
 NO_KERNEL = {
