@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape, has_magic
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
@@ -73,16 +74,17 @@ def exists(uri: str, pattern: bool = False) -> bool:
     """Whether there is a file or a folder of that very name.
 
     Args:
-        pattern: also accept a pattern that matches some files, as `list_files` does.
+        pattern: also accept a pattern that matches some files or folders, as `list_files` does.
 
     Raises:
         InputError: the storage can't say.
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
+    if found := pattern_of(uri):
+        with _asking(uri):
+            return pattern and bool(fs.glob(found[1]))
     with _asking(uri):
-        if (found := _pattern(fs, path)) is not None:
-            return pattern and bool(_matches(fs, found))
         return _kind(fs, path) is not None
 
 
@@ -94,17 +96,22 @@ def _kind(fs: Any, path: str) -> str | None:
         return None
 
 
-def _pattern(fs: Any, path: str) -> str | None:
-    """The path as a pattern, from its first name on that could be one and is not there as it is; None for no such."""
-    for name in re.finditer("[^/]+", path):
-        if has_magic(name[0]) and _kind(fs, path[: name.end()]) is None:
-            return escape(path[: name.start()]) + path[name.start() :]
+def pattern_of(uri: str) -> tuple[str, str] | None:
+    """A path that is a pattern, as the folder before its first name with *, ? or [], and the whole pattern.
+
+    Returns:
+        None for other paths, and for one that is there as it stands.
+
+    Raises:
+        InputError: the storage can't say.
+    """
+    fs, path = open_fs(uri)
+    with _asking(uri):
+        for name in re.finditer("[^/]+", path):
+            if has_magic(name[0]) and _kind(fs, path[: name.end()]) is None:
+                folder = path[: name.start()]
+                return folder.rstrip("/") or folder, escape(folder) + path[name.start() :]
     return None
-
-
-def _matches(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
-    found = fs.glob(pattern, detail=True)
-    return {name: info for name, info in found.items() if info["type"] != "directory"}
 
 
 @contextlib.contextmanager
@@ -230,7 +237,7 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 
 def list_details(uri: str) -> dict[str, dict[str, Any]]:
-    """A file, every file below a folder, or, where neither is there, the files that a pattern with *, ? or [] matches.
+    """A file, every file below a folder, or, where neither is there, all of that for each match of a pattern.
 
     Returns:
         what the storage says of each (at least `size`), by its path in the file system that `open_fs` gives.
@@ -240,18 +247,32 @@ def list_details(uri: str) -> dict[str, dict[str, Any]]:
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
+    pattern = pattern_of(uri)
     with _asking(uri):
-        if (pattern := _pattern(fs, path)) is not None:
-            found = _matches(fs, pattern)
-        elif (kind := _kind(fs, path)) == "file":
-            return {path: fs.info(path)}
-        elif kind:
-            return dict(fs.find(path, detail=True))
+        if pattern:
+            matches = dict(fs.glob(pattern[1], detail=True))
+        elif kind := _kind(fs, path):
+            matches = {path: {"type": kind} if kind != "file" else fs.info(path)}
         else:
-            found = {}
-        if not found:
+            matches = {}
+        if not matches:
             raise InputError(f"{uri}: no such file or folder")
+        found = {name: info for name, info in matches.items() if info["type"] != "directory"}
+        for folder in matches.keys() - found.keys():
+            if not any(str(above) in matches for above in PurePosixPath(folder).parents):
+                found |= fs.find(folder, detail=True)
         return found
+
+
+def list_folder(uri: str) -> dict[str, dict[str, Any]]:
+    """What the storage says of each file straight in a folder, by its name there.
+
+    Raises:
+        InputError: the folder can't be read.
+    """
+    fs, path = open_fs(uri)
+    with _asking(uri):
+        return {name(e["name"]): e for e in fs.ls(path, detail=True) if e["type"] != "directory"}
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:

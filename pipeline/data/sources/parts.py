@@ -1,7 +1,6 @@
 """The parts that a source of images is read in: each source has a small type of its own for them."""
 
 import hashlib
-import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,11 +57,6 @@ class Part(ABC):
     def uri(self) -> str:
         """Of its first file."""
         return storage.join(self.root, self.names[0])
-
-    @property
-    def base(self) -> str:
-        """The name of its first file, without folders."""
-        return posixpath.basename(self.names[0])
 
     @property
     def slot(self) -> str:

@@ -4,6 +4,9 @@ A source is cut into parts, small descriptions that any node can read alone, in 
 on the machine. Every file that was given is in a part, or named with the reason why it is not.
 """
 
+import contextlib
+import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +19,14 @@ from pipeline.config import Source
 from pipeline.data.images import sniff
 from pipeline.data.labels import label_text
 from pipeline.data.sources import arrow, cifar, folder, idx, npz, parquet, tars, zips
-from pipeline.data.sources.fetch import THREADS
+from pipeline.data.sources.columns import NO_ROWS
+from pipeline.data.sources.fetch import THREADS, fault_of_file
+from pipeline.data.sources.folder import NO_IMAGE
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
 from pipeline.data.sources.splits import roles_of
-from pipeline.data.sources.tree import Tree, open_tree, printable
+from pipeline.data.sources.tree import Tree, open_tree
 from pipeline.errors import InputError
-from pipeline.redact import one_line
+from pipeline.redact import printable
 
 SHOWN = 5  # classes and reasons, in the line that describes a source
 # What other tools write, and what to do with it.
@@ -43,6 +48,19 @@ _ELSEWHERE = {
     ".rar": "archives: unpack them first",
     ".mp4": "videos: export their frames into folders first",
 }
+# Files that another source reads.
+_KINDS: dict[str, Callable[[str], bool]] = {
+    "an archive": lambda name: name.endswith((".tar", ".zip", ".npz")),
+    "a Parquet file": lambda name: name.endswith(parquet.SUFFIXES),
+    "an Arrow file": lambda name: name.endswith(arrow.SUFFIXES),
+    "an IDX file": idx.is_idx_name,
+    "a CIFAR file": cifar.is_cifar_name,
+}
+_ABOUT = "not an image: it is about the data"
+_DOCUMENT = re.compile(
+    r"(readme|licen[cs]e|copying|citation|authors|notice)(\..*)?|.*\.(md|rst|html?|pdf|bib)"
+    r"|.*\.(md5|sha(1|256|512))|(md5|sha(1|256|512))sums?(\.txt)?|checksums?(\..*)?"
+)
 _CIFAR_PICKLES = ("data_batch_1", "test_batch", "batches.meta")
 
 
@@ -147,7 +165,7 @@ def open_source(source: Source, uri: str, request: Request, flag: str = "--input
     if not uri:
         raise InputError(f"{flag} is missing: where are the images? (--source digits has its own)")
     tree = open_tree(storage.absolute(uri))
-    found = _find_source(tree, uri, flag) if source == "auto" else source
+    found = _find_source(tree, uri, flag, request) if source == "auto" else source
     listing = _SOURCES[found][1](tree, request)
     if not listing.parts:
         raise InputError(f"{flag} {uri}: {_nothing(tree, listing, source)}")
@@ -155,11 +173,16 @@ def open_source(source: Source, uri: str, request: Request, flag: str = "--input
     return Opened(found, uri, tree, _account(tree, found, listing), roles)
 
 
-def _find_source(tree: Tree, uri: str, flag: str) -> Source:
+def _find_source(tree: Tree, uri: str, flag: str, request: Request) -> Source:
     for source, (is_it, _) in _SOURCES.items():
         if is_it(tree):
             return source
-    raise InputError(f"{flag} {uri}: {_nothing(tree)}")
+    listing = None
+    for list_tables in (arrow.list_arrow, parquet.list_parquet):
+        with contextlib.suppress(InputError):
+            if (tables := list_tables(tree, request)).ignored:
+                listing = tables
+    raise InputError(f"{flag} {uri}: {_nothing(tree, listing)}")
 
 
 def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = "auto") -> str:
@@ -173,6 +196,8 @@ def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = 
             "holds CIFAR's Python version, pickles that run code when they are opened: "
             "use its binary version (data_batch_1.bin), or export the images into folders"
         )
+    if listing and set(listing.ignored.values()) == {NO_ROWS}:
+        return f"{printable(next(iter(listing.ignored)))} {NO_ROWS}, nor does any other file"
     if source in ("auto", "huggingface") and any(name.endswith(".parquet") for name in names):
         return "holds Parquet files, none with a column of images: name it with --image-column"
     reasons = {**tree.bad, **(listing.bad if listing else {})}
@@ -199,13 +224,23 @@ def _account(tree: Tree, source: Source, listing: SourceListing) -> SourceListin
         try:
             kind = sniff(tree.head(name))
         except OSError as error:
-            return f"can't be read: {one_line(error.strerror or error)}", True
-        return (f"images beside --source {source}" if kind else folder.NO_IMAGE), False
+            return fault_of_file(error, tree.uri(name)), True
+        return (f"images beside --source {source}" if kind else NO_IMAGE), False
 
     with ThreadPoolExecutor(THREADS) as pool:
         for name, (words, may_be_data) in zip(left, pool.map(reason, left), strict=True):
             (bad if may_be_data else ignored)[name] = words
+    ignored |= {name: _what_else(tree, name, source) for name, words in ignored.items() if words == NO_IMAGE}
     return replace(listing, ignored=_printable(ignored), bad=_printable(bad))
+
+
+def _what_else(tree: Tree, name: str, source: Source) -> str:
+    """What a file, or a member of an archive, is that is not an image, where its name tells."""
+    base = posixpath.basename(name).lower()
+    kinds = (kind for kind, is_it in _KINDS.items() if name in tree.files and is_it(base))
+    if kind := next(kinds, ""):
+        return f"{kind} beside --source {source}"
+    return _ABOUT if _DOCUMENT.fullmatch(base) else NO_IMAGE
 
 
 def _printable(reasons: dict[str, str]) -> dict[str, str]:
