@@ -10,23 +10,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool, in_process
 from pipeline.config import ImageConfig, Source, check_at_least, to_dict
-from pipeline.data.decoded import (
-    Decoded,
-    DecodeParts,
-    Pixels,
-    Task,
-    key_of,
-    read_records,
-    slots_of,
-)
+from pipeline.data.decoded import DecodeParts, Pixels, Task, key_of, slots_of
 from pipeline.data.finish import finish, make_manifest, remove_manifest, write_list
-from pipeline.data.labels import class_numbers, names_of_all, unknown_label
+from pipeline.data.kept import Decoded, labels_of, read_records, unknown_labels
+from pipeline.data.labels import names_of_all
 from pipeline.data.manifest import (
     MANIFEST,
     PARTS,
@@ -130,9 +120,12 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
             )
         write_claim(output, UNFINISHED, settings)
     records = _decode(config, opened, image, output)
-    first, labels = _labels(records)
+    first, labels = labels_of(records)
     classes = opened.listing.classes or names_of_all(labels, first)
-    bad = _bad(opened, records, classes, output)
+    bad = [{"path": path, "reason": reason} for path, reason in opened.listing.bad.items()]
+    bad += [entry for record in records.values() for entry in record.bad]
+    bad += unknown_labels(records, classes, output)
+    bad.sort(key=lambda entry: (entry["path"], entry["reason"]))
     given = len(opened.listing.bad) + sum(record.rows + len(record.bad) for record in records.values())
     good = given - len(bad)
     if not given:
@@ -201,30 +194,6 @@ def _decode(config: PrepareConfig, opened: Opened, image: ImageConfig, output: s
 
 def _overlap(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
-
-
-def _labels(records: dict[str, Decoded]) -> tuple[str, list[str]]:
-    """The first label in the source's order (a number where there is none), and all of them."""
-    labels = dict.fromkeys(label for record in records.values() for label in record.labels)
-    return next(iter(labels), "0"), list(labels)
-
-
-def _bad(
-    opened: Opened, records: dict[str, Decoded], classes: tuple[str, ...], output: str
-) -> list[dict[str, str]]:
-    """Path and reason of everything that should be an image and can't be used, in the order of the paths."""
-    bad = [{"path": path, "reason": reason} for path, reason in opened.listing.bad.items()]
-    number_of = class_numbers(classes)
-    for record in records.values():
-        bad += record.bad
-        if unknown := [label for label in record.labels if number_of(label) is None]:
-            for chunk in record.chunks:
-                fs, path = storage.open_fs(storage.join(output, chunk.file))
-                with fs.open(path, "rb") as file:
-                    table = pq.read_table(file, columns=["path", "label"])
-                for row in table.filter(pc.field("label").isin(unknown)).to_pylist():
-                    bad.append({"path": row["path"], "reason": unknown_label(row["label"], classes)})
-    return sorted(bad, key=lambda entry: (entry["path"], entry["reason"]))
 
 
 def _shuffle(
