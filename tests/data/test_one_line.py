@@ -19,7 +19,7 @@ from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from pipeline.redact import one_line, printable
 from tests.data.common import encoded, tar_bytes
-from tests.data.reading import put
+from tests.data.reading import listed, put
 from tests.data.tables import class_label, features, structs, write
 
 IMAGES = encoded(8)
@@ -85,6 +85,20 @@ def test_names_are_kept_as_data_and_escaped_when_printed(
     for file in ("ignored.jsonl", "quarantine.jsonl", "README.md"):
         text = (tmp_path / "out" / file).read_text()
         assert all(line.isprintable() for line in text.split("\n")), file
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_names_of_columns_are_escaped_in_reasons(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "in", "metadata.jsonl", data=json.dumps({name: 1}).encode())
+    put(tmp_path / "in", "1.png", data=IMAGES[0])
+    prepare(PrepareConfig(str(tmp_path / "out"), input=str(tmp_path / "in"), image_size=12))
+    assert listed(tmp_path / "out", "ignored.jsonl") == {
+        "metadata.jsonl": f"has no column file_name; it has {printable(name)}"
+    }
+    (line,) = [line for line in capsys.readouterr().err.split("\n") if " is " in line]
+    assert is_shown_in_one_line(line)
 
 
 @pytest.mark.parametrize("name", ODD, ids=ascii)

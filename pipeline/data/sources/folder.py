@@ -15,8 +15,8 @@ from pipeline.data.labels import name_classes
 from pipeline.data.sources.fetch import THREADS, fault_of_file, in_order, read_file
 from pipeline.data.sources.label_columns import NO_LABELS
 from pipeline.data.sources.loose import is_image_name
-from pipeline.data.sources.parts import Item, Part, Request, SourceListing
-from pipeline.data.sources.sidecar import Given, is_sidecar, read_labels
+from pipeline.data.sources.parts import Given, Item, Part, Request, SourceListing
+from pipeline.data.sources.sidecar import is_sidecar, read_labels
 from pipeline.data.sources.splits import BESIDE, is_most, split_folders, split_of_word, splits_in_classes
 from pipeline.data.sources.tree import Tree
 from pipeline.redact import printable

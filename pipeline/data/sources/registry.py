@@ -125,7 +125,7 @@ class Opened:
         ]
         left += [
             f"{count} can't be used: {words}"
-            for words, count in _tally({e["path"]: e["reason"] for e in bad})
+            for words, count in _tally({e["path"]: printable(e["reason"]) for e in bad})
         ]
         alone = {part.split for part in self.listing.parts} - self.roles.keys()
         if named := sorted(alone - {""}):
@@ -244,4 +244,4 @@ def _what_else(tree: Tree, name: str, source: Source) -> str:
 
 
 def _printable(reasons: dict[str, str]) -> dict[str, str]:
-    return {printable(name): words for name, words in sorted(reasons.items())}
+    return {printable(name): printable(words) for name, words in sorted(reasons.items())}

@@ -6,14 +6,14 @@ counts. An image there that it does not name is not used, as `datasets` does it.
 
 import posixpath
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
 from pipeline.data.labels import class_text
 from pipeline.data.sources.label_columns import NO_LABELS
-from pipeline.data.sources.parts import Request
+from pipeline.data.sources.parts import Given, Request
 from pipeline.data.sources.sidecar_files import EDM, FILE_NAME, TABLES, NoMetadata, read_edm, read_table
 from pipeline.data.sources.tree import HIDDEN
 from pipeline.errors import InputError
@@ -68,35 +68,6 @@ class Labels:
     ignored: dict[str, str]
     bad: dict[str, str]
     classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What lies in one tree or in one archive, and how it is to be read.
-
-    Attributes:
-        names: of all files.
-        unreadable: files that are there as well, and why they are not read.
-        read: the content of a file, or nothing and the reason.
-        where: its own name, for errors.
-    """
-
-    names: Collection[str]
-    unreadable: Mapping[str, str]
-    read: Callable[[str], tuple[bytes, str]]
-    request: Request
-    where: str
-
-    def content(self, name: str) -> bytes:
-        """Of a file that holds labels.
-
-        Raises:
-            InputError: it can't be read.
-        """
-        data, reason = self.read(name)
-        if reason:
-            raise InputError(f"{self.where}/{printable(name)}: {reason}")
-        return data
 
 
 def is_sidecar(name: str) -> bool:

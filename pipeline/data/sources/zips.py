@@ -15,8 +15,8 @@ from pipeline.data.sources.folder import (
     folder_label,
 )
 from pipeline.data.sources.loose import outweigh_images
-from pipeline.data.sources.parts import Item, Part, Request, SourceListing
-from pipeline.data.sources.sidecar import Given, is_sidecar
+from pipeline.data.sources.parts import Given, Item, Part, Request, SourceListing
+from pipeline.data.sources.sidecar import is_sidecar
 from pipeline.data.sources.splits import is_most, splits_of_files
 from pipeline.data.sources.tree import Tree
 from pipeline.data.sources.zip_members import Archive, Member, open_archive, read_member
