@@ -6,7 +6,7 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape, has_magic
 from pathlib import PurePosixPath
@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from pipeline.errors import InputError
 from pipeline.redact import one_line
@@ -83,7 +84,7 @@ def exists(uri: str, pattern: bool = False) -> bool:
     fs.invalidate_cache()  # others write there too
     if found := pattern_of(uri):
         with _asking(uri):
-            return pattern and bool(fs.glob(found[1]))
+            return pattern and bool(fs.glob(posixpath.join(escape(found[0]), found[1])))
     with _asking(uri):
         return _kind(fs, path) is not None
 
@@ -97,7 +98,7 @@ def _kind(fs: Any, path: str) -> str | None:
 
 
 def pattern_of(uri: str) -> tuple[str, str] | None:
-    """A path that is a pattern, as the folder before its first name with *, ? or [], and the whole pattern.
+    """A path that is a pattern, as the folder before its first name with *, ? or [] in it, and the rest.
 
     Returns:
         None for other paths, and for one that is there as it stands.
@@ -110,8 +111,21 @@ def pattern_of(uri: str) -> tuple[str, str] | None:
         for name in re.finditer("[^/]+", path):
             if has_magic(name[0]) and _kind(fs, path[: name.end()]) is None:
                 folder = path[: name.start()]
-                return folder.rstrip("/") or folder, escape(folder) + path[name.start() :]
+                return folder.rstrip("/") or folder, path[name.start() :]
     return None
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Returns a function that says whether a pattern matches a name, or a folder in it.
+
+    Raises:
+        InputError: it is no pattern.
+    """
+    try:
+        match = re.compile(glob_translate(pattern)).match
+    except ValueError as error:
+        raise InputError(f"{pattern}: {one_line(error)}") from None
+    return lambda name: any(match(name[: end.start()]) for end in re.finditer("/|$", name))
 
 
 @contextlib.contextmanager
@@ -250,7 +264,7 @@ def list_details(uri: str) -> dict[str, dict[str, Any]]:
     pattern = pattern_of(uri)
     with _asking(uri):
         if pattern:
-            matches = dict(fs.glob(pattern[1], detail=True))
+            matches = dict(fs.glob(posixpath.join(escape(pattern[0]), pattern[1]), detail=True))
         elif kind := _kind(fs, path):
             matches = {path: {"type": kind} if kind != "file" else fs.info(path)}
         else:

@@ -8,19 +8,16 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import glob_translate
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.redact import one_line
 
 # What systems and tools leave beside data.
 _LITTER = ("thumbs.db", "desktop.ini")
 HIDDEN = "hidden"
-_T = TypeVar("_T")
 _UNREADABLE_KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -83,10 +80,11 @@ def open_tree(uri: str) -> Tree:
     fs, path = storage.open_fs(uri)
     pattern = storage.pattern_of(uri)
     if isinstance(fs, LocalFileSystem):
-        if pattern and "**" in path.split("/"):
-            return _matching(_local_tree(pattern[0], ["."]), posixpath.relpath(path, pattern[0]), uri)
+        if pattern and "**" in pattern[1].split("/"):
+            return _matching(_local_tree(pattern[0], ["."]), pattern[1], uri)
         if pattern:
-            root, found = pattern[0], glob.glob(pattern[1], include_hidden=True)  # noqa: PTH207
+            whole = posixpath.join(glob.escape(pattern[0]), pattern[1])
+            root, found = pattern[0], glob.glob(whole, include_hidden=True)  # noqa: PTH207
         else:
             root = path if os.path.isdir(path) else posixpath.dirname(path)  # noqa: PTH112
             found = [path] if os.path.lexists(path) else []
@@ -179,29 +177,21 @@ def _local_tree(root: str, given: Iterable[str]) -> Tree:
     return replace(tree, files=dict(sorted(tree.files.items())))
 
 
-def _matching(tree: Tree, pattern: str, uri: str) -> Tree:
-    """What matches a pattern with ** in it, or lies in a folder that does. Not by glob, which goes round in links."""
-    try:
-        matches = re.compile(glob_translate(pattern)).match
-    except ValueError as error:
-        raise InputError(f"{uri}: {one_line(error)}") from None
-
-    def some(names: dict[str, _T]) -> dict[str, _T]:
-        return {
-            name: value
-            for name, value in names.items()
-            if any(matches(folder) for folder in (*_folders_above(name), name))
-        }
-
-    files, ignored, bad = some(tree.files), some(tree.ignored), some(tree.bad)
-    if not (files or ignored or bad):
-        raise InputError(f"{uri}: no such file or folder")
-    return Tree(tree.root, files, ignored, bad, whole=False)
-
-
 def _folders_above(name: str) -> list[str]:
     """The folders that a name lies in, from the root ("") down."""
     return ["", *(name[: cut.start()] for cut in re.finditer("/", name))] if name else []
+
+
+def _matching(tree: Tree, pattern: str, uri: str) -> Tree:
+    """What matches a pattern with ** in it, or lies in a folder that does. Not by glob, which goes round in links."""
+    matches = storage.matcher(pattern)
+    files = {name: file for name, file in tree.files.items() if matches(name)}
+    ignored, bad = (
+        {name: reason for name, reason in some.items() if matches(name)} for some in (tree.ignored, tree.bad)
+    )
+    if not (files or ignored or bad):
+        raise InputError(f"{uri}: no such file or folder")
+    return Tree(tree.root, files, ignored, bad, whole=False)
 
 
 def _sort_in(tree: Tree, name: str, path: str) -> tuple[int, int] | None:
