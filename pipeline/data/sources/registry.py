@@ -5,23 +5,18 @@ on the machine. Every file that was given is in a part, or named with the reason
 """
 
 import contextlib
-import posixpath
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.config import Source
-from pipeline.data.images import sniff
 from pipeline.data.labels import label_text
 from pipeline.data.sources import arrow, cifar, folder, idx, npz, parquet, tars, zips
 from pipeline.data.sources.columns import NO_ROWS
-from pipeline.data.sources.fetch import THREADS, fault_of_file
-from pipeline.data.sources.folder import NO_IMAGE
+from pipeline.data.sources.leftovers import account_for, without_parts
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
 from pipeline.data.sources.splits import roles_of
 from pipeline.data.sources.tree import Tree, open_tree
@@ -48,19 +43,6 @@ _ELSEWHERE = {
     ".rar": "archives: unpack them first",
     ".mp4": "videos: export their frames into folders first",
 }
-# Files that another source reads.
-_KINDS: dict[str, Callable[[str], bool]] = {
-    "an archive": lambda name: name.endswith((".tar", ".zip", ".npz")),
-    "a Parquet file": lambda name: name.endswith(parquet.SUFFIXES),
-    "an Arrow file": lambda name: name.endswith(arrow.SUFFIXES),
-    "an IDX file": idx.is_idx_name,
-    "a CIFAR file": cifar.is_cifar_name,
-}
-_ABOUT = "not an image: it is about the data"
-_DOCUMENT = re.compile(
-    r"(readme|licen[cs]e|copying|citation|authors|notice)(\..*)?|.*\.(md|rst|html?|pdf|bib)"
-    r"|.*\.(md5|sha(1|256|512))|(md5|sha(1|256|512))sums?(\.txt)?|checksums?(\..*)?"
-)
 _CIFAR_PICKLES = ("data_batch_1", "test_batch", "batches.meta")
 
 
@@ -164,13 +146,13 @@ def open_source(source: Source, uri: str, request: Request, flag: str = "--input
         return Opened("digits", "", Tree("", {}), listing, {"": ""})
     if not uri:
         raise InputError(f"{flag} is missing: where are the images? (--source digits has its own)")
-    tree = open_tree(storage.absolute(uri))
+    tree = without_parts(open_tree(storage.absolute(uri)))
     found = _find_source(tree, uri, flag, request) if source == "auto" else source
     listing = _SOURCES[found][1](tree, request)
     if not listing.parts:
         raise InputError(f"{flag} {uri}: {_nothing(tree, listing, source)}")
     roles = roles_of((part.split for part in listing.parts), request.split)
-    return Opened(found, uri, tree, _account(tree, found, listing), roles)
+    return Opened(found, uri, tree, account_for(tree, found, listing), roles)
 
 
 def _find_source(tree: Tree, uri: str, flag: str, request: Request) -> Source:
@@ -210,38 +192,3 @@ def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = 
     if source != "auto":
         return f"holds nothing that --source {source} reads"
     return "holds no images, nor Parquet, Arrow, tar, zip, npz, IDX or CIFAR files with images"
-
-
-def _account(tree: Tree, source: Source, listing: SourceListing) -> SourceListing:
-    """Gives every file that is in no part a reason."""
-    ignored, bad = {**tree.ignored, **listing.ignored}, {**tree.bad, **listing.bad}
-    left = [
-        name for name in tree.files if name not in listing.used and name not in ignored and name not in bad
-    ]
-
-    def reason(name: str) -> tuple[str, bool]:
-        """Why a file was not read, and whether it could have been an image."""
-        try:
-            kind = sniff(tree.head(name))
-        except OSError as error:
-            return fault_of_file(error, tree.uri(name)), True
-        return (f"images beside --source {source}" if kind else NO_IMAGE), False
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for name, (words, may_be_data) in zip(left, pool.map(reason, left), strict=True):
-            (bad if may_be_data else ignored)[name] = words
-    ignored |= {name: _what_else(tree, name, source) for name, words in ignored.items() if words == NO_IMAGE}
-    return replace(listing, ignored=_printable(ignored), bad=_printable(bad))
-
-
-def _what_else(tree: Tree, name: str, source: Source) -> str:
-    """What a file, or a member of an archive, is that is not an image, where its name tells."""
-    base = posixpath.basename(name).lower()
-    kinds = (kind for kind, is_it in _KINDS.items() if name in tree.files and is_it(base))
-    if kind := next(kinds, ""):
-        return f"{kind} beside --source {source}"
-    return _ABOUT if _DOCUMENT.fullmatch(base) else NO_IMAGE
-
-
-def _printable(reasons: dict[str, str]) -> dict[str, str]:
-    return {printable(name): printable(words) for name, words in sorted(reasons.items())}

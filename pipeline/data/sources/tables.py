@@ -11,6 +11,7 @@ from pipeline.data.sources.fetch import THREADS
 from pipeline.data.sources.look import Look
 from pipeline.data.sources.loose import outweigh_images
 from pipeline.data.sources.tree import Tree
+from pipeline.errors import InputError
 
 _FIRST = 32  # files to look into before all others
 
@@ -50,7 +51,10 @@ def are_source(tree: Tree, names: list[str], look_at: Callable[[str], Look | str
 
 
 def _names_files(look: Look, image: str) -> bool:
-    return any(data is None and path and look.beside(path) for data, path in look.first(image))
+    try:
+        return any(data is None and path and look.beside(path) for data, path in look.first(image))
+    except InputError:  # whoever reads the rows will say so
+        return False
 
 
 def names_beside(tree: Tree, file: str, images: pa.Array) -> Iterator[set[str]]:
