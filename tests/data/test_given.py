@@ -1,5 +1,7 @@
 """What is given by a pattern or as one file is read like the folder that it lies in."""
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,6 +85,24 @@ def test_links_in_what_a_pattern_matches(tmp_path: Path) -> None:
         assert tree.ignored == {"cat/loop": loop, "self": loop} and not tree.bad
     # The same image, by a name of its own.
     assert names(open_tree(f"{tmp_path / 'in'}/*/cat/1.png")) == {"self/cat/1.png"}
+
+
+@pytest.mark.parametrize("pattern", ["*", "**", "**/*.png", "[a-z]*"])
+def test_a_closed_folder_that_may_hold_matches_is_named(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = put(tmp_path / "in", "open/1.png", "closed/2.png")
+    listdir = os.listdir
+
+    def deny(path: str) -> list[str]:
+        if path.endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", deny)
+    tree = open_tree(f"{root}/{pattern}")
+    assert tree.files.keys() == {"open/1.png"}
+    assert tree.bad == {"closed": "the folder can't be read: Permission denied"}
 
 
 def test_folders_without_files_are_no_data(tmp_path: Path) -> None:

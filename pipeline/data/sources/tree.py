@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.errors import InputError
 # What systems and tools leave beside data.
 _LITTER = ("thumbs.db", "desktop.ini")
 HIDDEN = "hidden"
+_CLOSED = "the folder can't be read"
 _UNREADABLE_KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -121,7 +123,7 @@ def with_beside(tree: Tree, wanted: Callable[[str], bool]) -> Tree:
     for folder in {posixpath.dirname(name) for name in tree.files}:
         for base, info in sorted(storage.list_folder(tree.uri(folder)).items()):
             name = posixpath.join(folder, base)
-            if name in {**tree.files, **tree.ignored, **tree.bad} or not wanted(name):
+            if not wanted(name) or name in tree.files or name in tree.ignored or name in tree.bad:
                 continue
             if storage.is_local(tree.root):
                 _sort_in(more, name, tree.uri(name))
@@ -144,9 +146,11 @@ def is_hidden(name: str) -> bool:
 
 def _local_tree(root: str, given: Iterable[str]) -> Tree:
     """The files among some names below a folder, "." for the folder itself, and all files below the others."""
-    tree = Tree(root, {}, whole=(given := sorted(given)) == ["."])
+    given = sorted(given)
+    tree = Tree(root, {}, whole=given == ["."])
     # Of each folder that is walked, those that it lies in: a link to one of these is not followed for ever.
     outside = tuple(_identity(folder.stat()) for folder in Path(root).resolve().parents)
+    identity = lru_cache(lambda folder: _identity(os.stat(posixpath.join(root, folder))))  # noqa: PTH116
     walked, waiting = set[str](), list[tuple[str, tuple[tuple[int, int], ...]]]()
 
     def sort_in(name: str, above: tuple[tuple[int, int], ...]) -> None:
@@ -161,7 +165,7 @@ def _local_tree(root: str, given: Iterable[str]) -> Tree:
         folders = _folders_above(name)
         if any(folder in walked or folder in tree.ignored for folder in folders):
             continue
-        sort_in(name, (*outside, *(_identity(os.stat(posixpath.join(root, folder))) for folder in folders)))  # noqa: PTH116
+        sort_in(name, (*outside, *map(identity, folders)))
     while waiting:
         folder, above = waiting.pop()
         try:
@@ -170,7 +174,7 @@ def _local_tree(root: str, given: Iterable[str]) -> Tree:
             if not folder:
                 raise InputError(f"{root}: can't be read: {error.strerror}") from None
             target = tree.ignored if is_hidden(f"{folder}/") else tree.bad
-            target[folder] = f"the folder can't be read: {error.strerror}"
+            target[folder] = f"{_CLOSED}: {error.strerror}"
             continue
         for base in found:
             sort_in(posixpath.join(folder, base), above)
@@ -186,9 +190,9 @@ def _matching(tree: Tree, pattern: str, uri: str) -> Tree:
     """What matches a pattern with ** in it, or lies in a folder that does. Not by glob, which goes round in links."""
     matches = storage.matcher(pattern)
     files = {name: file for name, file in tree.files.items() if matches(name)}
-    ignored, bad = (
-        {name: reason for name, reason in some.items() if matches(name)} for some in (tree.ignored, tree.bad)
-    )
+    ignored = {name: reason for name, reason in tree.ignored.items() if matches(name)}
+    # What a closed folder holds may match.
+    bad = {name: why for name, why in tree.bad.items() if matches(name) or why.startswith(_CLOSED)}
     if not (files or ignored or bad):
         raise InputError(f"{uri}: no such file or folder")
     return Tree(tree.root, files, ignored, bad, whole=False)
