@@ -83,10 +83,19 @@ def check_apart(output: str, flag: str, source: str) -> None:
 
 
 def is_inside(uri: str, folder: str) -> bool:
-    """Whether a file or a folder lies in another folder, or is that, whatever links lead there."""
+    """Whether a file or a folder lies in another folder, or is that, whatever links lead there.
 
-    def place(uri: str) -> str:
-        whole = storage.absolute(uri)
-        return f"{os.path.realpath(whole) if storage.is_local(uri) else whole.rstrip('/')}/"
+    Args:
+        folder: or a pattern: then whether it lies in what that would match.
+    """
 
-    return place(uri).startswith(place(folder))
+    fs, mine = storage.open_fs(uri)
+    pattern = storage.pattern_of(folder)
+    there, above = storage.open_fs(folder)
+    if type(fs) is not type(there):
+        return False
+    above = pattern[0] if pattern else above
+    if storage.is_local(uri):
+        mine, above = os.path.realpath(mine), os.path.realpath(above)
+    mine, above = mine.rstrip("/") + "/", above.rstrip("/") + "/"
+    return mine.startswith(above) and (not pattern or storage.matcher(pattern[1])(mine[len(above) : -1]))

@@ -33,9 +33,20 @@ def redact(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """A text as it can be shown and listed in one line: control characters, and bytes that are no UTF-8, are escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how a byte of a name stands that is no UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """An error's words in one line without secrets; its kind, where it has no words."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    """An error's words in one printable line without secrets; its kind, where it has no words."""
+    words = printable(" ".join(str(error).split())) or type(error).__name__
     return redact(words)[:limit]
 
 

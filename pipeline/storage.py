@@ -6,14 +6,16 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape, has_magic
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from pipeline.errors import InputError
 from pipeline.redact import one_line
@@ -73,16 +75,17 @@ def exists(uri: str, pattern: bool = False) -> bool:
     """Whether there is a file or a folder of that very name.
 
     Args:
-        pattern: also accept a pattern that matches some files, as `list_files` does.
+        pattern: also accept a pattern that matches some files or folders, as `list_files` does.
 
     Raises:
         InputError: the storage can't say.
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
+    if found := pattern_of(uri):
+        with _asking(uri):
+            return pattern and bool(fs.glob(posixpath.join(escape(found[0]), found[1])))
     with _asking(uri):
-        if (found := _pattern(fs, path)) is not None:
-            return pattern and bool(_matches(fs, found))
         return _kind(fs, path) is not None
 
 
@@ -94,17 +97,35 @@ def _kind(fs: Any, path: str) -> str | None:
         return None
 
 
-def _pattern(fs: Any, path: str) -> str | None:
-    """The path as a pattern, from its first name on that could be one and is not there as it is; None for no such."""
-    for name in re.finditer("[^/]+", path):
-        if has_magic(name[0]) and _kind(fs, path[: name.end()]) is None:
-            return escape(path[: name.start()]) + path[name.start() :]
+def pattern_of(uri: str) -> tuple[str, str] | None:
+    """A path that is a pattern, as the folder before its first name with *, ? or [] in it, and the rest.
+
+    Returns:
+        None for other paths, and for one that is there as it stands.
+
+    Raises:
+        InputError: the storage can't say.
+    """
+    fs, path = open_fs(uri)
+    with _asking(uri):
+        for name in re.finditer("[^/]+", path):
+            if has_magic(name[0]) and _kind(fs, path[: name.end()]) is None:
+                folder = path[: name.start()]
+                return folder.rstrip("/") or folder, path[name.start() :]
     return None
 
 
-def _matches(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
-    found = fs.glob(pattern, detail=True)
-    return {name: info for name, info in found.items() if info["type"] != "directory"}
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Returns a function that says whether a pattern matches a name, or a folder in it.
+
+    Raises:
+        InputError: it is no pattern.
+    """
+    try:
+        match = re.compile(glob_translate(pattern)).match
+    except ValueError as error:
+        raise InputError(f"{pattern}: {one_line(error)}") from None
+    return lambda name: any(match(name[: end.start()]) for end in re.finditer("/|$", name))
 
 
 @contextlib.contextmanager
@@ -230,7 +251,7 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 
 def list_details(uri: str) -> dict[str, dict[str, Any]]:
-    """A file, every file below a folder, or, where neither is there, the files that a pattern with *, ? or [] matches.
+    """A file, every file below a folder, or, where neither is there, all of that for each match of a pattern.
 
     Returns:
         what the storage says of each (at least `size`), by its path in the file system that `open_fs` gives.
@@ -240,18 +261,32 @@ def list_details(uri: str) -> dict[str, dict[str, Any]]:
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()  # others write there too
+    pattern = pattern_of(uri)
     with _asking(uri):
-        if (pattern := _pattern(fs, path)) is not None:
-            found = _matches(fs, pattern)
-        elif (kind := _kind(fs, path)) == "file":
-            return {path: fs.info(path)}
-        elif kind:
-            return dict(fs.find(path, detail=True))
+        if pattern:
+            matches = dict(fs.glob(posixpath.join(escape(pattern[0]), pattern[1]), detail=True))
+        elif kind := _kind(fs, path):
+            matches = {path: {"type": kind} if kind != "file" else fs.info(path)}
         else:
-            found = {}
-        if not found:
+            matches = {}
+        if not matches:
             raise InputError(f"{uri}: no such file or folder")
+        found = {name: info for name, info in matches.items() if info["type"] != "directory"}
+        for folder in matches.keys() - found.keys():
+            if not any(str(above) in matches for above in PurePosixPath(folder).parents):
+                found |= fs.find(folder, detail=True)
         return found
+
+
+def list_folder(uri: str) -> dict[str, dict[str, Any]]:
+    """What the storage says of each file straight in a folder, by its name there.
+
+    Raises:
+        InputError: the folder can't be read.
+    """
+    fs, path = open_fs(uri)
+    with _asking(uri):
+        return {name(e["name"]): e for e in fs.ls(path, detail=True) if e["type"] != "directory"}
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:

@@ -20,7 +20,7 @@ from pipeline.cluster.session import connect, disconnect
 from pipeline.config import RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
-from pipeline.redact import one_line, redact, refuse_secrets
+from pipeline.redact import one_line, printable, redact, refuse_secrets
 from pipeline.tracking import address
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def main(
                 # While stdout still leads to stderr: what Ray's core says as it goes must not follow the result.
                 disconnect()
     except InputError as error:
-        print(f"{job}: {' '.join(redact(str(error)).split())}", file=sys.stderr)
+        print(f"{job}: {printable(' '.join(redact(str(error)).split()))}", file=sys.stderr)
         return 2
     except (Interrupted, JobFailed) as error:
         print(f"{job}: {redact(str(error))}", file=sys.stderr)

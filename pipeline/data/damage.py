@@ -1,30 +1,21 @@
 """Damaged files: good pixels are used whatever is broken beside them, and parts of an image never are."""
 
-import hashlib
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 
 from PIL import Image
 
-from pipeline.data.depth import opened, png_chunks
+from pipeline.data.depth import png_chunks
 from pipeline.data.formats import PNG, DecodeError
+from pipeline.data.jpeg_damage import all_blocks, repaired_jpeg, segment_end
 
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"eXIf", b"IDAT")
 _PNG_KNOWN = re.compile(rb"PLTE|tRNS|sBIT|eXIf|IDAT|IEND")
 _TRIES = 1000  # names of chunks that are looked at in what isn't one
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
-_JPEG_SEGMENT = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xdb\xdd\xe0-\xef\xfe]")
-_JPEG_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
-_JPEG_END = b"\xff\xd9"
-# Random bytes, and every beginning of three bits: where data is missing, some of them decode to other pixels.
-_FILLERS = tuple(
-    bytes([first << 5 | 0x13]) + hashlib.sha512(bytes([first])).digest().replace(b"\xff", b"\x5a")
-    for first in range(8)
-)
 _WEBP_PIXELS = (b"VP8X", b"ALPH", b"VP8 ", b"VP8L", b"ANIM", b"ANMF")
 _WEBP_KNOWN = re.compile(rb"VP8X|ALPH|VP8 |VP8L|ANIM|ANMF|EXIF")
 # Every tag that tells what the pixels are, and the orientation; the others tell of them.
@@ -59,7 +50,7 @@ def check_whole(kind: str, data: bytes, image: Image.Image, at_least: int) -> No
             raise DecodeError("PNG that ends before its last row")
     elif kind == "JPEG":
         # Missing blocks are grey.
-        if _last(image) in (128, (128, 128, 128)) and not _all_blocks(data, image, at_least):
+        if _last(image) in (128, (128, 128, 128)) and not all_blocks(data, image, at_least):
             raise DecodeError("JPEG that ends before its last pixels")
     elif kind == "JPEG2000" and not _all_tiles(data):
         raise DecodeError("JPEG 2000 that ends before its last tile")
@@ -129,159 +120,6 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def _repaired_jpeg(data: bytes) -> bytes | None:
-    found = _jpeg_header(data)
-    if found is None:
-        return None
-    header, start = found
-    whole = header + data[start:]
-    scans, end = _jpeg_scans(whole, len(header))
-    if end is not None:
-        return whole if whole != data else None
-    whole = whole.rstrip(b"\xff")
-    if not _has_all_scans(header, scans):
-        return None
-    pixels = {_jpeg_pixels(other) for other in _continued(whole, len(header), _FILLERS)}
-    return whole + _JPEG_END if len(pixels) == 1 and None not in pixels else None
-
-
-def _all_blocks(data: bytes, image: Image.Image, at_least: int) -> bool:
-    """Whether a JPEG file looks the same when other data follows: else some of its own is missing."""
-    found = _jpeg_header(data)
-    if found is None:
-        return True
-    start = found[1]
-    _, end = _jpeg_scans(data, start)
-    pixels, whole = image.tobytes(), data[:end]
-    return all(_jpeg_pixels(other, at_least) == pixels for other in _continued(whole, start, _FILLERS[:2]))
-
-
-def _continued(data: bytes, start: int, fillers: tuple[bytes, ...]) -> Iterator[bytes]:
-    """A JPEG file without its end, followed by other data each time; `start` is that of its first scan."""
-    markers = _JPEG_RESTART.findall(data, start)
-    restart = bytes([0xFF, 0xD0 + (markers[-1][1] + 1) % 8 if markers else 0xD0])
-    for filler in fillers:
-        yield data + filler + _JPEG_END
-    # Where a restart marker is next, all is skipped up to it.
-    for filler in fillers[:2]:
-        yield data + restart + filler + _JPEG_END
-
-
-def _jpeg_pixels(data: bytes, at_least: int = 0) -> bytes | None:
-    try:
-        return opened("JPEG", data, at_least).tobytes()
-    except Exception:
-        return None
-
-
-def _jpeg_header(data: bytes) -> tuple[bytes, int] | None:
-    """The segments before the first scan that matter to the pixels, and where that scan starts.
-
-    Segments of a wrong length are left out if they tell nothing of the pixels: the next one is searched for. None
-    where that fails.
-    """
-    kept, place, dead = [data[:2]], 2, set[int]()
-    while _is_marker(data, place):
-        marker, end = data[place + 1], _segment_end(data, place)
-        if marker == 0xDA:
-            return b"".join(kept), place
-        if end > place + 3 and _is_segment(data, end):
-            exif = marker == 0xE1 and data[place + 4 : place + 8] == b"Exif"
-            if marker < 0xE0 or marker in (0xE0, 0xEE) or exif:
-                kept.append(data[place:end])
-            place = end
-            continue
-        if marker < 0xE0 or marker == 0xEE:
-            return None
-        following = _next_segment(data, place + 4, dead)
-        if following is None or b"Adobe\0d" in data[place + 4 : following]:  # which tells of the colours
-            return None
-        place = following
-    return None
-
-
-def _next_segment(data: bytes, place: int, dead: set[int]) -> int | None:
-    """Where the header goes on after a segment of a wrong length; what a preview in it holds is passed over."""
-    while True:
-        starts = (match.start() for match in _JPEG_SEGMENT.finditer(data, place))
-        following = next((start for start in starts if _leads_to_scan(data, start, dead)), None)
-        if following is None:
-            return None
-        preview = data.find(b"\xff\xd8", place, following)
-        if preview < 0:
-            return following
-        place = data.find(_JPEG_END, preview) + 2
-        if place < 2:
-            return None
-
-
-def _is_marker(data: bytes, place: int) -> bool:
-    """Whether a segment starts there, as its first bytes say."""
-    if place + 4 > len(data) or data[place] != 0xFF:
-        return False
-    marker = data[place + 1]
-    return 0xC0 <= marker <= 0xCF or 0xDA <= marker <= 0xEF or marker == 0xFE
-
-
-def _is_segment(data: bytes, place: int) -> bool:
-    """Whether a whole segment is there."""
-    return _is_marker(data, place) and place + 4 <= _segment_end(data, place) <= len(data)
-
-
-def _segment_end(data: bytes, place: int) -> int:
-    """Where the next segment starts."""
-    end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    while data[end : end + 2] == b"\xff\xff":
-        end += 1
-    return end
-
-
-def _leads_to_scan(data: bytes, place: int, dead: set[int]) -> bool:
-    passed = list[int]()
-    while place not in dead and _is_segment(data, place):
-        if data[place + 1] == 0xDA:
-            return True
-        passed.append(place)
-        place = _segment_end(data, place)
-    dead.update(passed)
-    return False
-
-
-def _jpeg_scans(data: bytes, start: int) -> tuple[list[bytes], int | None]:
-    """The headers of a JPEG file's scans, and where its end marker is, or None."""
-    scans = list[bytes]()
-    while match := _JPEG_MARKER.search(data, start):
-        marker, start = match[0][-1], match.end()
-        if marker == 0xD9:
-            return scans, match.start()
-        if 0xC0 <= marker <= 0xFE and marker != 0xD8:
-            end = start + int.from_bytes(data[start : start + 2], "big")
-            if marker == 0xDA:
-                scans.append(data[start + 2 : end])
-            start = end
-    return scans, None
-
-
-def _has_all_scans(header: bytes, scans: list[bytes]) -> bool:
-    """Whether every coefficient of every component comes to its last bit."""
-    left = set[tuple[int, int]]()
-    place, progressive = 2, False
-    while place + 4 <= len(header):
-        marker, end = header[place + 1], _segment_end(header, place)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
-            components = header[place + 10 : end : 3]
-            left = {(component, k) for component in components for k in range(64)}
-        place = end
-    for scan in scans:
-        if len(scan) < 4 or len(scan) < 4 + 2 * scan[0]:
-            return False
-        first, last, bits = scan[1 + 2 * scan[0] :][:3] if progressive else (0, 63, 0)
-        if bits & 15 == 0:
-            left -= {(c, k) for c in scan[1 : 1 + 2 * scan[0] : 2] for k in range(first, last + 1)}
-    return bool(scans) and not left
-
-
 def _all_tiles(data: bytes) -> bool:
     """Whether every tile of a JPEG 2000 file is there, as long as it says."""
     return _tiles_end(data) is not None
@@ -293,7 +131,7 @@ def _tiles_end(data: bytes) -> int | None:
     width, height, _, _, tile_width, tile_height, x, y = struct.unpack_from(">8I", data, place + 6)
     wanted = -((x - width) // tile_width) * -((y - height) // tile_height)
     while data[place : place + 2] != b"\xff\x90":  # a tile's header
-        place = _segment_end(data, place)
+        place = segment_end(data, place)
         if place >= len(data):
             return None
     parts, seen = dict[int, int](), dict[int, int]()
@@ -361,6 +199,6 @@ def _repaired_tiff(data: bytes) -> bytes | None:
 
 
 _REPAIRS: dict[str, Callable[[bytes], bytes | None]] = {
-    "PNG": _repaired_png, "JPEG": _repaired_jpeg, "JPEG2000": _repaired_jpeg2000, "WEBP": _repaired_webp,
+    "PNG": _repaired_png, "JPEG": repaired_jpeg, "JPEG2000": _repaired_jpeg2000, "WEBP": _repaired_webp,
     "TIFF": _repaired_tiff,
 }  # fmt: skip

@@ -10,35 +10,21 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
+from pipeline.data.kept import Chunk, Decoded, record_uri, write_chunk
 from pipeline.data.manifest import PARTS
 from pipeline.data.sources.parts import Item, Part
 from pipeline.data.sources.splits import held_out
 from pipeline.data.sources.tree import Tree
 
-ROWS_PER_GROUP = 16  # few: a shard takes some rows of every chunk, and reads whole groups
 CHUNK_BYTES = 128 * 2**20  # of encoded images that are sorted at once
-SCHEMA = pa.schema(
-    [
-        ("key", pa.uint64()),  # place in the shuffled order
-        ("digest", pa.binary(32)),  # of the content as it was given
-        ("pixels", pa.binary(32)),  # of the pixels
-        ("count", pa.int64()),  # of the pixels
-        ("sum", pa.list_(pa.int64())),  # of the pixels, by channel
-        ("squares", pa.list_(pa.int64())),
-        ("label", pa.string()),
-        ("path", pa.string()),
-        ("image", pa.binary()),  # PNG
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -74,42 +60,6 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A file of decoded images.
-
-    Attributes:
-        file: its name below the output.
-        keys: the first key of each of its row groups.
-    """
-
-    file: str
-    keys: list[int]
-
-
-@dataclass
-class Decoded:
-    """What came of one part: `parts/KEY.json` beside its chunks.
-
-    Attributes:
-        split: the source's own split that it belongs to.
-        slot: its place in the source; see `slots_of`.
-        rows, held, bytes: images that can be used, those of them that are held out by their content, and what they
-            take.
-        labels: how many of the images that can be used have each label; 0 for one that only damaged images have.
-        bad: path and reason of each image that can't be used.
-    """
-
-    split: str
-    slot: str
-    chunks: list[Chunk] = field(default_factory=list)
-    rows: int = 0
-    held: int = 0
-    bytes: int = 0
-    labels: dict[str, int] = field(default_factory=dict)
-    bad: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Task:
     """One part to decode.
 
@@ -142,29 +92,6 @@ def key_of(part: Part, tree: Tree, pixels: Pixels) -> str:
     return hashlib.sha256(repr((part, versions, pixels)).encode(errors="surrogateescape")).hexdigest()[:40]
 
 
-def record_uri(output: str, key: str) -> str:
-    return storage.join(output, PARTS, f"{key}.json")
-
-
-def read_records(output: str) -> dict[str, Decoded]:
-    """The parts that earlier runs decoded, by key; those of which a file is missing or damaged are left out."""
-    folder = storage.join(output, PARTS)
-    if not storage.exists(folder):
-        return {}
-    there = {storage.name(file): file for file in storage.list_files(folder)}
-    files = [file for name, file in there.items() if name.endswith(".json") and len(name) == 45]
-    records = dict[str, Decoded]()
-    for file, data in storage.read_many(files).items():
-        try:
-            record = Decoded(**json.loads(data))
-        except (TypeError, ValueError):
-            continue
-        record.chunks = [Chunk(**chunk) for chunk in record.chunks]  # type: ignore[arg-type]
-        if all(storage.name(chunk.file) in there for chunk in record.chunks):
-            records[storage.name(file)[:40]] = record
-    return records
-
-
 def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> int:
     """Decodes one part, or takes its images from earlier runs, and writes its record last."""
     done, known = Decoded(task.part.split, task.slot), _known_rows(output, task.before)
@@ -172,7 +99,7 @@ def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> in
 
     def flush() -> None:
         file = f"{PARTS}/{task.key}-{len(done.chunks):03d}.parquet"
-        done.chunks.append(Chunk(file, _write_chunk(storage.join(output, file), waiting)))
+        done.chunks.append(Chunk(file, write_chunk(storage.join(output, file), waiting)))
         waiting.clear()
 
     for item in task.part.read():
@@ -234,15 +161,6 @@ def _known_rows(output: str, files: tuple[str, ...]) -> dict[bytes, dict[str, An
     return known
 
 
-def _write_chunk(file: str, rows: list[dict[str, Any]]) -> list[int]:
-    """Writes rows in the order of their keys; returns the first key of each row group."""
-    table = pa.Table.from_pylist(sorted(rows, key=lambda row: (row["key"], row["path"])), SCHEMA)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=ROWS_PER_GROUP, compression="none", write_statistics=False)
-    storage.write_atomic(file, buffer.getvalue())
-    return [int(table["key"][i].as_py()) for i in range(0, table.num_rows, ROWS_PER_GROUP)]
-
-
 def slots_of(parts: tuple[Part, ...], pixels: Pixels) -> list[str]:
     """The place of each part in the source: where one starts with the other, an older part may hold the same images.
 
@@ -254,22 +172,3 @@ def slots_of(parts: tuple[Part, ...], pixels: Pixels) -> list[str]:
         counts[part.names[0]] += 1
         slots.append(f"{pixels}|{slot}")
     return slots
-
-
-def rows_between(uri: str, keys: list[int], first: int, last: int) -> pa.Table:
-    """Rows of a chunk with keys in [first, last), from the row groups that may hold some.
-
-    Args:
-        uri: of the chunk.
-        keys: see `Chunk`.
-    """
-    ends = [*keys[1:], 2**64]
-    groups = [n for n, (low, high) in enumerate(zip(keys, ends, strict=True)) if low < last and high >= first]
-    if not groups:
-        return SCHEMA.empty_table()
-    fs, path = storage.open_fs(uri)
-    # Without s3fs's blocks of 50 MiB: pyarrow asks for exactly what it needs.
-    with fs.open(path, "rb", **({} if storage.is_local(uri) else {"cache_type": "none"})) as file:
-        table = pq.ParquetFile(file, pre_buffer=True).read_row_groups(groups)
-    there = table["key"].to_numpy()
-    return table.filter(pa.array((there >= first) & (there < last)))

@@ -3,22 +3,69 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.config import ImageConfig
-from pipeline.data.manifest import FORMAT, PARTS, SHARDS, SPLITS, Manifest, Shard, Split
+from pipeline.data.manifest import (
+    FORMAT,
+    IGNORED,
+    MANIFEST,
+    PARTS,
+    QUARANTINE,
+    SHARDS,
+    SPLITS,
+    Manifest,
+    Shard,
+    Split,
+)
 from pipeline.data.shuffle import ShardTask
 from pipeline.data.sources.registry import Opened
+from pipeline.redact import printable
 from pipeline.versions import VERSIONS
 
 
-def write_list(output: str, name: str, entries: list[dict[str, str]]) -> None:
+def write_list(uri: str, entries: Iterable[dict[str, str]]) -> None:
     """Writes a list of names and reasons, one JSON object a line."""
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    storage.write_atomic(storage.join(output, name), lines.encode())
+    shown = ({key: printable(value) for key, value in entry.items()} for entry in entries)
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in shown)
+    storage.write_atomic(uri, lines.encode())
+
+
+def remove_manifest(output: str) -> None:
+    """Takes the manifest away before what it speaks of is changed; the dataset is unfinished from then on."""
+    if storage.exists(manifest := storage.join(output, MANIFEST)):
+        storage.remove(manifest)
+
+
+def finish(
+    output: str,
+    keys: set[str],
+    tasks: list[ShardTask],
+    manifest: Manifest,
+    bad: list[dict[str, str]],
+    ignored: dict[str, str],
+) -> None:
+    """Writes the lists, the card and, last, the manifest of shards that are all written; deletes what is left over.
+
+    Args:
+        keys: of the decoded parts that stay.
+        bad: path and reason of each image that can't be used.
+        ignored: files that are no data, with the reason.
+    """
+    content = json.dumps(asdict(manifest), indent=1).encode()
+    place = storage.join(output, MANIFEST)
+    if storage.exists(place) and storage.read_bytes(place) != content:
+        remove_manifest(output)
+    _sweep(output, keys, tasks, manifest)
+    write_list(storage.join(output, QUARANTINE), bad)
+    write_list(storage.join(output, IGNORED), ({"path": k, "reason": v} for k, v in ignored.items()))
+    storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
+    storage.write_atomic(place, content)
 
 
 def make_manifest(
@@ -60,7 +107,7 @@ def make_manifest(
     )
 
 
-def card(manifest: Manifest) -> str:
+def _card(manifest: Manifest) -> str:
     """A dataset card, by which `datasets` knows the splits."""
     files = "".join(f"  - split: {name}\n    path: data/{name}-*.parquet\n" for name in manifest.splits)
     counts = ", ".join(f"{split.rows:,} in {name}" for name, split in manifest.splits.items())
@@ -71,12 +118,8 @@ def card(manifest: Manifest) -> str:
     )
 
 
-def sweep(output: str, keys: set[str], tasks: list[ShardTask], manifest: Manifest) -> None:
-    """Deletes what earlier runs on another state of the source left.
-
-    Args:
-        keys: of the decoded parts that stay.
-    """
+def _sweep(output: str, keys: set[str], tasks: list[ShardTask], manifest: Manifest) -> None:
+    """Deletes what earlier runs on another state of the source left."""
     shards = [shard.file for split in manifest.splits.values() for shard in split.shards]
     # By name: a store may spell a URI otherwise than it was given, such as one that ends in a /.
     current = {storage.name(file) for file in (*shards, *(task.record(output) for task in tasks))}
@@ -84,5 +127,6 @@ def sweep(output: str, keys: set[str], tasks: list[ShardTask], manifest: Manifes
         name = storage.name(uri)
         decoded = re.fullmatch(r"([0-9a-f]{40})(-\d{3}\.parquet|\.json)", name)
         shard = re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{5}}\.(parquet|shard)", name)
-        if (decoded and decoded[1] not in keys) or (shard and name not in current):
+        # Also the list of a run that was refused.
+        if (decoded and decoded[1] not in keys) or (shard and name not in current) or name == QUARANTINE:
             storage.remove(uri)

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from PIL import Image, features
 
-from pipeline.data import damage, depth
+from pipeline.data import damage, depth, scaling
 from pipeline.data.formats import FORMATS, DecodeError, sniff, told_by_all
 from pipeline.redact import one_line
 
@@ -83,7 +83,7 @@ def fit(data: Encoded, size: int, channels: int, background: Colour = (255, 255,
 def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
     if box != (0, 0, *size):
         # Pillow weighs colours by alpha where there is one.
-        image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=depth.GAP)
+        image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=scaling.GAP)
     elif image.size != size:
         image = image.crop((0, 0, *size))
     pixels = np.asarray(image, dtype=np.uint8)
@@ -155,7 +155,7 @@ def _words(kind: str, error: Exception) -> str:
 
 
 def _read(kind: str, data: bytes, at_least: int) -> Image.Image:
-    file = depth.opened(kind, data, at_least)
+    file = scaling.opened(kind, data, at_least)
     _check_size(file.width, file.height)
     image = depth.load(kind, data, file)
     _check_size(image.width, image.height)  # an icon tells its size once more

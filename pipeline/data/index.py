@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import ImageConfig, Reading
-from pipeline.data.labels import class_numbers
+from pipeline.data.labels import class_numbers, unknown_label
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
 from pipeline.data.scan import Scan, scan
 from pipeline.data.sources.parquet import ParquetPart
@@ -66,9 +66,9 @@ class DatasetIndex:
 
 
 def row_group(uri: str, number: int, rows: int) -> Group:
-    """All of one row group of a Parquet file."""
+    """All of one row group of a file that jobs/prepare.py or jobs/generate.py wrote."""
     folder, _, name = uri.rpartition("/")
-    return Group(ParquetPart(folder, (name,), start=number, count=1), rows)
+    return Group(ParquetPart(folder, (name,), start=number, count=1, prepared=True), rows)
 
 
 @dataclass(frozen=True)
@@ -202,23 +202,24 @@ def _open_source(uri: str, image_size: int, reading: Reading, split: tuple[str, 
 
 def _groups(found: Scan) -> tuple[dict[str, list[Group]], dict[str, list[bytes]], list[dict[str, str]]]:
     """The groups of each split, the hash of each image in them with its label, and what can't be used."""
-    number_of, classes = class_numbers(found.classes), len(found.classes)
+    number_of = class_numbers(found.classes)
     bad = [{"path": path, "reason": reason} for path, reason in found.opened.listing.bad.items()]
     groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
     digests: dict[str, list[bytes]] = {name: [] for name in SPLITS}
     for scanned in found.parts:
         labels: dict[str, dict[int, int]] = {name: {} for name in SPLITS}  # by place in the part
-        role = found.opened.roles[scanned.part.split]
+        role, unknown = found.opened.roles[scanned.part.split], list[int]()
         for place, (digest, label) in enumerate(zip(scanned.digests, scanned.labels, strict=True)):
             if place in scanned.bad:
                 bad.append(scanned.bad[place])
             elif (number := number_of(label)) is None:
-                reason = f"label {label!r} is not among the {classes} classes"
-                bad.append({"path": f"{scanned.part.base}/{place}", "reason": reason})
+                unknown.append(place)
             else:
                 name = role or SPLITS[held_out(digest, VALIDATION_FRACTION)]
                 labels[name][place] = number
                 digests[name].append(hashlib.sha256(digest + str(label).encode()).digest())
+        for item in scanned.part.read(unknown) if unknown else ():  # for their paths
+            bad.append({"path": item.path, "reason": unknown_label(item.label, found.classes)})
         for name, mine in labels.items():
             if mine:
                 kept = None if len(mine) == len(scanned.digests) else tuple(mine)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 MOST_UNNAMED_CLASSES = 100_000
 UNPUBLISHED = "-1"  # what data sets hold in place of labels that are kept back
@@ -66,7 +67,7 @@ def class_text(value: Any, names: tuple[str, ...] = ()) -> tuple[str | None, str
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
@@ -117,6 +118,12 @@ def class_numbers(classes: tuple[str, ...]) -> Callable[[str | None], int | None
         return numbers.get(label)
 
     return number
+
+
+def unknown_label(label: str | None, classes: tuple[str, ...]) -> str:
+    """Why an image can't be used whose label is no class."""
+    known = f"not among the {len(classes)} classes" if classes else "not a class number"
+    return f"label {label!r} is {known}"
 
 
 def stored_numbers(column: pa.ChunkedArray) -> pa.Array:

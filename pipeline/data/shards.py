@@ -6,30 +6,18 @@ and gives the bytes that a run from nothing would give.
 """
 
 import hashlib
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
-
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool, in_process
 from pipeline.config import ImageConfig, Source, check_at_least, to_dict
-from pipeline.data.decoded import (
-    Decoded,
-    DecodeParts,
-    Pixels,
-    Task,
-    key_of,
-    read_records,
-    slots_of,
-)
-from pipeline.data.finish import card, make_manifest, sweep, write_list
-from pipeline.data.labels import class_numbers, names_of_all
+from pipeline.data.decoded import DecodeParts, Pixels, Task, key_of, slots_of
+from pipeline.data.finish import finish, make_manifest, remove_manifest, write_list
+from pipeline.data.kept import Decoded, labels_of, read_records, unknown_labels
+from pipeline.data.labels import names_of_all
 from pipeline.data.manifest import (
-    IGNORED,
     MANIFEST,
     PARTS,
     QUARANTINE,
@@ -132,20 +120,25 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
             )
         write_claim(output, UNFINISHED, settings)
     records = _decode(config, opened, image, output)
-    first, labels = _labels(records)
+    first, labels = labels_of(records)
     classes = opened.listing.classes or names_of_all(labels, first)
-    bad = _bad(opened, records, classes, output)
-    write_list(output, QUARANTINE, bad)
-    write_list(output, IGNORED, [{"path": k, "reason": v} for k, v in opened.listing.ignored.items()])
+    bad = [{"path": path, "reason": reason} for path, reason in opened.listing.bad.items()]
+    bad += [entry for record in records.values() for entry in record.bad]
+    bad += unknown_labels(records, classes, output)
+    bad.sort(key=lambda entry: (entry["path"], entry["reason"]))
     given = len(opened.listing.bad) + sum(record.rows + len(record.bad) for record in records.values())
     good = given - len(bad)
     if not given:
         raise InputError(f"--input {config.input}: holds no images")
     if not good or len(bad) > config.max_bad_fraction * given:
+        # Beside a manifest lies what that says: the list of a run that is refused does not replace it.
+        finished = storage.exists(storage.join(output, MANIFEST))
+        listed = storage.join(output, PARTS, QUARANTINE) if finished else storage.join(output, QUARANTINE)
+        write_list(listed, bad)
         named = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in bad[:NAMED_BAD_IMAGES])
         raise InputError(
             f"{len(bad)} of {given} images can't be used, more than --max-bad-fraction "
-            f"{config.max_bad_fraction:g} allows; all are listed in {storage.join(output, QUARANTINE)}: {named}"
+            f"{config.max_bad_fraction:g} allows; all are listed in {listed}: {named}"
         )
     roles = opened.roles
     signature = hashlib.sha256(
@@ -154,9 +147,7 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
     tasks = shard_tasks(list(records.values()), roles, config.rows_per_shard, signature)
     _shuffle(config, records, roles, classes, image, tasks, output)
     manifest = make_manifest(opened, image, classes, tasks, len(bad), settings, output)
-    sweep(output, set(records), tasks, manifest)
-    storage.write_atomic(storage.join(output, "README.md"), card(manifest).encode())
-    storage.write_atomic(storage.join(output, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
+    finish(output, set(records), tasks, manifest, bad, opened.listing.ignored)
     counts = {name: split.rows for name, split in manifest.splits.items()}
     print(f"prepare: {opened.describe(counts, manifest.image['classes'], bad)}", file=sys.stderr, flush=True)
     return manifest
@@ -205,31 +196,6 @@ def _overlap(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def _labels(records: dict[str, Decoded]) -> tuple[str, list[str]]:
-    """The first label in the source's order (a number where there is none), and all of them."""
-    labels = dict.fromkeys(label for record in records.values() for label in record.labels)
-    return next(iter(labels), "0"), list(labels)
-
-
-def _bad(
-    opened: Opened, records: dict[str, Decoded], classes: tuple[str, ...], output: str
-) -> list[dict[str, str]]:
-    """Path and reason of everything that should be an image and can't be used, in the order of the paths."""
-    bad = [{"path": path, "reason": reason} for path, reason in opened.listing.bad.items()]
-    number_of = class_numbers(classes)
-    reason = f"not among the {len(classes)} classes" if classes else "not a class number"
-    for record in records.values():
-        bad += record.bad
-        if unknown := [label for label in record.labels if number_of(label) is None]:
-            for chunk in record.chunks:
-                fs, path = storage.open_fs(storage.join(output, chunk.file))
-                with fs.open(path, "rb") as file:
-                    table = pq.read_table(file, columns=["path", "label"])
-                for row in table.filter(pc.field("label").isin(unknown)).to_pylist():
-                    bad.append({"path": row["path"], "reason": f"label {row['label']!r} is {reason}"})
-    return sorted(bad, key=lambda entry: (entry["path"], entry["reason"]))
-
-
 def _shuffle(
     config: PrepareConfig,
     records: dict[str, Decoded],
@@ -244,8 +210,7 @@ def _shuffle(
     missing = [task for task in tasks if not is_written(task, output, sizes)]
     if not missing:
         return
-    if storage.exists(manifest := storage.join(output, MANIFEST)):
-        storage.remove(manifest)  # it says that the shards are whole
+    remove_manifest(output)
     chunks = tuple((roles[record.split], chunk) for record in records.values() for chunk in record.chunks)
     work = WriteShards(
         chunks, classes, config.validation_fraction, config.rows_per_group, image.channels, output

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.decoded import Chunk, Decoded, rows_between
+from pipeline.data.kept import Chunk, Decoded, rows_between
 from pipeline.data.labels import class_numbers
 from pipeline.data.manifest import PARTS, SHARDS, Shard
 from pipeline.data.shard_writer import ShardWriter, shard_schema

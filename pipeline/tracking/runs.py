@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import InputError
-from pipeline.redact import one_line, redact
+from pipeline.redact import one_line, printable, redact
 from pipeline.tracking import address
 from pipeline.tracking.address import tracking_uri
 
@@ -63,7 +63,9 @@ def start_run(
         nested = {"mlflow.parentRunId": parent} if parent else {}
         experiment_id = _raced(lambda: _experiment_id(client, experiment))
         run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
-        values = [Param(key, redact(str(value))[:6000]) for key, value in sorted(_flat(params).items())]
+        values = [
+            Param(key, printable(redact(str(value)))[:6000]) for key, value in sorted(_flat(params).items())
+        ]
         for i in range(0, len(values), _PARAMS_A_CALL):
             client.log_batch(run.info.run_id, params=values[i : i + _PARAMS_A_CALL])
     except (MlflowException, OSError) as error:

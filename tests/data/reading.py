@@ -1,5 +1,6 @@
 """Sources read whole, with an eye on every file that was given."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from pipeline.config import Source
 from pipeline.data.sources.parts import Item, Request
 from pipeline.data.sources.registry import Opened, open_source
-from pipeline.data.sources.tree import printable
+from pipeline.redact import printable
 from tests.data.common import encode, picture
 
 PNG = encode(picture(0))
@@ -44,3 +45,11 @@ def labels(uri: Path | str, **request: Any) -> dict[str, str | None]:
 def splits(found: Opened) -> Counter[str]:
     """Images of each split."""
     return Counter(part.split for part in found.listing.parts for _ in part.read())
+
+
+def listed(output: Path, name: str = "quarantine.jsonl") -> dict[str, str]:
+    """Names and reasons in a list of what jobs/prepare.py left out."""
+    entries = [
+        json.loads(line) for line in (output / name).read_text().removesuffix("\n").split("\n") if line
+    ]
+    return {entry["path"]: entry["reason"] for entry in entries}

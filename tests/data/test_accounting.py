@@ -12,8 +12,8 @@ import pytest
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import Opened, open_source
-from pipeline.data.sources.tree import printable
 from pipeline.errors import InputError
+from pipeline.redact import printable
 from tests.data.common import encoded, write_folder, write_parquet, write_tars
 
 IMAGES = encoded(40)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.data.sources import zip_members
-from pipeline.data.sources.tree import printable
 from pipeline.errors import InputError
+from pipeline.redact import printable
 from tests.data.reading import PNG, labels, opened, put
 from tests.data.test_archives import IMAGES, classes_of, pack
 

@@ -172,7 +172,7 @@ def test_an_archive_beside_image_files(tmp_path: Path) -> None:
     pack(tmp_path / "docs.zip", {"a.txt": b"words" * 10_000, "b.txt": b"more"}, zipfile.ZIP_STORED)
     found, items = opened(tmp_path)
     assert not is_zip(open_tree(str(tmp_path))) and found.source == "folder" and len(items) == 2
-    assert found.listing.ignored == {"docs.zip": "an archive beside image files: --source zip reads it"}
+    assert found.listing.ignored == {"docs.zip": "an archive beside --source folder"}
     pack(tmp_path / "all.zip", classes_of(count=60), zipfile.ZIP_STORED)
     found, items = opened(tmp_path)
     assert found.source == "zip" and len(items) == 60

@@ -158,7 +158,7 @@ def test_files_of_others(tmp_path: Path, write: Callable[[Path, dict[str, Any]],
     assert [item.data for item in items(found)] == IMAGES[:5] + IMAGES
     assert [item.label for item in items(found)] == WORDS[:5] + WORDS
     assert found.classes == ("cat", "dog")
-    assert {(part.base.partition(".")[0], part.split) for part in found.parts} == {
+    assert {(part.names[0].partition(".")[0], part.split) for part in found.parts} == {
         ("test", "test"),
         ("train", "train"),
     }

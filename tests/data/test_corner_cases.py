@@ -103,6 +103,33 @@ def test_an_input_that_the_output_would_overwrite_is_refused(place: str, tmp_pat
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("pattern", ["*", "o*", "**", "[a-z]*"])
+@pytest.mark.parametrize("store", ["", "memory://"])
+def test_an_output_that_a_pattern_of_the_input_would_match_is_refused(
+    store: str, pattern: str, tmp_path: Path
+) -> None:
+    root = f"{store}{tmp_path}"
+    for i, data in enumerate(IMAGES[:5]):
+        storage.write_atomic(f"{root}/old/{i}.png", data)
+    for output in ("out", "out/deeper"):
+        with pytest.raises(
+            InputError, match=r"^--output \S+ lies inside of --input \S+: choose a folder beside it$"
+        ):
+            run(f"{root}/{pattern}", f"{root}/{output}")
+    assert sum(split.rows for split in run(f"{root}/old/*.png", f"{root}/old/out").splits.values()) == 5
+    storage.remove_folder(root)
+
+
+@pytest.mark.parametrize("given", ["", "*", "p*"])
+def test_prepared_data_in_a_folder_that_is_given_is_read_once(given: str, tmp_path: Path) -> None:
+    run(write_folder(tmp_path / "in", IMAGES[:30]), tmp_path / "all" / "prepared")
+    splits = open_splits(f"{tmp_path / 'all'}/{given}".rstrip("/"), 12)
+    assert {name: index.rows for name, index in splits.indexes.items()} == {
+        name: index.rows for name, index in open_splits(str(tmp_path / "all" / "prepared")).indexes.items()
+    }
+    assert "what jobs/prepare.py keeps for its next run" in splits.found
+
+
 @pytest.mark.parametrize("output", ["memory://{}/out", "memory:///{}/out", "memory://{}/out/"])
 def test_the_shards_stay_however_the_store_spells_the_output(output: str, tmp_path: Path) -> None:
     output = output.format(tmp_path.name)

@@ -15,8 +15,9 @@ from pipeline.data.labels import class_numbers
 from pipeline.data.sources.folder import is_folder
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import open_source
-from pipeline.data.sources.tree import open_tree, printable
+from pipeline.data.sources.tree import open_tree
 from pipeline.errors import InputError
+from pipeline.redact import printable
 from tests.data.common import encode, picture
 from tests.data.reading import PNG, labels, opened, put, splits
 

@@ -69,7 +69,7 @@ def test_side_files_are_no_data(tmp_path: Path, columns: dict[str, Any]) -> None
     write(tmp_path / "b" / "train.parquet", {"image": structs(), "label": NUMBERS})
     found = listing(tmp_path)
     assert [item.data for item in items(found)] == IMAGES
-    assert found.ignored == {"00000.parquet": SIDE, "00001.parquet": SIDE}
+    assert found.ignored == {"00000.parquet": SIDE, "00001.parquet": "holds no rows"}
     assert found.used == {"b/train.parquet"} and not found.bad
 
 
@@ -84,8 +84,11 @@ def test_files_that_differ_have_the_same_columns_or_are_named(tmp_path: Path, na
     assert [item.data for item in items(found)] == IMAGES * 3
     assert [item.label for item in items(found)] == [*map(str, NUMBERS)] * 2 + [None] * COUNT
     assert found.classes == ("0", "1")
-    assert found.used == {f"{i}.parquet" for i in range(4)}
-    assert found.ignored == {"4.parquet": f"Parquet that has its images in scan, the other files in {name}"}
+    assert found.used == {f"{i}.parquet" for i in range(3)}
+    assert found.ignored == {
+        "3.parquet": "holds no rows",
+        "4.parquet": f"Parquet that has its images in scan, the other files in {name}",
+    }
     assert len({item.path for item in items(found)}) == 3 * COUNT
 
 
@@ -154,9 +157,9 @@ def test_a_file_that_is_none_is_bad_and_the_others_are_read(
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (PermissionError(13, "Permission denied"), "can't be read: Permission denied"),
-        (FileNotFoundError(2, "No such file or directory"), "can't be read: No such file or directory"),
-        (PermissionError("Access Denied"), "can't be read: PermissionError"),
+        (PermissionError(13, "Permission denied"), "can't be read: permission denied"),
+        (FileNotFoundError(2, "No such file or directory"), "can't be read: it is not there any more"),
+        (PermissionError("Access Denied"), "can't be read: permission denied"),
     ],
 )
 def test_a_file_that_may_not_be_read_is_bad(
@@ -222,7 +225,10 @@ def test_text_that_is_no_utf8_has_replacement_characters(tmp_path: Path) -> None
     assert found.classes == ("b", "�a")
     assert [item.label for item in items(found)] == ["�a", "b"] * (COUNT // 2)
     assert {item.path[-2:] for item in items(found)} == {"�a", "/b"}
-    assert found.parts[0].table(np.array([0, 1]))["path"].to_pylist() == ["�a", "b"]
+    assert found.parts[0].table(np.array([0, 1]))["path"].to_pylist() == [
+        "a.parquet/0/000000/�a",
+        "a.parquet/0/000001/b",
+    ]
 
 
 @pytest.mark.parametrize(

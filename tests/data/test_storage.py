@@ -129,9 +129,10 @@ def test_what_is_not_there_by_its_name_may_be_a_pattern(root: str) -> None:
         storage.write_atomic(f"{root}/{name}/x1.bin", b"")
     assert storage.list_files(f"{root}/a[12]/*.bin") == [f"{root}/a{n}/x1.bin" for n in (1, 2)]
     assert storage.list_files(f"{root}/b[1]/x[1].bin") == [f"{root}/b[1]/x1.bin"]
+    assert storage.list_files(f"{root}/a?") == [f"{root}/a{n}/x1.bin" for n in (1, 2)]
     assert storage.exists(f"{root}/a[12]/*", pattern=True) and not storage.exists(f"{root}/a[12]/*")
     assert not storage.exists(f"{root}/a[34]/*", pattern=True)
-    for nothing in ("a[34]/*", "a?", "c"):  # folders are no files
+    for nothing in ("a[34]/*", "c"):
         with pytest.raises(InputError, match="no such file or folder"):
             storage.list_files(f"{root}/{nothing}")
 

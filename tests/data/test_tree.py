@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.sources.splits import split_folders, split_of_word, splits_of_files
-from pipeline.data.sources.tree import is_hidden, open_tree, printable
+from pipeline.data.sources.tree import is_hidden, open_tree
 from pipeline.errors import InputError
+from pipeline.redact import printable
 from tests.data.reading import put
 
 
@@ -144,10 +145,10 @@ def test_folders_that_are_splits(folders: list[str], level: str, found: dict[str
 def test_files_beside_folders_that_are_splits() -> None:
     assert split_folders(["1.png", "train/2.png", "test/3.png"]) == ("", {"train": "train", "test": "test"})
     assert (
-        split_folders(["1.png", "train/2.png"])
-        == ("", {})
-        == split_folders(["1.png", "val/2.png", "test/3.png"])
+        split_folders(["1.png", "train/2.png"]) == ("", {}) == split_folders(["1.png", "2.png", "val/3.png"])
     )
+    assert split_folders(["1.png", "train/2.png", "train/3.png"]) == ("", {"train": "train"})
+    assert split_folders(["1.png", "val/2.png", "test/3.png"])[1] == {"val": "validation", "test": "test"}
     assert split_folders([]) == ("", {}) == split_folders(["1.png"])
     assert split_folders([f"{'a/' * 1500}train/1.png", f"{'a/' * 1500}test/1.png"])[1] == {
         "train": "train",

@@ -3,7 +3,6 @@
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,27 +13,26 @@ from pipeline import storage
 from pipeline.data.sources.arrow_files import forget_open_files, opened, schema_of, walk
 from pipeline.data.sources.cells import (
     Columns,
-    images_of,
     is_list,
     items_of,
-    name_beside,
     one_form,
     read_beside,
 )
-from pipeline.data.sources.columns import choose, is_source
-from pipeline.data.sources.fetch import THREADS
+from pipeline.data.sources.columns import choose
+from pipeline.data.sources.fetch import fault_of_file
 from pipeline.data.sources.label_columns import name_labels
 from pipeline.data.sources.look import Look, features_of, files_beside, lies_beside
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
 from pipeline.data.sources.splits import split_of_word, splits_of_files
-from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.tables import are_source, look_at_all, names_beside
+from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 SUFFIXES = (".arrow", ".feather")
 _STATE, _ABOUT, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _INDICES = ("_indices_files", "_indices_data_files")
 _CACHE = "cache-"
-_FIRST = 32  # files to look into before all others
 _ROWS = 64
 
 
@@ -131,8 +129,8 @@ def _read_json(tree: Tree, name: str, found: _Found) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(storage.read_bytes(tree.uri(name)))
-    except (FileNotFoundError, PermissionError) as error:
-        found.bad[name] = f"can't be read: {error.strerror or type(error).__name__}"
+    except OSError as error:
+        found.bad[name] = fault_of_file(error, tree.uri(name))
         return {}
     except ValueError as error:
         found.bad[name] = f"damaged: {error}"
@@ -142,20 +140,14 @@ def _read_json(tree: Tree, name: str, found: _Found) -> dict[str, Any]:
 
 
 def is_arrow(tree: Tree) -> bool:
-    """Whether some Arrow file holds images (see `columns.is_source`), or none of them can be opened."""
+    """Whether Arrow files are the source (see `tables.are_source`), or are to be refused."""
     if not any(name.lower().endswith(SUFFIXES) for name in tree.files):
         return False
     try:
         found = _find(tree)
     except InputError:
         return True
-    names, opened_any = list(found.data), False
-    for some in (names[:_FIRST], names[_FIRST:]):
-        looks, _ = _look_at_all(tree, found, some)
-        opened_any = opened_any or bool(looks)
-        if is_source(looks):
-            return True
-    return bool(names) and not opened_any
+    return are_source(tree, list(found.data), partial(_look_at, tree, found))
 
 
 def list_arrow(tree: Tree, request: Request) -> SourceListing:
@@ -166,7 +158,7 @@ def list_arrow(tree: Tree, request: Request) -> SourceListing:
     """
     forget_open_files()
     found = _find(tree)
-    looks, bad = _look_at_all(tree, found, list(found.data))
+    looks, bad = look_at_all(partial(_look_at, tree, found), found.data)
     choice = choose(looks, request, "Arrow")
     looks = [look for look in looks if look.name in choice.columns]
     rows = {look.name: _count(tree, look, choice.columns[look.name], bad) for look in looks}
@@ -194,24 +186,12 @@ def list_arrow(tree: Tree, request: Request) -> SourceListing:
     )
 
 
-def _look_at_all(tree: Tree, found: _Found, names: list[str]) -> tuple[list[Look], dict[str, str]]:
-    """The files that can be opened, and the others with the reason."""
-    looks, bad = list[Look](), dict[str, str]()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for name, look in zip(names, pool.map(partial(_look_at, tree, found), names), strict=True):
-            if isinstance(look, str):
-                bad[name] = look
-            else:
-                looks.append(look)
-    return looks, bad
-
-
 def _look_at(tree: Tree, found: _Found, name: str) -> Look | str:
     uri = tree.uri(name)
     try:
         schema = schema_of(uri)
-    except (FileNotFoundError, PermissionError) as error:
-        return f"can't be read: {error.strerror or type(error).__name__}"
+    except OSError as error:
+        return fault_of_file(error, uri)
     except InputError as error:
         return str(error).removeprefix(f"{uri}: ")
 
@@ -244,8 +224,7 @@ def _named_beside(tree: Tree, look: Look, image: str, per_part: int) -> dict[int
         if pa.types.is_struct(kind) and not array.flatten()[kind.get_field_index("bytes")].null_count:
             at += len(array)
             continue
-        for row in images_of(array):
-            others = (name_beside(look.name, path) for data, path in row if data is None and path)
-            named.setdefault(at // per_part, set()).update(other for other in others if other in tree.files)
+        for names in names_beside(tree, look.name, array):
+            named.setdefault(at // per_part, set()).update(names)
             at += 1
     return named

@@ -12,8 +12,8 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data.labels import class_text
 from pipeline.data.sources.parts import Item
-from pipeline.data.sources.tree import printable
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 NO_IMAGE = "the row holds no image"
 ELSEWHERE = "its path leads out of the folder of the file that names it: not followed"
@@ -201,6 +201,12 @@ def read_beside(root: str, file: str, path: str) -> tuple[bytes, str]:
         return b"", f"its file {printable(name)} can't be read: {words}"
 
 
+def named(place: str, own: str | None) -> str:
+    """The path of an image in a row: the place of the row in the source, and the own name of the image if it has one."""
+    own = posixpath.basename(own.replace("\\", "/")) if own else ""
+    return printable(f"{place}/{own}" if own else place)
+
+
 def items_of(
     images: pa.Array,
     labels: pa.Array | None,
@@ -222,13 +228,11 @@ def items_of(
         items = []
         for k, (data, path) in enumerate(row):
             name = f"{place}/{k}" if len(row) > 1 else place
-            own = posixpath.basename(path.replace("\\", "/")) if path else ""
             reason = ""
             if data is None and path:
                 data, reason = beside(path)
             elif data is None:
                 reason = NO_IMAGE
             reason = reason or unfit
-            name = printable(f"{name}/{own}" if own else name)
-            items.append(Item(name, b"" if reason else data or b"", label, reason))
+            items.append(Item(named(name, path), b"" if reason else data or b"", label, reason))
         yield items or [Item(printable(place), b"", label, NO_IMAGE)]

@@ -9,10 +9,12 @@ from pipeline import storage
 from pipeline.data.labels import class_text
 from pipeline.data.sources.fetch import refusing
 from pipeline.data.sources.label_columns import NO_LABELS
+from pipeline.data.sources.loose import outweigh_images
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing
 from pipeline.data.sources.records import Records, to_pixels
-from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.tree import Tree, with_beside
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
@@ -38,6 +40,13 @@ class _Kind:
         return self.labels + _PIXELS
 
 
+_OTHERS = {
+    "batches.meta.txt": "names of classes that no file beside it has",
+    "fine_label_names.txt": "names of classes that no file beside it has",
+    "coarse_label_names.txt": "names of the coarse classes: the fine ones are read",
+    "batches.meta": "names of the classes as a pickle, which is never opened",
+    "meta": "names of the classes as a pickle, which is never opened",
+}
 _CIFAR_10 = _Kind(1, 10, "batches.meta.txt")
 _CIFAR_100 = _Kind(2, 100, "fine_label_names.txt")
 
@@ -67,8 +76,16 @@ class CifarPart(Part):
 
 
 def is_cifar(tree: Tree) -> bool:
-    """Whether there are CIFAR's binary files, by their names; train.bin needs their length or the classes."""
-    return any(_kind(tree, name) for name in tree.files)
+    """Whether there are CIFAR's binary files, by their names, no less than the image files beside them.
+
+    A train.bin needs their length, or the names of the classes beside it.
+    """
+    return outweigh_images(tree, [name for name in tree.files if _kind(tree, name)])
+
+
+def is_cifar_name(base: str) -> bool:
+    """Whether a file may be one of CIFAR's, by its name without folders."""
+    return bool(_TEN.fullmatch(base)) or base in _HUNDRED
 
 
 def _kind(tree: Tree, name: str) -> _Kind | None:
@@ -85,6 +102,7 @@ def list_cifar(tree: Tree, request: Request) -> SourceListing:
     Raises:
         InputError: a file is cut short or something else; the classes of several files differ.
     """
+    tree = with_beside(tree, lambda name: posixpath.basename(name) in (_CIFAR_10.names, _CIFAR_100.names))
     kinds = {name: kind for name in tree.files if (kind := _kind(tree, name))}
     if len(set(kinds.values())) > 1:
         raise InputError(f"{tree.root}: holds CIFAR-10 and CIFAR-100: give the folder of one of them")
@@ -104,7 +122,9 @@ def list_cifar(tree: Tree, request: Request) -> SourceListing:
             count = min(request.images_per_part, records.count - start)
             parts.append(CifarPart(tree.root, (name,), records, start, count, classes, split=split))
     classes = next(iter(found.values()), ()) if request.label_column != NO_LABELS else ()
-    return SourceListing(tuple(parts), frozenset(used), 32, 3, classes)
+    others = {name: why for name in tree.files if (why := _OTHERS.get(posixpath.basename(name)))}
+    ignored = {name: why for name, why in others.items() if name not in used}
+    return SourceListing(tuple(parts), frozenset(used), 32, 3, classes, ignored)
 
 
 def _class_names(tree: Tree, name: str, kind: _Kind) -> tuple[str, ...]:

@@ -12,14 +12,15 @@ from pipeline.data.sources.label_columns import choose_label, label_column
 from pipeline.data.sources.look import Look, check_there, listed
 from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE, Request
 from pipeline.data.sources.splits import splits_of_files
-from pipeline.data.sources.tree import printable
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 _IMAGES = ("image", "img", "picture", "photo", "pic", "jpg", "jpeg", "png", "webp")
 _PLURAL = ("images", "imgs", "pictures", "photos", "pics")
 _OTHERS = ("image_bytes", "img_bytes", "image_data", "bytes", "content", "data")
 _PATHS = ("file_name", "filename", "image_path", "img_path", "image_file", "filepath", "file", "path")
 _RANKS = {usual: rank for rank, usual in enumerate((*_IMAGES, *_PLURAL, *_OTHERS, *_PATHS))}
+NO_ROWS = "holds no rows"
 _FILES = 4  # of one schema, looked into until one tells
 
 
@@ -51,18 +52,16 @@ def image_columns(look: Look) -> list[str]:
     return [name for name in maybe if one_form(look.type_of(name)) == "struct"]
 
 
-def is_source(looks: list[Look]) -> bool:
-    """Whether some of these files hold images, or what is called so and must be refused.
+def says_more(look: Look, images: list[str]) -> bool:
+    """Whether a file holds images, or what is called so and must be refused.
 
     Paths of images alone make no source of a file: where it has neither labels nor a split, the folders of the images
     say more of them.
+
+    Args:
+        images: its columns of images.
     """
-    found, _ = by_schema(looks)
-    return any(_says_more(look, found.get(look.name, [])) or refused_column(look) for look in looks)
-
-
-def _says_more(look: Look, images: list[str]) -> bool:
-    if not all(one_form(look.type_of(image)) == "text" for image in images):
+    if refused_column(look) or not all(one_form(look.type_of(image)) == "text" for image in images):
         return True
     if not images or posixpath.basename(look.name).lower() == IMAGE_FOLDER_TABLE:  # read as a folder
         return False
@@ -78,7 +77,7 @@ class Choice:
 
     Attributes:
         columns: by file, without the names of classes.
-        ignored: files without images, with the reason.
+        ignored: files without rows or images, with the reason.
         bad: files that can't be looked into, with the reason.
     """
 
@@ -96,9 +95,14 @@ def choose(looks: list[Look], request: Request, kind: str) -> Choice:
     Raises:
         InputError: a column that was asked for is not there or holds something else; several may be meant.
     """
-    image, ignored, bad = (
+    rowless = {look.name: NO_ROWS for look in looks if not look.has_rows()}
+    looks = [look for look in looks if look.name not in rowless]
+    if not looks:
+        return Choice({}, rowless)
+    image, without, bad = (
         _named(looks, request.image_column, kind) if request.image_column else _found(looks, kind)
     )
+    ignored = rowless | without
     mine = [look for look in looks if look.name not in ignored and look.name not in bad]
     label = choose_label(mine, image, request.label_column)
     columns = {look.name: Columns(image, label if label in look.schema.names else "") for look in mine}
@@ -138,7 +142,7 @@ def _found(looks: list[Look], kind: str) -> tuple[str, dict[str, str], dict[str,
 
 
 def _is_empty(look: Look, image: str) -> bool:
-    """Whether a file has the column of images, and nothing in it that tells: no rows, or damaged ones at first."""
+    """Whether a file has the column of images, and nothing in it that tells: its first rows are damaged or missing."""
     if look.schema.names.count(image) != 1 or not form_of(look.type_of(image)):
         return False
     return not any(path for _, path in look.first(image))

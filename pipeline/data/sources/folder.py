@@ -4,7 +4,8 @@ import hashlib
 import itertools
 import math
 import posixpath
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,20 +14,15 @@ from pipeline.data.images import sniff
 from pipeline.data.labels import name_classes
 from pipeline.data.sources.fetch import THREADS, fault_of_file, in_order, read_file
 from pipeline.data.sources.label_columns import NO_LABELS
-from pipeline.data.sources.parts import Item, Part, Request, SourceListing
+from pipeline.data.sources.loose import is_image_name
+from pipeline.data.sources.parts import Given, Item, Part, Request, SourceListing
 from pipeline.data.sources.sidecar import is_sidecar, read_labels
-from pipeline.data.sources.splits import BESIDE, split_folders, split_of_word, splits_in_classes
-from pipeline.data.sources.tree import Tree, printable
-from pipeline.errors import InputError
+from pipeline.data.sources.splits import BESIDE, is_most, split_folders, split_of_word, splits_in_classes
+from pipeline.data.sources.tree import Tree
+from pipeline.redact import printable
 
 NO_IMAGE = "not an image"
-# Files with these names are meant to be images; of others, the first bytes tell.
-_SUFFIXES = (
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga",
-)  # fmt: skip
 _HEAD_BYTES = 64
-_ARCHIVES = (".zip", ".npz")
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,6 @@ class Arranged:
     classes: tuple[str, ...]
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file is meant to be an image, by its suffix."""
-    return posixpath.splitext(name)[1].lower() in _SUFFIXES
-
-
 def is_folder(tree: Tree) -> bool:
     """Whether there are images, by their names or their first bytes."""
     if any(map(is_image_name, tree.files)):
@@ -87,24 +78,6 @@ def is_folder(tree: Tree) -> bool:
     names = list(tree.files)
     batches = (names[i : i + 8 * THREADS] for i in range(0, len(names), 8 * THREADS))
     return any(any(_are_images(tree, batch)) for batch in batches)
-
-
-def outweigh_images(tree: Tree, names: list[str], hold_images: Callable[[list[str]], Iterable[bool]]) -> bool:
-    """Whether files that hold images are, together, no smaller than the image files beside them.
-
-    Args:
-        hold_images: says of each name, in order, whether there are images in it; is asked only where it matters.
-    """
-    beside = sum(file.size for name, file in tree.files.items() if is_image_name(name))
-    if sum(tree.files[name].size for name in names) < beside:
-        return False
-    holding = 0
-    for name, holds in zip(names, hold_images(names), strict=True):
-        if holds:
-            holding += tree.files[name].size
-            if holding >= beside:
-                return True
-    return False
 
 
 def list_folder(tree: Tree, request: Request) -> SourceListing:
@@ -117,28 +90,20 @@ def list_folder(tree: Tree, request: Request) -> SourceListing:
     found = dict(zip(others, _are_images(tree, others), strict=True))
     images = [name for name in tree.files if found.get(name, True) is True]
     no_images = dict.fromkeys((name for name in others if found[name] is False), NO_IMAGE)
-    where = printable(tree.root)
-
-    def read(name: str) -> bytes:
-        data, reason = read_file(tree.uri(name))
-        if reason:
-            raise InputError(f"{where}/{printable(name)}: {reason}")
-        return data
-
-    unreadable = {**tree.ignored, **tree.bad}
-    arranged = arrange(images, tree.files, unreadable, read, request, where)
+    given = Given(
+        tree.files,
+        {**tree.ignored, **tree.bad},
+        lambda name: read_file(tree.uri(name)),
+        request,
+        printable(tree.root),
+    )
+    arranged = arrange(images, given)
     parts = tuple(
         FolderPart(tree.root, names, tuple(arranged.labels[name] for name in names), bits, split=split)
         for split, bits, names in buckets(arranged.splits, request.images_per_part)
     )
-    beside = {
-        name: f"an archive beside image files: --source {suffix[1:]} reads it"
-        for name in others
-        for suffix in _ARCHIVES
-        if found[name] is False and name.lower().endswith(suffix)
-    }
     used = arranged.used.union(arranged.labels)
-    left_out = no_images | beside | arranged.ignored
+    left_out = no_images | arranged.ignored
     ignored = {name: why for name, why in left_out.items() if name not in used and name not in arranged.bad}
     return SourceListing(parts, used, classes=classes_of([arranged]), ignored=ignored, bad=arranged.bad)
 
@@ -158,44 +123,44 @@ def _are_images(tree: Tree, names: Iterable[str]) -> Iterator[bool | None]:
 
 
 def arrange(
-    images: Iterable[str],
-    names: Collection[str],
-    unreadable: Mapping[str, str],
-    read: Callable[[str], bytes],
-    request: Request,
-    where: str,
-    label_of: Callable[[str], str | None] | None = None,
+    images: Iterable[str], given: Given, label_of: Callable[[str], str | None] | None = None
 ) -> Arranged:
     """Finds the split and the label of each image.
 
     Args:
-        names, unreadable, read, where: as in `read_labels`.
+        given: where they lie.
         label_of: the label of an image that lies in no split, by its name; by default its folder.
+
+    Raises:
+        InputError: see `read_labels`.
     """
     images = dict.fromkeys(images)
     level, found = split_folders(images)
     doubled, depth = _doubled(images, level, found), 0 if found else splits_in_classes(images)
     ignored, splits, labels = dict[str, str](), dict[str, str](), dict[str, str | None]()
     known = dict[str, str]()  # one object for all labels that are alike: they travel once
+    beside = BESIDE.format(", ".join(sorted(found)) or "of each class")
     for name in images:
         if found:
             first, _, rest = name[len(level) :].partition("/")
             if first not in found or not name.startswith(level):
-                ignored[name] = BESIDE.format(", ".join(sorted(found)))
+                ignored[name] = beside
                 continue
-            splits[name], label = found[first], folder_label(rest[len(doubled.get(first, "")) :])
+            splits[name], label = found[first], folder_label(rest.removeprefix(doubled.get(first, "")))
         elif depth:
-            folders = name.split("/")
-            splits[name] = split_of_word(folders.pop(depth))
-            label = folder_label("/".join(folders))
+            *folders, base = name.split("/")
+            if not (split := split_of_word(folders.pop(depth)) if len(folders) > depth else ""):
+                ignored[name] = beside
+                continue
+            splits[name], label = split, folder_label("/".join([*folders, base]))
         else:
             splits[name], label = "", label_of(name) if label_of else folder_label(name)
         labels[name] = label if label is None else known.setdefault(label, label)
-    said = read_labels(splits, names, unreadable, read, request, where)
+    said = read_labels(splits, given)
     for name, label in said.of.items():
         labels[name] = label if label is None else known.setdefault(label, label)
     left_out = said.ignored.keys() | said.bad.keys()
-    take = request.label_column != NO_LABELS
+    take = given.request.label_column != NO_LABELS
     return Arranged(
         {name: split for name, split in splits.items() if name not in left_out},
         {name: label if take else None for name, label in labels.items() if name not in left_out},
@@ -208,16 +173,18 @@ def arrange(
 
 
 def _doubled(images: Iterable[str], level: str, found: Mapping[str, str]) -> dict[str, str]:
-    """The folder in a split's folder that holds all of it and is called as the split is: train/train/cat/1.png."""
-    inside = dict[str, set[str]]()
+    """The folder in a split's folder that holds most of it and is called as the split is: train/train/cat/1.png."""
+    inside = dict[str, Counter[str]]()
     for name in images:
-        first, _, rest = name[len(level) :].partition("/")
-        inside.setdefault(first, set()).add(rest[: rest.find("/") + 1])
-    lone = {first: folders.pop() for first, folders in inside.items() if len(folders) == 1}
+        first, _, rest = name.removeprefix(level).partition("/")
+        inside.setdefault(first, Counter())[rest[: rest.find("/") + 1]] += 1
     return {
         first: folder
-        for first, folder in lone.items()
-        if first in found and split_of_word(folder.rstrip("/")) == found[first]
+        for first, counts in inside.items()
+        if first in found
+        for folder in counts.keys() - {""}
+        if counts.keys() <= {folder, ""} and is_most(counts[folder], counts.total())
+        if split_of_word(folder.rstrip("/")) == found[first]
     }
 
 

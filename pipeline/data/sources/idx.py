@@ -8,14 +8,14 @@ from collections.abc import Iterable
 
 from pipeline.data.labels import label_text, name_classes
 from pipeline.data.sources.fetch import open_file, refusing
-from pipeline.data.sources.folder import is_image_name
 from pipeline.data.sources.label_columns import NO_LABELS
+from pipeline.data.sources.loose import is_image_name, outweigh_images
 from pipeline.data.sources.parts import Part, Request, SourceListing
 from pipeline.data.sources.records import GZIP, Records, cut_array
 from pipeline.data.sources.splits import splits_of_files
-from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.tree import Tree, with_beside
 from pipeline.errors import InputError
-from pipeline.redact import one_line
+from pipeline.redact import one_line, printable
 
 _IMAGES, _LABELS = 2051, 2049  # magic numbers: bytes in three dimensions, and in one
 _GZIPPED = b"\x1f\x8b"
@@ -23,12 +23,21 @@ _NAME, _LABELS_NAME = re.compile(r"images[-._]idx3"), re.compile(r"labels[-._]id
 
 
 def is_idx(tree: Tree) -> bool:
-    """Whether there are files named as MNIST's images are: train-images-idx3-ubyte, gzipped or not."""
-    return any(map(_is_images, tree.files))
+    """Whether there are files named as MNIST's images are, gzipped or not, no less than the image files beside them."""
+    return outweigh_images(tree, list(filter(_is_images, tree.files)))
+
+
+def is_idx_name(name: str) -> bool:
+    """Whether a file is named as MNIST's images or their labels are."""
+    return _is_images(name) or _is_labels(name)
 
 
 def _is_images(name: str) -> bool:
     return _NAME.search(posixpath.basename(name).lower()) is not None and not is_image_name(name)
+
+
+def _is_labels(name: str) -> bool:
+    return _LABELS_NAME.search(posixpath.basename(name).lower()) is not None
 
 
 def list_idx(tree: Tree, request: Request) -> SourceListing:
@@ -38,6 +47,8 @@ def list_idx(tree: Tree, request: Request) -> SourceListing:
         InputError: a file is something else, damaged or cut short; a file of labels does not fit its images.
     """
     names, ignored = _plain_first(filter(_is_images, tree.files))
+    wanted = {_labels_key(name) for name in names}
+    tree = with_beside(tree, lambda name: _key(name) in wanted)
     splits, parts, used, found = splits_of_files(names), list[Part](), set[str](), set[str]()
     shapes = set[tuple[int, int]]()
     for name in names:
@@ -58,7 +69,7 @@ def list_idx(tree: Tree, request: Request) -> SourceListing:
         parts += cut_array(
             tree.root, name, records, (height, width, 1), False, texts, request.images_per_part, splits[name]
         )
-    labels = [name for name in tree.files if _LABELS_NAME.search(posixpath.basename(name).lower())]
+    labels = list(filter(_is_labels, tree.files))
     copies = _plain_first(labels)[1]
     for name in labels:
         if name not in used:
@@ -88,15 +99,20 @@ def _key(name: str) -> str:
     return posixpath.join(folder, base.lower().removesuffix(".gz").replace(".", "-").replace("_", "-"))
 
 
+def _labels_key(images: str) -> str:
+    """As `_key`, of the file of labels that belongs to a file of images."""
+    folder, base = posixpath.split(_key(images))
+    before, _, after = base.rpartition("images-idx3")
+    return posixpath.join(folder, f"{before}labels-idx1{after}")
+
+
 def _labels_of(tree: Tree, images: str) -> str:
     """The file of labels, in the same folder, that has the name of a file of images; "" for none.
 
     Raises:
         InputError: it is there, and can't be read.
     """
-    folder, base = posixpath.split(_key(images))
-    before, _, after = base.rpartition("images-idx3")
-    wanted = posixpath.join(folder, f"{before}labels-idx1{after}")
+    wanted = _labels_key(images)
     for name, reason in tree.bad.items():
         if _key(name) == wanted:
             raise InputError(f"{tree.uri(name)}: {reason}: there are labels in it")

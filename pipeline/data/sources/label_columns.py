@@ -8,8 +8,8 @@ from pipeline.data.formats import told_by_all
 from pipeline.data.labels import MOST_UNNAMED_CLASSES, class_text, name_classes
 from pipeline.data.sources.cells import Columns, check_plain, is_binary, is_list, is_text, texts
 from pipeline.data.sources.look import Look, check_there, listed
-from pipeline.data.sources.tree import printable
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 NO_LABELS = "none"
 _USUAL = (

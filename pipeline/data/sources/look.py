@@ -11,8 +11,9 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.data.sources.cells import images_of, name_beside
-from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 _ROWS = 4  # looked at for images
 # No images, however they are called.
@@ -32,6 +33,7 @@ class Look:
         features: what `datasets` notes of its columns.
         read: one column, about so many rows at a time.
         beside: whether a path, from the file's own folder, leads to a file.
+        groups: rows of each row group; None where only reading tells.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Look:
     features: dict[str, Any]
     read: Callable[[str, int], Iterator[pa.Array]]
     beside: Callable[[str], bool]
+    groups: tuple[int, ...] | None = None
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -48,6 +51,15 @@ class Look:
     def type_of(self, column: str) -> pa.DataType:
         """Of a column that is there once."""
         return self.schema.field(column).type
+
+    def has_rows(self) -> bool:
+        """Whether there is any row, or damage where one may have been."""
+        if self.groups is not None:
+            return any(self.groups)
+        try:
+            return any(len(array) for field in self.fields[:1] for array in self.read(field.name, _ROWS))
+        except InputError:  # whoever reads the rows will say so
+            return True
 
     def first(self, column: str) -> list[tuple[bytes | None, str | None]]:
         """Bytes and path of some images of a column, from its first rows that hold any."""

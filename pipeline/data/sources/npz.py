@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 from pipeline.data.labels import name_classes
 from pipeline.data.sources.fetch import THREADS
-from pipeline.data.sources.folder import outweigh_images
 from pipeline.data.sources.label_columns import NO_LABELS
+from pipeline.data.sources.loose import outweigh_images
 from pipeline.data.sources.npz_arrays import Array, as_images, list_arrays, read_labels
 from pipeline.data.sources.parts import Part, Request, SourceListing
 from pipeline.data.sources.records import cut_array
 from pipeline.data.sources.splits import split_of_word, splits_of_files
-from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 # Names of arrays of images, and those of their labels; a split may stand before or after: x_train, test_images.
 _NAMES = {

@@ -1,7 +1,6 @@
 """Parquet files opened and their row groups read: nothing in them is run, and the largest are read piece by piece."""
 
 import contextlib
-import posixpath
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -142,7 +141,7 @@ def read_row_group(uri: str, number: int, columns: Columns = PREPARED) -> pa.Tab
 
     Returns:
         columns bytes (large_binary, null for what lies beside the file), label (int64, -1 for none) and path (string,
-        the image's own name, or its place in the file).
+        the image's own name, null where it has none).
 
     Raises:
         InputError: the row group can't be read, or a column is of a type that only code from elsewhere can read.
@@ -154,7 +153,7 @@ def read_row_group(uri: str, number: int, columns: Columns = PREPARED) -> pa.Tab
         else:
             table = file.read_row_group(number, columns=names)
             _check_rows(file, uri, number, table.num_rows)
-        return _plain(table, f"{posixpath.basename(uri)}/{number}", 0, columns)
+        return _plain(table, columns)
 
 
 def some_rows(uri: str, group: int, rows: np.ndarray, columns: Columns) -> pa.Table:
@@ -166,39 +165,34 @@ def some_rows(uri: str, group: int, rows: np.ndarray, columns: Columns) -> pa.Ta
         here = wanted[(wanted >= at) & (wanted < at + batch.num_rows)] - at
         if len(here):
             with reading(uri, group):
-                table = _plain(
-                    pa.Table.from_batches([batch]), f"{posixpath.basename(uri)}/{group}", at, columns
-                )
-                pieces.append(table.take(here))
+                pieces.append(_plain(pa.Table.from_batches([batch]), columns).take(here))
         at += batch.num_rows
     return pa.concat_tables(pieces).take(np.searchsorted(wanted, rows))
 
 
-def _plain(table: pa.Table, prefix: str, first: int, columns: Columns) -> pa.Table:
+def _plain(table: pa.Table, columns: Columns) -> pa.Table:
     image, count = table[columns.image], table.num_rows
     if pa.types.is_dictionary(image.type):
         image = image.cast(image.type.value_type)
-    own = None
+    own: Any = pa.nulls(count, pa.string())
     if pa.types.is_struct(image.type):
         kind, fields = image.type, image.flatten()  # with the nulls of the rows
         image, path = fields[kind.get_field_index("bytes")], kind.get_field_index("path")
-        own = fields[path] if path >= 0 and is_text(fields[path].type) else None
+        own = _names(fields[path]) if path >= 0 and is_text(fields[path].type) else own
     label = table[columns.label] if columns.label in table.column_names else None
     return pa.table(
         {
             "bytes": image.cast(pa.large_binary()),
             "label": np.full(count, -1, np.int64) if label is None else stored_numbers(label),
-            "path": _paths(own, prefix, first, count),
+            "path": own,
         }
     )
 
 
-def _paths(own: pa.ChunkedArray | None, prefix: str, first: int, count: int) -> pa.ChunkedArray | pa.Array:
-    """The images' own names; where they have none, their place in the file."""
-    if own is not None and not own.null_count:
-        with contextlib.suppress(pa.ArrowInvalid):
-            own = own.cast(pa.string())
-            own.validate(full=True)
-            return own
-    names = [None] * count if own is None else [name for chunk in own.chunks for name in texts(chunk)]
-    return pa.array([name or f"{prefix}/{first + i:06d}" for i, name in enumerate(names)], pa.string())
+def _names(own: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """The images' own names; bytes that are no UTF-8 have replacement characters."""
+    with contextlib.suppress(pa.ArrowInvalid):
+        plain = own.cast(pa.string())
+        plain.validate(full=True)
+        return plain
+    return pa.array([name for chunk in own.chunks for name in texts(chunk)], pa.string())

@@ -1,13 +1,13 @@
 """Images of some row groups of a Parquet file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.sources.cells import Columns, items_of, read_beside
+from pipeline.data.sources.cells import Columns, items_of, named, read_beside
 from pipeline.data.sources.parquet_files import PREPARED, batches, opened, reading, some_rows
 from pipeline.data.sources.parts import Item, Part, image_table, pick
 
@@ -18,11 +18,13 @@ class ParquetPart(Part):
 
     Attributes:
         columns: where images and labels are.
+        prepared: whether the images' own names are their paths, as jobs/prepare.py and jobs/generate.py write them.
     """
 
     start: int = 0
     count: int = 1
     columns: Columns = PREPARED
+    prepared: bool = False
 
     def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
         if rows is not None and opened(self.uri, self.columns).form == "list":
@@ -50,13 +52,24 @@ class ParquetPart(Part):
                 labels = (
                     piece.column(self.columns.label) if self.columns.label in piece.schema.names else None
                 )
-                places = [f"{self.names[0]}/{group}/{at + row + i:06d}" for i in range(piece.num_rows)]
+                places = self._places(group, range(at + row, at + row + piece.num_rows))
                 read = items_of(
                     piece.column(self.columns.image), labels, self.columns.classes, places, beside
                 )
                 with reading(self.uri, group):
                     yield from ((at + row + i, item) for i, items in enumerate(read) for item in items)
             at += count
+
+    def _places(self, group: int, rows: Iterable[int]) -> list[str]:
+        return [f"{self.names[0]}/{group}/{row:06d}" for row in rows]
+
+    def _some_rows(self, group: int, rows: np.ndarray) -> pa.Table:
+        table = some_rows(self.uri, group, rows, self.columns)
+        if self.prepared and not table["path"].null_count:
+            return table
+        pairs = zip(self._places(group, rows.tolist()), table["path"].to_pylist(), strict=True)
+        paths = [own or place if self.prepared else named(place, own) for place, own in pairs]
+        return table.set_column(2, "path", pa.array(paths, pa.string()))
 
     def _by_group(self, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """Row groups that hold some rows: number, first row in this part, and which of the rows they are."""
@@ -71,11 +84,11 @@ class ParquetPart(Part):
         if not len(rows) or opened(self.uri, self.columns).form in ("list", "text"):
             return super().table(rows) if len(rows) else image_table([])
         if self.count == 1:
-            table = some_rows(self.uri, self.start, rows, self.columns)
+            table = self._some_rows(self.start, rows)
         else:
             pieces, places = list[pa.Table](), list[np.ndarray]()
             for group, first, here in self._by_group(rows):
-                pieces.append(some_rows(self.uri, group, rows[here] - first, self.columns))
+                pieces.append(self._some_rows(group, rows[here] - first))
                 places.append(here)
             table = pa.concat_tables(pieces).take(np.argsort(np.concatenate(places)))
         if table["bytes"].null_count:  # they lie beside the file

@@ -1,9 +1,8 @@
 """The parts that a source of images is read in: each source has a small type of its own for them."""
 
 import hashlib
-import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +11,8 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.images import Encoded, encode_png
+from pipeline.errors import InputError
+from pipeline.redact import printable
 
 # What `datasets` calls the table of an ImageFolder: the images are files, and it names them.
 IMAGE_FOLDER_TABLE = "metadata.parquet"
@@ -58,11 +59,6 @@ class Part(ABC):
     def uri(self) -> str:
         """Of its first file."""
         return storage.join(self.root, self.names[0])
-
-    @property
-    def base(self) -> str:
-        """The name of its first file, without folders."""
-        return posixpath.basename(self.names[0])
 
     @property
     def slot(self) -> str:
@@ -140,6 +136,35 @@ class Request:
     image_column: str = ""
     label_column: str = ""
     split: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What lies in one tree or in one archive, and how it is to be read.
+
+    Attributes:
+        names: of all files.
+        unreadable: files that are there as well, and why they are not read.
+        read: the content of a file, or nothing and the reason.
+        where: its own name, for errors.
+    """
+
+    names: Collection[str]
+    unreadable: Mapping[str, str]
+    read: Callable[[str], tuple[bytes, str]]
+    request: Request
+    where: str
+
+    def content(self, name: str) -> bytes:
+        """Of a file that holds labels.
+
+        Raises:
+            InputError: it can't be read.
+        """
+        data, reason = self.read(name)
+        if reason:
+            raise InputError(f"{self.where}/{printable(name)}: {reason}")
+        return data
 
 
 def pick(items: Iterable[Item], rows: Sequence[int] | None) -> Iterator[Item]:

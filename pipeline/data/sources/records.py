@@ -15,9 +15,8 @@ import numpy as np
 
 from pipeline.data.sources.fetch import in_order, open_file, read_stretch, refusing
 from pipeline.data.sources.parts import Item, Part
-from pipeline.data.sources.tree import printable
 from pipeline.errors import InputError
-from pipeline.redact import one_line
+from pipeline.redact import one_line, printable
 
 GZIP = "gzip"
 _UNPACKED_FILES = 8  # that are kept, in files without names, where temporary files are

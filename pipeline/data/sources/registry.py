@@ -4,24 +4,24 @@ A source is cut into parts, small descriptions that any node can read alone, in 
 on the machine. Every file that was given is in a part, or named with the reason why it is not.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.config import Source
-from pipeline.data.images import sniff
 from pipeline.data.labels import label_text
 from pipeline.data.sources import arrow, cifar, folder, idx, npz, parquet, tars, zips
-from pipeline.data.sources.fetch import THREADS
+from pipeline.data.sources.columns import NO_ROWS
+from pipeline.data.sources.leftovers import account_for, without_parts
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
 from pipeline.data.sources.splits import roles_of
-from pipeline.data.sources.tree import Tree, open_tree, printable
+from pipeline.data.sources.tree import Tree, open_tree
 from pipeline.errors import InputError
-from pipeline.redact import one_line
+from pipeline.redact import printable
 
 SHOWN = 5  # classes and reasons, in the line that describes a source
 # What other tools write, and what to do with it.
@@ -107,7 +107,7 @@ class Opened:
         ]
         left += [
             f"{count} can't be used: {words}"
-            for words, count in _tally({e["path"]: e["reason"] for e in bad})
+            for words, count in _tally({e["path"]: printable(e["reason"]) for e in bad})
         ]
         alone = {part.split for part in self.listing.parts} - self.roles.keys()
         if named := sorted(alone - {""}):
@@ -146,20 +146,25 @@ def open_source(source: Source, uri: str, request: Request, flag: str = "--input
         return Opened("digits", "", Tree("", {}), listing, {"": ""})
     if not uri:
         raise InputError(f"{flag} is missing: where are the images? (--source digits has its own)")
-    tree = open_tree(storage.absolute(uri))
-    found = _find_source(tree, uri, flag) if source == "auto" else source
+    tree = without_parts(open_tree(storage.absolute(uri)))
+    found = _find_source(tree, uri, flag, request) if source == "auto" else source
     listing = _SOURCES[found][1](tree, request)
     if not listing.parts:
         raise InputError(f"{flag} {uri}: {_nothing(tree, listing, source)}")
     roles = roles_of((part.split for part in listing.parts), request.split)
-    return Opened(found, uri, tree, _account(tree, found, listing), roles)
+    return Opened(found, uri, tree, account_for(tree, found, listing), roles)
 
 
-def _find_source(tree: Tree, uri: str, flag: str) -> Source:
+def _find_source(tree: Tree, uri: str, flag: str, request: Request) -> Source:
     for source, (is_it, _) in _SOURCES.items():
         if is_it(tree):
             return source
-    raise InputError(f"{flag} {uri}: {_nothing(tree)}")
+    listing = None
+    for list_tables in (arrow.list_arrow, parquet.list_parquet):
+        with contextlib.suppress(InputError):
+            if (tables := list_tables(tree, request)).ignored:
+                listing = tables
+    raise InputError(f"{flag} {uri}: {_nothing(tree, listing)}")
 
 
 def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = "auto") -> str:
@@ -173,6 +178,8 @@ def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = 
             "holds CIFAR's Python version, pickles that run code when they are opened: "
             "use its binary version (data_batch_1.bin), or export the images into folders"
         )
+    if listing and set(listing.ignored.values()) == {NO_ROWS}:
+        return f"{printable(next(iter(listing.ignored)))} {NO_ROWS}, nor does any other file"
     if source in ("auto", "huggingface") and any(name.endswith(".parquet") for name in names):
         return "holds Parquet files, none with a column of images: name it with --image-column"
     reasons = {**tree.bad, **(listing.bad if listing else {})}
@@ -185,28 +192,3 @@ def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = 
     if source != "auto":
         return f"holds nothing that --source {source} reads"
     return "holds no images, nor Parquet, Arrow, tar, zip, npz, IDX or CIFAR files with images"
-
-
-def _account(tree: Tree, source: Source, listing: SourceListing) -> SourceListing:
-    """Gives every file that is in no part a reason."""
-    ignored, bad = {**tree.ignored, **listing.ignored}, {**tree.bad, **listing.bad}
-    left = [
-        name for name in tree.files if name not in listing.used and name not in ignored and name not in bad
-    ]
-
-    def reason(name: str) -> tuple[str, bool]:
-        """Why a file was not read, and whether it could have been an image."""
-        try:
-            kind = sniff(tree.head(name))
-        except OSError as error:
-            return f"can't be read: {one_line(error.strerror or error)}", True
-        return (f"images beside --source {source}" if kind else folder.NO_IMAGE), False
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for name, (words, may_be_data) in zip(left, pool.map(reason, left), strict=True):
-            (bad if may_be_data else ignored)[name] = words
-    return replace(listing, ignored=_printable(ignored), bad=_printable(bad))
-
-
-def _printable(reasons: dict[str, str]) -> dict[str, str]:
-    return {printable(name): words for name, words in sorted(reasons.items())}

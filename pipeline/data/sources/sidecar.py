@@ -6,17 +6,18 @@ counts. An image there that it does not name is not used, as `datasets` does it.
 
 import posixpath
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
 from pipeline.data.labels import class_text
 from pipeline.data.sources.label_columns import NO_LABELS
-from pipeline.data.sources.parts import Request
+from pipeline.data.sources.parts import Given, Request
 from pipeline.data.sources.sidecar_files import EDM, FILE_NAME, TABLES, NoMetadata, read_edm, read_table
 from pipeline.data.sources.tree import HIDDEN
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 _LABEL = "label"
 Named = tuple[str | None, str]  # a label, and the reason why that can be no class
@@ -73,26 +74,14 @@ def is_sidecar(name: str) -> bool:
     return posixpath.basename(name) in (*TABLES, EDM)
 
 
-def read_labels(
-    images: Collection[str],
-    names: Collection[str],
-    unreadable: Mapping[str, str],
-    read: Callable[[str], bytes],
-    request: Request,
-    where: str,
-) -> Labels:
+def read_labels(images: Collection[str], given: Given) -> Labels:
     """Reads the labels of images, all of which lie in one tree or in one archive.
-
-    Args:
-        images: names of the images.
-        names: of all files, these among them.
-        unreadable: files that are there as well, and why they are not read.
-        where: the tree's own name, for errors.
 
     Raises:
         InputError: such a file can't be read; two in one folder hold labels; no file has the column that was asked for.
     """
-    sidecars, ignored = _read_all(names, unreadable, read, request, where)
+    request, where = given.request, given.where
+    sidecars, ignored = _read_all(given)
     labelling = [sidecar for sidecar in sidecars if sidecar.labels]
     wanted = request.label_column if request.label_column != NO_LABELS else ""
     for flag, column, there in (
@@ -113,8 +102,10 @@ def read_labels(
                     bad.pop(name, None)
                 if reason and sidecar.labels:
                     bad[name] = reason
-            elif name not in unreadable:
-                bad[name] = f"named in {sidecar.base} and {'no image' if name in names else 'not there'}"
+            elif name not in given.unreadable:
+                bad[name] = (
+                    f"named in {sidecar.base} and {'no image' if name in given.names else 'not there'}"
+                )
     for sidecar in sidecars:
         beside = {name: f"{sidecar.base} names it as {column}" for name, column in sidecar.beside.items()}
         ignored |= {name: reason for name, reason in beside.items() if name in images and name not in of}
@@ -128,23 +119,18 @@ def read_labels(
     return Labels(of, frozenset(s.name for s in labelling), ignored, bad, classes)
 
 
-def _read_all(
-    names: Collection[str],
-    unreadable: Mapping[str, str],
-    read: Callable[[str], bytes],
-    request: Request,
-    where: str,
-) -> tuple[list[Sidecar], dict[str, str]]:
+def _read_all(given: Given) -> tuple[list[Sidecar], dict[str, str]]:
     """All such files, and those that hold no labels with the reason."""
-    for name, reason in unreadable.items():
+    request, where = given.request, given.where
+    for name, reason in given.unreadable.items():
         if is_sidecar(name) and reason != HIDDEN:
-            raise InputError(f"{where}/{name}: {reason}: there may be labels in it")
+            raise InputError(f"{where}/{printable(name)}: {reason}: there may be labels in it")
     found, ignored = list[Sidecar](), dict[str, str]()
-    there = list(filter(is_sidecar, names))
-    find = _finder(names) if there else str
+    there = list(filter(is_sidecar, given.names))
+    find = _finder(given.names) if there else str
     for name in there:
         try:
-            sidecar = _parse(name, read(name), request, storage.join(where, name))
+            sidecar = _parse(name, given.content(name), request, storage.join(where, printable(name)))
         except NoMetadata as no:
             ignored |= {name: str(no)} if str(no) else {}
             continue

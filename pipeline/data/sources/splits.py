@@ -1,6 +1,7 @@
 """The splits that a source has of its own, by the names of its files and folders, as `datasets` knows them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from pipeline.errors import InputError
@@ -59,7 +60,7 @@ def split_folders(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     """The folders that are splits, in a tree whose other folders are classes, such as train/CLASS and test/CLASS.
 
     Folders are splits where all beside each other have names of splits, or where one is the training split and
-    another is held out: a class may be called train, among others.
+    another is held out: a class may be called train, among others. Fewer files beside folders than in them hide none.
 
     Returns:
         the folder above them ("" for the root, else with a / at its end), and the split of each; none where there are
@@ -69,17 +70,22 @@ def split_folders(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     level, inside = "", [name.split("/") for name in names]
     best = "", dict[str, str]()
     while True:
-        folders = {parts[0] for parts in inside if len(parts) > 1}
-        found, alone = _splits(folders), all(len(parts) > 1 for parts in inside)
+        deeper = [parts for parts in inside if len(parts) > 1]
+        folders, few = {parts[0] for parts in deeper}, is_most(len(deeper), len(inside))
+        found = _splits(folders)
         kinds = set(found.values())
-        # Beside files, which are images of no class, it takes the training split and another; several, inside of
-        # a folder that is called as a split is.
-        if (len(kinds) > 1 and (alone or "train" in kinds)) or (found and alone and not best[1]):
+        # Of several inside of each other, one that is called as a split is gives way to those that are several.
+        if (len(kinds) > 1 and (few or "train" in kinds)) or (found and few and not best[1]):
             best = level, found
-        if not alone or len(folders) != 1:
+        if not few or len(folders) != 1:
             return best if best[1] else _only_splits(names)
         level += folders.pop() + "/"
-        inside = [parts[1:] for parts in inside]
+        inside = [parts[1:] for parts in deeper]
+
+
+def is_most(count: int, all_of_them: int) -> bool:
+    """Whether these are more than the others."""
+    return 2 * count > all_of_them
 
 
 def _only_splits(names: list[str]) -> tuple[str, dict[str, str]]:
@@ -99,11 +105,15 @@ def _only_splits(names: list[str]) -> tuple[str, dict[str, str]]:
 
 
 def splits_in_classes(names: Iterable[str]) -> int:
-    """How deep the folders of splits lie in a tree like CLASS/train and CLASS/test; 0 where it is no such tree."""
+    """How deep the folders of splits lie in a tree like CLASS/train and CLASS/test; 0 where it is no such tree.
+
+    Fewer images that lie elsewhere than in these folders hide none.
+    """
     folders = [name.split("/")[:-1] for name in names]
-    for depth in range(1, min(map(len, folders), default=0)):
-        kinds = {split_of_word(above[depth]) for above in folders}
-        if "train" in kinds and "" not in kinds and len(kinds) > 1:
+    for depth in range(1, max(map(len, folders), default=0)):
+        splits = [split_of_word(above[depth]) for above in folders if len(above) > depth]
+        kinds = Counter(filter(None, splits))
+        if "train" in kinds and len(kinds) > 1 and is_most(kinds.total(), len(folders)):
             return depth
     return 0
 

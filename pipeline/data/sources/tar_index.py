@@ -10,10 +10,11 @@ from typing import IO, NamedTuple
 from pipeline.data.images import sniff
 from pipeline.data.sources import tar_labels
 from pipeline.data.sources.fetch import MOST_BYTES
-from pipeline.data.sources.folder import is_image_name
+from pipeline.data.sources.loose import is_image_name
 from pipeline.data.sources.tar_labels import Label, Labels, parse_label, stem_and_suffix
 from pipeline.data.sources.tar_members import CONTINUED, WITHOUT_CONTENT, Damage, Member, walk
-from pipeline.data.sources.tree import is_hidden, printable
+from pipeline.data.sources.tree import is_hidden
+from pipeline.redact import printable
 
 _HEAD_BYTES = 512
 _TGA = ".tga"  # images that their first bytes don't tell

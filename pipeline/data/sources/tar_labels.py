@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.data.labels import UNPUBLISHED, class_text, label_text
-from pipeline.data.sources.tree import printable
+from pipeline.redact import printable
 
 SUFFIXES = (".cls", ".json")
 MOST_BYTES = 64 * 2**20

@@ -14,11 +14,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.data.sources.fetch import THREADS, fault_of_file
+from pipeline.data.sources.loose import outweigh_images
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing
 from pipeline.data.sources.splits import splits_of_files
 from pipeline.data.sources.tar_index import TarImage, index_tar, stored_bytes
 from pipeline.data.sources.tar_members import BLOCK, is_header
-from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.tree import Tree
+from pipeline.redact import printable
 
 _PIECE_BYTES = 32 * 2**20
 _GAP_BYTES = 2**20  # between two images that one request fetches
@@ -99,8 +101,8 @@ class TarPart(Part):
 
 
 def is_tars(tree: Tree) -> bool:
-    """Whether there are files named .tar."""
-    return any(_is_tar(name) for name in tree.files)
+    """Whether there are files named .tar, no less than the image files beside them."""
+    return outweigh_images(tree, list(filter(_is_tar, tree.files)))
 
 
 def list_tars(tree: Tree, request: Request) -> SourceListing:

@@ -5,7 +5,9 @@ import os
 import posixpath
 import re
 import stat
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipeline.errors import InputError
 # What systems and tools leave beside data.
 _LITTER = ("thumbs.db", "desktop.ini")
 HIDDEN = "hidden"
+_CLOSED = "the folder can't be read"
 _UNREADABLE_KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -42,16 +45,18 @@ class Tree:
     """The files below a folder, or one file, or those that a pattern matches.
 
     Attributes:
-        root: URI of the folder that they lie in.
+        root: URI of the folder that they lie in; of a pattern, the one before its first name with *, ? or [].
         files: by name, which is what follows the root; in order of the names.
         ignored: files and folders that are no data, by name, with the reason.
         bad: files and folders that may be data and can't be read, by name, with the reason.
+        whole: whether all that lies in the root was given.
     """
 
     root: str
     files: dict[str, File]
     ignored: dict[str, str] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
+    whole: bool = True
 
     def uri(self, name: str) -> str:
         """Of one of its files."""
@@ -66,37 +71,65 @@ class Tree:
         return data
 
 
-def printable(name: str) -> str:
-    """A name as it can be printed and stored as text: bytes that are no UTF-8, and control characters, are escaped."""
-    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def open_tree(uri: str) -> Tree:
-    """Lists what is given, following links.
+    """Lists what is given, following links: a file, all below a folder, or all of that for each match of a pattern.
+
+    Names begin where a pattern does: they and the labels in them do not depend on what else it matches.
 
     Raises:
         InputError: nothing of that name is there, or the storage can't say.
     """
     fs, path = storage.open_fs(uri)
+    pattern = storage.pattern_of(uri)
     if isinstance(fs, LocalFileSystem):
-        return _local_tree(path) if os.path.isdir(path) else _local_files(uri, path)  # noqa: PTH112
-    found = storage.list_details(uri)
-    base = path.rstrip("/")
-    root = base if found and all(name.startswith(f"{base}/") for name in found) else _common_folder(found)
-    files, ignored = dict[str, File](), dict[str, str]()
-    for name, info in sorted(found.items()):
-        relative = name[len(root) :].lstrip("/")
-        if is_hidden(relative):
-            ignored[relative] = HIDDEN
+        if pattern and "**" in pattern[1].split("/"):
+            return _matching(_local_tree(pattern[0], ["."]), pattern[1], uri)
+        if pattern:
+            whole = posixpath.join(glob.escape(pattern[0]), pattern[1])
+            root, found = pattern[0], glob.glob(whole, include_hidden=True)  # noqa: PTH207
         else:
-            files[relative] = File(int(info["size"] or 0), _version(info))
-    return Tree(str(fs.unstrip_protocol(root)), files, ignored)
+            root = path if os.path.isdir(path) else posixpath.dirname(path)  # noqa: PTH112
+            found = [path] if os.path.lexists(path) else []
+        if not found:
+            raise InputError(f"{uri}: no such file or folder")
+        return _local_tree(root, [posixpath.relpath(name, root) for name in found])
+    details = storage.list_details(uri)
+    root = pattern[0] if pattern else posixpath.dirname(path) if path in details else path.rstrip("/")
+    tree = Tree(str(fs.unstrip_protocol(root)), {}, whole=not pattern and path not in details)
+    for name, info in sorted(details.items()):
+        _sort_in_remote(tree, name[len(root) :].lstrip("/"), info)
+    return tree
 
 
-def _common_folder(names: Any) -> str:
-    folders = [posixpath.dirname(name) for name in names]
-    return posixpath.commonpath(folders) if folders else ""
+def _sort_in_remote(tree: Tree, name: str, info: dict[str, Any]) -> None:
+    if is_hidden(name):
+        tree.ignored[name] = HIDDEN
+    else:
+        tree.files[name] = File(int(info["size"] or 0), _version(info))
+
+
+def with_beside(tree: Tree, wanted: Callable[[str], bool]) -> Tree:
+    """A tree with files that lie beside those that were given, where these are not a whole folder.
+
+    Args:
+        wanted: says of a name whether that file is to be added.
+
+    Raises:
+        InputError: the folder can't be read.
+    """
+    if tree.whole:
+        return tree
+    more = Tree(tree.root, dict(tree.files), dict(tree.ignored), dict(tree.bad), whole=False)
+    for folder in {posixpath.dirname(name) for name in tree.files}:
+        for base, info in sorted(storage.list_folder(tree.uri(folder)).items()):
+            name = posixpath.join(folder, base)
+            if not wanted(name) or name in tree.files or name in tree.ignored or name in tree.bad:
+                continue
+            if storage.is_local(tree.root):
+                _sort_in(more, name, tree.uri(name))
+            else:
+                _sort_in_remote(more, name, info)
+    return more
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -111,46 +144,58 @@ def is_hidden(name: str) -> bool:
     return hidden or base.startswith(".") or base.lower() in _LITTER
 
 
-def _local_files(uri: str, path: str) -> Tree:
-    """One file, or those that a pattern matches, links among them."""
-    found = [path] if os.path.lexists(path) else []
-    for part in re.finditer("[^/]+", path):
-        # What is there as it is, is no pattern.
-        if glob.has_magic(part[0]) and not os.path.lexists(path[: part.end()]):
-            pattern = glob.escape(path[: part.start()]) + path[part.start() :]
-            found = glob.glob(pattern, recursive=True, include_hidden=True)  # noqa: PTH207
-            break
-    tree = Tree(_common_folder(found), {})
-    for name in sorted(set(found)):
-        _sort_in(tree, posixpath.relpath(name, tree.root), name)
-    if not (tree.files or tree.ignored or tree.bad):
-        raise InputError(f"{uri}: no such file or folder")
-    return tree
+def _local_tree(root: str, given: Iterable[str]) -> Tree:
+    """The files among some names below a folder, "." for the folder itself, and all files below the others."""
+    given = sorted(given)
+    tree = Tree(root, {}, whole=given == ["."])
+    # Of each folder that is walked, those that it lies in: a link to one of these is not followed for ever.
+    outside = tuple(_identity(folder.stat()) for folder in Path(root).resolve().parents)
+    identity = lru_cache(lambda folder: _identity(os.stat(posixpath.join(root, folder))))  # noqa: PTH116
+    walked, waiting = set[str](), list[tuple[str, tuple[tuple[int, int], ...]]]()
 
+    def sort_in(name: str, above: tuple[tuple[int, int], ...]) -> None:
+        if (inside := _sort_in(tree, name, tree.uri(name) if name else root)) in above:
+            tree.ignored[name] = "a link to a folder that it lies in"
+        elif inside is not None:
+            walked.add(name)
+            waiting.append((name, (*above, inside)))
 
-def _local_tree(root: str) -> Tree:
-    tree = Tree(root, {})
-    # By folder: the folders above it, so that a link to one of those is not followed for ever.
-    outside = [Path(root).resolve(), *Path(root).resolve().parents]
-    waiting = [("", tuple(_identity(folder.stat()) for folder in outside))]
+    for match in given:
+        name = posixpath.normpath(match) if match != "." else ""
+        folders = _folders_above(name)
+        if any(folder in walked or folder in tree.ignored for folder in folders):
+            continue
+        sort_in(name, (*outside, *map(identity, folders)))
     while waiting:
         folder, above = waiting.pop()
-        path = posixpath.join(root, folder) if folder else root
         try:
-            found = sorted(os.listdir(path))  # noqa: PTH208
+            found = sorted(os.listdir(posixpath.join(root, folder)))  # noqa: PTH208
         except OSError as error:
             if not folder:
                 raise InputError(f"{root}: can't be read: {error.strerror}") from None
             target = tree.ignored if is_hidden(f"{folder}/") else tree.bad
-            target[folder] = f"the folder can't be read: {error.strerror}"
+            target[folder] = f"{_CLOSED}: {error.strerror}"
             continue
         for base in found:
-            name = posixpath.join(folder, base)
-            if (inside := _sort_in(tree, name, posixpath.join(path, base))) in above:
-                tree.ignored[name] = "a link to a folder that it lies in"
-            elif inside is not None:
-                waiting.append((name, (*above, inside)))
-    return Tree(root, dict(sorted(tree.files.items())), tree.ignored, tree.bad)
+            sort_in(posixpath.join(folder, base), above)
+    return replace(tree, files=dict(sorted(tree.files.items())))
+
+
+def _folders_above(name: str) -> list[str]:
+    """The folders that a name lies in, from the root ("") down."""
+    return ["", *(name[: cut.start()] for cut in re.finditer("/", name))] if name else []
+
+
+def _matching(tree: Tree, pattern: str, uri: str) -> Tree:
+    """What matches a pattern with ** in it, or lies in a folder that does. Not by glob, which goes round in links."""
+    matches = storage.matcher(pattern)
+    files = {name: file for name, file in tree.files.items() if matches(name)}
+    ignored = {name: reason for name, reason in tree.ignored.items() if matches(name)}
+    # What a closed folder holds may match.
+    bad = {name: why for name, why in tree.bad.items() if matches(name) or why.startswith(_CLOSED)}
+    if not (files or ignored or bad):
+        raise InputError(f"{uri}: no such file or folder")
+    return Tree(tree.root, files, ignored, bad, whole=False)
 
 
 def _sort_in(tree: Tree, name: str, path: str) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pipeline import storage
 from pipeline.data.images import sniff
 from pipeline.data.sources.fetch import MOST_BYTES, fault_of_file, in_order, open_file, read_stretch
-from pipeline.data.sources.folder import is_image_name
+from pipeline.data.sources.loose import is_image_name
 from pipeline.data.sources.sidecar import is_sidecar
 from pipeline.data.sources.tree import HIDDEN, is_hidden
 from pipeline.redact import one_line

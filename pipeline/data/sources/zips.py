@@ -13,14 +13,14 @@ from pipeline.data.sources.folder import (
     buckets,
     classes_of,
     folder_label,
-    outweigh_images,
 )
-from pipeline.data.sources.parts import Item, Part, Request, SourceListing
+from pipeline.data.sources.loose import outweigh_images
+from pipeline.data.sources.parts import Given, Item, Part, Request, SourceListing
 from pipeline.data.sources.sidecar import is_sidecar
-from pipeline.data.sources.splits import splits_of_files
-from pipeline.data.sources.tree import Tree, printable
+from pipeline.data.sources.splits import is_most, splits_of_files
+from pipeline.data.sources.tree import Tree
 from pipeline.data.sources.zip_members import Archive, Member, open_archive, read_member
-from pipeline.errors import InputError
+from pipeline.redact import printable
 
 
 @dataclass(frozen=True)
@@ -108,32 +108,22 @@ def _inside(name: str, reasons: dict[str, str]) -> dict[str, str]:
 
 
 def _arrange(tree: Tree, name: str, archive: Archive, split: str, request: Request) -> Arranged:
-    where = printable(f"{tree.root}/{name}")
-
-    def read(member: str) -> bytes:
-        data, reason = read_member(tree.uri(name), archive.members[member])
-        if reason:
-            raise InputError(f"{where}/{printable(member)}: {reason}")
-        return data
-
-    folders = [posixpath.dirname(image) for image in archive.images]
-    wrapping = posixpath.commonpath(folders) if all(folders) else ""
+    given = Given(
+        archive.members,
+        archive.ignored,
+        lambda member: read_member(tree.uri(name), archive.members[member]),
+        request,
+        printable(f"{tree.root}/{name}"),
+    )
+    folders = [folder for image in archive.images if (folder := posixpath.dirname(image))]
+    wrapping = posixpath.commonpath(folders) if is_most(len(folders), len(archive.images)) else ""
     if set(folders) == {wrapping}:
         # A single folder is a class, unless it is called as the split is: train2017.zip has train2017/.
         alone = posixpath.basename(wrapping)
         wrapping = (
             wrapping if split and splits_of_files([alone]) == {alone: split} else posixpath.dirname(wrapping)
         )
-    cut = len(wrapping) + 1 if wrapping else 0
-    arranged = arrange(
-        archive.images,
-        archive.members,
-        archive.ignored,
-        read,
-        request,
-        where,
-        lambda image: folder_label(image[cut:]),
-    )
+    arranged = arrange(archive.images, given, lambda image: folder_label(image.removeprefix(f"{wrapping}/")))
     if not split or len(set(arranged.splits.values())) > 1:
         return arranged
     return replace(arranged, splits=dict.fromkeys(arranged.splits, split))

@@ -1,0 +1,73 @@
+"""Samples brought to 0 to 255, and Pillow's ways round which they are read: what all formats need."""
+
+import io
+import sys
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from pipeline.data.formats import DecodeError
+
+GAP = 3.0  # so many times the pixels that are wanted are enough for antialiasing
+WHITE = 65535  # of sixteen bits
+DARK = 4095  # the largest value of twelve bits; sixteen bits that never exceed it may be twelve
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+TOO_DARK = f"16-bit values that never exceed {DARK}, and nothing in the file says what white is"
+_OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+
+def opened(kind: str, data: bytes, at_least: int = 0) -> ImageFile.ImageFile:
+    """A file of a known format, its header read; raises whatever Pillow raises.
+
+    Args:
+        at_least: see `images.open_image`.
+    """
+    image = Image.OPEN[kind][0](io.BytesIO(data), "")
+    if at_least and kind == "JPEG":
+        image.draft(None, (int(GAP * at_least), int(GAP * at_least)))
+    return image
+
+
+def to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values from `low` to `high` as uint8 0 to 255.
+
+    Raises:
+        DecodeError: some are outside.
+    """
+    if (low, high) == (0, WHITE) and values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return (values // 257).astype(np.uint8)
+    least, most = float(values.min()), float(values.max())
+    slack = 1e-6 * (high - low)
+    if least < low - slack or most > high + slack:
+        raise DecodeError(f"values from {least:g} to {most:g}, where the file says {low:g} to {high:g}")
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.clip(scaled + 0.5, 0, 255).astype(np.uint8)
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] as an image."""
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
+
+def by_use(values: np.ndarray, colours: int) -> np.ndarray:
+    """Values [H, W, C] of sixteen bits that use their range, as uint8; `colours` of the channels aren't alpha."""
+    if 0 < values[..., :colours].max() <= DARK:
+        raise DecodeError(TOO_DARK)
+    return to_bytes(values, 0, WHITE)
+
+
+def load_as(image: ImageFile.ImageFile, layout: str) -> np.ndarray:
+    """The pixels of an opened image, its bytes taken in another layout (Pillow's raw mode)."""
+    image.tile = [
+        tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout)
+        for tile in image.tile
+    ]
+    image.load()
+    return np.asarray(image)
+
+
+def both_bytes(kind: str, data: bytes, image: ImageFile.ImageFile, layout: str) -> np.ndarray:
+    """Colours of sixteen bits, [H, W, C]: Pillow gives one byte of each, and the other one at a second reading."""
+    other = layout[:-1] + _OTHER_BYTE[layout[-1]]
+    upper = load_as(image, layout).astype(np.uint16)
+    return upper << 8 | load_as(opened(kind, data), other)
