@@ -18,7 +18,16 @@ from tests.jobs.common import Outcome, database, outcome_of
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Many nodes share this machine, and nobody looks at their figures: what watches them would take a tenth of it.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
-os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "2")
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
+# Below so many files the interval does not count, and Ray looks for new logs ten times a second.
+os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "1")
+# Workers are started when something needs them, not in case something might.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# Nodes that tests start are not counted anywhere, and Ray Data needs no process for it.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Nodes go without notice here, and a training needs no process that looks out for one. Submitted jobs have it: their
+# nodes are given none of these variables (tests/system/served.py).
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Nor are there programs enough to compile that headers would be worth it.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 # Without a GPU Triton's kernels are interpreted (tests/gpu); Triton looks at this when it is imported.
@@ -83,14 +92,26 @@ def cluster(s3: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def digits(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real handwritten digits as prepared shards: 1620 to train on, 177 held out; not to be changed."""
-    from pipeline.data.shards import PrepareConfig, prepare
+    from pipeline.cluster.pool import in_process
+    from pipeline.data import shards
 
     folder = tmp_path_factory.mktemp("digits")
-    # Of the 1797, so many as make 18 batches of 90.
-    prepare(PrepareConfig(output=str(folder), source="digits", validation_fraction=0.098))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
+        # Of the 1797, so many as make 18 batches of 90.
+        shards.prepare(shards.PrepareConfig(output=str(folder), source="digits", validation_fraction=0.098))
     return folder
+
+
+@pytest.fixture
+def prepared_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` decodes in this process: some tests show that a pool of actors makes the same of it."""
+    from pipeline.cluster.pool import in_process
+    from pipeline.data import shards
+
+    monkeypatch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
 
 
 @pytest.fixture

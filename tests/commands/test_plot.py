@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cluster.pool import in_process
 from pipeline.commands import plot
 from pipeline.config import ImageConfig
-from pipeline.data import shards
 from pipeline.data.images import decode
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.shards import PrepareConfig, prepare
@@ -25,9 +23,6 @@ from tests.evaluation.common import small_model
 PICTURES = ["bound.png", "nearest.png", "process.png", "samples.png", "schedules.png"]
 GREY = [encode(picture(i, mode="L")) for i in range(12)]
 COLOUR = encoded(12)
-
-# Data is prepared over Ray.
-pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def save(folder: Path, image: ImageConfig, conditional: bool = False) -> Path:
@@ -70,10 +65,8 @@ def test_images_are_read_with_the_models_channels_and_size(
     assert {image.tobytes() for image in make.as_pixels(real)} <= expected
 
 
-def test_prepared_images_of_another_size_and_other_channels_fit_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
+@pytest.mark.usefixtures("prepared_here")
+def test_prepared_images_of_another_size_and_other_channels_fit_the_model(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", COLOUR)
     prepare(PrepareConfig(str(tmp_path / "data"), "folder", str(source), image_size=10))
     model = save(tmp_path / "model", ImageConfig(8, 1))

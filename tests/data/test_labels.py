@@ -120,6 +120,7 @@ def rows(uri: Path) -> dict[bytes, int]:
     return {decode(row["bytes"], 12, 3).tobytes(): row["label"] for table in tables for row in table}
 
 
+@pytest.mark.usefixtures("prepared_here")
 @pytest.mark.parametrize(
     ("source", "write", "classes", "numbers"),
     [
@@ -133,7 +134,6 @@ def rows(uri: Path) -> dict[bytes, int]:
     ids=["texts", "booleans", "floats", "unpublished", "zeros in front", "text or json"],
 )
 def test_prepared_and_raw_agree(
-    cluster: None,
     tmp_path: Path,
     source: Source,
     write: Callable[[Path], None],
@@ -151,12 +151,13 @@ def test_prepared_and_raw_agree(
     assert rows(prepared) == expected
 
 
+@pytest.mark.usefixtures("prepared_here")
 @pytest.mark.parametrize(
     ("source", "write"),
     [("huggingface", column([0, 1, -7, 1] * 12)), ("webdataset", tar([0, "cat", 1, [1]] * 12))],
 )
 def test_labels_of_no_class_are_left_out_of_both(
-    cluster: None, tmp_path: Path, source: Source, write: Callable[[Path], None]
+    tmp_path: Path, source: Source, write: Callable[[Path], None]
 ) -> None:
     """Whoever begins with a number has numbers for classes."""
     raw, prepared = tmp_path / "raw", tmp_path / "prepared"

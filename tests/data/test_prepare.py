@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.cluster.pool import in_process
-from pipeline.data import decoded, shards
+from pipeline.data import decoded
 from pipeline.data.images import decode
 from pipeline.data.index import open_dataset, read_rows
 from pipeline.data.shards import Manifest, PrepareConfig, prepare
@@ -56,6 +55,7 @@ def config(source: Path, output: Path | str, **changes: object) -> PrepareConfig
 
 @pytest.fixture(scope="module")
 def prepared(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """By a pool of actors."""
     output = tmp_path_factory.mktemp("prepared")
     return output, prepare(config(source, output))
 
@@ -105,6 +105,7 @@ def test_the_manifest_tells_the_truth(prepared: tuple[Path, Manifest]) -> None:
     np.testing.assert_allclose(manifest.std, pixels.std((0, 1, 2)), atol=1e-9)
 
 
+@pytest.mark.usefixtures("prepared_here")
 def test_the_same_bytes_again_and_in_pieces(
     prepared: tuple[Path, Manifest], source: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_the_same_bytes_again_and_in_pieces(
     assert {p for p in ages if p.stat().st_mtime_ns != ages[p]} == again
 
 
+@pytest.mark.usefixtures("prepared_here")
 def test_resharding_moves_no_image_between_the_splits(
     prepared: tuple[Path, Manifest], source: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +144,8 @@ def test_a_folder_keeps_its_settings(prepared: tuple[Path, Manifest], source: Pa
         prepare(config(source, prepared[0], image_size=8))
 
 
-def test_bad_images_are_counted_and_named(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("prepared_here")
+def test_bad_images_are_counted_and_named(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", IMAGES[:120])
     (source / "cat" / "empty.png").write_bytes(b"")
     (source / "dog" / "half.png").write_bytes(IMAGES[0][: len(IMAGES[0]) // 2])
@@ -168,7 +171,8 @@ def test_what_a_reader_refuses_on_a_node_is_one_line_here(cluster: None, tmp_pat
     assert "\n" not in str(error.value)
 
 
-def test_the_longer_side_can_be_kept(cluster: None, source: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("prepared_here")
+def test_the_longer_side_can_be_kept(source: Path, tmp_path: Path) -> None:
     prepare(config(source, tmp_path, crop="none"))
     assert open_dataset(str(tmp_path)).image.size == 12
     loaded = datasets.Image().decode_example(
@@ -177,8 +181,9 @@ def test_the_longer_side_can_be_kept(cluster: None, source: Path, tmp_path: Path
     assert loaded.size == (16, 12)
 
 
+@pytest.mark.usefixtures("prepared_here")
 @pytest.mark.parametrize("kind", ["webdataset", "huggingface", "digits"])
-def test_other_sources(cluster: None, kind: str, tmp_path: Path) -> None:
+def test_other_sources(kind: str, tmp_path: Path) -> None:
     writer = {"webdataset": write_tars, "huggingface": write_parquet}.get(kind)
     source = str(writer(tmp_path / "in[1]", IMAGES)) if writer else ""
     size = 12 if writer else 0
@@ -188,7 +193,8 @@ def test_other_sources(cluster: None, kind: str, tmp_path: Path) -> None:
     assert manifest.image["classes"] == names.get(kind, [str(n) for n in range(10)])
 
 
-def test_texts_beside_the_images_of_a_tar_are_the_classes(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("prepared_here")
+def test_texts_beside_the_images_of_a_tar_are_the_classes(tmp_path: Path) -> None:
     names = ("owl", "cat", "dog")
     source, output = str(write_tars(tmp_path / "in", IMAGES, names=names)), str(tmp_path / "out")
     manifest = prepare(PrepareConfig(output, "webdataset", source, image_size=12))
@@ -201,7 +207,7 @@ def test_texts_beside_the_images_of_a_tar_are_the_classes(cluster: None, tmp_pat
     assert open_dataset(source, image_size=12).image.classes == tuple(sorted(names))
 
 
-def test_s3_in_and_out(cluster: None, s3: str, prepared: tuple[Path, Manifest], source: Path) -> None:
+def test_s3_in_and_out(s3: str, prepared: tuple[Path, Manifest], source: Path) -> None:
     for path in source.rglob("*.png"):
         storage.write_atomic(f"{s3}/in[1]/{path.relative_to(source)}", path.read_bytes())
     manifest = prepare(config(source, f"{s3}/out[1]", input=f"{s3}/in[1]"))
@@ -233,9 +239,8 @@ class Counted:
 
 
 @pytest.fixture
-def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
+def counted(prepared_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
     run = Counted(write_folder(tmp_path / "in", IMAGES[:100]), tmp_path / "out")
-    monkeypatch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
 
     def count(*arguments: Any, **options: Any) -> np.ndarray:
         run.decoded[-1] += 1
@@ -339,7 +344,8 @@ def test_what_was_found_is_said_in_one_line(counted: Counted, capsys: pytest.Cap
 
 
 @pytest.mark.system
-def test_killed_and_started_again_it_finishes_what_is_missing(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("prepared_here")
+def test_killed_and_started_again_it_finishes_what_is_missing(tmp_path: Path) -> None:
     images = [encode(picture(i, 700, 700), "JPEG") for i in range(20)] * 30
     source = write_folder(tmp_path / "in", images, "jpg")
     options = {"image_size": 32, "rows_per_shard": 20}

@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.pool import in_process
 from pipeline.data.index import DatasetIndex, open_splits
+from pipeline.evaluation import evaluate
+
+
+@pytest.fixture
+def evaluated_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` measures in this process: tests of each measure show that actors come to the same."""
+    monkeypatch.setattr(evaluate, "ActorPool", lambda *_, **__: in_process)
 
 
 @pytest.fixture(scope="session")

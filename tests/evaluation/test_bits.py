@@ -86,7 +86,7 @@ def test_the_estimate_from_some_terms_lies_within_its_error_of_the_exact_bound(
     assert estimate.prior == pytest.approx(exact.prior, rel=1e-6)
 
 
-def test_actors_measure_what_one_process_measures(held_out: DatasetIndex) -> None:
+def test_actors_measure_what_one_process_measures(cluster: None, held_out: DatasetIndex) -> None:
     model, spec = small_model()
     ids = choose(held_out.rows, 24, seed=0)
     here = held_out_bits(model, spec, held_out, ids, batch_size=8)

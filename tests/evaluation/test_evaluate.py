@@ -7,8 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.cluster.pool import in_process
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
+from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.classifier import Classifier, save_classifier
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import evaluate
@@ -39,12 +41,13 @@ def noise(tmp_path: Path) -> Path:
 
 
 def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
-    digits: Path, model_folder: Path, real_copies: Path, noise: Path, tmp_path: Path
+    cluster: None, digits: Path, model_folder: Path, real_copies: Path, noise: Path, tmp_path: Path
 ) -> None:
+    """The first evaluation by actors, the second in this process."""
     output = tmp_path / "out"
     config = EvaluateConfig(
         model="", data=str(digits), samples=str(real_copies), output=str(output),
-        max_images=20, classifier_steps=200,
+        max_images=20, classifier_steps=200, actors=1,
     )  # fmt: skip
     metrics = evaluate(config, str(model_folder))
     names = ("frechet_distance", "kernel_distance", "precision", "recall", "knn_label_accuracy")
@@ -67,7 +70,9 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
         model="", data=str(digits), samples=str(noise), features=str(output / "classifier"),
         metrics=("frechet", "kernel", "manifold", "knn"),
     )  # fmt: skip
-    worse = evaluate(config, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "ActorPool", lambda *_: in_process)
+        worse = evaluate(config, "")
     assert worse["frechet_distance_real"] == pytest.approx(metrics["frechet_distance_real"], rel=1e-9)
     assert worse["frechet_distance"] > 20 * metrics["frechet_distance"]
     assert worse["kernel_distance"] > 5 * worse["kernel_distance_stderr"]
@@ -76,6 +81,7 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     assert "bits_per_dim" not in worse
 
 
+@pytest.mark.usefixtures("evaluated_here")
 def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
     digits: Path, tmp_path: Path, noise: Path
 ) -> None:
@@ -100,7 +106,6 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
         ({"output": "pyproject.toml/x"}, "not a folder"),
         ({"samples": "nowhere"}, "no such file or folder"),
         ({"samples": "noise", "metrics": ("kernel",), "max_features": 19}, "at least 20 images a side"),
-        ({"gpu": True}, "no GPU"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
@@ -113,3 +118,9 @@ def test_bad_settings_are_refused_in_one_line(
     with pytest.raises(InputError, match=reason) as error:
         evaluate(EvaluateConfig(**settings | options), str(model_folder))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_a_gpu_that_the_cluster_lacks_is_refused(cluster: None, digits: Path, model_folder: Path) -> None:
+    config = EvaluateConfig("", str(digits), max_images=2, metrics=("bits",), gpu=True)
+    with pytest.raises(InputError, match="no GPU"):
+        evaluate(config, str(model_folder))

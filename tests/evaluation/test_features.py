@@ -77,6 +77,7 @@ def test_folders_that_hold_no_samples_are_refused(tmp_path: Path) -> None:
 
 
 def test_moments_are_numpys_over_all_images_whoever_computes_them(
+    cluster: None,
     train: DatasetIndex,
     held_out: DatasetIndex,
     inception: TorchScriptExtractor,

@@ -13,19 +13,20 @@ from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import EvaluateConfig, check
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.work import choose
-from pipeline.models.export import load_model
+from pipeline.models.export import load_model, save_model
 from pipeline.models.snapshots import Snapshot, parse_snapshot, posthoc_ema
-from pipeline.training.trainer import train
+from pipeline.training.worker import keep_snapshots
 from tests.evaluation.common import small_model
-from tests.jobs.common import database
+from tests.training.runs import undisturbed
 
 LENGTHS = (0.05, 0.15)
 
 
-def test_a_runs_snapshots_outlive_its_checkpoints_and_are_swept_over_lengths(
-    digits: Path, held_out: DatasetIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("evaluated_here")
+def test_a_runs_snapshots_are_swept_over_lengths(
+    digits: Path, held_out: DatasetIndex, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
+    """tests/training/test_trainer.py shows that they outlive its checkpoints."""
     config = TrainConfig(
         data=str(digits),
         output=str(tmp_path / "run"),
@@ -35,10 +36,10 @@ def test_a_runs_snapshots_outlive_its_checkpoints_and_are_swept_over_lengths(
         diffusion=DiffusionConfig(timesteps=20),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, ema_decays=(0.5,), ema_lengths=LENGTHS),
         checkpoint_every=2,
-        keep_checkpoints=1,
     )
-    folder = train(config).folder
     snapshots = tmp_path / "run" / "snapshots"
+    run = undisturbed(config, lambda saved: keep_snapshots(str(snapshots), config, saved))
+    folder = save_model(tmp_path / "run" / "model", run.end.weights, run.spec)
     kept = {parse_snapshot(file.name): file for file in snapshots.iterdir()}
     assert set(kept) == {Snapshot(step, length) for step in (2, 4, 6, 8) for length in LENGTHS}
 

@@ -1,13 +1,12 @@
 """Samples on an object store: the same bytes, and the same guarantees."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from pipeline import storage
 from tests.generation.common import config, digests, make
-from tests.jobs.common import run_job
+from tests.jobs.common import Outcome
 
 
 def stored(uri: str) -> dict[str, str]:
@@ -32,9 +31,10 @@ def test_a_dataset_on_s3_is_the_one_on_disk_and_is_mended_like_it(
     assert make(config(output, verify=True), model)["metrics"]["verified"] == 5
 
 
-@pytest.mark.system
-def test_the_job_writes_to_s3(bucket: str, model: Path, whole: Path, tmp_path: Path) -> None:
-    done = run_job(
+def test_the_job_writes_to_s3(
+    bucket: str, model: Path, whole: Path, tmp_path: Path, job: Callable[..., Outcome]
+) -> None:
+    done = job(
         "generate", "--model", model, "--output", f"{bucket}/job", "--count", 40, "--batch-size", 4,
         "--rows-per-file", 8, "--seed", 3, "--guidance", 1.5, "--actors", 1, home=tmp_path,
     )  # fmt: skip

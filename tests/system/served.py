@@ -209,6 +209,7 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",
         "RAY_prestart_worker_first_driver": "0",
     }  # fmt: skip
 

@@ -15,6 +15,8 @@ import torch
 
 from pipeline.cluster.pool import in_process
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
+from pipeline.errors import InputError
+from pipeline.generation.config import GenerateConfig
 from pipeline.models.export import save_model
 from pipeline.models.unet import build
 from tests.generation.common import config, digests, make, manifest
@@ -50,9 +52,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     output = tmp_path_factory.mktemp("faults") / "undisturbed"
-    make(config(output, count=COUNT, max_blank_fraction=1.0), model, in_process)
+    make(settings(output), model, in_process)
     torch.set_num_threads(threads)
     return output
+
+
+def settings(output: Path) -> GenerateConfig:
+    """As `flags`."""
+    return config(output, count=COUNT, max_blank_fraction=1.0)
 
 
 def flags(model: Path, output: Path, count: int = COUNT, most: int = 2) -> list[object]:
@@ -131,12 +138,11 @@ def test_kills_of_an_actor_a_node_the_driver_and_all_at_once_leave_the_undisturb
 
     first = drive(output)
     after(first, 2)
-    with first.paused():
-        second = run_job(
-            "generate", *flags(model, output), home=tmp_path, timeout=SECONDS, RAY_ADDRESS=machines.address
-        )
-    assert second.code == 2
-    assert f"is being written by process {first.process.pid}" in second.stderr
+    with (
+        first.paused(),
+        pytest.raises(InputError, match=f"is being written by process {first.process.pid}"),
+    ):
+        make(settings(output), model, in_process)
     assert machines.kill_workers(ACTOR, 1)
     after(first, 2)
     machines.kill_node(moment.choice(machines.nodes))
@@ -212,45 +218,6 @@ def test_the_pool_grows_with_the_cluster_and_goes_on_when_that_shrinks(
     driver.wait_for_files(2)
     machines.kill_node(node)
     driver.wait_for_files(2)
-
-
-def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
-    machines: LocalCluster, model: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    """80 samples: what is in a file does not depend on how many others there are."""
-    count = 80
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "none", str(disk)], check=False)
-    if mounted.returncode:
-        pytest.skip("no right to mount a small disk here")
-    try:
-        output = disk / "samples"
-        full = run_job(
-            "generate",
-            *flags(model, output, count),
-            home=tmp_path,
-            timeout=SECONDS,
-            RAY_ADDRESS=machines.address,
-        )
-        assert full.code == 2, full.stderr
-        assert "No space left on device: mend that and run the same command again" in full.stderr
-        kept = finished(output)
-        assert kept
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        done = run_job(
-            "generate",
-            *flags(model, output, count),
-            home=tmp_path,
-            timeout=SECONDS,
-            RAY_ADDRESS=machines.address,
-        )
-        assert done.code == 0, done.stderr
-        assert {name: finished(output)[name] for name in kept} == kept
-        whole = digests(undisturbed)
-        assert digests(output) == {name: whole[name] for name in sorted(whole)[: count // 8]}
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_driver_that_plans_a_hundred_million_samples_stays_small(

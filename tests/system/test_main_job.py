@@ -26,8 +26,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo(home: Path) -> Outcome:
     uri = f"sqlite:///{home / 'demo.db'}"  # not there yet, as for a new user
     outcome = run_job(
-        "demo", "--output", home / "demo", "--steps", STEPS, "--count", COUNT, home=home, timeout=500,
-        MLFLOW_TRACKING_URI=uri,
+        "demo", "--output", home / "demo", "--steps", STEPS, "--count", COUNT, "--workers", 1, home=home,
+        timeout=500, MLFLOW_TRACKING_URI=uri,
     )  # fmt: skip
     assert outcome.code == 0, outcome.stderr
     return outcome

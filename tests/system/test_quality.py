@@ -1,7 +1,7 @@
 """What the whole of it is for: samples that look like the class that was asked for, judged beside real images."""
 
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from pipeline.cluster.pool import in_process
 from pipeline.config import (
     DiffusionConfig,
     ImageConfig,
@@ -31,7 +32,7 @@ from pipeline.rng import Purpose, normal, uniform
 from pipeline.training import loop
 from pipeline.training.meter import Meter
 from pipeline.training.state import new_state
-from tests.jobs.common import ROOT, environment
+from tests.jobs.common import ROOT, database
 
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
 IMAGE = ImageConfig(8, 1, tuple("0123456789"))
@@ -56,7 +57,7 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     pixels = (digits.images[order] * (255 / 16)).round().clip(0, 255).astype(np.uint8)
     images, labels = torch.from_numpy(pixels)[:, None], torch.from_numpy(digits.target[order])
     real, real_labels = images[HELD_OUT:], labels[HELD_OUT:]
-    model = ModelConfig(32, (1, 2), attention_resolutions=(4,), class_conditional=True)
+    model = ModelConfig(32, (1, 2), res_blocks=1, attention_resolutions=(4,), class_conditional=True)
     spec = ModelSpec(model, IMAGE, DiffusionConfig(schedule="cosine", timesteps=400))
     optimizer = OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,))
     config = TrainConfig("", "", steps=300, batch_size=48, model=model, optimizer=optimizer)
@@ -114,29 +115,20 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     assert bits.mean() < 6
 
 
-@pytest.mark.system
-def test_the_measurement_runs_on_mnist_padded_to_32x32(tmp_path: Path) -> None:
+def test_the_measurement_runs_on_mnist_padded_to_32x32(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As `python -m benchmarks.quality`, but in this process, also what actors do: it trains on this process's Ray."""
     if not MNIST.is_dir():
         pytest.skip(f"MNIST's IDX files are not at {MNIST}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.quality",
-            "--data",
-            "mnist",
-            "--smoke",
-            "--output",
-            str(tmp_path / "out"),
-        ],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    words = ["--data", "mnist", "--smoke", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["quality", *words])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for place in ("generation.job", "evaluation.evaluate"):
+        monkeypatch.setattr(f"pipeline.{place}.ActorPool", lambda *_, **__: in_process)
+    runpy.run_module("benchmarks.quality", run_name="__main__")
+    result = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
     # Real digits are told apart by their neighbours; after a few steps samples aren't digits yet.
     assert result["knn_label_accuracy_real"] > 0.85
     assert 0 <= result["knn_label_accuracy"] < result["knn_label_accuracy_real"]

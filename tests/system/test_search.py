@@ -21,7 +21,6 @@ import yaml
 from pipeline.cluster.session import connect
 from pipeline.commands import cli
 from pipeline.config import TrainConfig, to_dict
-from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import LeaseLost
@@ -31,7 +30,7 @@ from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.search import search
 from tests.data.common import leave_ray
-from tests.jobs.common import command, environment
+from tests.jobs.common import command, database, environment
 from tests.system.cluster import LocalCluster, local_cluster
 from tests.tuning.gaussian import GaussianTrial, known_bound
 from tests.tuning.test_proposals import FLAGS, VALUES
@@ -46,14 +45,14 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, cluster: LocalCluster) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory, digits: Path, cluster: LocalCluster) -> Iterator[Path]:
     """A folder with prepared digits in `digits`; this process has joined the cluster."""
     home = tmp_path_factory.mktemp("search")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+        patch.setenv("MLFLOW_TRACKING_URI", database(home))
         patch.setenv("RAY_ADDRESS", cluster.address)
         connect(environment=address.environment())
-        prepare(PrepareConfig(output=str(home / "digits"), source="digits"))
+        (home / "digits").symlink_to(digits)
         yield home
         leave_ray()
 
@@ -117,7 +116,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
             measured = any(r.status in ("finished", "stopped") for r in now)
             return measured and any(r.status == "running" and 1 <= len(r.rungs) <= 2 for r in now)
 
-        wait_for(in_between, 300, "finished and half-finished trial")
+        wait_for(in_between, 600, "finished and half-finished trial")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
@@ -243,7 +242,10 @@ class FailingTrial(GaussianTrial):
         return rung
 
 
-def test_a_resume_makes_another_attempt_where_the_infrastructure_failed(home: Path) -> None:
+def test_a_resume_makes_another_attempt_where_the_infrastructure_failed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tuning.search.RESTARTS", 1)
     space = dict(zip(FLAGS, VALUES, strict=True))
     config = configure(home, "failing", space, trials=4, concurrent=2, rungs=1, register="")
     assert search(config, FailingTrial)["count"] == 1

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from pipeline import storage
+from pipeline.commands import cli
+from pipeline.config import TrainConfig
 from pipeline.training import checkpoint
 from tests.jobs.common import command, environment
 from tests.system.cluster import LocalCluster
+from tests.training.runs import Undisturbed, undisturbed
 from tests.training.test_loop import epochs_digest
 
 pytestmark = pytest.mark.system
@@ -102,17 +105,16 @@ def jobs() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 @pytest.fixture(scope="module")
-def reference(site: Site) -> str:
+def reference(digits: Path) -> Undisturbed:
     """The run that nothing disturbs."""
-    job = site.start("reference", STEPS, "--workers", 2)
-    assert job.wait(timeout=SECONDS) == 0, site.log("reference")
-    return "reference"
+    words = ("--data", digits, "--output", "", "--steps", STEPS, *FLAGS)
+    return undisturbed(cli.parse(TrainConfig, list(map(str, words)), "train", ""))
 
 
-def assert_whole(site: Site, output: str, reference: str, epochs: int = 6) -> None:
+def assert_whole(site: Site, output: str, reference: Undisturbed, epochs: int = 6) -> None:
     """One MLflow run with one curve, that of the reference; each sample once in every epoch."""
     steps = epochs * ROWS // BATCH
-    mine, theirs = dict(site.curve(output, "loss")), dict(site.curve(reference, "loss"))
+    mine, theirs = dict(site.curve(output, "loss")), reference.losses
     assert [step for step, _ in site.curve(output, "loss")] == list(range(6, steps + 1, 6))
     common = sorted(set(mine) & set(theirs))
     assert [mine[step] for step in common] == pytest.approx([theirs[step] for step in common], rel=1e-3)
@@ -127,13 +129,12 @@ def assert_whole(site: Site, output: str, reference: str, epochs: int = 6) -> No
     assert site.runs(output)[0].info.status == "FINISHED"
 
 
-def weights(site: Site, output: str) -> torch.Tensor:
-    saved, _ = checkpoint.read(site.checkpoints(output)[0])
-    return torch.cat([saved.weights[name].flatten() for name in sorted(saved.weights)])
+def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
 def test_a_killed_worker_node_and_driver_and_a_cut_checkpoint_leave_no_trace(
-    site: Site, reference: str, jobs: list[subprocess.Popen[str]]
+    site: Site, reference: Undisturbed, jobs: list[subprocess.Popen[str]]
 ) -> None:
     output = "killed"
     jobs.append(site.start(output, STEPS, "--workers", 2))
@@ -153,7 +154,8 @@ def test_a_killed_worker_node_and_driver_and_a_cut_checkpoint_leave_no_trace(
     assert f"checkpoint passed over: {newest.name}: weights.safetensors is damaged" in site.log(output)
     assert "Traceback" not in site.log(output)
     assert_whole(site, output, reference)
-    mine, theirs = weights(site, output), weights(site, reference)
+    mine = flat(checkpoint.read(site.checkpoints(output)[0])[0].weights)
+    theirs = flat(reference.end.weights)
     assert (mine - theirs).norm() < 1e-3 * theirs.norm()
     assert len(storage.list_folders(str(site.home / output / "checkpoints"), "step-")) == 3
 
@@ -162,7 +164,7 @@ def test_a_killed_worker_node_and_driver_and_a_cut_checkpoint_leave_no_trace(
 @pytest.mark.parametrize("second", ["worker", "workers", "node", "driver"])
 @pytest.mark.parametrize("first", ["worker", "workers", "node", "driver"])
 def test_every_fault_may_follow_every_other_before_the_run_has_recovered(
-    site: Site, reference: str, jobs: list[subprocess.Popen[str]], first: str, second: str
+    site: Site, reference: Undisturbed, jobs: list[subprocess.Popen[str]], first: str, second: str
 ) -> None:
     output, flags = f"{first}-{second}", ("--workers", 2, "--resume")
     site.cluster.resize(3)
@@ -188,7 +190,7 @@ def test_every_fault_may_follow_every_other_before_the_run_has_recovered(
 
 
 def test_elastic_training_follows_its_nodes_and_sigterm_saves(
-    site: Site, reference: str, jobs: list[subprocess.Popen[str]]
+    site: Site, reference: Undisturbed, jobs: list[subprocess.Popen[str]]
 ) -> None:
     output = "elastic"
     site.cluster.resize(1)

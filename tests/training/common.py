@@ -47,17 +47,27 @@ def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int 
     generator = np.random.default_rng(0)
     images = torch.from_numpy(generator.integers(0, 256, (37, 1, 8, 8), dtype=np.uint8))
     plan = Plan((10, 10, 10, 7), config.seed, config.batch_size, groups_per_window=2)
-    step, ids, epochs = start, list[int](), list[int]()
-    first, last = start * config.batch_size, config.steps * config.batch_size
-    steps = list[int]()
+    yield from planned(plan, images, torch.arange(37) % 2, range(start, config.steps), rank, world_size)
+
+
+def planned(
+    plan: Plan, images: torch.Tensor, labels: torch.Tensor, wanted: range, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """The rank's batches of the steps `wanted`, of all images of a dataset in the order of their ids."""
+    ids, epochs, steps = list[int](), list[int](), list[int]()
+    first, last = wanted.start * plan.batch_size, wanted.stop * plan.batch_size
     for window in windows_between(plan, first, last):
         rows = window_rows(plan.seed, window, first, last, rank, world_size)
         ids += (plan.first_id[rows.group] + rows.row).tolist()
         epochs += [window.epoch] * len(rows.row)
-        steps += (rows.position // config.batch_size).tolist()
-    for step in range(start, config.steps):
+        steps += (rows.position // plan.batch_size).tolist()
+    for step in wanted:
         here = [i for i, s in enumerate(steps) if s == step]
         chosen = torch.tensor([ids[i] for i in here])
         yield Batch(
-            images[chosen], chosen % 2, chosen, torch.tensor([epochs[i] for i in here]), torch.ones(len(here))
+            images[chosen],
+            labels[chosen],
+            chosen,
+            torch.tensor([epochs[i] for i in here]),
+            torch.ones(len(here)),
         )

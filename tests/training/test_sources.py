@@ -1,4 +1,4 @@
-"""One training run on each kind of raw data: what the index promises, the workers read."""
+"""Training on each kind of raw data: what the index promises, the workers read."""
 
 import shutil
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from pipeline.training import checkpoint
 from pipeline.training.trainer import train
 from tests.data.common import encoded, write_idx, write_parquet, write_tars
 from tests.data.test_accounting import write_splits, write_zip
+from tests.training.runs import train_here
 from tests.training.test_loop import epochs_digest
 from tests.training.test_trainer import home as home  # a fixture
 from tests.training.test_trainer import settings
@@ -60,32 +61,38 @@ WRITERS: dict[Source, Callable[[Path], object]] = {
 }
 
 
+SMALL = ModelConfig(32, (1,), res_blocks=1, attention_resolutions=(), class_conditional=True)
+
+
 @pytest.mark.parametrize("source", WRITERS)
 def test_training_sees_each_image_of_a_raw_source_once_an_epoch(
     source: Source, home: Path, tmp_path: Path
 ) -> None:
+    """The test below does so in a whole run."""
     data = tmp_path / "data"
     data.mkdir()
     WRITERS[source](data)
     splits = open_splits(str(data))
     rows = splits["train"].rows
     assert sum(index.rows for index in splits.indexes.values()) == (35 if source == "folder" else 40)
-    small = ModelConfig(32, (1,), res_blocks=1, attention_resolutions=(), class_conditional=True)
-    config = settings(home, str(tmp_path / "run"), steps=2, batch_size=rows, checkpoint_every=2)
-    train(replace(config, data=str(data), model=small))
-    saved, state = checkpoint.read(checkpoint.complete(str(tmp_path / "run" / "checkpoints"))[0])
-    assert saved.step == 2
-    assert state["seen"] == {"samples": 2 * rows, "digest": epochs_digest(2, rows), "undecodable": 0}
+    config = settings(home, str(tmp_path / "run"), steps=2, batch_size=rows)
+    seen = train_here(replace(config, data=str(data), model=SMALL))
+    assert seen == {"samples": 2 * rows, "digest": epochs_digest(2, rows), "undecodable": 0}
 
 
 def test_data_that_was_cut_otherwise_is_refused_with_what_puts_it_right(home: Path, tmp_path: Path) -> None:
     """The images are the same, so their fingerprint is: their order is not."""
     data = write_tars(tmp_path / "data", IMAGES, per_tar=10)
-    config = replace(settings(home, str(tmp_path / "run"), steps=1, batch_size=8), data=str(data))
+    rows = open_splits(str(data))["train"].rows
+    config = settings(home, str(tmp_path / "run"), steps=2, batch_size=rows, checkpoint_every=2)
+    config = replace(config, data=str(data), model=SMALL)
     train(config)
+    saved, state = checkpoint.read(checkpoint.complete(str(tmp_path / "run" / "checkpoints"))[0])
+    assert saved.step == 2
+    assert state["seen"] == {"samples": 2 * rows, "digest": epochs_digest(2, rows), "undecodable": 0}
     shutil.rmtree(data)
     write_tars(data, IMAGES, per_tar=8)
     with pytest.raises(
         InputError, match=r"--data \S+: its files are others, or cut otherwise, .*restore them"
     ):
-        train(replace(config, steps=2, resume=True))
+        train(replace(config, steps=4, resume=True))

@@ -20,17 +20,19 @@ from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, Train
 from pipeline.errors import InputError
 from pipeline.lock import LeaseLost
 from pipeline.models.export import load_model
+from pipeline.models.snapshots import parse_snapshot
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint
 from pipeline.training.trainer import Trained, train
 from tests.jobs.common import ROOT, database
+from tests.training.runs import Undisturbed, undisturbed
 from tests.training.test_loop import epochs_digest
 
 ROWS, BATCH = 1620, 90  # 18 steps are an epoch
 
 
 @pytest.fixture(scope="module")
-def home(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(cluster: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with prepared digits and MLflow's database."""
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "digits").symlink_to(digits)
@@ -68,9 +70,9 @@ def curve(trained: Trained, name: str) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def straight(home: Path) -> Trained:
+def straight(home: Path) -> Undisturbed:
     """The run that nothing disturbs."""
-    return train(settings(home, str(home / "straight")))
+    return undisturbed(settings(home, ""))
 
 
 class Reports(ray.train.UserCallback):
@@ -85,7 +87,7 @@ class Reports(ray.train.UserCallback):
 
 
 def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
-    home: Path, straight: Trained, bucket: str
+    home: Path, straight: Undisturbed, bucket: str
 ) -> None:
     output, points = f"{bucket}/digits", list[tuple[int, dict[str, float]]]()
     config = settings(
@@ -101,15 +103,12 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
 
     trained = train(config)
     assert set(curve(trained, "bits_per_dim")) == {6, 10, 12, 18}
-    assert (
-        curve(trained, "loss").items()
-        >= {s: v for s, v in curve(straight, "loss").items() if s != 12}.items()
-    )
+    assert curve(trained, "loss").items() >= {s: v for s, v in straight.losses.items() if s != 12}.items()
     found = runs.open_client().search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
     assert [run.info.run_id for run in found] == [trained.run.id]
 
     mine, state = newest(output)
-    reference, _ = newest(str(home / "straight"))
+    reference = straight.end
     assert all(torch.equal(mine.weights[name], reference.weights[name]) for name in reference.weights)
     assert len(mine.averages) == 2
     for a, b in zip(mine.averages, reference.averages, strict=True):
@@ -138,10 +137,11 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
 
 
 def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops(
-    home: Path, straight: Trained, bucket: str, monkeypatch: pytest.MonkeyPatch
+    home: Path, straight: Undisturbed, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = f"{bucket}/leased"
-    config = settings(home, output, resume=True)
+    averages = OptimizerConfig(ema_decays=(0.9,), ema_lengths=(0.1,), warmup_steps=5)
+    config = settings(home, output, resume=True, optimizer=averages)
     refusals = list[str]()
 
     def disturb(step: int, values: dict[str, float]) -> None:
@@ -168,8 +168,12 @@ def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops
     trained = train(dataclasses.replace(config, steps=end))
     assert trained.run.id == run.info.run_id
     assert list(curve(trained, "loss")) == list(range(4, end + 1, 4))
-    shared = {step: loss for step, loss in curve(straight, "loss").items() if step <= min(end, 16)}
+    shared = {step: loss for step, loss in straight.losses.items() if step <= min(end, 16)}
     assert curve(trained, "loss").items() >= shared.items()
+    # Snapshots outlive checkpoints, of which two are left.
+    snapshots = map(parse_snapshot, map(storage.name, storage.list_files(f"{output}/snapshots")))
+    assert {one.step for one in snapshots if one and one.sigma_rel == 0.1} >= {*range(3, end + 1, 3), end}
+    assert len(checkpoint.complete(f"{output}/checkpoints")) == 2
 
 
 def test_a_non_finite_step_stops_the_run_and_keeps_its_samples(home: Path) -> None:
@@ -189,12 +193,12 @@ def test_a_non_finite_step_stops_the_run_and_keeps_its_samples(home: Path) -> No
 
 
 @pytest.fixture
-def disk(home: Path, straight: Trained) -> Iterator[tuple[Path, bool]]:
+def disk(home: Path, straight: Undisturbed) -> Iterator[tuple[Path, bool]]:
     """A folder on a disk that is full after two checkpoints, and whether it is: only root may mount one."""
     folder = home / "disk"
     folder.mkdir()
-    (newest_folder, *_) = checkpoint.complete(f"{home}/straight/checkpoints")
-    one = sum(file.stat().st_size for file in Path(newest_folder).iterdir())
+    checkpoint.write(str(home / "one"), straight.end, {"run_id": "0" * 32, "points": []})
+    one = sum(file.stat().st_size for file in (home / "one").iterdir())
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(one * 2.6) // 1024}k", "tmpfs", str(folder)]
     mounted = not subprocess.run(mount, capture_output=True).returncode
     yield folder, mounted
@@ -203,7 +207,7 @@ def disk(home: Path, straight: Trained) -> Iterator[tuple[Path, bool]]:
 
 
 def test_a_full_disk_stops_the_run_and_a_resume_passes_over_a_damaged_checkpoint(
-    home: Path, straight: Trained, disk: tuple[Path, bool], capfd: pytest.CaptureFixture[str]
+    home: Path, straight: Undisturbed, disk: tuple[Path, bool], capfd: pytest.CaptureFixture[str]
 ) -> None:
     output, small = disk
     if small:
@@ -223,11 +227,11 @@ def test_a_full_disk_stops_the_run_and_a_resume_passes_over_a_damaged_checkpoint
         f"checkpoint passed over: {storage.name(uri)}: optimizer.safetensors is damaged"
         in capfd.readouterr().err
     )
-    whole, again = curve(straight, "loss"), curve(trained, "loss")
+    whole, again = straight.losses, curve(trained, "loss")
     assert again.items() >= {step: loss for step, loss in whole.items() if step > 6}.items()
     assert again == whole or not small
     mine, state = newest(str(output))
-    reference, _ = newest(str(home / "straight"))
+    reference = straight.end
     assert all(torch.equal(mine.weights[name], reference.weights[name]) for name in reference.weights)
     assert state["seen"]["digest"] == epochs_digest(1, ROWS)
     assert len(storage.list_folders(f"{output}/checkpoints", "step-")) == 2

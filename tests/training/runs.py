@@ -1,0 +1,74 @@
+"""Training runs of one worker in this process, on data as they come, without Ray Train."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config import ModelSpec, TrainConfig
+from pipeline.data.index import open_splits
+from pipeline.data.order import Plan
+from pipeline.data.stream import PlannedData
+from pipeline.evaluation.reading import read_images
+from pipeline.training import checkpoint, loop
+from pipeline.training.meter import Meter
+from pipeline.training.trainer import check, make_spec
+from tests.training.common import planned
+
+
+class Recorder(loop.Observer):
+    """Keeps the curve of the loss, and hands on what checkpoints would hold."""
+
+    def __init__(self, state: loop.TrainState, save: Callable[[checkpoint.Saved], None]) -> None:
+        self.losses: dict[int, float] = {}
+        self._state, self._save = state, save
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.losses[step] = metrics["loss"]
+
+    def save(self) -> None:
+        self._save(checkpoint.capture(self._state))
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a run comes to that nothing disturbs.
+
+    Attributes:
+        losses: by step.
+        end: what its last checkpoint would hold.
+    """
+
+    spec: ModelSpec
+    losses: dict[int, float]
+    end: checkpoint.Saved
+
+
+def undisturbed(
+    config: TrainConfig, save: Callable[[checkpoint.Saved], None] = lambda saved: None
+) -> Undisturbed:
+    """The loop of one worker in this process, on the images of `config.data`."""
+    index, cpu = open_splits(config.data)["train"], torch.device("cpu")
+    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
+    images, labels = read_images(index, np.arange(index.rows))
+    spec = make_spec(config, index)
+    state = loop.new_state(config, spec, cpu)
+    recorder, stream = Recorder(state, save), planned(plan, images, labels, range(config.steps))
+    loop.train(config, spec, state, state.model, stream, Meter(config, 1, cpu), recorder)
+    return Undisturbed(spec, recorder.losses, checkpoint.capture(state))
+
+
+def train_here(config: TrainConfig) -> Any:
+    """A worker's loop in this process, which has a Ray that reads beside it as in a run; returns what it has seen."""
+    data, spec = check(config)
+    index, cpu = data["train"], torch.device("cpu")
+    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
+    (parts,) = PlannedData(plan, config.readers, config.random_crop).configure({"train": index}, 1)
+    state, meter = loop.new_state(config, spec, cpu), Meter(config, 1, cpu)
+    with closing(parts["train"].batches(0, config.steps)) as batches:
+        loop.train(config, spec, state, state.model, batches, meter, loop.Observer())
+    assert state.step == config.steps
+    return meter.state()["seen"]
