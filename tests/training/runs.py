@@ -15,6 +15,7 @@ from pipeline.data.stream import PlannedData
 from pipeline.evaluation.reading import read_images
 from pipeline.training import checkpoint, loop
 from pipeline.training.meter import Meter
+from pipeline.training.state import new_state
 from pipeline.training.trainer import check, make_spec
 from tests.training.common import planned
 
@@ -55,7 +56,7 @@ def undisturbed(
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     images, labels = read_images(index, np.arange(index.rows))
     spec = make_spec(config, index)
-    state = loop.new_state(config, spec, cpu)
+    state = new_state(config, spec, cpu)
     recorder, stream = Recorder(state, save), planned(plan, images, labels, range(config.steps))
     loop.train(config, spec, state, state.model, stream, Meter(config, 1, cpu), recorder)
     return Undisturbed(spec, recorder.losses, checkpoint.capture(state))
@@ -67,7 +68,7 @@ def train_here(config: TrainConfig) -> Any:
     index, cpu = data["train"], torch.device("cpu")
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     (parts,) = PlannedData(plan, config.readers, config.random_crop).configure({"train": index}, 1)
-    state, meter = loop.new_state(config, spec, cpu), Meter(config, 1, cpu)
+    state, meter = new_state(config, spec, cpu), Meter(config, 1, cpu)
     with closing(parts["train"].batches(0, config.steps)) as batches:
         loop.train(config, spec, state, state.model, batches, meter, loop.Observer())
     assert state.step == config.steps
