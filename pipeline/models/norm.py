@@ -21,7 +21,7 @@ MANY_PIXELS = 1024
 class GroupNorm(nn.GroupNorm):
     """`torch.nn.GroupNorm`, and what comes after it; the same values to the rounding of bf16."""
 
-    def __init__(self, groups: int, channels: int, eps: float) -> None:
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__(groups, channels, eps)
         self._kernels = available.work()
 
