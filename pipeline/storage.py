@@ -84,7 +84,7 @@ def exists(uri: str, pattern: bool = False) -> bool:
     fs.invalidate_cache()  # others write there too
     if found := pattern_of(uri):
         with _asking(uri):
-            return pattern and bool(fs.glob(posixpath.join(escape(found[0]), found[1])))
+            return pattern and bool(_glob(fs, found))
     with _asking(uri):
         return _kind(fs, path) is not None
 
@@ -113,6 +113,11 @@ def pattern_of(uri: str) -> tuple[str, str] | None:
                 folder = path[: name.start()]
                 return folder.rstrip("/") or folder, path[name.start() :]
     return None
+
+
+def _glob(fs: Any, pattern: tuple[str, str]) -> dict[str, dict[str, Any]]:
+    """What there is that a pattern matches: see `pattern_of`."""
+    return dict(fs.glob(posixpath.join(escape(pattern[0]), pattern[1]), detail=True))
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
@@ -264,7 +269,7 @@ def list_details(uri: str) -> dict[str, dict[str, Any]]:
     pattern = pattern_of(uri)
     with _asking(uri):
         if pattern:
-            matches = dict(fs.glob(posixpath.join(escape(pattern[0]), pattern[1]), detail=True))
+            matches = _glob(fs, pattern)
         elif kind := _kind(fs, path):
             matches = {path: {"type": kind} if kind != "file" else fs.info(path)}
         else:

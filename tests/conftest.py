@@ -94,12 +94,11 @@ def cluster(s3: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real handwritten digits as prepared shards: 1620 to train on, 177 held out; not to be changed."""
-    from pipeline.cluster.pool import in_process
     from pipeline.data import shards
 
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
+        _prepare_here(patch)
         # Of the 1797, so many as make 18 batches of 90.
         shards.prepare(shards.PrepareConfig(output=str(folder), source="digits", validation_fraction=0.098))
     return folder
@@ -108,10 +107,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prepared_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prepare` decodes in this process: some tests show that a pool of actors makes the same of it."""
+    _prepare_here(monkeypatch)
+
+
+def _prepare_here(patch: pytest.MonkeyPatch) -> None:
     from pipeline.cluster.pool import in_process
     from pipeline.data import shards
 
-    monkeypatch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
+    patch.setattr(shards, "ActorPool", lambda *_, **__: in_process)
 
 
 @pytest.fixture

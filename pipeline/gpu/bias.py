@@ -1,6 +1,6 @@
 """A convolution's bias, added with the residual in one pass, and its gradient, by Triton.
 
-torch's kernels for them take six times as long as the memory needs, in all a fifth of a step's time on a GPU.
+torch's kernels for them take several times as long as the memory needs: a fifth of a step's time on a GPU.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Group norm, scale and shift, and SiLU as one Triton kernel forward and one backward, for images in channels_last.
 
-torch's CUDA kernel wants each channel's pixels side by side: it copies every image there and back, and SiLU and the
-modulation read and write the images once more each: together three quarters of a step's time on a GPU.
+torch's CUDA kernel wants each channel's pixels side by side, so it copies every image there and back. SiLU and the
+modulation read and write the images once more each. All that took more than half of a step's time on a GPU.
 
 A program takes some groups of one image. It reads them twice, the second time from the cache, and writes once; sums
 are in float32, whatever the images are.
@@ -24,6 +24,13 @@ def _columns(GROUPS_HERE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constex
     column = tl.arange(0, COLUMNS)
     belongs = column[None, :] // GROUP == tl.arange(0, GROUPS_HERE)[:, None]
     return tl.program_id(1) * (GROUPS_HERE * GROUP) + column, column < GROUPS_HERE * GROUP, belongs
+
+
+@triton.jit
+def _groups_here(GROUPS_HERE: tl.constexpr):
+    """Where the statistics of this program's groups are kept."""
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    return program * GROUPS_HERE + tl.arange(0, GROUPS_HERE)
 
 
 @triton.jit
@@ -74,9 +81,7 @@ def _forward_kernel(
     mean = _group_sums(tl.sum(total, axis=0), belongs) / count
     variance = _group_sums(tl.sum(squares, axis=0), belongs) / count - mean * mean
     rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
-    here = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * GROUPS_HERE + tl.arange(
-        0, GROUPS_HERE
-    )
+    here = _groups_here(GROUPS_HERE)
     tl.store(means + here, mean)
     tl.store(rstds + here, rstd)
     w, b, factor, offset = _factors(weight, bias, scale, shift, stride, channel, exists, MODULATED)
@@ -94,6 +99,18 @@ def _forward_kernel(
 
 
 @triton.jit
+def _before_silu(x, dy, there, slope, constant, SILU: tl.constexpr):
+    """A tile of the images, and the gradient of u, which is what goes into SiLU."""
+    values = tl.load(x, mask=there, other=0.0).to(tl.float32)
+    du = tl.load(dy, mask=there, other=0.0).to(tl.float32)
+    if SILU:
+        u = values * slope[None, :] + constant[None, :]
+        s = tl.sigmoid(u)
+        du = du * s * (1.0 + u * (1.0 - s))
+    return values, du
+
+
+@triton.jit
 def _backward_kernel(
     dy, x, dx, weight, bias, scale,
     shift, stride, means, rstds, of_parameters,
@@ -103,27 +120,20 @@ def _backward_kernel(
 ):  # fmt: skip
     channel, exists, belongs = _columns(GROUPS_HERE, GROUP, COLUMNS)
     start = tl.program_id(0).to(tl.int64) * PIXELS * channels
-    here = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * GROUPS_HERE + tl.arange(
-        0, GROUPS_HERE
-    )
+    here = _groups_here(GROUPS_HERE)
     mean = _of_groups(tl.load(means + here), belongs)
     rstd = _of_groups(tl.load(rstds + here), belongs)
     w, b, factor, offset = _factors(weight, bias, scale, shift, stride, channel, exists, MODULATED)
     slope = rstd * w * factor
     constant = (b - mean * rstd * w) * factor + offset
-    # Sums over the pixels of du and of du x, where u is what goes into SiLU.
+    # Sums over the pixels of du and of du x.
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total_x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, PIXELS, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         there = (row < PIXELS) & exists[None, :]
         place = start + row * channels + channel[None, :]
-        values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-        du = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
-        if SILU:
-            u = values * slope[None, :] + constant[None, :]
-            s = tl.sigmoid(u)
-            du = du * s * (1.0 + u * (1.0 - s))
+        values, du = _before_silu(x + place, dy + place, there, slope, constant, SILU)
         total += du
         total_x += du * values
     sum_du, sum_du_x = tl.sum(total, axis=0), tl.sum(total_x, axis=0)
@@ -146,12 +156,7 @@ def _backward_kernel(
         row = first + tl.arange(0, ROWS)[:, None]
         there = (row < PIXELS) & exists[None, :]
         place = start + row * channels + channel[None, :]
-        values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-        du = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
-        if SILU:
-            u = values * slope[None, :] + constant[None, :]
-            s = tl.sigmoid(u)
-            du = du * s * (1.0 + u * (1.0 - s))
+        values, du = _before_silu(x + place, dy + place, there, slope, constant, SILU)
         result = du * slope[None, :] + values * of_x[None, :] + rest[None, :]
         tl.store(dx + place, result.to(dx.dtype.element_ty), mask=there)
 

@@ -11,19 +11,10 @@ from torch import Tensor
 from triton.language.random import philox_impl
 
 _BLOCK = 256
-# Triton makes a kernel anew for an integer that is 1 or a multiple of 16; these change from call to call.
-_INTEGERS = ["purpose", "streams", "count", "pairs", "key_low", "key_high"]
 
 
 @triton.jit
-def _word(
-    index,
-    sample,
-    epoch,
-    purpose,
-    key_low,
-    key_high,
-):
+def _word(index, sample, epoch, purpose, key_low, key_high):
     """Word `index` of a sample's stream, as uint32."""
     counter = (index // 4).to(tl.uint32)
     low, high = (sample & 0xFFFFFFFF).to(tl.uint32), (sample >> 32).to(tl.uint32)
@@ -36,7 +27,8 @@ def _word(
     return tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
 
 
-@triton.jit(do_not_specialize=[name for name in _INTEGERS if name not in ("purpose", "pairs")])
+# Triton builds a kernel anew for an integer that is 1 or a multiple of 16, unless it is named here.
+@triton.jit(do_not_specialize=["streams", "count", "key_low", "key_high"])
 def _words_kernel(
     out, ids, epochs, purposes, streams, count, key_low, key_high,
     BLOCK: tl.constexpr,
@@ -47,7 +39,7 @@ def _words_kernel(
     tl.store(out + row.to(tl.int64) * count + position, word.to(tl.int64), mask=position < count)
 
 
-@triton.jit(do_not_specialize=[name for name in _INTEGERS if name != "streams"])
+@triton.jit(do_not_specialize=["purpose", "count", "pairs", "key_low", "key_high"])
 def _normal_kernel(
     out, ids, epochs, purpose, count, pairs, key_low, key_high,
     BLOCK: tl.constexpr,

@@ -15,7 +15,7 @@ from pipeline.training.step import Outcome, gather_by_id, learning_rate, make_ba
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient of a step is infinite or not a number; the training state is that before the step.
+    """The loss or the gradient of a step is not finite. That step left weights and optimizer as they were.
 
     Attributes:
         samples: of the global batch, in the order of the ids: id, epoch, timestep and loss of each.

@@ -57,7 +57,7 @@ class Meter:
         self._new_interval()
 
     def _new_interval(self) -> None:
-        # Of the loss, of the gradient norm, and of the steps made: on the device, which waits for nothing so.
+        # Of the loss, of the gradient norm, and of the steps made. They stay on the device, so that it waits for nothing.
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._steps, self._bad = 0, 0  # steps made and skipped, undecodable images
         self._here, self._waited, self._began = 0, 0.0, time.perf_counter()

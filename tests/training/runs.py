@@ -15,7 +15,7 @@ from pipeline.data.stream import PlannedData
 from pipeline.evaluation.reading import read_images
 from pipeline.training import checkpoint, loop
 from pipeline.training.meter import Meter
-from pipeline.training.state import new_state
+from pipeline.training.state import TrainState, new_state
 from pipeline.training.trainer import check, make_spec
 from tests.training.common import planned
 
@@ -23,7 +23,7 @@ from tests.training.common import planned
 class Recorder(loop.Observer):
     """Keeps the curve of the loss, and hands on what checkpoints would hold."""
 
-    def __init__(self, state: loop.TrainState, save: Callable[[checkpoint.Saved], None]) -> None:
+    def __init__(self, state: TrainState, save: Callable[[checkpoint.Saved], None]) -> None:
         self.losses: dict[int, float] = {}
         self._state, self._save = state, save
 
