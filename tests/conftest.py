@@ -21,8 +21,6 @@ os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
 # Below so many files the interval does not count, and Ray looks for new logs ten times a second.
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "1")
-# Workers are started when something needs them, not in case something might.
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Nodes that tests start are not counted anywhere, and Ray Data needs no process for it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Nodes go without notice here, and a training needs no process that looks out for one. Submitted jobs have it: their
@@ -86,7 +84,7 @@ def cluster(s3: str) -> Iterator[None]:
     from pipeline.cluster.session import connect
     from tests.data.common import leave_ray
 
-    connect()
+    connect(preload="pipeline.training.worker")
     yield
     leave_ray()
 

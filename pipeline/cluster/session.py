@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.forkserver import forked_workers
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError
 from pipeline.redact import one_line
@@ -29,6 +30,15 @@ _QUIET = {
     # The core warns of four times as many processes as this (else the CPUs), many of which only wait here.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
+_SETTINGS = {
+    # Seconds for which a dead worker goes unnoticed, and a finished one is waited for.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray Train gives this to its own workers: with it here, they and all others have the same environment and are
+    # forked from one process (forkserver.py).
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    # Workers that Ray starts in case they are needed have no runtime environment, and all of ours have one.
+    "RAY_prestart_worker_first_driver": "0",
+}
 
 
 def spilled_bytes() -> int:
@@ -45,19 +55,22 @@ def spilled_bytes() -> int:
     return int(reply.store_stats.spilled_bytes_total)
 
 
-def connect(verbose: bool = False, environment: dict[str, str] | None = None) -> None:
+def connect(
+    verbose: bool = False, environment: dict[str, str] | None = None, preload: str = "ray.data"
+) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts a Ray of this process's own on this machine.
 
     Args:
         verbose: let Ray's own logs and progress bars through.
         environment: variables that every worker gets.
+        preload: modules that workers of a Ray that is started here need, separated by commas.
 
     Raises:
         InputError: RAY_ADDRESS is set and nothing answers there.
     """
+    for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET).items():
+        os.environ.setdefault(name, value)
     if not verbose:
-        for name, value in _QUIET.items():
-            os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning)
     import ray
     from ray.data import DataContext
@@ -76,7 +89,10 @@ def connect(verbose: bool = False, environment: dict[str, str] | None = None) ->
         if not address:
             options |= {"address": "local", "include_dashboard": False}
         try:
-            with contextlib.nullcontext() if verbose else _muted():
+            with (
+                contextlib.nullcontext() if verbose else _muted(),
+                contextlib.nullcontext() if address else forked_workers(preload),
+            ):
                 ray.init(**options)
         except ConnectionError as error:
             raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None

@@ -95,6 +95,7 @@ def main(
     *,
     check: Callable[[T], Any] | None = None,
     ray: bool = True,
+    workers: str = "ray.data",
 ) -> int:
     """Runs a job: its result is the last line on stdout, everything else goes to stderr.
 
@@ -102,6 +103,7 @@ def main(
         execute: does the work, and returns the result; called with the configuration and with what `check` returned.
         check: raises InputError for what is known to be wrong before Ray is joined or started.
         ray: join or start Ray first.
+        workers: the module that most of the job's workers run, for `connect`.
 
     Returns:
         the exit code: 0; 2 on bad input; 128 + its number after a signal; a submitted job's own; 1 after any
@@ -117,7 +119,7 @@ def main(
                 address.quieten()
             checked = (check(config),) if check else ()
             if ray:
-                connect(verbose, address.environment())
+                connect(verbose, address.environment(), workers)
             result = execute(config, *checked)
             print(json.dumps(result), file=stream, flush=True)
             if ray:

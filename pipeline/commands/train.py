@@ -43,4 +43,12 @@ def check(config: TrainConfig) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
-    return cli.main("train", __doc__ or "", TrainConfig, execute, arguments, check=check)
+    return cli.main(
+        "train",
+        __doc__ or "",
+        TrainConfig,
+        execute,
+        arguments,
+        check=check,
+        workers="pipeline.training.worker",
+    )

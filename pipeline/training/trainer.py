@@ -221,8 +221,6 @@ def _trainer(
     callbacks: Sequence[Any],
     hooks: worker.Hooks,
 ) -> TorchTrainer:
-    # How long a dead worker goes unnoticed, and a finished one is waited for.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if config.min_workers:
         # Seconds that Ray waits for a dead node's resources before it continues with fewer workers; 60 by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")

@@ -10,6 +10,9 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
+from pipeline.cluster.forkserver import forked_workers
+
+PRELOAD = "pipeline.training.worker"
 # Small stores: many nodes share one machine.
 STORE_BYTES = 200 * 1024 * 1024
 # In the loopback range, but not one that Ray takes for "this machine" and replaces by its outside address.
@@ -34,7 +37,10 @@ class LocalCluster:
 
     def add_node(self, cpus: float = 2) -> Any:
         """A node joins."""
-        node = self.cluster.add_node(num_cpus=cpus, object_store_memory=STORE_BYTES, node_ip_address=LOOPBACK)
+        with forked_workers(PRELOAD):
+            node = self.cluster.add_node(
+                num_cpus=cpus, object_store_memory=STORE_BYTES, node_ip_address=LOOPBACK
+            )
         self.nodes.append(node)
         return node
 
@@ -96,7 +102,8 @@ def local_cluster(*cpus: float) -> Iterator[LocalCluster]:
     head = {
         "num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "node_ip_address": LOOPBACK
     }  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with forked_workers(PRELOAD):
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     local = LocalCluster(cluster)
     try:
         for count in cpus:

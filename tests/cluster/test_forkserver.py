@@ -1,0 +1,135 @@
+"""A forked worker is what a started one would be, and nothing of it outlives its raylet."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from pipeline.cluster import forkserver
+from tests.system.cluster import is_alive
+
+DRIVER = """
+import sys, time
+import ray
+from pipeline.cluster.session import connect
+from tests.cluster.test_forkserver import Worker
+
+connect()
+worker = Worker.remote()
+print(*ray.get(worker.pids.remote()), flush=True)
+time.sleep(300)
+"""
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def pids(self) -> tuple[int, int]:
+        """Of this process and its parent."""
+        return os.getpid(), os.getppid()
+
+    def about(self) -> dict[str, Any]:
+        """What a library may see of its process, but for its ids."""
+        import resource
+
+        ids = ("RAY_RAYLET_PID", "OMP_NUM_THREADS")
+        return {
+            "environment": {name: value for name, value in os.environ.items() if name not in ids},
+            "sys.path": sys.path,
+            "argv": [word.partition("=")[0] for word in sys.argv],
+            "executable": sys.executable,
+            "prefix": sys.prefix,
+            "folder": Path.cwd(),
+            "leads its group": os.getpgid(0) == os.getpid(),
+            "niceness": os.nice(0),
+            "signals": [
+                signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE)
+            ],
+            "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, []),
+            "limits": [resource.getrlimit(limit) for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)],
+            "main": sys.modules["__main__"].__name__,
+        }
+
+    def imported(self) -> set[str]:
+        return set(sys.modules)
+
+    def random(self) -> float:
+        import numpy
+
+        return float(numpy.random.random())  # noqa: NPY002  (the one that every process has)
+
+
+def own_python(**more: Any) -> Any:
+    """A worker that asks for another program than the one that forks."""
+    return Worker.options(runtime_env={"py_executable": f"{sys.executable} -u", **more}).remote()
+
+
+def command_of(pid: int) -> str:
+    return " ".join(psutil.Process(pid).cmdline())
+
+
+def is_forked(pid: int, parent: int) -> bool:
+    return parent == psutil.Process(pid).ppid() and "--serve" in command_of(parent)
+
+
+def test_a_forked_worker_sees_what_a_started_one_sees(cluster: None) -> None:
+    forked, started = Worker.remote(), own_python()
+    assert is_forked(*ray.get(forked.pids.remote()))
+    assert "raylet" in command_of(ray.get(started.pids.remote())[1])
+    assert ray.get(forked.about.remote()) == ray.get(started.about.remote())
+    assert "torch" in ray.get(forked.imported.remote())
+    assert "torch" not in ray.get(started.imported.remote())
+
+
+def test_each_forked_worker_draws_numbers_of_its_own(cluster: None) -> None:
+    assert len({ray.get(Worker.remote().random.remote()) for _ in range(3)}) == 3
+
+
+def test_variables_of_a_runtime_environment_reach_the_libraries_as_they_are_imported(cluster: None) -> None:
+    one = Worker.options(runtime_env={"env_vars": {"PYTHONPATH": "/somewhere", "A": "1"}}).remote()
+    about = ray.get(one.about.remote())
+    assert is_forked(*ray.get(one.pids.remote()))
+    assert about["environment"]["A"] == "1"
+    assert "/somewhere" in about["sys.path"]
+
+
+def test_another_server_takes_the_place_of_one_that_was_killed(cluster: None) -> None:
+    environment = {"env_vars": {"SERVER": "its own"}}
+    first, server = ray.get(Worker.options(runtime_env=environment).remote().pids.remote())
+    os.kill(server, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(server)], timeout=10)
+    second, other = ray.get(Worker.options(runtime_env=environment).remote().pids.remote(), timeout=60)
+    assert is_forked(second, other)
+    assert second != first
+    assert other != server
+
+
+@pytest.mark.parametrize(("switch", "forks"), [("0", False), ("1", True)])
+def test_it_can_be_switched_off(switch: str, forks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(forkserver.SWITCH, switch)
+    python = sys.executable
+    with forkserver.forked_workers("ray.data"):
+        assert (sys.executable != python) is forks
+    assert sys.executable == python
+
+
+@pytest.mark.system
+def test_workers_and_server_end_with_a_driver_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout
+            pids = [int(word) for word in driver.stdout.readline().split()]
+            assert len(pids) == 2
+            assert all(map(is_alive, pids))
+        finally:
+            driver.kill()
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
