@@ -104,7 +104,8 @@ def _become_or_ask_server(folder: Path, preload: str, command: list[str], variab
             serve = [sys.executable, __file__, "--serve", str(server.fileno()), str(raylet), preload, request]
             os.execve(sys.executable, serve, environment)
         socket.send_fds(client, [request.encode() + b"\0"], [0, 1, 2])
-        client.recv(1)  # the fork is made, or the server is gone and Ray starts another worker
+        if not client.recv(1):
+            os.execv(sys.executable, [sys.executable, *command])
 
 
 def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[str]:
@@ -125,9 +126,16 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
     poll = select.poll()
     poll.register(server, select.POLLIN)
     poll.register(watched, select.POLLIN)
-    for module in preload.split(","):
-        with contextlib.suppress(ImportError):  # a worker that needs it says so
-            importlib.import_module(module)
+    try:
+        with importlib.import_module("pipeline.cluster.ray_internals").no_random_ids():
+            for module in preload.split(","):
+                importlib.import_module(module)
+    except ImportError:  # the worker says what it misses
+        server.close()
+        return first
+    if not _may_fork():
+        server.close()
+        return first
     gc.freeze()  # so that the collector of a worker does not touch, and copy, what all share
 
     def fork() -> bool:
@@ -158,9 +166,11 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
                 os.close(fd)
             else:
                 client, _ = server.accept()
-                request, streams, _, _ = socket.recv_fds(client, 2**20, 3)
-                while request and not request.endswith(b"\0"):
-                    request += client.recv(2**20)
+                request, streams = b"", list[int]()
+                with contextlib.suppress(OSError):  # a client that is gone
+                    request, streams, _, _ = socket.recv_fds(client, 2**20, 3)
+                    while request and not request.endswith(b"\0"):
+                        request += client.recv(2**20)
                 if request and fork():
                     for number, stream in enumerate(streams):
                         os.dup2(stream, number)
@@ -169,7 +179,29 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
                     return list(json.loads(request[:-1]))
                 for stream in streams:
                     os.close(stream)
+                with contextlib.suppress(OSError):
+                    client.send(b"1")
                 client.close()
+
+
+def _may_fork() -> bool:
+    """Whether processes that are forked from this one give different ids to what they make, and may use the GPU."""
+    import ray
+
+    opened = [str(Path(file.path).resolve()) for file in os.scandir("/proc/self/fd")]
+    if any(file.startswith("/dev/nvidia") for file in opened):  # CUDA has begun, and would not begin again
+        return False
+    ids = set()
+    for _ in range(2):
+        end, start = os.pipe()
+        if not (pid := os.fork()):
+            os.write(start, ray.ObjectRef.from_random().binary())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        ids.add(os.read(end, 1024))
+        os.close(end)
+        os.close(start)
+    return len(ids) == 2
 
 
 def _work(command: list[str]) -> None:

@@ -6,7 +6,10 @@ A name is looked up when it is asked for: all of them together would take second
 when it is imported, which `session.connect` sets first.
 """
 
+import contextlib
 import importlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 INTERNALS = {
@@ -31,6 +34,28 @@ INTERNALS = {
 JOB_CLIENT_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.authentication"
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def no_random_ids() -> Iterator[None]:
+    """Modules that are imported inside leave the generator of Ray's core alone, which gives ids to all things of Ray.
+
+    It seeds itself at its first use: in a process that is forked later, not in the one that all are forked from, or all
+    would give the same ids. What uses it at import are the classes of actors.
+    """
+    actor = importlib.import_module("ray.actor")
+    real = actor.ActorClassID
+
+    class FromSystem:
+        @staticmethod
+        def from_random() -> Any:
+            return real(os.urandom(real.size()))
+
+    actor.ActorClassID = FromSystem  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        actor.ActorClassID = real  # type: ignore[attr-defined]
 
 
 def silence_published_errors() -> None:

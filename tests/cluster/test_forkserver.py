@@ -59,10 +59,21 @@ class Worker:
     def imported(self) -> set[str]:
         return set(sys.modules)
 
-    def random(self) -> float:
-        import numpy
+    def drawn(self) -> tuple[Any, ...]:
+        """Of every generator that gives ids or numbers in a worker."""
+        import random
+        import uuid
 
-        return float(numpy.random.random())  # noqa: NPY002  (the one that every process has)
+        import numpy
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        group = placement_group([{"CPU": 0.01}])
+        remove_placement_group(group)
+        legacy = numpy.random.random()  # noqa: NPY002  (the one that every process has)
+        return (
+            group.id.hex(), ray.ObjectRef.from_random().hex(), uuid.uuid4(), random.random(), float(legacy),
+            float(numpy.random.default_rng().random()),
+        )  # fmt: skip
 
 
 def own_python(**more: Any) -> Any:
@@ -87,8 +98,18 @@ def test_a_forked_worker_sees_what_a_started_one_sees(cluster: None) -> None:
     assert "torch" not in ray.get(started.imported.remote())
 
 
-def test_each_forked_worker_draws_numbers_of_its_own(cluster: None) -> None:
-    assert len({ray.get(Worker.remote().random.remote()) for _ in range(3)}) == 3
+def test_no_two_forked_workers_draw_the_same(cluster: None) -> None:
+    workers = [Worker.remote() for _ in range(3)]
+    for draws in zip(*ray.get([worker.drawn.remote() for worker in workers]), strict=True):
+        assert len(set(draws)) == 3
+
+
+@pytest.mark.parametrize("module", ["json", "ray.data"])
+def test_a_process_that_has_drawn_an_id_is_not_forked(module: str) -> None:
+    """As `ray.data` does where nothing keeps it from it."""
+    program = f"import {module}; from pipeline.cluster import forkserver; print(forkserver._may_fork())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(module == "json")
 
 
 def test_variables_of_a_runtime_environment_reach_the_libraries_as_they_are_imported(cluster: None) -> None:
