@@ -187,6 +187,8 @@ class TrainConfig:
     """Held-out images of each validation; 0 = all."""
     validation_terms: int = 20
     """Terms of the bound evaluated for each of them, stratified over t; 0 = all T."""
+    storage_patience: float = 600
+    """Seconds for which a storage that can't read or write a checkpoint is asked again before the run ends."""
     max_failures: int = 10
     """Restarts of the worker group before the run is given up."""
     max_bad_fraction: float = 0.01

@@ -13,7 +13,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
@@ -24,6 +23,10 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
 _SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _READ_TOGETHER = 32
+
+
+class StorageError(InputError):
+    """The storage can't say now what it is asked."""
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
@@ -140,7 +143,7 @@ def _asking(uri: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
-        raise InputError(f"{uri}: can't be read: {one_line(error)}") from None
+        raise StorageError(f"{uri}: can't be read: {one_line(error)}") from None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -319,23 +322,6 @@ def is_storage_error(error: Exception) -> bool:
     if isinstance(error, OSError):  # pyarrow raises a bare OSError for damaged bytes
         return type(error) is not OSError or error.errno is not None
     return type(error).__module__.partition(".")[0] in _CLIENTS
-
-
-def arrow_fs(uri: str) -> tuple[Any, str]:
-    """The same file system for those who want pyarrow's interface, and the path in it."""
-    fs, path = open_fs(uri)
-    if isinstance(fs, LocalFileSystem):
-        return pyarrow.fs.LocalFileSystem(), path
-    options = {**fs.storage_options, "use_listings_cache": False}
-    return pyarrow.fs.PyFileSystem(_Handler(type(fs)(**options))), path
-
-
-class _Handler(pyarrow.fs.FSSpecHandler):
-    """fsspec for pyarrow, with folders deleted by their own name."""
-
-    def delete_dir(self, path: str) -> None:
-        self.fs.invalidate_cache()
-        self.fs.rm(escape(path), recursive=True)
 
 
 def list_folders(uri: str, prefix: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.weather import Weather
 from tests.jobs.common import Outcome, database, outcome_of
 
 # A thread each: two tests, or a test and its jobs, share two cores, and nothing here is large enough for more threads.
@@ -76,6 +77,15 @@ def s3() -> Iterator[str]:
 def bucket(s3: str) -> str:
     """An empty folder in that bucket."""
     return f"{s3}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def weather(s3: str) -> Iterator[Weather]:
+    """What happens to the requests that the S3 server gets; nothing any more after the test."""
+    from tests.data.s3 import weather
+
+    with weather[-1].fault(""):
+        yield weather[-1]
 
 
 @pytest.fixture(scope="session")

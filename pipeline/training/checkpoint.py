@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from pipeline.training.state import TrainState
 from pipeline.versions import VERSIONS, check_readable, check_same
 
 STATE = "state.json"
-WEIGHTS, AVERAGES, OPTIMIZER, TIMESTEP_SAMPLER = (
+FILES = WEIGHTS, AVERAGES, OPTIMIZER, TIMESTEP_SAMPLER = tuple(
     f"{part}.safetensors" for part in ("weights", "averages", "optimizer", "sampler")
 )
 
@@ -44,6 +43,19 @@ class Saved:
     averages: list[dict[str, Tensor]]
     optimizer: dict[str, Tensor]
     timestep_sampler: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as it lies on storage, found whole.
+
+    Attributes:
+        state: all that `state.json` says.
+        files: by name, the bytes of `FILES`.
+    """
+
+    state: dict[str, Any]
+    files: dict[str, bytes]
 
 
 def capture(state: TrainState) -> Saved:
@@ -133,25 +145,34 @@ def write(uri: str, saved: Saved, extra: dict[str, Any]) -> None:
 
 
 def read(uri: str) -> tuple[Saved, dict[str, Any]]:
-    """Reads a checkpoint and verifies every byte of it.
+    """Reads a checkpoint and verifies every byte of it; returns and raises as `fetch` and `unpack`."""
+    stored = fetch(uri)
+    return unpack(stored), stored.state
 
-    Returns:
-        the contents, and all that `state.json` says.
+
+def fetch(uri: str) -> Stored:
+    """Reads a checkpoint's files and verifies every byte of them.
 
     Raises:
         DamagedCheckpoint: a file is missing, cut short or altered.
         InputError: a release that works otherwise wrote it.
+        Exception: whatever the storage raises that can't read it now: that says nothing of the checkpoint.
     """
     state = _read_state(uri)
     check_same(state.get("versions"), uri)
-    saved = Saved(
-        step=state["step"],
-        weights=_read_tensors(uri, state, WEIGHTS),
-        averages=_read_averages(uri, state),
-        optimizer=_read_tensors(uri, state, OPTIMIZER),
-        timestep_sampler=_read_tensors(uri, state, TIMESTEP_SAMPLER),
+    return Stored(state, {name: _read_file(uri, state, name) for name in FILES})
+
+
+def unpack(stored: Stored) -> Saved:
+    """The contents of a checkpoint's files."""
+    weights, averages, optimizer, timestep_sampler = (load(stored.files[name]) for name in FILES)
+    return Saved(
+        step=stored.state["step"],
+        weights=weights,
+        averages=_split(averages, stored.state["averages"]),
+        optimizer=optimizer,
+        timestep_sampler=timestep_sampler,
     )
-    return saved, state
 
 
 def read_model(uri: str) -> tuple[dict[str, Tensor], int]:
@@ -161,7 +182,8 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], int]:
         DamagedCheckpoint: see `read`.
     """
     state = _read_state(uri)
-    return _read_tensors(uri, state, WEIGHTS) | _read_averages(uri, state)[0], state["step"]
+    weights, averages = (load(_read_file(uri, state, name)) for name in (WEIGHTS, AVERAGES))
+    return weights | _split(averages, 1)[0], state["step"]
 
 
 def _read_state(uri: str) -> dict[str, Any]:
@@ -170,28 +192,26 @@ def _read_state(uri: str) -> dict[str, Any]:
         state: dict[str, Any] = content["state"]
         if _digest(_canonical(state)) != content["sha256"]:
             raise DamagedCheckpoint(f"{storage.name(uri)}: {STATE} is damaged")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{storage.name(uri)}: {STATE}: {type(error).__name__}: {error}") from error
     check_readable(state.get("versions"), uri)
     return state
 
 
-def _read_tensors(uri: str, state: dict[str, Any], name: str) -> dict[str, Tensor]:
+def _read_file(uri: str, state: dict[str, Any], name: str) -> bytes:
     try:
         data = storage.read_bytes(storage.join(uri, name))
-        if _digest(data) != state["sha256"][name]:
-            raise DamagedCheckpoint(f"{storage.name(uri)}: {name} is damaged")
-        tensors: dict[str, Tensor] = load(data)
-    except (OSError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"{storage.name(uri)}: {name}: {error}") from error
-    return tensors
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedCheckpoint(f"{storage.name(uri)}: {name} is missing") from error
+    if _digest(data) != state["sha256"].get(name):
+        raise DamagedCheckpoint(f"{storage.name(uri)}: {name} is damaged")
+    return data
 
 
-def _read_averages(uri: str, state: dict[str, Any]) -> list[dict[str, Tensor]]:
-    flat = _read_tensors(uri, state, AVERAGES)
+def _split(flat: dict[str, Tensor], averages: int) -> list[dict[str, Tensor]]:
     return [
         {name.partition("/")[2]: tensor for name, tensor in flat.items() if name.startswith(f"{i}/")}
-        for i in range(state["averages"])
+        for i in range(averages)
     ]
 
 

@@ -1,25 +1,46 @@
 """The run's checkpoints in Ray Train: saved in its background thread, found again on storage after any end."""
 
-import errno
 import json
 import math
+import re
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 import ray.train
 import ray.train.collective
+import torch
+import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, ValidationTaskConfig
 
 from pipeline import storage
+from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM
+from pipeline.patience import PERMANENT, Patient
 from pipeline.training import checkpoint
 
+T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-UNRECOVERABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# The score of a checkpoint that is not validated, behind every score there can be. Ray Train keeps scores as JSON,
+# which has no NaN and no infinity, and can't compare a missing one.
+UNVALIDATED = sys.float_info.max
+# Seconds that a checkpoint waits for the one before it to be written; then it is left out.
+WAIT_SECONDS = 10.0
+BROADCAST_BYTES = 64 * 2**20
+_OURS = re.compile(r"step-\d{9}-\d{13}")
+
+
+@dataclass
+class Upload:
+    """A checkpoint on its way to the storage. Ray Train drops reports at times: then it never starts."""
+
+    started: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -28,40 +49,63 @@ class CheckpointManager:
 
     Args:
         folder: URI of Ray Train's folder in the run's output.
+        device: of this worker.
+        patient: calls the storage.
         validate: whether the checkpoint of a step is to be validated.
         on_write: writes whatever else is kept of a checkpoint.
     """
 
     folder: str
     rank: int
+    device: torch.device
     channel: Any
+    patient: Patient
     validate: Callable[[int], bool]
     on_write: Callable[[checkpoint.Saved], None] = lambda saved: None
-    # One upload at a time: a storage slower than the steps holds training up, rather than filling the memory.
-    _idle: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
+    _upload: Upload | None = None
 
     def save(
-        self,
-        capture: Callable[[], checkpoint.Saved],
-        step: int,
-        extra: dict[str, Any],
-    ) -> None:
-        """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step."""
-        target, upload = None, None
-        if self.rank == 0:
-            # Ray Train skips a report while a node is being preempted, and then nothing ever releases.
-            self._idle.acquire(timeout=60)
-            saved = capture()
+        self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any], needed: bool
+    ) -> bool:
+        """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step.
+
+        One copy at most is held: while the storage is slower than the steps, or away, checkpoints are left out.
+
+        Args:
+            needed: wait for the checkpoint before it, however long it takes.
+
+        Returns:
+            on rank 0, whether it is being written.
+        """
+        target, write = None, None
+        if self.rank == 0 and (free := self._is_free(step, needed)):
+            saved, upload = capture(), Upload()
+            self._upload = upload
             target = self._registered_as(checkpoint.new_name(step))
 
-            def upload(_: Checkpoint, name: str) -> Checkpoint:
+            def write(_: Checkpoint, name: str) -> Checkpoint:
+                upload.started.set()
                 try:
                     self._write(name, saved, extra)
                 finally:
-                    self._idle.release()
+                    upload.done.set()
                 return self._registered_as(name)
 
-        self._report(target, step, upload, CheckpointUploadMode.ASYNC)
+        self._report(target, step, write, CheckpointUploadMode.ASYNC)
+        return self.rank == 0 and free
+
+    def _is_free(self, step: int, needed: bool) -> bool:
+        """Whether nothing is being written, after a wait for it."""
+        if self._upload is None or self._upload.done.wait(WAIT_SECONDS) or not self._upload.started.is_set():
+            return True
+        if needed:
+            self.channel.notice.remote(f"step {step}: waiting for the checkpoint before it to be written")
+            return self._upload.done.wait()
+        self.channel.notice.remote(
+            f"the checkpoint of step {step} is left out: the one before it is still being written; "
+            "--checkpoint-every is too small for the storage, or the storage is away"
+        )
+        return False
 
     def save_now(self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any]) -> None:
         """Writes at once and without Ray Train, which is about to end this group and no longer listens."""
@@ -71,38 +115,59 @@ class CheckpointManager:
 
     def flush(self) -> None:
         """Waits for what is being written."""
-        if self._idle.acquire(timeout=60):
-            self._idle.release()
+        if self._upload is not None and self._upload.started.is_set():
+            self._upload.done.wait()
 
     def restore(self) -> tuple[checkpoint.Saved, dict[str, Any]] | None:
-        """The newest checkpoint whose bytes are as written, the same for every worker; None where there is none.
+        """The newest whole checkpoint, the same for every worker; None where none was ever written to its end.
 
-        Damaged ones are passed over and reported.
+        Rank 0 reads it and sends it to the others. Damaged ones are passed over and reported.
+
+        Raises:
+            InputError: there are checkpoints and all are damaged, or the storage could not be read.
         """
-        name, known, found = "", True, None
-        if self.rank == 0:
-            for uri in checkpoint.complete(self.folder):
-                try:
-                    found, name = checkpoint.read(uri), storage.name(uri)
-                    break
-                except checkpoint.DamagedCheckpoint as error:
-                    self.channel.notice.remote(f"checkpoint passed over: {error}")
+        name, stored, known = "", None, True
+        if self.rank == 0 and (found := self._newest()):
+            name, stored = found
             reported = ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
-            known = not name or name in {storage.name(entry.checkpoint.path) for entry in reported}
+            known = name in {storage.name(entry.checkpoint.path) for entry in reported}
         name, known = ray.train.collective.broadcast_from_rank_zero((name, known))
         if not name:
             return None
-        saved, state = found or checkpoint.read(storage.join(self.folder, name))
+        stored = self._to_all(stored)
+        saved = checkpoint.unpack(stored)
         if not known:  # written, but the driver was killed before Ray Train had noted it
             target = self._registered_as(name) if self.rank == 0 else None
             self._report(target, saved.step, None, CheckpointUploadMode.NO_UPLOAD)
-        return saved, state
+        return saved, stored.state
+
+    def _newest(self) -> tuple[str, checkpoint.Stored] | None:
+        found = newest_whole(self.folder, checkpoint.fetch, self.patient, self.channel.notice.remote)
+        return found and (storage.name(found[0]), found[1])
+
+    def _to_all(self, stored: checkpoint.Stored | None) -> checkpoint.Stored:
+        """What rank 0 has read, on every worker."""
+        sizes = stored and {name: len(data) for name, data in stored.files.items()}
+        state, sizes = ray.train.collective.broadcast_from_rank_zero((stored and stored.state, sizes))
+        if stored and ray.train.get_context().get_world_size() == 1:
+            return stored
+        read = stored.files if stored else {}
+        files = {name: self._bytes_to_all(read.get(name), size) for name, size in sizes.items()}
+        return stored or checkpoint.Stored(state, files)
+
+    def _bytes_to_all(self, data: bytes | None, size: int) -> bytes:
+        received = bytearray(data or size)
+        for start in range(0, size, BROADCAST_BYTES):
+            here = torch.frombuffer(memoryview(received)[start : start + BROADCAST_BYTES], dtype=torch.uint8)
+            there = here.to(self.device)
+            dist.broadcast(there, 0)
+            here.copy_(there)
+        return bytes(received)
 
     def _report(self, target: Checkpoint | None, step: int, upload: Any, mode: CheckpointUploadMode) -> None:
         due = target is not None and self.validate(step)
         ray.train.report(
-            # Not a number ranks below every number, as an unvalidated checkpoint should; a missing one, above them all.
-            {"step": step, BITS_PER_DIM: math.nan},
+            {"step": step, BITS_PER_DIM: UNVALIDATED},
             checkpoint=target,
             checkpoint_dir_name=target and storage.name(target.path),
             checkpoint_upload_mode=mode,
@@ -113,17 +178,19 @@ class CheckpointManager:
 
     def _write(self, name: str, saved: checkpoint.Saved, extra: dict[str, Any]) -> None:
         uri = storage.join(self.folder, name)
-        try:
+
+        def write() -> None:
             self.on_write(saved)
             checkpoint.write(uri, saved, extra)
+
+        what = f"the checkpoint of step {saved.step} can't be written to {uri}"
+        try:
+            self.patient(write, what)
         except OSError as error:
             storage.remove_folder(uri)
-            if error.errno in UNRECOVERABLE:
-                reason = (
-                    f"the checkpoint of step {saved.step} can't be written to {uri}: {error.strerror}; make room and "
-                    "go on with --resume: the checkpoint before it is whole"
-                )
-                ray.get(self.channel.give_up.remote(reason))
+            if error.errno in PERMANENT:
+                advice = "make room and go on with --resume: the checkpoint before it is whole"
+                ray.get(self.channel.give_up.remote(f"{what}: {error.strerror}; {advice}"))
             raise
 
     def _registered_as(self, name: str) -> Checkpoint:
@@ -131,30 +198,82 @@ class CheckpointManager:
         return Checkpoint(place.build_checkpoint_path_from_name(name), place.storage_filesystem)
 
 
-def mend(folder: str) -> None:
+def newest_whole(
+    folder: str, read: Callable[[str], T], patient: Patient, say: Callable[[str], object]
+) -> tuple[str, T] | None:
+    """The newest checkpoint whose bytes are as written, as `read` gives it, and its URI.
+
+    Args:
+        read: raises `DamagedCheckpoint`.
+        say: is told of damaged ones.
+
+    Returns:
+        None where no checkpoint was ever written to its end.
+
+    Raises:
+        InputError: all are damaged, or the storage could not be read for that long.
+    """
+    what = f"the checkpoints in {folder} can't be read"
+    found = patient(lambda: checkpoint.complete(folder), what)
+    damaged = []
+    for uri in found:
+        try:
+            return uri, patient(partial(read, uri), what)
+        except checkpoint.DamagedCheckpoint as error:
+            damaged.append(str(error))
+            say(f"checkpoint passed over: {error}")
+    if damaged:
+        raise InputError(
+            f"all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}): put them right, or begin anew in "
+            "another --output"
+        )
+    return None
+
+
+def mend(folder: str, patient: Patient) -> None:
     """Drops Ray Train's list of checkpoints where it can't be used: it isn't written in one piece.
 
-    Ray Train refuses to start on such a list. It is no loss: `CheckpointManager.restore` looks at the storage.
+    Ray Train refuses to start on such a list, or fails at its next checkpoint. It is no loss:
+    `CheckpointManager.restore` looks at the storage.
     """
     place = storage.join(folder, SNAPSHOT)
-    if not storage.exists(place):
-        return
+
+    def drop() -> None:
+        if storage.exists(place) and not _usable(folder, storage.read_bytes(place)):
+            storage.remove(place)
+
+    patient(drop, f"{place} can't be read")
+
+
+def _usable(folder: str, content: bytes) -> bool:
+    """Whether Ray Train can load a list of checkpoints, and go on with it."""
     try:
-        snapshot = json.loads(storage.read_bytes(place))
-        names = [entry["checkpoint_dir_name"] for entry in snapshot["checkpoint_results"]]
-        usable = snapshot["ray_version"] == ray.__version__
-        usable = usable and all(storage.exists(storage.join(folder, name)) for name in names)
-    except (ValueError, KeyError, TypeError):
-        usable = False
-    if not usable:
-        storage.remove(place)
+        snapshot = json.loads(content)
+        listed = snapshot["checkpoint_results"]
+        latest, pending = snapshot["latest_checkpoint_result"], snapshot["pending_training_results"]
+        names = {entry["checkpoint_dir_name"] for entry in listed}
+        mentioned = {entry["checkpoint_dir_name"] for entry in (*([latest] if latest else []), *pending)}
+        for state in ("validated", "timed_out_validation", "failed_validation"):
+            mentioned |= set(snapshot[f"{state}_checkpoint_dir_names"])
+        return (
+            snapshot["ray_version"] == ray.__version__
+            and len(names) == len(listed) == len(snapshot["checkpoint_report_indices"])
+            and len(pending) == len(snapshot["pending_validation_specs"])
+            and mentioned <= names
+            and all(math.isfinite(entry["metrics"][BITS_PER_DIM]) for entry in (*listed, *pending))
+            and all(storage.exists(storage.join(folder, name)) for name in names)
+        )
+    except storage.StorageError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def sweep(folder: str, kept: list[Checkpoint]) -> None:
-    """Deletes what Ray Train does not keep: half-written folders, and whole ones that it never knew of."""
+    """Deletes what Ray Train does not keep: half-written checkpoints, and whole ones that it never knew of."""
     names = {storage.name(entry.path) for entry in kept} | {
         storage.name(uri) for uri in checkpoint.complete(folder)[:1]
     }
     for uri in storage.list_folders(folder, "step-"):
-        if storage.name(uri) not in names:
+        if _OURS.fullmatch(storage.name(uri)) and storage.name(uri) not in names:
             storage.remove_folder(uri)

@@ -3,6 +3,7 @@
 Both are carried by checkpoints, so that a curve's point and the record are those of a run that nothing stopped.
 """
 
+import math
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.training.flops import utilisation
 from pipeline.training.step import Outcome
 
-BAD_IMAGES_BEFORE_JUDGING = 100
+IMAGES_BEFORE_JUDGING = 100
 
 
 def samples_digest(epochs: np.ndarray, ids: np.ndarray) -> int:
@@ -73,21 +74,35 @@ class Meter:
         self._seen += np.array([len(batch.ids), digest, len(batch.bad)])
         self._bad += len(batch.bad)
         self._named = (self._named + [f"{path} ({reason})" for path, reason in batch.bad.items()])[:5]
-        seen, _, bad = self._seen
-        if seen >= BAD_IMAGES_BEFORE_JUDGING and bad > self._config.max_bad_fraction * seen:
+        self._judge(self._seen[0], self._seen[2])
+
+    def _judge(self, seen: float, bad: float) -> None:
+        """Stops the run where the images that it reads are worse than it allows, and not by chance.
+
+        Every worker is judged at every step, thousands of times in a run: five standard deviations of the number of
+        bad images, as it would be at the allowed share (a Poisson number), leave less than one false alarm in a
+        million.
+        """
+        allowed = self._config.max_bad_fraction * seen
+        if seen >= IMAGES_BEFORE_JUDGING and bad > allowed + 5 * math.sqrt(allowed):
             raise InputError(
-                f"{bad} of {seen} images could not be decoded, more than --max-bad-fraction "
-                f"{self._config.max_bad_fraction:g} allows: {'; '.join(self._named)}"
+                f"{bad:.0f} of {seen:.0f} images could not be decoded, more than --max-bad-fraction "
+                f"{self._config.max_bad_fraction:g} allows: {'; '.join(self._named) or 'see the quarantine list'}"
             )
 
     def read(self, rate: float) -> dict[str, float]:
-        """The interval's averages over all workers; a new interval begins. A collective call."""
+        """The interval's averages over all workers; a new interval begins. A collective call.
+
+        Raises:
+            InputError: too many images of all workers' could not be decoded.
+        """
         seconds = time.perf_counter() - self._began
         system = utilisation(self.device)
         _, norm, made = self._sums.tolist()
-        loss, waited, bad, peak, *means = self._total(
-            self._sums[0], self._waited, self._bad, self._peak_flops, *system.values()
+        loss, waited, bad, peak, all_seen, all_bad, *means = self._total(
+            self._sums[0], self._waited, self._bad, self._peak_flops, *self._seen[[0, 2]], *system.values()
         )
+        self._judge(all_seen, all_bad)
         rate_of_images = self._here * self._config.batch_size / seconds
         result = {
             "loss": loss / max(made, 1),

@@ -14,16 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
 from pipeline.display import Display
+from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM
+from pipeline.patience import patiently
 from pipeline.redact import one_line
 
+T = TypeVar("T")
 # The value by which a point is known as one of a curve: of the training, and of the validation.
 CURVES = ("loss", BITS_PER_DIM)
 # Milliseconds since 1970, step, values.
@@ -147,6 +150,20 @@ def open_channel(bad: dict[str, str]) -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return RunChannel.options(scheduling_strategy=here).remote(bad)  # type: ignore[attr-defined]
+
+
+class PatientOnChannel:
+    """`patiently`, on any process of a run: the user hears of a wait, and a wait in vain ends the run."""
+
+    def __init__(self, channel: Any, seconds: float) -> None:
+        self._channel, self._seconds = channel, seconds
+
+    def __call__(self, do: Callable[[], T], what: str) -> T:
+        try:
+            return patiently(do, what, self._seconds, self._channel.notice.remote)
+        except InputError as error:
+            ray.get(self._channel.give_up.remote(f"{error}; go on with --resume: what is written is whole"))
+            raise
 
 
 class ChannelReader:

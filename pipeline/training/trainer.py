@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,18 @@ from pipeline.models.ema import power_gamma
 from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
 from pipeline.output import check_apart
+from pipeline.patience import arrow_fs, patiently
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
-from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, sweep
+from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, newest_whole, sweep
 from pipeline.training.identity import open_run
-from pipeline.training.run_channel import ChannelReader, Point, open_channel, read_quarantine
+from pipeline.training.run_channel import (
+    ChannelReader,
+    PatientOnChannel,
+    Point,
+    open_channel,
+    read_quarantine,
+)
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
 from pipeline.training.validation import Validator
 
@@ -92,7 +100,7 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
         InputError: in one line, what to change.
     """
     names = "steps workers batch_size log_every checkpoint_every keep_checkpoints readers"
-    check_at_least(config, **dict.fromkeys(names.split(), 1))
+    check_at_least(config, **dict.fromkeys(names.split(), 1), storage_patience=0)
     if config.min_workers > config.workers:
         raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
     if config.batch_size < config.workers:
@@ -165,10 +173,11 @@ def _train(
     lost: threading.Event,
 ) -> Trained:
     folder = storage.join(output, CHECKPOINTS)
-    mend(folder)
+    display = Display("train", config.steps, "steps")
+    patient = partial(patiently, seconds=config.storage_patience, say=display.note)
+    mend(folder, patient)
     channel = open_channel(read_quarantine(output))
     trainer = _trainer(config, data, spec, output, run, channel, callbacks, hooks)
-    display = Display("train", config.steps, "steps")
 
     def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
         spilled = {"spilled_bytes": float(spilled_bytes())}
@@ -180,11 +189,20 @@ def _train(
     status = "FAILED"
     try:
         with ChannelReader(channel, display, run.last_steps, deliver, on_point, lost) as reader:
-            result, signal_number = run_until_signal(trainer.fit, channel, display.note)
+            try:
+                result, signal_number = run_until_signal(trainer.fit, channel, display.note)
+            except (ray.exceptions.RayError, ray.train.TrainingFailedError):
+                if reason := ray.get(channel.reason_to_give_up.remote()):
+                    raise InputError(reason) from None
+                raise
             if reason := ray.get(channel.reason_to_give_up.remote()):
                 raise InputError(reason)
-        sweep(folder, [entry for entry, _ in result.best_checkpoints or []])
-        weights, step = _newest_model(folder)
+        _, (weights, step) = newest_whole(folder, checkpoint.read_model, patient, display.note) or (
+            "",
+            ({}, 0),
+        )
+        kept = [entry for entry, _ in result.best_checkpoints or []]
+        patient(lambda: sweep(folder, kept), f"checkpoints in {folder} can't be removed")
         if signal_number and step < config.steps:
             raise Interrupted(
                 f"stopped at step {step} of {config.steps}, which is saved; go on with --resume",
@@ -227,7 +245,7 @@ def _trainer(
     index = data["train"]
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
     gpu = _use_gpu(config)
-    filesystem, path = storage.arrow_fs(output)
+    filesystem, path = arrow_fs(output, PatientOnChannel(channel, config.storage_patience))
     validation, scored = None, {}
     if config.validate_every:
         validation = ValidationConfig(
@@ -268,14 +286,6 @@ def _validation_resources(config: TrainConfig, gpu: bool) -> dict[str, Any]:
     # An environment of its own gives it processes of its own, whose low priority no other task inherits.
     environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     return {"num_cpus": int(spare_cpus >= 1), "num_gpus": int(spare_gpus >= 1), "runtime_env": environment}
-
-
-def _newest_model(folder: str) -> tuple[dict[str, Any], int]:
-    """The averaged model of the newest checkpoint, and its step."""
-    for uri in checkpoint.complete(folder):
-        with contextlib.suppress(checkpoint.DamagedCheckpoint):
-            return checkpoint.read_model(uri)
-    return {}, 0
 
 
 def _use_gpu(config: TrainConfig) -> bool:

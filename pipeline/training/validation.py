@@ -5,6 +5,7 @@ don't wait for it. The held-out images, the terms of the bound and all noise are
 """
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -19,6 +20,7 @@ import torch
 from pipeline import storage
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import DatasetIndex
+from pipeline.errors import InputError
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.work import choose
@@ -72,6 +74,8 @@ class Validator:
             seed=config.seed,
             pool=lambda work, tasks, title="": map(work.start(str(device)), tasks),
         )
+        if not math.isfinite(bits.bits_per_dim):
+            raise InputError(f"its bits/dim are {bits.bits_per_dim}")
         figures = {BITS_PER_DIM: bits.bits_per_dim, f"{BITS_PER_DIM}_stderr": bits.stderr}
         self._post(model.to(device), step, figures)
         self._keep_best(weights, step, bits.bits_per_dim)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 from safetensors.torch import save as pack
 
@@ -20,7 +21,7 @@ from pipeline.training import checkpoint, flops, loop, network
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoint_manager import CHECKPOINTS, CheckpointManager
 from pipeline.training.meter import Meter
-from pipeline.training.run_channel import RUN_FILE, Command, Point
+from pipeline.training.run_channel import RUN_FILE, Command, PatientOnChannel, Point
 from pipeline.training.state import TrainState, new_state
 from pipeline.training.step import learning_rate
 
@@ -119,7 +120,7 @@ def _run(task: Task) -> None:
         raise
     if hooks.watch is not None and state.step == config.steps:
         hooks.watch(state, rank, world_size)
-    run.save()
+    run.finish()
 
 
 class RunObserver(loop.Observer):
@@ -133,7 +134,9 @@ class RunObserver(loop.Observer):
         self._manager = CheckpointManager(
             storage.join(task.output, CHECKPOINTS),
             rank,
+            meter.device,
             task.channel,
+            PatientOnChannel(task.channel, config.storage_patience),
             validate=lambda step: is_validated(config, step),
             on_write=lambda saved: keep_snapshots(storage.join(task.output, SNAPSHOTS), config, saved),
         )
@@ -165,11 +168,18 @@ class RunObserver(loop.Observer):
             self._task.channel.post_points.remote([point])
 
     def save(self) -> None:
-        """See `loop.Observer`; nothing where this state is saved already."""
-        if self._state.step != self._saved_step:
-            self._manager.save(self._capture, self._state.step, self._facts())
+        """See `loop.Observer`."""
+        step = self._state.step
+        if self._manager.save(self._capture, step, self._facts(), needed=step == self._task.config.steps):
             self._points.clear()
-            self._saved_step = self._state.step
+            self._saved_step = step
+
+    def finish(self) -> None:
+        """Saves the last step, unless that is done."""
+        step = self._state.step
+        saved = ray.train.collective.broadcast_from_rank_zero(self._saved_step == step)
+        if not saved:
+            self._manager.save(self._capture, step, self._facts(), needed=True)
 
     def should_stop(self) -> bool:
         """See `loop.Observer`."""

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine."""
+"""A real S3 server on this machine, behind a proxy that can fail."""
 
 import os
 from collections.abc import Iterator
@@ -8,15 +8,21 @@ import requests
 import s3fs
 from moto.server import ThreadedMotoServer
 
+from tests.data.weather import Weather
+
+# Of the server that runs.
+weather: list[Weather] = []
+
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[str]:
     """An empty bucket, as the environment describes it to every process that is started meanwhile."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
+    proxy = Weather(*server.get_host_and_port())
+    weather.append(proxy)
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": proxy.address,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -31,6 +37,8 @@ def s3_server(bucket: str) -> Iterator[str]:
         s3fs.S3FileSystem().mkdir(bucket)
         yield f"s3://{bucket}"
     finally:
+        weather.remove(proxy)
+        proxy.stop()
         server.stop()
         for name, value in before.items():
             if value is None:

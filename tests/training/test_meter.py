@@ -69,3 +69,25 @@ def test_too_many_undecodable_images_stop_the_run() -> None:
     meter.add(outcome(batch(99, 50)), 0.0)
     with pytest.raises(InputError, match="could not be decoded"):
         meter.add(outcome(batch(10)), 0.0)
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.002, 0), (0.02, 40)])
+def test_chance_stops_no_run_and_what_is_worse_than_allowed_stops_every_one(share: float, stops: int) -> None:
+    """Forty workers, each on its own 40,000 images of which a share is bad; one hundredth is allowed."""
+    rng, stopped = np.random.default_rng(0), 0
+    for _ in range(40):
+        meter = Meter(problem()[0], 1, torch.device("cpu"))
+        try:
+            for bad in rng.binomial(100, share, 400):
+                meter.add(outcome(batch(100, int(bad))), 0.0)
+        except InputError:
+            stopped += 1
+    assert stopped == stops
+
+
+def test_what_no_worker_sees_alone_is_seen_in_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(problem()[0], 1, torch.device("cpu"))
+    meter.add(outcome(batch(400, 12)), 0.0)
+    monkeypatch.setattr(Meter, "_total", lambda _, *values: [16.0 * float(value) for value in values])
+    with pytest.raises(InputError, match="192 of 6400 images"):
+        meter.read(0.1)

@@ -16,63 +16,18 @@ import ray.train
 import torch
 
 from pipeline import storage
-from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.config import OptimizerConfig
 from pipeline.errors import InputError
 from pipeline.lock import LeaseLost
 from pipeline.models.export import load_model
 from pipeline.models.snapshots import parse_snapshot
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint
-from pipeline.training.trainer import Trained, train
-from tests.jobs.common import ROOT, database
-from tests.training.runs import Undisturbed, undisturbed
+from pipeline.training.trainer import train
+from tests.jobs.common import ROOT
+from tests.training.digit_runs import BATCH, ROWS, assert_same, curve, newest, settings
+from tests.training.runs import Undisturbed
 from tests.training.test_loop import epochs_digest
-
-ROWS, BATCH = 1620, 90  # 18 steps are an epoch
-
-
-@pytest.fixture(scope="module")
-def home(cluster: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with prepared digits and MLflow's database."""
-    folder = tmp_path_factory.mktemp("trainer")
-    (folder / "digits").symlink_to(digits)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", database(folder))
-        patch.chdir(folder)
-        yield folder
-
-
-def settings(home: Path, output: str, **changes: Any) -> TrainConfig:
-    options = {"steps": 18, "batch_size": BATCH, "log_every": 4, "checkpoint_every": 3, "keep_checkpoints": 2}
-    options["optimizer"] = OptimizerConfig(ema_decays=(0.9, 0.99), warmup_steps=5)
-    return TrainConfig(
-        data=str(home / "digits"),
-        output=output,
-        model=ModelConfig(
-            model_channels=32, channel_multipliers=(1,), res_blocks=1, attention_resolutions=()
-        ),
-        diffusion=DiffusionConfig(timesteps=20, timestep_sampler="loss_second_moment"),
-        precision="fp32",
-        readers=1,
-        **(options | changes),
-    )
-
-
-def newest(output: str) -> tuple[checkpoint.Saved, dict[str, Any]]:
-    return checkpoint.read(checkpoint.complete(storage.join(output, "checkpoints"))[0])
-
-
-def curve(trained: Trained, name: str) -> dict[int, float]:
-    """A curve of MLflow, which must have one point a step."""
-    history = runs.open_client().get_metric_history(trained.run.id, name)
-    assert len({point.step for point in history}) == len(history)
-    return {point.step: point.value for point in history}
-
-
-@pytest.fixture(scope="module")
-def straight(home: Path) -> Undisturbed:
-    """The run that nothing disturbs."""
-    return undisturbed(settings(home, ""))
 
 
 class Reports(ray.train.UserCallback):
@@ -108,16 +63,8 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
     assert [run.info.run_id for run in found] == [trained.run.id]
 
     mine, state = newest(output)
-    reference = straight.end
-    assert all(torch.equal(mine.weights[name], reference.weights[name]) for name in reference.weights)
     assert len(mine.averages) == 2
-    for a, b in zip(mine.averages, reference.averages, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in b)
-    assert all(torch.equal(mine.optimizer[name], reference.optimizer[name]) for name in reference.optimizer)
-    assert all(
-        torch.equal(mine.timestep_sampler[name], reference.timestep_sampler[name])
-        for name in reference.timestep_sampler
-    )
+    assert_same(mine, straight.end)
     assert int(mine.timestep_sampler["count"].sum()) > 0
     assert state["run_id"] == trained.run.id
     assert state["position"] == {"samples": ROWS, "epoch": 1, "row": 0}

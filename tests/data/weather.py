@@ -1,0 +1,113 @@
+"""A proxy before a server, which fails as networks, object stores and their operators do."""
+
+import contextlib
+import http.client
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+# What S3 answers to a request whose credentials have expired.
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+FAULTS = ("503", "cut", "expired", "refused")
+
+
+class Weather:
+    """What happens to requests that pass.
+
+    Attributes:
+        address: of the proxy.
+        seen: requests that met a fault.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.seen = 0
+        self._fault: Callable[[str, str], str] = lambda method, path: ""
+        weather = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def _pass_on(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if fault := weather._fault(self.command, self.path):
+                    weather.seen += 1
+                    self._fail(fault, body)
+                    return
+                status, headers, content = self._ask(body)
+                self._answer(status, headers, content, len(content))
+
+            def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+                upstream = http.client.HTTPConnection(host, port, timeout=60)
+                with contextlib.closing(upstream):
+                    headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
+                    upstream.request(self.command, self.path, body, headers)
+                    answer = upstream.getresponse()
+                    return answer.status, answer.getheaders(), answer.read()
+
+            def _answer(
+                self, status: int, headers: list[tuple[str, str]], content: bytes, length: int
+            ) -> None:
+                self.send_response_only(status)
+                for name, value in headers:
+                    if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                        self.send_header(name, value)
+                told = {name.lower(): value for name, value in headers}.get("content-length")
+                self.send_header("Content-Length", told if self.command == "HEAD" and told else str(length))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            def _fail(self, fault: str, body: bytes) -> None:
+                if fault == "503":
+                    content = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+                    self._answer(503, [("Content-Type", "application/xml")], content, len(content))
+                elif fault == "expired":
+                    self._answer(403, [("Content-Type", "application/xml")], EXPIRED, len(EXPIRED))
+                elif fault == "cut" and self.command == "GET":
+                    status, headers, content = self._ask(body)
+                    self._answer(status, headers, content[: len(content) // 2], len(content))
+                    self.close_connection = True
+                else:
+                    self.close_connection = True  # without a word
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True, name="weather").start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @contextlib.contextmanager
+    def fault(
+        self, kind: str, which: Callable[[str, str], bool] = lambda method, path: True
+    ) -> Iterator[None]:
+        """Requests meet a fault of this kind, one of `FAULTS`.
+
+        Args:
+            which: of them, by method and path.
+        """
+        self._fault = lambda method, path: kind if which(method, path) else ""
+        try:
+            yield
+        finally:
+            self._fault = lambda method, path: ""
+
+    def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
+        """As `fault`, from the first request that it concerns, for so long."""
+        began: list[float] = []
+
+        def fault(method: str, path: str) -> str:
+            if not which(method, path):
+                return ""
+            began.append(time.monotonic())
+            return kind if time.monotonic() - began[0] < seconds else ""
+
+        self._fault = fault

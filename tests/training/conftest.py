@@ -1,0 +1,32 @@
+"""A folder for runs on the digits, and the run that nothing disturbs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.jobs.common import database
+
+if TYPE_CHECKING:
+    from tests.training.runs import Undisturbed
+
+
+@pytest.fixture(scope="module")
+def home(cluster: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with prepared digits and MLflow's database."""
+    folder = tmp_path_factory.mktemp("trainer")
+    (folder / "digits").symlink_to(digits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", database(folder))
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def straight(home: Path) -> "Undisturbed":
+    """The run that nothing disturbs."""
+    from tests.training.digit_runs import settings
+    from tests.training.runs import undisturbed
+
+    return undisturbed(settings(home, ""))

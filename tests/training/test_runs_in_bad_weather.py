@@ -1,0 +1,127 @@
+"""Whole runs through faults of the storage and stops with validation: they end as the run that nothing disturbs."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from pipeline import storage
+from pipeline.errors import InputError, Interrupted
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint_manager import SNAPSHOT
+from pipeline.training.state import TrainState
+from pipeline.training.trainer import train
+from pipeline.training.worker import Hooks
+from tests.data.weather import Weather
+from tests.training.digit_runs import assert_same, curve, newest, settings
+from tests.training.runs import Undisturbed
+
+
+class Slow:
+    """Steps that take long enough for something to happen between two of them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self, state: TrainState, rank: int, world_size: int) -> bool:
+        time.sleep(self._seconds)
+        return False
+
+
+def at(step: int, do: Callable[[], None]) -> Callable[[int, dict[str, float]], None]:
+    """Does something once, when the curve reaches a step."""
+    waiting = [do]
+
+    def on_point(now: int, values: dict[str, float]) -> None:
+        if now >= step and waiting:
+            waiting.pop()()
+
+    return on_point
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill_controller() -> None:
+    """SIGKILL to the process that keeps Ray Train's list of checkpoints."""
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::TrainController" in " ".join(process.info["cmdline"] or []):
+                process.kill()
+
+
+def test_stops_with_validated_unvalidated_and_pending_checkpoints_leave_no_trace(
+    home: Path, straight: Undisturbed
+) -> None:
+    output = str(home / "stopped")
+    config = settings(
+        home, output, log_every=1, checkpoint_every=2, validate_every=2, validation_images=16, validation_terms=4,
+        keep_checkpoints=3, resume=True,
+    )  # fmt: skip
+    slow = Hooks(watch=Slow(0.4))
+    for step, stop, error in (
+        (5, interrupt, Interrupted),
+        (8, kill_controller, ray.exceptions.RayError),
+        (11, interrupt, Interrupted),
+        (14, interrupt, Interrupted),
+    ):
+        with pytest.raises(error):
+            train(config, on_point=at(step, stop), hooks=slow)
+        assert storage.exists(f"{output}/checkpoints/{SNAPSHOT}")
+        assert newest(output)[0].step >= step - 1
+    trained = train(config)
+    assert_same(newest(output)[0], straight.end)
+    bits, losses = curve(trained, "bits_per_dim"), curve(trained, "loss")
+    assert sorted(losses) == list(range(1, 19))
+    assert {4, 12, 16, 18} <= set(bits)
+    kept = [checkpoint._read_state(uri)["step"] for uri in checkpoint.complete(f"{output}/checkpoints")]
+    assert kept[0] == 18
+    assert set(sorted(bits, key=lambda step: bits[step])[:2]) <= set(kept)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("step-", "the checkpoint of step 2 can't be written"), ("", "the storage of the checkpoints")],
+)
+def test_a_storage_that_is_away_for_a_while_loses_nothing(
+    home: Path,
+    straight: Undisturbed,
+    bucket: str,
+    weather: Weather,
+    where: str,
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of the checkpoints, and of what Ray Train itself writes beside them; the kind is one that no client retries."""
+    config = settings(home, f"{bucket}/stormy", checkpoint_every=2, storage_patience=60)
+    weather.storm("expired", 4.0, lambda method, path: method == "PUT" and f"/checkpoints/{where}" in path)
+    train(replace(config, steps=10), hooks=Hooks(watch=Slow(0.3)))
+    assert weather.seen
+    assert said in capfd.readouterr().err
+
+    weather.storm("expired", 3.0, lambda method, path: method == "GET" and "state.json" in path)
+    trained = train(replace(config, resume=True))
+    assert "can't be read" in capfd.readouterr().err
+    assert_same(newest(config.output)[0], straight.end)
+    losses = curve(trained, "loss")
+    shared = {step: loss for step, loss in straight.losses.items() if step != 12}
+    assert losses.items() >= shared.items()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(home: Path) -> None:
+    output = home / "spoilt"
+    train(settings(home, str(output), steps=6))
+    for file in (output / "checkpoints").glob("step-*/weights.safetensors"):
+        file.write_bytes(b"")
+    before = sorted((output / "checkpoints").rglob("*"))
+    with pytest.raises(InputError, match=r"all \d checkpoints in \S+ are damaged \(step-"):
+        train(settings(home, str(output), resume=True))
+    assert sorted((output / "checkpoints").rglob("*")) == before
