@@ -139,7 +139,7 @@ def main(smoke: bool) -> None:
     """Prints one JSON line."""
     work = Work(2, 2, 1) if smoke else Work(16, 10, 4)
     torch.set_num_threads(1)
-    connect()
+    connect(preload="pipeline.generation.sampler")
     result: dict[str, float] = {}
     # bf16 only where the CPU computes in it: elsewhere it is emulated, and slow.
     bf16 = not smoke and uses_bf16(TrainConfig("", ""), torch.device("cpu"))

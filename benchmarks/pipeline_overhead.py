@@ -67,7 +67,7 @@ def main(smoke: bool, threads: int, folder: Path) -> dict[str, object]:
         experiment="pipeline_overhead",
     )
     first = bare_alone(config, spec, steps // 2)
-    connect(environment=address.environment())
+    connect(environment=address.environment(), preload="pipeline.training.worker")
     on_disk(folder, 64 if smoke else 640, spec.image)
     rate, points = pipeline_rate(config)
     second = bare_alone(config, spec, steps // 2)

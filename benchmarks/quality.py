@@ -126,7 +126,10 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Runs the jobs; returns what is printed."""
     name, smoke = arguments.data, arguments.smoke
     guidance = arguments.guidance or GUIDANCE[name]
-    connect(environment={"MLFLOW_TRACKING_URI": address.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"})
+    connect(
+        environment={"MLFLOW_TRACKING_URI": address.tracking_uri(), "OMP_WAIT_POLICY": "PASSIVE"},
+        preload="pipeline.training.worker",
+    )
     prepare.execute(prepared(name, Path(arguments.mnist), root, smoke))
     settings = training(name, root, 4 if smoke else arguments.steps)
     began = time.perf_counter()

@@ -98,7 +98,7 @@ def drive(writer: int) -> None:
     from pipeline.training.trainer import train
 
     address.quieten()
-    connect()
+    connect(preload="pipeline.training.worker")
     config = TrainConfig(
         data="digits",
         output="run",

@@ -99,7 +99,7 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
 
     clock = Clock(BEGAN)
     clock("imports")
-    connect(environment=address.environment())
+    connect(environment=address.environment(), preload="pipeline.training.worker")
     clock("Ray")
     from benchmarks.common import on_disk, pipeline_rate, two_over_one
 

@@ -83,7 +83,7 @@ def main() -> None:
         options.trials, options.images, options.seeds = 2, 512, 1
     output = Path(options.output or tempfile.mkdtemp(prefix="ray-ddpm-tuning-")).absolute()
     quieten()
-    connect(environment={"MLFLOW_TRACKING_URI": tracking_uri()})
+    connect(environment={"MLFLOW_TRACKING_URI": tracking_uri()}, preload="pipeline.training.worker")
     data = str(output / "digits")
     if not (output / "digits" / "manifest.json").exists():
         prepare(PrepareConfig(output=data, source="digits"))

@@ -17,4 +17,6 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
-    return cli.main("evaluate", __doc__ or "", EvaluateConfig, execute, arguments)
+    return cli.main(
+        "evaluate", __doc__ or "", EvaluateConfig, execute, arguments, workers="pipeline.evaluation.features"
+    )

@@ -17,4 +17,6 @@ def execute(config: GenerateConfig) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
-    return cli.main("generate", __doc__ or "", GenerateConfig, execute, arguments)
+    return cli.main(
+        "generate", __doc__ or "", GenerateConfig, execute, arguments, workers="pipeline.generation.sampler"
+    )

@@ -22,4 +22,6 @@ def check(config: TuneConfig) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
-    return cli.main("tune", __doc__ or "", TuneConfig, execute, arguments, check=check)
+    return cli.main(
+        "tune", __doc__ or "", TuneConfig, execute, arguments, check=check, workers="pipeline.training.worker"
+    )

@@ -1,6 +1,7 @@
 """A forked worker is what a started one would be, and nothing of it outlives its raylet."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import ray
 
 from pipeline.cluster import forkserver
+from tests.jobs.common import ROOT
 from tests.system.cluster import is_alive
 
 DRIVER = """
@@ -104,12 +106,30 @@ def test_no_two_forked_workers_draw_the_same(cluster: None) -> None:
         assert len(set(draws)) == 3
 
 
-@pytest.mark.parametrize("module", ["json", "ray.data"])
-def test_a_process_that_has_drawn_an_id_is_not_forked(module: str) -> None:
-    """As `ray.data` does where nothing keeps it from it."""
-    program = f"import {module}; from pipeline.cluster import forkserver; print(forkserver._may_fork())"
+def forks_after(imports: str) -> bool:
+    program = (
+        f"from pipeline.cluster import forkserver, ray_internals\n{imports}\nprint(forkserver._may_fork())"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(module == "json")
+    return done.stdout.strip() == "True"
+
+
+def preloaded() -> set[str]:
+    """What the jobs name as their workers' modules."""
+    files = (ROOT / "pipeline" / "commands").glob("*.py")
+    return {
+        name for file in files for name in re.findall(r'workers(?:: str ?= ?|=)"([\w.]+)"', file.read_text())
+    }
+
+
+@pytest.mark.parametrize("module", sorted(preloaded()))
+def test_what_the_jobs_workers_import_leaves_a_process_that_may_be_forked(module: str) -> None:
+    assert forks_after(f"with ray_internals.no_random_ids():\n    import {module}")
+
+
+def test_a_process_that_has_drawn_an_id_is_not_forked() -> None:
+    """As `ray.data` does where nothing keeps it from it."""
+    assert not forks_after("import ray.data")
 
 
 def test_variables_of_a_runtime_environment_reach_the_libraries_as_they_are_imported(cluster: None) -> None:
