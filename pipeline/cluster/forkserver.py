@@ -23,10 +23,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-SETUP, WORKER = "setup_worker.py", "default_worker.py"
+SETUP = "setup_worker.py"
 CONTEXT = "--serialized-runtime-env-context="
 # Set to 0: every worker is a new Python, as in any other Ray.
 SWITCH = "RAY_DDPM_FORK_WORKERS"
+# Bytes of a folder's path; a socket's has 107.
+LONGEST_FOLDER = 80
 
 
 @contextlib.contextmanager
@@ -46,13 +48,17 @@ def forked_workers(preload: str) -> Iterator[None]:
         return
     python = sys.executable
     # Only the user may enter: whoever reaches the socket may start processes.
-    folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-workers-"))
+    place = tempfile.gettempdir()
+    folder = Path(
+        tempfile.mkdtemp(prefix="ray-ddpm-", dir=place if len(place) < LONGEST_FOLDER - 20 else "/tmp")
+    )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program = folder / "python"
     command = [python, "-I", "-S", __file__, str(folder), preload]
     program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     program.chmod(0o700)
-    sys.executable = str(program)  # Ray starts all its processes with it
+    if os.access(program, os.X_OK):  # not where programs in temporary folders are forbidden
+        sys.executable = str(program)  # Ray starts all its processes with it
     try:
         yield
     finally:
@@ -63,14 +69,15 @@ def main() -> None:
     """Starts what Ray asks for: a worker by the server, anything else as it is."""
     folder, preload, *command = sys.argv[1:]
     context = _context(command)
-    if context is None:
-        os.execv(sys.executable, [sys.executable, *command])
-    _become_or_ask_server(Path(folder), preload, command, context)
+    if context is not None:
+        with contextlib.suppress(OSError):
+            if _become_or_ask_server(Path(folder), preload, command, context):
+                return
+    os.execv(sys.executable, [sys.executable, *command])
 
 
 def _context(command: list[str]) -> dict[str, str] | None:
     """The variables of the worker's runtime environment; None for what must have a Python of its own."""
-
     if Path(command[0]).name != SETUP or "--language=PYTHON" not in command:
         return None
     found = [part.removeprefix(CONTEXT) for part in command if part.startswith(CONTEXT)]
@@ -78,10 +85,12 @@ def _context(command: list[str]) -> dict[str, str] | None:
     own = context.get("command_prefix") or context.get("override_worker_entrypoint")
     if own or context.get("py_executable") != sys.executable:
         return None
-    return dict(context["env_vars"])
+    variables: dict[str, str] = context["env_vars"]
+    return None if any("$" in value for value in variables.values()) else variables  # Ray expands them
 
 
-def _become_or_ask_server(folder: Path, preload: str, command: list[str], variables: dict[str, str]) -> None:
+def _become_or_ask_server(folder: Path, preload: str, command: list[str], variables: dict[str, str]) -> bool:
+    """Does not return where this process becomes the server; else whether the server has forked the worker."""
     import fcntl
     import hashlib
     import socket
@@ -104,8 +113,7 @@ def _become_or_ask_server(folder: Path, preload: str, command: list[str], variab
             serve = [sys.executable, __file__, "--serve", str(server.fileno()), str(raylet), preload, request]
             os.execve(sys.executable, serve, environment)
         socket.send_fds(client, [request.encode() + b"\0"], [0, 1, 2])
-        if not client.recv(1):
-            os.execv(sys.executable, [sys.executable, *command])
+        return bool(client.recv(1))
 
 
 def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[str]:

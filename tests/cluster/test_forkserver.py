@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,29 @@ def test_variables_of_a_runtime_environment_reach_the_libraries_as_they_are_impo
     assert is_forked(*ray.get(one.pids.remote()))
     assert about["environment"]["A"] == "1"
     assert "/somewhere" in about["sys.path"]
+
+
+def test_variables_that_ray_expands_are_left_to_it(cluster: None) -> None:
+    worker = Worker.options(runtime_env={"env_vars": {"A": "${HOME}/there"}}).remote()
+    assert ray.get(worker.about.remote())["environment"]["A"] == f"{os.environ['HOME']}/there"
+
+
+@pytest.mark.parametrize("place", ["noexec", "long"])
+def test_a_temporary_folder_that_is_no_good_is_not_used(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python, folder = sys.executable, tmp_path / ("x" * 90)
+    folder.mkdir()
+    if place == "noexec":
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with forkserver.forked_workers("ray.data"):
+        if place == "noexec":
+            assert sys.executable == python
+        else:
+            assert len(sys.executable) < forkserver.LONGEST_FOLDER
+    assert not list(folder.iterdir())
 
 
 def test_another_server_takes_the_place_of_one_that_was_killed(cluster: None) -> None:

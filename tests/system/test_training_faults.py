@@ -148,7 +148,8 @@ def test_a_killed_worker_node_and_driver_and_a_cut_checkpoint_leave_no_trace(
     newest = Path(site.checkpoints(output)[0])
     file = newest / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    (newest.parent / f"{newest.name}9").mkdir()  # one that was being written when the driver was killed
+    # One that was being written when the driver was killed.
+    (newest.parent / checkpoint.new_name(site.step(output) + 1)).mkdir()
     jobs.append(site.start(output, STEPS, "--workers", 2, "--resume"))
     assert jobs[1].wait(timeout=SECONDS) == 0, site.log(output)
     assert f"checkpoint passed over: {newest.name}: weights.safetensors is damaged" in site.log(output)

@@ -18,7 +18,6 @@ from tests.data.common import encoded, write_idx, write_parquet, write_tars
 from tests.data.test_accounting import write_splits, write_zip
 from tests.training.runs import train_here
 from tests.training.test_loop import epochs_digest
-from tests.training.test_trainer import home as home  # a fixture
 from tests.training.test_trainer import settings
 
 IMAGES = encoded(40, 8, 8)
