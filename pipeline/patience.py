@@ -1,4 +1,4 @@
-"""Once more, with growing pauses, while a storage can't do what it is asked: it may be able to in some minutes."""
+"""Calls of a storage that are repeated while it fails: most outages end within minutes."""
 
 import errno
 import io
@@ -29,7 +29,7 @@ class Patient(Protocol):
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same call may succeed later: the storage is away, refuses, is late; not: there is no such file."""
+    """Whether the same call may succeed later: not where there is no such file, or no room for it."""
     if isinstance(error, StorageError):
         return True
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
@@ -41,9 +41,9 @@ def patiently(do: Callable[[], T], what: str, seconds: float, say: Callable[[str
     """Calls `do` until it succeeds.
 
     Args:
-        what: is being done, for messages: "the checkpoints in s3://… can't be read".
-        seconds: to go on for.
-        say: is told, once, that something is being waited for.
+        what: fails, for messages: "the checkpoints in s3://… can't be read".
+        seconds: after which it gives up.
+        say: is told, once, what fails and for how long it will be tried again.
 
     Raises:
         InputError: it did not succeed in that time.

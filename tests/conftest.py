@@ -84,8 +84,8 @@ def weather(s3: str) -> Iterator[Weather]:
     """What happens to the requests that the S3 server gets; nothing any more after the test."""
     from tests.data.s3 import weather
 
-    with weather[-1].fault(""):
-        yield weather[-1]
+    yield weather[-1]
+    weather[-1].calm()
 
 
 @pytest.fixture(scope="session")

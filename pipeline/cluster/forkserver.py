@@ -27,8 +27,8 @@ SETUP = "setup_worker.py"
 CONTEXT = "--serialized-runtime-env-context="
 # Set to 0: every worker is a new Python, as in any other Ray.
 SWITCH = "RAY_DDPM_FORK_WORKERS"
-# Bytes of a folder's path; a socket's has 107.
-LONGEST_FOLDER = 80
+# Bytes of the temporary folder's path. That of a socket in a folder of it has 107 at most.
+LONGEST_PLACE = 60
 
 
 @contextlib.contextmanager
@@ -49,9 +49,7 @@ def forked_workers(preload: str) -> Iterator[None]:
     python = sys.executable
     # Only the user may enter: whoever reaches the socket may start processes.
     place = tempfile.gettempdir()
-    folder = Path(
-        tempfile.mkdtemp(prefix="ray-ddpm-", dir=place if len(place) < LONGEST_FOLDER - 20 else "/tmp")
-    )
+    folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-", dir=place if len(place) < LONGEST_PLACE else "/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program = folder / "python"
     command = [python, "-I", "-S", __file__, str(folder), preload]
@@ -123,7 +121,6 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
         in each of the workers: its command line.
     """
     import gc
-    import importlib
     import select
     import signal
     import socket
@@ -134,14 +131,7 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
     poll = select.poll()
     poll.register(server, select.POLLIN)
     poll.register(watched, select.POLLIN)
-    try:
-        with importlib.import_module("pipeline.cluster.ray_internals").no_random_ids():
-            for module in preload.split(","):
-                importlib.import_module(module)
-    except ImportError:  # the worker says what it misses
-        server.close()
-        return first
-    if not _may_fork():
+    if not (_imported(preload) and _may_fork()):  # this process is the first worker then, and serves no other
         server.close()
         return first
     gc.freeze()  # so that the collector of a worker does not touch, and copy, what all share
@@ -192,6 +182,19 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
                 client.close()
 
 
+def _imported(preload: str) -> bool:
+    """Whether the modules are imported now; a worker that needs one that is missing says so itself."""
+    import importlib
+
+    try:
+        with importlib.import_module("pipeline.cluster.ray_internals").no_random_ids():
+            for module in preload.split(","):
+                importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
 def _may_fork() -> bool:
     """Whether processes that are forked from this one give different ids to what they make, and may use the GPU."""
     import ray
@@ -222,10 +225,9 @@ def _work(command: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        listener, raylet, preload, first = sys.argv[2:]
-        sys.path[0] = str(
-            Path(json.loads(first)[0]).parent
-        )  # as Ray's worker finds it when its imports begin
-        _work(serve(int(listener), int(raylet), preload, json.loads(first)))
+        listener, raylet, preload = sys.argv[2:5]
+        first = json.loads(sys.argv[5])
+        sys.path[0] = str(Path(first[0]).parent)  # where Ray's own worker has it when its imports begin
+        _work(serve(int(listener), int(raylet), preload, first))
     else:
         main()

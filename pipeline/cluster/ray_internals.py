@@ -38,10 +38,10 @@ JOB_CLIENT_LOGGERS = (
 
 @contextlib.contextmanager
 def no_random_ids() -> Iterator[None]:
-    """Modules that are imported inside leave the generator of Ray's core alone, which gives ids to all things of Ray.
+    """Keeps modules that are imported inside from using the generator of random ids in Ray's core.
 
-    It seeds itself at its first use: in a process that is forked later, not in the one that all are forked from, or all
-    would give the same ids. What uses it at import are the classes of actors.
+    The generator seeds itself at its first use. If that came before a fork, all forked processes would give the same ids.
+    At import only the classes of actors use it; inside, their ids come from the system.
     """
     actor = importlib.import_module("ray.actor")
     real = actor.ActorClassID

@@ -145,7 +145,14 @@ def write(uri: str, saved: Saved, extra: dict[str, Any]) -> None:
 
 
 def read(uri: str) -> tuple[Saved, dict[str, Any]]:
-    """Reads a checkpoint and verifies every byte of it; returns and raises as `fetch` and `unpack`."""
+    """Reads a checkpoint and verifies every byte of it.
+
+    Returns:
+        the contents, and all that `state.json` says.
+
+    Raises:
+        Exception: as `fetch`.
+    """
     stored = fetch(uri)
     return unpack(stored), stored.state
 

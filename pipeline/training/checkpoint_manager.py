@@ -126,36 +126,30 @@ class CheckpointManager:
         Raises:
             InputError: there are checkpoints and all are damaged, or the storage could not be read.
         """
-        name, stored, known = "", None, True
-        if self.rank == 0 and (found := self._newest()):
-            name, stored = found
+        found, facts = None, None
+        if self.rank == 0 and (
+            found := newest_whole(self.folder, checkpoint.fetch, self.patient, self.channel.notice.remote)
+        ):
+            name = storage.name(found[0])
             reported = ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
             known = name in {storage.name(entry.checkpoint.path) for entry in reported}
-        name, known = ray.train.collective.broadcast_from_rank_zero((name, known))
-        if not name:
+            sizes = {file: len(data) for file, data in found[1].files.items()}
+            facts = name, known, found[1].state, sizes
+        facts = ray.train.collective.broadcast_from_rank_zero(facts)
+        if facts is None:
             return None
-        stored = self._to_all(stored)
-        saved = checkpoint.unpack(stored)
+        name, known, state, sizes = facts
+        files = found[1].files if found else {}
+        if ray.train.get_context().get_world_size() > 1:
+            files = {file: self._bytes_to_all(files.get(file), size) for file, size in sizes.items()}
+        saved = checkpoint.unpack(checkpoint.Stored(state, files))
         if not known:  # written, but the driver was killed before Ray Train had noted it
             target = self._registered_as(name) if self.rank == 0 else None
             self._report(target, saved.step, None, CheckpointUploadMode.NO_UPLOAD)
-        return saved, stored.state
-
-    def _newest(self) -> tuple[str, checkpoint.Stored] | None:
-        found = newest_whole(self.folder, checkpoint.fetch, self.patient, self.channel.notice.remote)
-        return found and (storage.name(found[0]), found[1])
-
-    def _to_all(self, stored: checkpoint.Stored | None) -> checkpoint.Stored:
-        """What rank 0 has read, on every worker."""
-        sizes = stored and {name: len(data) for name, data in stored.files.items()}
-        state, sizes = ray.train.collective.broadcast_from_rank_zero((stored and stored.state, sizes))
-        if stored and ray.train.get_context().get_world_size() == 1:
-            return stored
-        read = stored.files if stored else {}
-        files = {name: self._bytes_to_all(read.get(name), size) for name, size in sizes.items()}
-        return stored or checkpoint.Stored(state, files)
+        return saved, state
 
     def _bytes_to_all(self, data: bytes | None, size: int) -> bytes:
+        """Rank 0's bytes, on every worker; a collective call."""
         received = bytearray(data or size)
         for start in range(0, size, BROADCAST_BYTES):
             here = torch.frombuffer(memoryview(received)[start : start + BROADCAST_BYTES], dtype=torch.uint8)
@@ -239,14 +233,17 @@ def mend(folder: str, patient: Patient) -> None:
     place = storage.join(folder, SNAPSHOT)
 
     def drop() -> None:
-        if storage.exists(place) and not _usable(folder, storage.read_bytes(place)):
+        if not storage.exists(place):
+            return
+        names = _usable(storage.read_bytes(place))
+        if names is None or not all(storage.exists(storage.join(folder, name)) for name in names):
             storage.remove(place)
 
     patient(drop, f"{place} can't be read")
 
 
-def _usable(folder: str, content: bytes) -> bool:
-    """Whether Ray Train can load a list of checkpoints, and go on with it."""
+def _usable(content: bytes) -> set[str] | None:
+    """The names of the checkpoints in a list of Ray Train's; None where it could not load the list and go on with it."""
     try:
         snapshot = json.loads(content)
         listed = snapshot["checkpoint_results"]
@@ -255,18 +252,16 @@ def _usable(folder: str, content: bytes) -> bool:
         mentioned = {entry["checkpoint_dir_name"] for entry in (*([latest] if latest else []), *pending)}
         for state in ("validated", "timed_out_validation", "failed_validation"):
             mentioned |= set(snapshot[f"{state}_checkpoint_dir_names"])
-        return (
+        usable = (
             snapshot["ray_version"] == ray.__version__
             and len(names) == len(listed) == len(snapshot["checkpoint_report_indices"])
             and len(pending) == len(snapshot["pending_validation_specs"])
             and mentioned <= names
             and all(math.isfinite(entry["metrics"][BITS_PER_DIM]) for entry in (*listed, *pending))
-            and all(storage.exists(storage.join(folder, name)) for name in names)
         )
-    except storage.StorageError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return None
+    return names if usable else None
 
 
 def sweep(folder: str, kept: list[Checkpoint]) -> None:

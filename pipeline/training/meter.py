@@ -77,11 +77,10 @@ class Meter:
         self._judge(self._seen[0], self._seen[2])
 
     def _judge(self, seen: float, bad: float) -> None:
-        """Stops the run where the images that it reads are worse than it allows, and not by chance.
+        """Stops the run where more images are bad than it allows, beyond chance.
 
-        Every worker is judged at every step, thousands of times in a run: five standard deviations of the number of
-        bad images, as it would be at the allowed share (a Poisson number), leave less than one false alarm in a
-        million.
+        Every worker is judged at every step, so thousands of times in a run. At the allowed share the number of bad
+        images is a Poisson number; five standard deviations above its mean are still taken for chance.
         """
         allowed = self._config.max_bad_fraction * seen
         if seen >= IMAGES_BEFORE_JUDGING and bad > allowed + 5 * math.sqrt(allowed):

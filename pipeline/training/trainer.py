@@ -197,10 +197,8 @@ def _train(
                 raise
             if reason := ray.get(channel.reason_to_give_up.remote()):
                 raise InputError(reason)
-        _, (weights, step) = newest_whole(folder, checkpoint.read_model, patient, display.note) or (
-            "",
-            ({}, 0),
-        )
+        found = newest_whole(folder, checkpoint.read_model, patient, display.note)
+        weights, step = found[1] if found else ({}, 0)
         kept = [entry for entry, _ in result.best_checkpoints or []]
         patient(lambda: sweep(folder, kept), f"checkpoints in {folder} can't be removed")
         if signal_number and step < config.steps:

@@ -4,7 +4,7 @@ import contextlib
 import http.client
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # What S3 answers to a request whose credentials have expired.
@@ -22,7 +22,8 @@ class Weather:
 
     def __init__(self, host: str, port: int) -> None:
         self.seen = 0
-        self._fault: Callable[[str, str], str] = lambda method, path: ""
+        self._fault: Callable[[str, str], str]
+        self.calm()
         weather = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -85,29 +86,23 @@ class Weather:
         self._server.shutdown()
         self._server.server_close()
 
-    @contextlib.contextmanager
-    def fault(
-        self, kind: str, which: Callable[[str, str], bool] = lambda method, path: True
-    ) -> Iterator[None]:
-        """Requests meet a fault of this kind, one of `FAULTS`.
+    def calm(self) -> None:
+        """No more faults."""
+        self._fault = lambda method, path: ""
+
+    def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
+        """For so long, from the first of them on, requests meet a fault of this kind, one of `FAULTS`.
 
         Args:
             which: of them, by method and path.
         """
-        self._fault = lambda method, path: kind if which(method, path) else ""
-        try:
-            yield
-        finally:
-            self._fault = lambda method, path: ""
-
-    def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
-        """As `fault`, from the first request that it concerns, for so long."""
-        began: list[float] = []
+        end = 0.0
 
         def fault(method: str, path: str) -> str:
+            nonlocal end
             if not which(method, path):
                 return ""
-            began.append(time.monotonic())
-            return kind if time.monotonic() - began[0] < seconds else ""
+            end = end or time.monotonic() + seconds
+            return kind if time.monotonic() < end else ""
 
         self._fault = fault

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.jobs.common import database
-
-if TYPE_CHECKING:
-    from tests.training.runs import Undisturbed
+from tests.training.digit_runs import settings
+from tests.training.runs import Undisturbed, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +22,6 @@ def home(cluster: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def straight(home: Path) -> "Undisturbed":
+def straight(home: Path) -> Undisturbed:
     """The run that nothing disturbs."""
-    from tests.training.digit_runs import settings
-    from tests.training.runs import undisturbed
-
     return undisturbed(settings(home, ""))

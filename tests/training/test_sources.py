@@ -16,9 +16,9 @@ from pipeline.training import checkpoint
 from pipeline.training.trainer import train
 from tests.data.common import encoded, write_idx, write_parquet, write_tars
 from tests.data.test_accounting import write_splits, write_zip
+from tests.training.digit_runs import settings
 from tests.training.runs import train_here
 from tests.training.test_loop import epochs_digest
-from tests.training.test_trainer import settings
 
 IMAGES = encoded(40, 8, 8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
