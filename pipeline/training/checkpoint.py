@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -151,7 +152,7 @@ def read(uri: str) -> tuple[Saved, dict[str, Any]]:
         the contents, and all that `state.json` says.
 
     Raises:
-        Exception: as `fetch`.
+        Exception: as `fetch` and `unpack`.
     """
     stored = fetch(uri)
     return unpack(stored), stored.state
@@ -171,8 +172,15 @@ def fetch(uri: str) -> Stored:
 
 
 def unpack(stored: Stored) -> Saved:
-    """The contents of a checkpoint's files."""
-    weights, averages, optimizer, timestep_sampler = (load(stored.files[name]) for name in FILES)
+    """The contents of a checkpoint's files.
+
+    Raises:
+        DamagedCheckpoint: a file holds something else than tensors, although its digest is right.
+    """
+    try:
+        weights, averages, optimizer, timestep_sampler = (load(stored.files[name]) for name in FILES)
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"step {stored.state['step']}: {error}") from error
     return Saved(
         step=stored.state["step"],
         weights=weights,
