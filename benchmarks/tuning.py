@@ -26,9 +26,7 @@ from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.models.export import load_model
 from pipeline.tracking.address import quieten, tracking_uri
-from pipeline.tracking.runs import end_run
 from pipeline.training.trainer import train
-from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.objective import common_numbers_gain
@@ -52,8 +50,7 @@ def run_search(config: TuneConfig) -> dict[str, Any]:
 
 def fresh(config: TrainConfig, held_out: DatasetIndex) -> float:
     """Trains anew; bits/dim on all held-out images."""
-    trained = train(config, hooks=Hooks(log_model=False))
-    end_run(trained.run)
+    trained = train(config)
     model, spec = load_model(trained.folder)
     return held_out_bits(model, spec, held_out, np.arange(held_out.rows), pool=ActorPool()).bits_per_dim
 

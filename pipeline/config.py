@@ -189,6 +189,8 @@ class TrainConfig:
     """Terms of the bound evaluated for each of them, stratified over t; 0 = all T."""
     storage_patience: float = 600
     """Seconds for which a storage that can't read or write a checkpoint is asked again before the run ends."""
+    tracking_patience: float = 60
+    """Seconds that the job waits for MLflow at its start and, with what MLflow has not taken, at its end."""
     max_failures: int = 10
     """Restarts of the worker group before the run is given up."""
     max_bad_fraction: float = 0.01

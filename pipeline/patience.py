@@ -37,13 +37,20 @@ def may_pass(error: Exception) -> bool:
     return is_storage_error(error) and getattr(error, "errno", None) not in PERMANENT
 
 
-def patiently(do: Callable[[], T], what: str, seconds: float, say: Callable[[str], object]) -> T:
+def patiently(
+    do: Callable[[], T],
+    what: str,
+    seconds: float,
+    say: Callable[[str], object],
+    may_pass: Callable[[Exception], bool] = may_pass,
+) -> T:
     """Calls `do` until it succeeds.
 
     Args:
         what: fails, for messages: "the checkpoints in s3://… can't be read".
         seconds: after which it gives up.
         say: is told, once, what fails and for how long it will be tried again.
+        may_pass: whether waiting can mend an error.
 
     Raises:
         InputError: it did not succeed in that time.

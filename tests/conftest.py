@@ -89,6 +89,25 @@ def weather(s3: str) -> Iterator[Weather]:
 
 
 @pytest.fixture(scope="session")
+def mlflow_weather(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weather]:
+    """What happens to the requests that a server of MLflow gets."""
+    from tests.tracking.server import mlflow_server
+
+    with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as port:
+        weather = Weather("127.0.0.1", port)
+        yield weather
+        weather.stop()
+
+
+@pytest.fixture
+def mlflow(mlflow_weather: Weather, monkeypatch: pytest.MonkeyPatch) -> Iterator[Weather]:
+    """The weather before the server that MLFLOW_TRACKING_URI names; calm again after the test."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_weather.address)
+    yield mlflow_weather
+    mlflow_weather.calm()
+
+
+@pytest.fixture(scope="session")
 def cluster(s3: str) -> Iterator[None]:
     """The one local Ray of this process; its workers reach the S3 server. `leave_ray` makes room for another."""
     from pipeline.cluster.session import connect

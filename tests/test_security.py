@@ -97,7 +97,7 @@ def test_a_pickle_in_the_registry_is_not_run(
     tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
-    run = runs.start_run("e", "", {}, {})
+    run = runs.start_run("e", "", {})
     folder = tmp_path / "logged"
     folder.mkdir()
     (folder / "MLmodel").write_text(
@@ -186,7 +186,12 @@ def test_an_mlflow_that_does_not_answer_is_named_without_its_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for ask in (lambda: registry.resolve_model("models:/a/1"), lambda: runs.start_run("e", "", {}, {})):
+    monkeypatch.setattr("pipeline.tracking.registry.PATIENCE", 0.0)
+
+    def start() -> runs.Run:
+        return runs.wait_for_mlflow(lambda: runs.start_run("e", "", {}), 0.0)
+
+    for ask in (lambda: registry.resolve_model("models:/a/1"), start):
         with pytest.raises(InputError, match=r"MLflow at http://\*\*\*@127") as caught:
             ask()
         assert SECRET not in str(caught.value)
@@ -212,7 +217,8 @@ def test_mlflow_is_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.chdir(tmp_path)  # MLflow's artifacts go to ./mlruns
     uri = f"s3://me:{SECRET}@bucket/digits"
-    run = runs.start_run("e", "n", {"data": uri, "deep": {"list": [uri]}}, {"ray_ddpm.output": uri})
+    run = runs.start_run("e", "n", {"ray_ddpm.output": uri})
+    runs.log_params(run, {"data": uri, "deep": {"list": [uri]}})
     runs.log_dataset(run, uri, "f" * 32, 10)
     runs.log_config(run, {"data": uri})
     runs.end_run(run)

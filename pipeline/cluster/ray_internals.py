@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
+
 INTERNALS = {
     # Bytes that the object stores of all nodes have spilled to disk: a curve beside every run.
     "get_memory_info_reply": "ray._private.internal_api",
@@ -65,6 +67,27 @@ def silence_published_errors() -> None:
     """
     worker = importlib.import_module("ray._private.worker")
     worker.print_to_stdstream = lambda data, ignore_prefix=False: None  # type: ignore[attr-defined]
+
+
+def kill_without_asking() -> None:
+    """The end of the Ray that this process started: SIGKILL at once, since its processes do not hear SIGTERM.
+
+    Ray would wait a second for each of them. A raylet that is killed leaves its workers and agents to find out.
+    """
+    node = importlib.import_module("ray._private.worker")._global_node
+    kill = node.kill_all_processes
+
+    def at_once(check_alive: bool = True, allow_graceful: bool = False, wait: bool = False) -> None:
+        below = []
+        for _, process in node.live_processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below += psutil.Process(process.pid).children(recursive=True)
+        kill(check_alive=check_alive, allow_graceful=False, wait=wait)
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    node.kill_all_processes = at_once
 
 
 def __getattr__(name: str) -> Any:

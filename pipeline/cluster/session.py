@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -76,7 +77,7 @@ def connect(
     from ray.data import DataContext
 
     from pipeline.cluster.pace import set_pace
-    from pipeline.cluster.ray_internals import silence_published_errors
+    from pipeline.cluster.ray_internals import kill_without_asking, silence_published_errors
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
@@ -92,10 +93,13 @@ def connect(
             with (
                 contextlib.nullcontext() if verbose else _muted(),
                 contextlib.nullcontext() if address else forked_workers(preload),
+                contextlib.nullcontext() if address else _deaf_to_sigterm(),
             ):
                 ray.init(**options)
         except ConnectionError as error:
             raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
+        if not address:
+            kill_without_asking()
     context = DataContext.get_current()
     set_pace(context)
     if not verbose:
@@ -122,6 +126,23 @@ def disconnect() -> None:
     """Leaves the cluster, or ends the Ray that `connect` started."""
     if ray := sys.modules.get("ray"):
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Processes that are started inside do not hear SIGTERM; this one hears it afterwards.
+
+    SLURM, systemd and `timeout` send it to every process of a job. Ray's would die of it before the driver has saved.
+    Ray itself does the same for SIGINT.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        if callable(handler):  # Ray has put its own there, which exits with code 1
+            signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 @contextlib.contextmanager

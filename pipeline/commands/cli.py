@@ -5,10 +5,13 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, TypeVar
 
 import tyro
@@ -110,6 +113,7 @@ def main(
         other error, whose traceback is shown without secrets.
     """
     arguments, verbose = _take_switch(arguments, "--verbose")
+    heard = _sigterm_interrupts()
     try:
         config = parse(cls, arguments, job, about)
         refuse_secrets(config)
@@ -132,12 +136,30 @@ def main(
         print(f"{job}: {redact(str(error))}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print(f"{job}: interrupted", file=sys.stderr)
-        return 130
+        number = heard[0] if heard else signal.SIGINT
+        print(f"{job}: ended by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 1
     return 0
+
+
+def _sigterm_interrupts() -> list[int]:
+    """SIGTERM ends a job as Ctrl-C does, whatever it is doing.
+
+    Returns:
+        its number, once it has come.
+    """
+    heard: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+    return heard
 
 
 def program(job: str) -> str:

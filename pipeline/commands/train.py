@@ -4,8 +4,6 @@ SIGTERM and Ctrl-C save the run and end it with exit code 128 + the signal's num
 newest whole checkpoint in --output, and starts a new run where there is none.
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from pipeline.commands import cli
@@ -13,18 +11,10 @@ from pipeline.config import TrainConfig
 
 
 def execute(config: TrainConfig, data: Any) -> dict[str, Any]:
-    """Trains on data that `check` opened, exports, logs a grid of samples, registers."""
-    from pipeline.models.export import load_model
-    from pipeline.pictures.make import draw_samples
-    from pipeline.tracking import runs
+    """Trains on data that `check` opened."""
     from pipeline.training.trainer import train
 
     trained = train(config, data)
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_model(trained.folder)
-        picture = draw_samples(*model, Path(folder) / "samples.png", seed=config.seed)
-        runs.log_file(trained.run, picture)
-    runs.end_run(trained.run)
     return {
         "output": config.output,
         "model": trained.model,

@@ -45,5 +45,6 @@ def quieten() -> None:
     global is_quiet
     is_quiet = True
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     if mlflow := sys.modules.get("mlflow"):
         mlflow.utils.logging_utils.disable_logging()

@@ -10,30 +10,45 @@ from pathlib import Path
 
 import mlflow
 import yaml
-from mlflow.exceptions import MlflowException
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, pack_model
-from pipeline.redact import one_line, redact
+from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, model_fingerprint, pack_model
 from pipeline.tracking import runs  # also for its settings of MLflow
-from pipeline.tracking.address import tracking_uri
 
 MODEL_FOLDER = "model"
+# Seconds for which a registry that does not answer is asked again.
+PATIENCE = 60.0
 
 
 def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = "") -> str:
     """Logs an exported model folder (path or URI) as a pyfunc, and registers it when `name` is given.
 
+    A model that the run has logged already is not logged again, nor registered again under the same name.
+
     Returns:
         `models:/NAME/VERSION` when registered, else `models:/ID` of the logged model.
     """
-    mlflow.set_tracking_uri(tracking_uri())
-    # Registering prints to stderr by itself, and warns that this model declares no schema of its input.
-    quiet = contextlib.redirect_stderr(io.StringIO())
+    client = runs.open_client()
+    digest = model_fingerprint(str(folder))[:16]
+    tags = client.get_run(run.id).data.tags
+    if not (uri := tags.get(tag := f"ray_ddpm.model.{digest}")):
+        uri = _log(run, folder)
+        client.set_tag(run.id, tag, uri)
+    if not name:
+        return uri
+    if not (version := tags.get(tag := f"ray_ddpm.version.{name}.{digest}")):
+        with _quiet():
+            version = str(mlflow.register_model(uri, name).version)
+        client.set_tag(run.id, tag, version)
+    if alias:
+        client.set_registered_model_alias(name, alias, version)
+    return f"models:/{name}/{version}"
+
+
+def _log(run: runs.Run, folder: str | Path) -> str:
     with (
-        quiet,
-        warnings.catch_warnings(action="ignore"),
+        _quiet(),
         _on_this_machine(str(folder)) as here,
         mlflow.start_run(run_id=run.id, log_system_metrics=False),
     ):
@@ -43,16 +58,17 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={MODEL_FOLDER: here},
             pip_requirements=["ray-ddpm"],
-            registered_model_name=name or None,
         )
     # start_run's exit closes the run; the caller does that.
     runs.open_client().update_run(run.id, status="RUNNING")
-    if not name:
-        return str(info.model_uri)
-    version = str(info.registered_model_version)
-    if alias:
-        runs.open_client().set_registered_model_alias(name, alias, version)
-    return f"models:/{name}/{version}"
+    return str(info.model_uri)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Registering prints to stderr by itself, and warns that this model declares no schema of its input."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        yield
 
 
 @contextlib.contextmanager
@@ -96,17 +112,18 @@ def resolve_model(model: str) -> tuple[Packed, str]:
 
 
 def _download(model: str) -> tuple[Packed, str]:
-    pinned = model
+    def download(target: str) -> tuple[Path, str]:
+        client, pinned = runs.open_client(), model
+        if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model):
+            pinned = f"models:/{match[1]}/{client.get_model_version_by_alias(match[1], match[2]).version}"
+        logged = mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target)
+        return Path(logged).resolve(), pinned
+
     with tempfile.TemporaryDirectory() as target:
         try:
-            client = runs.open_client()
-            if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model):
-                pinned = f"models:/{match[1]}/{client.get_model_version_by_alias(match[1], match[2]).version}"
-            logged = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target)).resolve()
-        except (MlflowException, OSError) as error:
-            raise InputError(
-                f"--model {model}: not found in MLflow at {redact(tracking_uri())}: {one_line(error)}"
-            ) from None
+            logged, pinned = runs.wait_for_mlflow(lambda: download(target), PATIENCE)
+        except InputError as error:
+            raise InputError(f"--model {model}: {error}") from None
         try:
             flavour = yaml.safe_load((logged / "MLmodel").read_text())["flavors"]["python_function"]
             folder = (logged / flavour["artifacts"][MODEL_FOLDER]["path"]).resolve()

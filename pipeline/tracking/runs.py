@@ -4,7 +4,11 @@ Only the driver talks to MLflow: workers hand their numbers to it (see training/
 one writer, whatever restarts, and workers need neither the server's address nor its credentials.
 """
 
+import fcntl
+import functools
+import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,8 +19,10 @@ from typing import Any, TypeVar
 import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import InputError
+from pipeline.patience import patiently
 from pipeline.redact import one_line, printable, redact
 from pipeline.tracking import address
 from pipeline.tracking.address import tracking_uri
@@ -24,6 +30,13 @@ from pipeline.tracking.address import tracking_uri
 T = TypeVar("T")
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
+# A call of a server that is away fails after minutes by default. Who calls tries again himself, and says so.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+# Error codes by which a server says that the same call will never do.
+_GONE = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+_REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED")
+_NOT_ALLOWED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 if address.is_quiet:
     mlflow.utils.logging_utils.disable_logging()
 
@@ -33,43 +46,83 @@ class Run:
     """An open MLflow run.
 
     Attributes:
-        last_steps: the last step that is already in each of the curves asked for.
+        last_steps: the last step that is already in each of the curves asked for; None where MLflow could not be asked.
     """
 
     id: str
-    last_steps: dict[str, int] = field(default_factory=dict)
+    last_steps: dict[str, int] | None = field(default_factory=dict)
 
 
 def open_client() -> mlflow.MlflowClient:
     """A client of the server, or database, that `tracking_uri` names."""
-    mlflow.set_tracking_uri(tracking_uri())
+    uri = tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    if uri.startswith("sqlite:///"):
+        _use_first(uri)
     return mlflow.MlflowClient()
 
 
-def start_run(
-    experiment: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str = ""
-) -> Run:
+@functools.cache
+def _use_first(uri: str) -> None:
+    """The first use of a database file by this process. It makes the tables, and two processes at once would break it."""
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Never closed: SQLite's own locks of the file would go with it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        client = mlflow.MlflowClient(uri)
+        client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether MLflow answered, and will never take the same call."""
+    return isinstance(error, MlflowException) and error.error_code in _REFUSED
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether MLflow is away, so that the same call may succeed later."""
+    if isinstance(error, MlflowException):
+        return error.error_code not in (*_GONE, *_REFUSED, *_NOT_ALLOWED)
+    if isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return False  # of a database file
+    return isinstance(error, (OSError, SQLAlchemyError))
+
+
+def wait_for_mlflow(
+    do: Callable[[], T],
+    seconds: float,
+    say: Callable[[str], object] = lambda line: print(line, file=sys.stderr),
+) -> T:
+    """Makes a call until MLflow answers.
+
+    Raises:
+        InputError: it did not answer in that time, or it refused.
+    """
+    what = f"MLflow at {redact(tracking_uri())} does not answer"
+    try:
+        return patiently(do, what, seconds, say, may_pass)
+    except (MlflowException, OSError, SQLAlchemyError) as error:
+        raise InputError(f"MLflow at {redact(tracking_uri())}: {one_line(error)}") from None
+
+
+def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = "") -> Run:
     """Opens a new run.
 
     Args:
         parent: id of the run that this one is shown under.
 
     Raises:
-        InputError: the server or the database can't be reached.
+        MlflowException: or whatever the database raises; see `wait_for_mlflow`.
     """
-    try:
-        client = open_client()
-        shown = {key: redact(value) for key, value in tags.items()}
-        nested = {"mlflow.parentRunId": parent} if parent else {}
-        experiment_id = _raced(lambda: _experiment_id(client, experiment))
-        run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
-        values = [
-            Param(key, printable(redact(str(value)))[:6000]) for key, value in sorted(_flat(params).items())
-        ]
-        for i in range(0, len(values), _PARAMS_A_CALL):
-            client.log_batch(run.info.run_id, params=values[i : i + _PARAMS_A_CALL])
-    except (MlflowException, OSError) as error:
-        raise InputError(f"MLflow at {redact(tracking_uri())}: {one_line(error)}") from None
+    client = open_client()
+    shown = {key: redact(value) for key, value in tags.items()}
+    nested = {"mlflow.parentRunId": parent} if parent else {}
+    experiment_id = _raced(lambda: _experiment_id(client, experiment))
+    run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
     return Run(run.info.run_id)
 
 
@@ -91,14 +144,30 @@ def _raced(call: Callable[[], T]) -> T:
 
 
 def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
-    """Goes on with a run after a restart; None when MLflow no longer has it."""
+    """Goes on with a run after a restart; None where it was deleted, or was another database's.
+
+    Raises:
+        MlflowException: or whatever the database raises: that says nothing of the run; see `wait_for_mlflow`.
+    """
     client = open_client()
     try:
+        if client.get_run(run_id).info.lifecycle_stage != "active":
+            return None
         histories = {curve: client.get_metric_history(run_id, curve) for curve in curves}
         client.update_run(run_id, status="RUNNING")
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        if error.error_code in _GONE:
+            return None
+        raise
     return Run(run_id, {c: max((p.step for p in history), default=-1) for c, history in histories.items()})
+
+
+def reopen_later(run_id: str, curves: tuple[str, ...]) -> Run | None:
+    """As `reopen_run`; where MLflow is away, the run with unknown last steps."""
+    try:
+        return reopen_run(run_id, curves)
+    except (MlflowException, OSError, SQLAlchemyError):
+        return Run(run_id, None)
 
 
 def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
@@ -117,6 +186,15 @@ def delete_children(run: Run, keep: set[str]) -> None:
     ):
         if child.info.run_id not in keep:
             client.delete_run(child.info.run_id)
+
+
+def log_params(run: Run, params: dict[str, Any]) -> None:
+    """Keeps settings as MLflow's parameters, those of nested dicts by dotted names; they can't be changed later."""
+    values = [
+        Param(key, printable(redact(str(value)))[:6000]) for key, value in sorted(_flat(params).items())
+    ]
+    for i in range(0, len(values), _PARAMS_A_CALL):
+        open_client().log_batch(run.id, params=values[i : i + _PARAMS_A_CALL])
 
 
 def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> None:

@@ -21,9 +21,19 @@ from pipeline.training.run_channel import CURVES, RUN_FILE
 
 
 def open_run(
-    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run_id: str = ""
-) -> runs.Run:
-    """One MLflow run for one output folder, whatever number of restarts; `run_id` where the caller opened it."""
+    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run: runs.Run | None
+) -> tuple[runs.Run, bool]:
+    """One MLflow run for one output folder, whatever number of restarts.
+
+    Args:
+        run: where the caller has opened it.
+
+    Returns:
+        the run, and whether it is new. MLflow need not answer for one that is resumed.
+
+    Raises:
+        InputError: the output is another run's, or MLflow does not answer.
+    """
     settings, fixed = to_dict(replace(config, resume=False)), _fixed(config, spec, index)
     before = read_claim(output, RUN_FILE)
     if before is not None:
@@ -36,16 +46,12 @@ def open_run(
             before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
         _check_order(before, index, config)
         check_claim(output, before, fixed)
-        if run := runs.reopen_run(run_id or before["run_id"], CURVES):
-            return run
-    run = (runs.reopen_run(run_id, CURVES) if run_id else None) or runs.start_run(
-        config.experiment,
-        config.run_name,
-        settings,
-        {"ray_ddpm.version": __version__, "ray_ddpm.output": output},
+        if run := run or runs.reopen_later(before["run_id"], CURVES):
+            return run, False
+    tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output}
+    run = run or runs.wait_for_mlflow(
+        lambda: runs.start_run(config.experiment, config.run_name, tags), config.tracking_patience
     )
-    runs.log_dataset(run, config.data, index.fingerprint, index.rows, index.quarantined)
-    runs.log_config(run, settings)
     write_claim(
         output,
         RUN_FILE,
@@ -55,7 +61,7 @@ def open_run(
         data_order=index.order,
         data_settings=index.settings,
     )
-    return run
+    return run, True
 
 
 def _check_order(before: dict[str, Any], index: DatasetIndex, config: TrainConfig) -> None:

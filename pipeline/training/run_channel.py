@@ -1,37 +1,30 @@
-"""The channel between a run's workers and its driver: an actor that both call, and the driver's reader of it.
+"""The channel between a run's workers and its driver: an actor that both call.
 
 `ray.train.report` is a barrier that waits for the controller's next poll; a curve's point should cost nothing.
-Workers post without waiting; the driver writes what it finds to MLflow, to the output and to the terminal.
+Workers post without waiting; the driver takes what it finds (see channel_reader.py).
 Nothing here imports torch, which would cost the actor's start two seconds.
 """
 
 import asyncio
 import contextlib
 import json
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
-from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.patience import patiently
-from pipeline.redact import one_line
+from pipeline.tracking import Point
 
 T = TypeVar("T")
 # The value by which a point is known as one of a curve: of the training, and of the validation.
 CURVES = ("loss", BITS_PER_DIM)
-# Milliseconds since 1970, step, values.
-Point = tuple[int, int, dict[str, float]]
-POLL_SECONDS = 0.5
 SAVE_SECONDS = 60
 RUN_FILE, QUARANTINE = "run.json", "quarantine.jsonl"
 
@@ -52,13 +45,19 @@ class Messages:
     files: list[tuple[str, bytes]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
+    def add(self, other: "Messages") -> None:
+        """Appends later ones."""
+        self.points += other.points
+        self.files += other.files
+        self.notices += other.notices
+
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class RunChannel:
     """What workers have posted and the driver has not yet taken; what the driver commands."""
 
     def __init__(self, bad: dict[str, str]) -> None:
-        self._messages = Messages()
+        self._messages, self._taken, self._takes = Messages(), Messages(), 0
         self._reason = ""
         self._bad = dict(bad)
         self._running = False
@@ -130,9 +129,17 @@ class RunChannel:
                 f"{len(self._bad)} images can't be decoded: see {QUARANTINE} of the output"
             )
 
-    async def take(self) -> Messages:
-        messages, self._messages = self._messages, Messages()
-        return messages
+    async def take(self, received: int) -> tuple[int, Messages]:
+        """What was posted since the take that the driver received last, and the number of this one.
+
+        A driver that did not wait for an answer gets it again with the next one.
+        """
+        if received == self._takes:
+            self._taken = Messages()
+        self._taken.add(self._messages)
+        self._messages = Messages()
+        self._takes += 1
+        return self._takes, self._taken
 
 
 def read_quarantine(output: str) -> dict[str, str]:
@@ -164,86 +171,3 @@ class PatientOnChannel:
         except InputError as error:
             ray.get(self._channel.give_up.remote(f"{error}; go on with --resume: what is written is whole"))
             raise
-
-
-class ChannelReader:
-    """Takes what is in the channel, in a thread of the driver, until the `with` block ends.
-
-    A worker group that restarts makes some steps again, and posts their points again: each point of a curve is
-    delivered once.
-
-    Args:
-        last_steps: by curve, the last step that it already has.
-        deliver: takes new points and files; what it could not take (it raised) is offered again.
-        lost: set when another driver has taken over the run: from then on nothing is delivered.
-    """
-
-    def __init__(
-        self,
-        channel: Any,
-        display: Display,
-        last_steps: dict[str, int],
-        deliver: Callable[[list[Point], list[tuple[str, bytes]]], None],
-        on_point: Callable[[int, dict[str, float]], None],
-        lost: threading.Event,
-    ) -> None:
-        self._channel, self._display, self._deliver, self._on_point = channel, display, deliver, on_point
-        self._lost = lost
-        self._last, self._kept, self._error = dict(last_steps), Messages(), ""
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="run-channel")
-        self.latest: dict[str, float] = {}
-
-    def _run(self) -> None:
-        while not (self._done.wait(POLL_SECONDS) or self._lost.is_set()):
-            self._round()
-
-    def _round(self) -> None:
-        try:
-            messages: Messages = ray.get(self._channel.take.remote(), timeout=10)
-        except (ray.exceptions.RayError, ConnectionError):
-            return  # the node is busy or going down; the next round asks again
-        for line in messages.notices:
-            self._display.note(line)
-        fresh = [point for point in messages.points if self._is_new(point)]
-        for _, step, values in fresh:
-            self._on_point(step, values)
-            self.latest |= values
-            if "loss" in values:
-                note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
-                self._display.update(step, note)
-        self._kept.points += fresh
-        self._kept.files += messages.files
-        if not (self._kept.points or self._kept.files):
-            return
-        try:
-            self._deliver(self._kept.points, self._kept.files)
-        except Exception as error:  # whatever the server is down with: training goes on, nothing is lost
-            if not self._error:
-                self._error = one_line(error)
-                self._display.note(f"the curves wait until MLflow takes them: {self._error}")
-        else:
-            self._kept, self._error = Messages(), ""
-
-    def _is_new(self, point: Point) -> bool:
-        _, step, values = point
-        curve = next(name for name in CURVES if name in values)
-        if step <= self._last.get(curve, -1):
-            return False
-        self._last[curve] = step
-        return True
-
-    def __enter__(self) -> "ChannelReader":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-        if not self._lost.is_set():
-            self._round()
-        self._display.close()
-        if self._error:
-            print(f"MLflow did not take the last points: {self._error}", file=sys.stderr, flush=True)

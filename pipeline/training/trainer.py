@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import threading
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,10 @@ from ray.train import (
     ValidationConfig,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
 
 from pipeline import __version__, storage
-from pipeline.cluster.session import spilled_bytes
-from pipeline.config import ModelSpec, TrainConfig, check_at_least
+from pipeline.config import ModelSpec, TrainConfig, check_at_least, to_dict
 from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.data.order import Plan
 from pipeline.data.stream import PlannedData
@@ -33,23 +33,27 @@ from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import locked
 from pipeline.models.ema import power_gamma
-from pipeline.models.export import save_model
+from pipeline.models.export import load_model, save_model
 from pipeline.models.unet import check_model
 from pipeline.output import check_apart
 from pipeline.patience import arrow_fs, patiently
-from pipeline.tracking import registry, runs
+from pipeline.pictures.make import draw_samples
+from pipeline.tracking import runs
+from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, worker
+from pipeline.training.channel_reader import ChannelReader
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, newest_whole, sweep
 from pipeline.training.identity import open_run
 from pipeline.training.run_channel import (
-    ChannelReader,
+    CURVES,
     PatientOnChannel,
-    Point,
     open_channel,
     read_quarantine,
 )
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
 from pipeline.training.validation import Validator
+
+SAMPLES = "samples.png"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
         InputError: in one line, what to change.
     """
     names = "steps workers batch_size log_every checkpoint_every keep_checkpoints readers"
-    check_at_least(config, **dict.fromkeys(names.split(), 1), storage_patience=0)
+    check_at_least(config, **dict.fromkeys(names.split(), 1), storage_patience=0, tracking_patience=0)
     if config.min_workers > config.workers:
         raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
     if config.batch_size < config.workers:
@@ -137,6 +141,7 @@ def train(
     callbacks: Sequence[Any] = (),
     on_point: Callable[[int, dict[str, float]], None] = lambda step, values: None,
     hooks: worker.Hooks = worker.Hooks(),  # noqa: B008  (frozen)
+    tracker: Tracker | None = None,
 ) -> Trained:
     """Trains, or goes on training, and exports the averaged model to `OUTPUT/model`.
 
@@ -146,6 +151,8 @@ def train(
         on_point: told, in a thread of this process, each new point of the curves once: its step and values. Those of
             the training hold `loss`, those of the validation `bits_per_dim`.
         hooks: see there.
+        tracker: of the MLflow run to log to, where the caller has opened it, who also holds the lock of a folder around
+            the output, ends the run and logs its model.
 
     Raises:
         InputError: see `check`; also a run in `output` that was not to be resumed, that has other settings, or that
@@ -155,10 +162,46 @@ def train(
     data, spec = check(config, data)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
-    # A caller that opened the MLflow run holds the lock of the folder that the output lies in.
-    with contextlib.nullcontext(threading.Event()) if hooks.run_id else locked(output) as lost:
-        run = open_run(config, spec, data["train"], output, hooks.run_id)
-        return _train(config, data, spec, output, run, callbacks, on_point, hooks, lost)
+    display = Display("train", config.steps, "steps")
+    with contextlib.ExitStack() as stack:
+        lost = tracker.lost if tracker else stack.enter_context(locked(output))
+        run, is_new = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
+        if mine := tracker is None:
+            tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
+            stack.enter_context(tracker)
+        if is_new:
+            index = data["train"]
+            tracker.log_params(to_dict(replace(config, resume=False)))
+            tracker.log_config(to_dict(replace(config, resume=False)))
+            tracker.log_dataset(config.data, index.fingerprint, index.rows, index.quarantined)
+        status = "FAILED"
+        try:
+            weights, metrics = _train(
+                config, data, spec, output, tracker, display, callbacks, on_point, hooks
+            )
+            exported = save_model(storage.join(output, "model"), weights, spec)
+            if mine:
+                tracker.log_model(exported, config.register, config.alias)
+                _log_samples(config, output, tracker)
+            status = "FINISHED"
+        except (Interrupted, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        finally:
+            if mine or status != "FINISHED":
+                tracker.end(status)
+    name = tracker.model if config.register and tracker.model else storage.join(output, "model")
+    folder = Path(exported) if storage.is_local(exported) else exported
+    return Trained(run, folder, spec, name, metrics)
+
+
+def _log_samples(config: TrainConfig, output: str, tracker: Tracker) -> None:
+    """Draws samples of the exported model into the output."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / SAMPLES
+        draw_samples(*load_model(storage.join(output, "model")), picture, seed=config.seed)
+        storage.write_atomic(storage.join(output, SAMPLES), picture.read_bytes())
+    tracker.log_file(SAMPLES)
 
 
 def _train(
@@ -166,37 +209,30 @@ def _train(
     data: Splits,
     spec: ModelSpec,
     output: str,
-    run: runs.Run,
+    tracker: Tracker,
+    display: Display,
     callbacks: Sequence[Any],
     on_point: Callable[[int, dict[str, float]], None],
     hooks: worker.Hooks,
-    lost: threading.Event,
-) -> Trained:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Runs Ray Train to the last step, or to where the caller's watch ends it.
+
+    Returns:
+        the weights to export, and the last point of each curve.
+    """
     folder = storage.join(output, CHECKPOINTS)
-    display = Display("train", config.steps, "steps")
     patient = partial(patiently, seconds=config.storage_patience, say=display.note)
     mend(folder, patient)
     channel = open_channel(read_quarantine(output))
-    trainer = _trainer(config, data, spec, output, run, channel, callbacks, hooks)
-
-    def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
-        spilled = {"spilled_bytes": float(spilled_bytes())}
-        runs.log_points(run, [(time, step, values | spilled) for time, step, values in points])
-        for path, content in files:
-            storage.write_atomic(storage.join(output, path), content)
-            runs.log_bytes(run, path, content)
-
-    status = "FAILED"
     try:
-        with ChannelReader(channel, display, run.last_steps, deliver, on_point, lost) as reader:
+        trainer = _trainer(config, data, spec, output, tracker.run, channel, callbacks, hooks)
+        with ChannelReader(channel, output, display, tracker, on_point) as reader:
             try:
                 result, signal_number = run_until_signal(trainer.fit, channel, display.note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
-                if reason := ray.get(channel.reason_to_give_up.remote()):
-                    raise InputError(reason) from None
+                _raise_reason(channel)
                 raise
-            if reason := ray.get(channel.reason_to_give_up.remote()):
-                raise InputError(reason)
+            _raise_reason(channel)
         found = newest_whole(folder, checkpoint.read_model, patient, display.note)
         weights, step = found[1] if found else ({}, 0)
         kept = [entry for entry, _ in result.best_checkpoints or []]
@@ -210,21 +246,15 @@ def _train(
             raise InputError(
                 f"the checkpoint of step {config.steps} in {folder} is damaged: go on with --resume"
             )
-        status = "RUNNING"
-    except Interrupted:
-        status = "KILLED"
-        raise
+        return weights, reader.latest
     finally:
         ray.kill(channel)
-        if status != "RUNNING" and not lost.is_set():  # else the run is the other driver's
-            runs.end_run(run, status)
-    place = storage.join(output, "model")
-    exported = save_model(place, weights, spec)
-    name = place
-    if hooks.log_model:
-        logged = registry.log_model(run, exported, config.register, config.alias)
-        name = logged if config.register else name
-    return Trained(run, Path(exported) if storage.is_local(exported) else exported, spec, name, reader.latest)
+
+
+def _raise_reason(channel: Any) -> None:
+    """Raises InputError where a worker has said why the run can't go on."""
+    if reason := ray.get(channel.reason_to_give_up.remote()):
+        raise InputError(reason)
 
 
 def _trainer(

@@ -17,11 +17,12 @@ from pipeline import storage
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.errors import InputError
 from pipeline.models.snapshots import Snapshot
+from pipeline.tracking import Point
 from pipeline.training import checkpoint, flops, loop, network
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoint_manager import CHECKPOINTS, CheckpointManager
 from pipeline.training.meter import Meter
-from pipeline.training.run_channel import RUN_FILE, Command, PatientOnChannel, Point
+from pipeline.training.run_channel import RUN_FILE, Command, PatientOnChannel
 from pipeline.training.state import TrainState, new_state
 from pipeline.training.step import learning_rate
 
@@ -41,14 +42,9 @@ class Hooks:
 
     Attributes:
         watch: asked before each step and after the last one.
-        run_id: MLflow run to log to, opened by the caller, who holds the lock of a folder around the output; empty = the
-            run opens its own.
-        log_model: log the exported model to MLflow.
     """
 
     watch: Watch | None = None
-    run_id: str = ""
-    log_model: bool = True
 
 
 @dataclass(frozen=True)

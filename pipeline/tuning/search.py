@@ -7,6 +7,7 @@ absolute paths and pickled objects.
 import os
 import shutil
 import sys
+import threading
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +24,23 @@ from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
 from pipeline.output import check_apart, check_claim, read_claim, write_claim
-from pipeline.tracking import registry, runs
+from pipeline.tracking import runs
+from pipeline.tracking.tracker import FOLDER as UNDELIVERED
+from pipeline.tracking.tracker import Tracker
 from pipeline.tuning import ledger, report
 from pipeline.tuning.config import Scheduler, TuneConfig, base, check, finished
 from pipeline.tuning.objective import make_objective
 from pipeline.tuning.proposals import Halving, Proposals
 from pipeline.tuning.space import Space, apply, load_space, train_command
-from pipeline.tuning.trial import TrainTrial, Trial, reason_of, training
+from pipeline.tuning.trial import CURVES, TrainTrial, Trial, reason_of, training
 
 SEARCH_FILE = "search.json"
 SESSION = "ray-"
 SECRETS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"
 # Starts of a trial whose own process died; training within it has restarts of its own.
 RESTARTS = 2
+# Seconds that the search waits for MLflow at its start and at its end.
+PATIENCE = 60.0
 
 
 def check_search(config: TuneConfig) -> tuple[Space, Splits]:
@@ -77,17 +82,24 @@ def search(
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
-        parent = _open(config, space, splits)
-        try:
-            at_a_time, objective = _concurrent(config), make_objective(config, splits)
-            settings = {"job": config, "objective": objective, "splits": splits, "parent_run": parent.id}
-            trainable = tune.with_parameters(trial, **settings)
-            _run(config, space, trainable, at_a_time, parent)
-            return _conclude(config, parent)
-        except InputError:
-            if not lost.is_set():  # else the run is the other driver's
-                runs.end_run(parent, "FAILED")
-            raise
+        run, is_new = _open(config, space, splits)
+        with Tracker(run, config.output, config.metrics, PATIENCE, _say, lost) as tracker:
+            if is_new:
+                tracker.log_params(to_dict(config) | {"search": _fixed(config, space, splits)["space"]})
+            status = "FAILED"
+            try:
+                at_a_time, objective = _concurrent(config), make_objective(config, splits)
+                settings = {"job": config, "objective": objective, "splits": splits, "parent_run": run.id}
+                trainable = tune.with_parameters(trial, **settings)
+                _run(config, space, trainable, at_a_time, run)
+                result = _conclude(config, tracker)
+                status = "FINISHED"
+                return result
+            except KeyboardInterrupt:
+                status = "KILLED"
+                raise
+            finally:
+                tracker.end(status)
 
 
 def _run(
@@ -95,8 +107,11 @@ def _run(
 ) -> None:
     """Runs the trials that are left with Ray Tune."""
     records = ledger.read_all(config.output)
-    # A trial that was killed before it knew its run will open another.
-    runs.delete_children(parent, keep={record.run_id for record in records})
+    try:  # a trial that was killed before it knew its run will open another
+        runs.delete_children(parent, keep={record.run_id for record in records})
+    except Exception as error:
+        if not runs.may_pass(error):
+            raise
     over = sum(record.over for record in records)
     if over >= config.trials:
         return
@@ -138,17 +153,29 @@ def _run(
         record = ledger.read(config.output, name)
         if result.error is not None and not record.over:
             reason = f"its process died: {reason_of(result.error)}"
+            record = replace(record, status="interrupted", reason=reason)
+            ledger.write(config.output, record)
             if record.run_id:
-                runs.end_run(runs.Run(record.run_id), "FAILED", reason=reason)
-            ledger.write(config.output, replace(record, status="interrupted", reason=reason))
+                with _tracker(config, record) as tracker:
+                    tracker.end("FAILED", reason)
     # Also those of starts that were killed.
     for folder in Path(config.output).glob(f"{SESSION}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _conclude(config: TuneConfig, parent: runs.Run) -> dict[str, Any]:
+def _tracker(config: TuneConfig, record: ledger.Record) -> Tracker:
+    """Of a trial that no process trains."""
+    output = str(ledger.run_folder(config.output, record))
+    return Tracker(runs.Run(record.run_id, None), output, CURVES, PATIENCE, _say, threading.Event())
+
+
+def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
     """Table, report, winner."""
     records = ledger.read_all(config.output)
+    for record in records:
+        if (ledger.run_folder(config.output, record) / UNDELIVERED).exists():  # MLflow was away when it ended
+            with _tracker(config, record) as tracker:
+                tracker.end("FAILED" if record.lost else "FINISHED", record.reason)
     best = ledger.ranked(records, config.metrics[0])
     if not best:
         reason = records[0].reason if records else "none was started"
@@ -157,14 +184,14 @@ def _conclude(config: TuneConfig, parent: runs.Run) -> dict[str, Any]:
     command = train_command(replace(training(config, winner, output=f"{config.output}/winner"), run_name=""))
     files = report.write(config, records, command)
     for file in files:
-        runs.log_file(parent, file)
-    runs.log_points(parent, [(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
+        parent.log_file(str(file.relative_to(config.output)))
+    parent.log_points([(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
     model = str(ledger.run_folder(config.output, winner) / "model")
     if config.register and storage.exists(model):
-        nested = runs.Run(winner.run_id)
-        model = registry.log_model(nested, Path(model), config.register, config.alias)
-        runs.end_run(nested)
-    runs.end_run(parent)
+        with _tracker(config, winner) as tracker:
+            tracker.log_model(model, config.register, config.alias)
+            tracker.end()
+        model = tracker.model or model
     print(report.table(config, records), file=sys.stderr)
     print(f"winner's training again:\n  {command}", file=sys.stderr)
     if again := sum(record.status == "interrupted" for record in records):
@@ -172,7 +199,7 @@ def _conclude(config: TuneConfig, parent: runs.Run) -> dict[str, Any]:
     return {
         "output": config.output,
         "model": model,
-        "run_id": parent.id,
+        "run_id": parent.run.id,
         "metrics": winner.metrics,
         "flags": winner.flags,
         "count": sum(not record.lost for record in records),
@@ -181,20 +208,18 @@ def _conclude(config: TuneConfig, parent: runs.Run) -> dict[str, Any]:
     }
 
 
-def _open(config: TuneConfig, space: Space, splits: Splits) -> runs.Run:
-    """One parent run for one search."""
+def _open(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.Run, bool]:
+    """One parent run for one search, and whether it is new."""
     fixed = _fixed(config, space, splits)
-    run: runs.Run | None = None
     if before := read_claim(config.output, SEARCH_FILE):
         gone = before["fixed"].get("scheduler") not in get_args(Scheduler)
         check_claim(config.output, before, fixed, hints={"scheduler": ", which is no more" if gone else ""})
-        run = runs.reopen_run(before["run_id"], config.metrics)
-    if run is None:
-        params = to_dict(config) | {"search": fixed["space"]}
-        tags = {"ray_ddpm.search": config.output}
-        run = runs.start_run(config.experiment, "search", params, tags)
-        write_claim(config.output, SEARCH_FILE, fixed, run_id=run.id)
-    return run
+        if run := runs.reopen_later(before["run_id"], config.metrics):
+            return run, False
+    tags = {"ray_ddpm.search": config.output}
+    run = runs.wait_for_mlflow(lambda: runs.start_run(config.experiment, "search", tags), PATIENCE)
+    write_claim(config.output, SEARCH_FILE, fixed, run_id=run.id)
+    return run, True
 
 
 def _fixed(config: TuneConfig, space: Space, splits: Splits) -> dict[str, Any]:
@@ -220,6 +245,10 @@ def _concurrent(config: TuneConfig) -> int:
             f"--workers {config.workers} of {config.cpus_per_worker:g} CPUs are more than the cluster's {have:g}"
         )
     return min(config.concurrent, fit, config.trials)
+
+
+def _say(line: str) -> None:
+    print(f"tune: {line}", file=sys.stderr, flush=True)
 
 
 class _Progress(tune.Callback):

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,12 @@ import ray
 from ray import tune
 
 from pipeline.cluster.session import connect
-from pipeline.config import TrainConfig, to_dict
+from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.redact import one_line
 from pipeline.tracking import runs
-from pipeline.training import trainer
+from pipeline.tracking.tracker import Tracker
+from pipeline.training import run_channel, trainer
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger, space
 from pipeline.tuning.config import TuneConfig, base, finished, rung_steps
@@ -23,6 +25,7 @@ from pipeline.tuning.rungs import Exchange, RungWatch
 
 POLL_SECONDS, STOP_SECONDS = 1.0, 60.0
 IMAGES, FAILED = "images", "failed"
+CURVES = (IMAGES, *run_channel.CURVES)
 
 
 def training(config: TuneConfig, record: Record, *, output: str = "") -> TrainConfig:
@@ -122,7 +125,7 @@ class TrainTrial(Trial):
 
     _future: Future[trainer.Trained] | None = None
     _asked: Rung | None = None
-    _logged = -1  # step of the newest measurement that MLflow has
+    _tracker: Tracker | None = None  # open while the trial trains
 
     def advance(self) -> Rung:
         """See `Trial`."""
@@ -132,9 +135,9 @@ class TrainTrial(Trial):
             rung: Rung | None = ray.get(self._exchange.next.remote(POLL_SECONDS))
             if rung is not None:
                 self._asked = rung
-                if rung.step > self._logged:
-                    point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.images})
-                    runs.log_points(runs.Run(self.record.run_id), [point])
+                point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.images})
+                assert self._tracker is not None
+                self._tracker.log_points([point])
                 return rung
             if future.done():
                 future.result()
@@ -146,7 +149,7 @@ class TrainTrial(Trial):
         assert self._future is not None
         future, self._future = self._future, None
         future.result()
-        runs.end_run(runs.Run(self.record.run_id))
+        self._close()
 
     def stopped_early(self) -> bool:
         """See `Trial`."""
@@ -155,7 +158,7 @@ class TrainTrial(Trial):
         self._answer(False)
         future, self._future = self._future, None
         future.result()
-        runs.end_run(runs.Run(self.record.run_id), reason="stopped by the scheduler")
+        self._close(reason="stopped by the scheduler")
         return True
 
     def failed(self, reason: str) -> None:
@@ -165,23 +168,23 @@ class TrainTrial(Trial):
                 self._answer(False)
             wait([self._future], timeout=STOP_SECONDS)
         self._future, self._asked = None, None
-        if self.record.run_id:
-            runs.end_run(runs.Run(self.record.run_id), "FAILED", reason=reason)
+        self._close("FAILED", reason)
 
     def _start(self) -> Future[trainer.Trained]:
         config = training(self.job, self.record)
-        run = runs.reopen_run(self.record.run_id, (IMAGES,)) if self.record.run_id else None
+        run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
         if run is None:
-            run = runs.start_run(
-                config.experiment,
-                config.run_name,
-                to_dict(config),
-                {"ray_ddpm.output": config.output},
-                parent=self.settings["parent_run"],
+            tags = {"ray_ddpm.output": config.output}
+            run = runs.wait_for_mlflow(
+                lambda: runs.start_run(
+                    config.experiment, config.run_name, tags, parent=self.settings["parent_run"]
+                ),
+                config.tracking_patience,
             )
-            runs.log_config(run, to_dict(config))
             self.keep(run_id=run.id)
-        self._logged = run.last_steps.get(IMAGES, -1)
+        self._tracker = Tracker(
+            run, config.output, CURVES, config.tracking_patience, print, threading.Event()
+        )
         self._exchange = Exchange.remote()  # type: ignore[attr-defined]
         watch = RungWatch(
             rung_steps(self.job, config.batch_size),
@@ -190,11 +193,19 @@ class TrainTrial(Trial):
             self.settings["objective"],
             self._exchange,
         )
-        hooks = Hooks(watch=watch, run_id=self.record.run_id, log_model=False)
+        hooks = Hooks(watch=watch)
         pool = ThreadPoolExecutor(1, thread_name_prefix="training")
-        future = pool.submit(trainer.train, config, self.settings["splits"], hooks=hooks)
+        future = pool.submit(
+            trainer.train, config, self.settings["splits"], hooks=hooks, tracker=self._tracker
+        )
         pool.shutdown(wait=False)
         return future
+
+    def _close(self, status: str = "FINISHED", reason: str = "") -> None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            tracker.end(status, reason)
+            tracker.close()
 
     def _answer(self, go_on: bool) -> None:
         if self._asked is not None:

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 # What S3 answers to a request whose credentials have expired.
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 FAULTS = ("503", "cut", "expired", "refused")
+# The server does what is asked, and its answer gets lost.
+LOST = "lost"
 
 
 class Weather:
@@ -73,9 +75,11 @@ class Weather:
                     self._answer(status, headers, content[: len(content) // 2], len(content))
                     self.close_connection = True
                 else:
+                    if fault == LOST:
+                        self._ask(body)
                     self.close_connection = True  # without a word
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
+            do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = _pass_on
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -91,7 +95,7 @@ class Weather:
         self._fault = lambda method, path: ""
 
     def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
-        """For so long, from the first of them on, requests meet a fault of this kind, one of `FAULTS`.
+        """For so long, from the first of them on, requests meet a fault of this kind, one of `FAULTS`, or `LOST`.
 
         Args:
             which: of them, by method and path.

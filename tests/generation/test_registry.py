@@ -17,7 +17,7 @@ def test_an_alias_is_resolved_once_and_pinned_in_the_output(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     monkeypatch.chdir(tmp_path)
-    run = runs.start_run("e", "r", {}, {})
+    run = runs.start_run("e", "r", {})
     assert registry.log_model(run, model, "digits", "newest") == "models:/digits/1"
 
     def settings(name: str, count: int) -> GenerateConfig:

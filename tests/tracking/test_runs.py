@@ -14,7 +14,7 @@ def test_runs_that_start_together_share_experiment_and_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
-    runs.start_run("other", "", {}, {})  # makes the tables
+    runs.start_run("other", "", {})  # makes the tables
     real, asked = mlflow.MlflowClient.get_experiment_by_name, []
 
     def too_early(client: mlflow.MlflowClient, name: str) -> object:
@@ -25,7 +25,7 @@ def test_runs_that_start_together_share_experiment_and_dataset(
     monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", too_early)
 
     def start(name: str) -> str:
-        run = runs.start_run("new", name, {}, {})
+        run = runs.start_run("new", name, {})
         runs.log_dataset(run, "s3://bucket/digits", "f" * 32, 10)
         return run.id
 

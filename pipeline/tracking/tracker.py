@@ -1,0 +1,247 @@
+"""An MLflow run that takes what is logged at once, and delivers it from a thread, in order.
+
+MLflow may be away for minutes. Training neither waits for it nor loses a point: what was not delivered lies in the
+folder `undelivered` of the run's own output, and the next resume delivers it.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline import storage
+from pipeline.errors import Interrupted
+from pipeline.patience import FIRST_PAUSE, LONGEST_PAUSE
+from pipeline.redact import one_line, redact
+from pipeline.tracking import Point, registry, runs
+from pipeline.tracking.address import tracking_uri
+
+FOLDER = "undelivered"
+# Seconds that the last delivery of an interrupted job may take: whoever sent the signal soon kills it.
+HURRIED = 10.0
+
+
+@dataclass
+class _Item:
+    """Something to deliver.
+
+    Attributes:
+        number: its place in the order, from one job on an output to the next.
+        kind: of the method that delivers it.
+        content: its arguments, as JSON.
+        kept: whether the output has a copy.
+    """
+
+    number: int
+    kind: str
+    content: list[Any]
+    kept: bool = False
+
+
+class Tracker:
+    """Logs to an MLflow run until the `with` block ends, or `close` is called.
+
+    Args:
+        run: with unknown last steps where MLflow could not be asked.
+        output: URI of the run's output, in which its files and the exported model lie.
+        curves: a point belongs to the first of these that it has a value of. A curve has one point a step.
+        seconds: that MLflow has, at the end of the block, to take what is left.
+        say: is told, in one line, that MLflow is away, and what it has not taken in the end.
+        lost: set when the output is another driver's: from then on nothing is delivered.
+    """
+
+    def __init__(
+        self,
+        run: runs.Run,
+        output: str,
+        curves: tuple[str, ...],
+        seconds: float,
+        say: Callable[[str], object],
+        lost: threading.Event,
+    ) -> None:
+        self.run, self._output, self._curves = run, output, curves
+        self._seconds, self._say, self.lost = seconds, say, lost
+        self._items = deque(self._kept_before())
+        self._last = self._items[-1].number if self._items else 0
+        # By curve, the last step that MLflow has (None: not asked yet), and the last that was ever logged.
+        self._delivered = run.last_steps
+        self.last_steps = dict(run.last_steps or {})
+        for item in self._items:
+            if item.kind == "points":
+                self._fresh(item.content[0])
+        self._changed, self._closing = threading.Condition(), threading.Event()
+        self._why, self._refused = "", set[str]()
+        self._thread = threading.Thread(target=self._deliver_all, daemon=True, name="mlflow")
+        self.model = ""
+        self._thread.start()
+
+    def log_points(self, points: list[Point]) -> None:
+        """Adds to the curves; steps that a curve has already are passed over."""
+        if fresh := self._fresh(points):
+            self._add("points", fresh)
+
+    def log_file(self, path: str) -> None:
+        """Uploads a file of the output, by its path there."""
+        self._add("file", path)
+
+    def log_dataset(self, uri: str, fingerprint: str, rows: int, quarantined: int) -> None:
+        """See `runs.log_dataset`."""
+        self._add("dataset", uri, fingerprint, rows, quarantined)
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """See `runs.log_params`."""
+        self._add("params", params)
+
+    def log_config(self, config: dict[str, Any]) -> None:
+        """See `runs.log_config`."""
+        self._add("config", config)
+
+    def log_model(self, folder: str, name: str, alias: str) -> None:
+        """See `registry.log_model`. Once it is delivered, `model` is the name that it returned."""
+        self._add("model", folder, name, alias)
+
+    def end(self, status: str = "FINISHED", reason: str = "") -> None:
+        """See `runs.end_run`."""
+        self._add("end", status, reason)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(hurried=isinstance(error, (Interrupted, KeyboardInterrupt)))
+
+    def close(self, hurried: bool = False) -> None:
+        """Waits until MLflow has taken what is left, or has been away for too long; keeps and names what it hasn't.
+
+        Args:
+            hurried: a signal has ended the job.
+        """
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        began, seconds = time.monotonic(), min(self._seconds, HURRIED) if hurried else self._seconds
+        while self._thread.is_alive() and time.monotonic() - began < seconds:
+            self._thread.join(0.1)
+            if not (self._why or hurried):  # a large model may take its time
+                began = time.monotonic()
+        if self._items and not self.lost.is_set():
+            self._keep()
+            kinds = ", ".join(dict.fromkeys(item.kind for item in list(self._items)))
+            kept = all(item.kept for item in list(self._items))
+            where = (
+                "--resume delivers it" if kept else f"{storage.join(self._output, FOLDER)} can't be written"
+            )
+            self._say(f"MLflow did not take everything ({kinds}): {where}; {self._why or 'it is slow'}")
+
+    def _add(self, kind: str, *content: Any) -> None:
+        with self._changed:
+            self._last += 1
+            self._items.append(_Item(self._last, kind, list(content)))
+            self._changed.notify()
+        if self._why:
+            self._keep()
+
+    def _fresh(self, points: list[Point]) -> list[Point]:
+        """Those of the points that their curve does not have."""
+        fresh = []
+        for point in points:
+            curve = self._curve(point)
+            if not curve or point[1] > self.last_steps.get(curve, -1):
+                fresh.append(point)
+                self.last_steps[curve] = point[1]
+        return fresh
+
+    def _curve(self, point: Point) -> str:
+        return next((name for name in self._curves if name in point[2]), "")
+
+    def _deliver_all(self) -> None:
+        """Until the block has ended and nothing is left, or the output is another driver's."""
+        pause = FIRST_PAUSE
+        while not self.lost.is_set():
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or self._closing.is_set())
+            if not self._items:
+                return
+            item = self._items[0]
+            try:
+                self._deliver(item.kind, item.content)
+            except Exception as error:  # whatever it is down with
+                if not runs.is_refused(error):
+                    self._note_away(one_line(error))
+                    if self._closing.wait(pause):
+                        time.sleep(min(pause, 1.0))
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                    continue
+                if item.kind not in self._refused:
+                    self._refused.add(item.kind)
+                    self._say(f"MLflow refuses {item.kind}: {one_line(error)}")
+            pause, self._why = FIRST_PAUSE, ""
+            if item.kept:
+                with contextlib.suppress(
+                    Exception
+                ):  # it is delivered again by the next job, which changes nothing
+                    storage.remove(self._place(item))
+            self._items.popleft()
+
+    def _deliver(self, kind: str, content: list[Any]) -> None:
+        run = self.run
+        if self._delivered is None:
+            if (reopened := runs.reopen_run(run.id, self._curves)) is None:
+                raise RuntimeError(f"it no longer has run {run.id}: the next --resume opens another")
+            self._delivered = reopened.last_steps or {}
+        if kind == "points":
+            known = self._delivered
+            runs.log_points(run, [p for p in content[0] if p[1] > known.get(self._curve(p), -1)])
+        elif kind == "file":
+            runs.log_bytes(run, content[0], storage.read_bytes(storage.join(self._output, content[0])))
+        elif kind == "dataset":
+            runs.log_dataset(run, *content)
+        elif kind == "params":
+            runs.log_params(run, *content)
+        elif kind == "config":
+            runs.log_config(run, *content)
+        elif kind == "model":
+            self.model = registry.log_model(run, *content)
+        else:
+            runs.end_run(run, *content)
+
+    def _note_away(self, why: str) -> None:
+        if not self._why:
+            place = storage.join(self._output, FOLDER)
+            self._say(f"MLflow at {redact(tracking_uri())} is away: {why}; {place} keeps what it misses")
+        self._why = why
+        self._keep()
+
+    def _keep(self) -> None:
+        """Writes what is not delivered, and not kept yet, to the output."""
+        for item in list(self._items):
+            if not item.kept and not self.lost.is_set():
+                with contextlib.suppress(
+                    Exception
+                ):  # the storage is away as well: the next attempt tries again
+                    content = json.dumps({"kind": item.kind, "content": item.content}).encode()
+                    storage.write_atomic(self._place(item), content)
+                    item.kept = True
+
+    def _kept_before(self) -> list[_Item]:
+        """What former jobs on the output kept, in order; what this one does again itself is dropped."""
+        folder, found = storage.join(self._output, FOLDER), []
+        for uri in storage.list_files(folder, (".json",)) if storage.exists(folder) else []:
+            item = _Item(
+                int(storage.name(uri).partition(".")[0]), **json.loads(storage.read_bytes(uri)), kept=True
+            )
+            if item.kind in ("model", "end"):
+                storage.remove(uri)
+            else:
+                found.append(item)
+        return sorted(found, key=lambda item: item.number)
+
+    def _place(self, item: _Item) -> str:
+        return storage.join(self._output, FOLDER, f"{item.number:06d}.json")

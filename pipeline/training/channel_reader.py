@@ -1,0 +1,104 @@
+"""The driver's reader of the channel: what workers post goes to MLflow, to the output and to the terminal."""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from pipeline import storage
+from pipeline.cluster.session import spilled_bytes
+from pipeline.display import Display
+from pipeline.redact import one_line
+from pipeline.tracking import Point
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.run_channel import CURVES
+
+POLL_SECONDS = 0.5
+
+
+class ChannelReader:
+    """Takes what is in the channel, in a thread of the driver, until the `with` block ends.
+
+    Points go to MLflow and to `on_point`, files to the run's output, lines to the terminal. A worker group that restarts
+    makes some steps again, and posts their points again: each point of a curve is handed on once.
+    """
+
+    def __init__(
+        self,
+        channel: Any,
+        output: str,
+        display: Display,
+        tracker: Tracker,
+        on_point: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self._channel, self._output, self._display = channel, output, display
+        self._tracker, self._on_point = tracker, on_point
+        self._received, self._last = 0, dict(tracker.last_steps)
+        self._files = list[tuple[str, bytes]]()
+        self._said = set[str]()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="run-channel")
+        self.latest: dict[str, float] = {}
+
+    def _run(self) -> None:
+        while not (self._done.wait(POLL_SECONDS) or self._tracker.lost.is_set()):
+            self._round()
+
+    def _round(self) -> None:
+        try:
+            received, messages = ray.get(self._channel.take.remote(self._received), timeout=10)
+        except (ray.exceptions.RayError, ConnectionError):
+            return  # the node is busy or going down; the next round asks again
+        self._received = received
+        for line in messages.notices:
+            self._display.note(line)
+        if fresh := [point for point in messages.points if self._is_new(point)]:
+            spilled = {"spilled_bytes": float(spilled_bytes())}
+            self._tracker.log_points([(time, step, values | spilled) for time, step, values in fresh])
+        for _, step, values in fresh:
+            self.latest |= values
+            if "loss" in values:
+                note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+                self._display.update(step, note)
+            try:
+                self._on_point(step, values)
+            except Exception as error:  # the caller's own: the run goes on
+                self._say_once(f"on_point failed: {type(error).__name__}: {one_line(error)}")
+        self._files += messages.files
+        while self._files:
+            path, content = self._files[0]
+            try:
+                storage.write_atomic(storage.join(self._output, path), content)
+            except Exception as error:  # the storage is away: the next round tries again
+                self._say_once(f"{path} can't be written to {self._output} now: {one_line(error)}")
+                break
+            self._files.pop(0)
+            self._tracker.log_file(path)
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._display.note(line)
+
+    def _is_new(self, point: Point) -> bool:
+        _, step, values = point
+        curve = next(name for name in CURVES if name in values)
+        if step <= self._last.get(curve, -1):
+            return False
+        self._last[curve] = step
+        return True
+
+    def __enter__(self) -> "ChannelReader":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        if not self._tracker.lost.is_set():
+            self._round()
+        self._display.close()
