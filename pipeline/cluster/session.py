@@ -93,7 +93,7 @@ def connect(
             with (
                 contextlib.nullcontext() if verbose else _muted(),
                 contextlib.nullcontext() if address else forked_workers(preload),
-                contextlib.nullcontext() if address else _deaf_to_sigterm(),
+                _deaf_to_sigterm(),
             ):
                 ray.init(**options)
         except ConnectionError as error:
@@ -154,7 +154,7 @@ def _muted() -> Iterator[None]:
     with tempfile.TemporaryFile() as kept, redirected(2, kept.fileno()) as real:
         try:
             yield
-        except BaseException as error:
+        except Exception as error:
             if not isinstance(error, ConnectionError):
                 kept.seek(0)
                 os.write(real, kept.read())

@@ -113,7 +113,8 @@ def main(
         other error, whose traceback is shown without secrets.
     """
     arguments, verbose = _take_switch(arguments, "--verbose")
-    heard = _sigterm_interrupts()
+    heard = list[int]()
+    former = _interrupt_at_sigterm(heard)
     try:
         config = parse(cls, arguments, job, about)
         refuse_secrets(config)
@@ -142,24 +143,26 @@ def main(
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 1
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGTERM, former)
     return 0
 
 
-def _sigterm_interrupts() -> list[int]:
-    """SIGTERM ends a job as Ctrl-C does, whatever it is doing.
+def _interrupt_at_sigterm(heard: list[int]) -> Any:
+    """SIGTERM ends the job as Ctrl-C does, whatever it is doing; its number is added to `heard`.
 
     Returns:
-        its number, once it has come.
+        the former handler; None in a thread, which hears no signals.
     """
-    heard: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         heard.append(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
-    return heard
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, interrupt)
 
 
 def program(job: str) -> str:

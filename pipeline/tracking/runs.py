@@ -233,7 +233,7 @@ def log_bytes(run: Run, path: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / Path(path).name
         file.write_bytes(content)
-        log_file(run, file, str(Path(path).parent))
+        log_file(run, file, path.rpartition("/")[0])
 
 
 def log_config(run: Run, config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +41,11 @@ class _Item:
     kind: str
     content: list[Any]
     kept: bool = False
+
+    @property
+    def is_artifact(self) -> bool:
+        """Whether it goes to the storage of artifacts, which fails for reasons of its own."""
+        return self.kind in ("file", "config", "model")
 
 
 class Tracker:
@@ -75,7 +80,7 @@ class Tracker:
             if item.kind == "points":
                 self._fresh(item.content[0])
         self._changed, self._closing = threading.Condition(), threading.Event()
-        self._why, self._refused = "", set[str]()
+        self._given_up, self._why, self._refused = False, "", set[str]()
         self._thread = threading.Thread(target=self._deliver_all, daemon=True, name="mlflow")
         self.model = ""
         self._thread.start()
@@ -131,6 +136,7 @@ class Tracker:
             self._thread.join(0.1)
             if not (self._why or hurried):  # a large model may take its time
                 began = time.monotonic()
+        self._given_up = True
         if self._items and not self.lost.is_set():
             self._keep()
             kinds = ", ".join(dict.fromkeys(item.kind for item in list(self._items)))
@@ -163,32 +169,40 @@ class Tracker:
 
     def _deliver_all(self) -> None:
         """Until the block has ended and nothing is left, or the output is another driver's."""
-        pause = FIRST_PAUSE
-        while not self.lost.is_set():
+        pause, failing = FIRST_PAUSE, set[bool]()  # by whether they are artifacts, the items that fail now
+        while not (self.lost.is_set() or self._given_up):
             with self._changed:
                 self._changed.wait_for(lambda: self._items or self._closing.is_set())
             if not self._items:
                 return
-            item = self._items[0]
+            if (item := self._next(failing)) is None:
+                if self._closing.wait(pause):
+                    time.sleep(min(pause, 1.0))
+                pause, failing = min(2 * pause, LONGEST_PAUSE), set()
+                continue
             try:
                 self._deliver(item.kind, item.content)
             except Exception as error:  # whatever it is down with
                 if not runs.is_refused(error):
-                    self._note_away(one_line(error))
-                    if self._closing.wait(pause):
-                        time.sleep(min(pause, 1.0))
-                    pause = min(2 * pause, LONGEST_PAUSE)
+                    failing.add(item.is_artifact)
+                    self._note_failure(item.kind, one_line(error))
                     continue
                 if item.kind not in self._refused:
                     self._refused.add(item.kind)
                     self._say(f"MLflow refuses {item.kind}: {one_line(error)}")
-            pause, self._why = FIRST_PAUSE, ""
+            if not failing:
+                pause, self._why = FIRST_PAUSE, ""
             if item.kept:
-                with contextlib.suppress(
-                    Exception
-                ):  # it is delivered again by the next job, which changes nothing
+                with contextlib.suppress(Exception):  # the next job delivers it again, which changes nothing
                     storage.remove(self._place(item))
-            self._items.popleft()
+            self._items.remove(item)
+
+    def _next(self, failing: Container[bool]) -> _Item | None:
+        """The first item of those that do not fail now; the run's end after all others."""
+        items = list(self._items)
+        if items[0].kind != "end":
+            items = [item for item in items if item.kind != "end"]
+        return next((item for item in items if item.is_artifact not in failing), None)
 
     def _deliver(self, kind: str, content: list[Any]) -> None:
         run = self.run
@@ -212,10 +226,12 @@ class Tracker:
         else:
             runs.end_run(run, *content)
 
-    def _note_away(self, why: str) -> None:
+    def _note_failure(self, kind: str, why: str) -> None:
         if not self._why:
             place = storage.join(self._output, FOLDER)
-            self._say(f"MLflow at {redact(tracking_uri())} is away: {why}; {place} keeps what it misses")
+            self._say(
+                f"MLflow at {redact(tracking_uri())} does not take {kind}: {why}; {place} keeps it until it does"
+            )
         self._why = why
         self._keep()
 

@@ -90,7 +90,7 @@ def test_all_of_it_arrives_once_and_in_order_after_an_outage(
     assert sorted(file.path for file in files) == ["config.yaml", "nonfinite"]
     assert not list(Path(output).glob(f"{FOLDER}/*"))
     assert len(said) == 1
-    assert "is away" in said[0]
+    assert "does not take" in said[0]
 
 
 def test_what_was_not_delivered_is_kept_and_the_next_job_delivers_it(
@@ -184,6 +184,20 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(run: runs.Run, output: st
         tracker.log_points(points(2))
     assert curve(run, "loss") == expected(2)
     assert said[0].startswith("MLflow refuses points: ")
+
+
+def test_artifacts_that_fail_do_not_hold_up_the_curve(run: runs.Run, mlflow: Weather, output: str) -> None:
+    storage.write_atomic(f"{output}/samples.png", b"picture")
+    mlflow.storm("503", FOREVER, lambda method, path: "artifacts" in path)
+    with open_tracker(run, output, seconds=0.5) as tracker:
+        tracker.log_file("samples.png")
+        tracker.log_points(points(1))
+        tracker.end()
+    assert curve(run, "loss") == expected(1)
+    mlflow.calm()
+    with open_tracker(run, output, seconds=30):
+        pass
+    assert [file.path for file in runs.open_client().list_artifacts(run.id)] == ["samples.png"]
 
 
 def test_a_driver_that_lost_its_output_delivers_and_keeps_nothing(run: runs.Run, output: str) -> None:

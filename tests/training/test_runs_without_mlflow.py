@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def test_a_run_ends_at_a_signal_resumes_and_finishes_while_mlflow_is_away(
             hooks=Hooks(watch=Slow(0.4)),
         )
     said = capfd.readouterr().err
-    assert said.count("is away") == 1
+    assert said.count("does not take") == 1
     assert "MLflow did not take everything" in said
     run_id = json.loads((home / "away" / "run.json").read_text())["run_id"]
 
@@ -58,19 +57,13 @@ def test_a_run_ends_at_a_signal_resumes_and_finishes_while_mlflow_is_away(
     mlflow.calm()
     trained = train(config)
     assert (trained.run.id, trained.model) == (run_id, "models:/away/1")
-    assert curve(trained, "loss").keys() == set(range(1, 19))
-    last = {step: loss for step, loss in straight.losses.items() if step == 18}
-    assert last.keys() == {18}
+    assert curve(trained, "loss").keys() == set(range(1, 19))  # one point each, as `curve` asserts
     client = runs.open_client()
     assert client.get_run(run_id).info.status == "FINISHED"
     assert client.get_run(run_id).data.params["batch_size"] == "90"
     assert "samples.png" in {file.path for file in client.list_artifacts(run_id)}
     assert not list((home / "away" / "undelivered").glob("*"))
     assert load_model(registry.resolve_model("models:/away/1")[0])[1].provenance["steps"] == 18
-    found = client.search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_runs([experiment], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
     assert [run.info.run_id for run in found] == [run_id]
-
-    # Once more: nothing is logged or registered twice.
-    again = train(replace(config, log_every=2))
-    assert again.model == "models:/away/1"
-    assert len(client.search_model_versions("name = 'away'")) == 1

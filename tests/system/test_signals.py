@@ -1,0 +1,82 @@
+"""SIGTERM to every process of a job, as SLURM, systemd and `timeout` send it."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from pipeline.training import checkpoint
+from tests.jobs.common import command, environment
+
+SECONDS = 180
+SMALL = (
+    "--batch-size", 30, "--model-channels", 32, "--channel-multipliers", 1, "--attention-resolutions", 4,
+    "--timesteps", 20, "--checkpoint-every", 20, "--log-every", 10,
+)  # fmt: skip
+
+
+def end_by_sigterm(
+    home: Path, ready: Callable[[psutil.Process], object], job: str, *flags: object
+) -> tuple[int, str]:
+    """Starts a job, and sends SIGTERM to all its processes; its exit code and what it said. No process is left."""
+    with (home / f"{job}.log").open("w") as log:
+        process = subprocess.Popen(
+            command(job, *flags),
+            cwd=home,
+            env=environment(home),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    family: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + SECONDS
+        me = psutil.Process(process.pid)
+        while not ready(me):
+            assert process.poll() is None, (home / f"{job}.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        family = [me, *me.children(recursive=True)]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGTERM)
+        code = process.wait(SECONDS)
+        _, left = psutil.wait_procs(family, timeout=20)
+        assert [one.name() for one in left] == []
+        return code, (home / f"{job}.log").read_text()
+    finally:
+        for one in family or [psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+
+def test_a_training_saves_and_can_be_resumed(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "digits").symlink_to(digits)
+
+    def saved() -> list[str]:
+        return checkpoint.complete(str(tmp_path / "run" / "checkpoints"))
+
+    flags = ("--data", "digits", "--output", "run", "--steps", 100_000, *SMALL)
+    code, said = end_by_sigterm(tmp_path, lambda job: saved(), "train", *flags)
+    assert code == 128 + signal.SIGTERM, said
+    step = checkpoint.read(saved()[0])[0].step
+    assert f"stopped at step {step} of 100000, which is saved; go on with --resume" in said
+    assert step % 20 != 0 or len(saved()) > 1  # saved at the signal, not at its time
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["steps"] == 100_000
+
+
+def test_a_job_that_is_starting_ends_with_the_signals_code(digits: Path, tmp_path: Path) -> None:
+    """Ray's processes are being started meanwhile."""
+
+    def ready(job: psutil.Process) -> bool:
+        return any(child.name() == "gcs_server" for child in job.children(recursive=True))
+
+    code, said = end_by_sigterm(tmp_path, ready, "prepare", "--source", "digits", "--output", "out")
+    assert (code, said.strip()) == (128 + signal.SIGTERM, "prepare: ended by SIGTERM")
