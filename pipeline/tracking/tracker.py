@@ -170,10 +170,10 @@ class Tracker:
     def _deliver_all(self) -> None:
         """Until the block has ended and nothing is left, or the output is another driver's."""
         pause, failing = FIRST_PAUSE, set[bool]()  # by whether they are artifacts, the items that fail now
-        while not (self.lost.is_set() or self._given_up):
+        while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._items or self._closing.is_set())
-            if not self._items:
+            if not self._items or self.lost.is_set() or self._given_up:
                 return
             if (item := self._next(failing)) is None:
                 if self._closing.wait(pause):

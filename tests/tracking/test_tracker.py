@@ -41,13 +41,9 @@ def run(mlflow: Weather) -> runs.Run:
     return runs.start_run("e", "r", {})
 
 
-def open_tracker(
-    run: runs.Run, output: str, said: list[str] | None = None, seconds: float = 0.0, lost: bool = False
-) -> Tracker:
-    event = threading.Event()
-    if lost:
-        event.set()
-    return Tracker(run, output, CURVES, seconds, [].append if said is None else said.append, event)
+def open_tracker(run: runs.Run, output: str, said: list[str] | None = None, seconds: float = 0.0) -> Tracker:
+    say = [].append if said is None else said.append
+    return Tracker(run, output, CURVES, seconds, say, threading.Event())
 
 
 def curve(run: runs.Run, name: str) -> list[tuple[int, float]]:
@@ -201,10 +197,13 @@ def test_artifacts_that_fail_do_not_hold_up_the_curve(run: runs.Run, mlflow: Wea
 
 
 def test_a_driver_that_lost_its_output_delivers_and_keeps_nothing(run: runs.Run, output: str) -> None:
-    with open_tracker(run, output, seconds=30, lost=True) as tracker:
+    with open_tracker(run, output, seconds=30) as tracker:
         tracker.log_points(points(1))
+        wait_until(lambda: curve(run, "loss"))
+        tracker.lost.set()
+        tracker.log_points(points(2))
         tracker.end()
-    assert curve(run, "loss") == []
+    assert curve(run, "loss") == expected(1)
     assert runs.open_client().get_run(run.id).info.status == "RUNNING"
     assert not Path(output).exists()
 
