@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import __version__, storage
 from pipeline.cluster.session import spilled_bytes
-from pipeline.config import ModelSpec, TrainConfig, check_at_least
+from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.data.order import Plan
 from pipeline.data.stream import PlannedData
@@ -32,11 +32,11 @@ from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import locked
-from pipeline.models.ema import power_gamma
 from pipeline.models.export import save_model
 from pipeline.models.unet import check_model
 from pipeline.output import check_apart
 from pipeline.patience import arrow_fs, patiently
+from pipeline.ranges import check_ranges
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, newest_whole, sweep
@@ -99,8 +99,7 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
     Raises:
         InputError: in one line, what to change.
     """
-    names = "steps workers batch_size log_every checkpoint_every keep_checkpoints readers"
-    check_at_least(config, **dict.fromkeys(names.split(), 1), storage_patience=0)
+    check_ranges(config)
     if config.min_workers > config.workers:
         raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
     if config.batch_size < config.workers:
@@ -112,8 +111,6 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
         raise InputError(
             "--ema-decays needs at least one value: the first average is the model that is exported"
         )
-    for length in config.optimizer.ema_lengths:
-        power_gamma(length)
     check_apart(config.output, "--data", config.data)
     data = data or open_splits(config.data, config.image_size, config.reading, config.split)
     spec = make_spec(config, data["train"])
