@@ -90,15 +90,25 @@ def _raced(call: Callable[[], T]) -> T:
     return call()
 
 
-def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
-    """Goes on with a run after a restart; None when MLflow no longer has it."""
+def last_steps(run_id: str, curves: tuple[str, ...]) -> dict[str, int] | None:
+    """The last step in each of a run's curves, -1 where there is none; None when MLflow no longer has the run."""
     client = open_client()
     try:
         histories = {curve: client.get_metric_history(run_id, curve) for curve in curves}
-        client.update_run(run_id, status="RUNNING")
     except MlflowException:
         return None
-    return Run(run_id, {c: max((p.step for p in history), default=-1) for c, history in histories.items()})
+    return {curve: max((p.step for p in history), default=-1) for curve, history in histories.items()}
+
+
+def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
+    """Goes on with a run after a restart; None when MLflow no longer has it."""
+    if (steps := last_steps(run_id, curves)) is None:
+        return None
+    try:
+        open_client().update_run(run_id, status="RUNNING")
+    except MlflowException:
+        return None
+    return Run(run_id, steps)
 
 
 def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:

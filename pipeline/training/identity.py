@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from pipeline import __version__
+from pipeline import __version__, storage
 from pipeline.config import (
     DiffusionConfig,
     ImageConfig,
@@ -17,27 +17,38 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import runs
-from pipeline.training.run_channel import CURVES, RUN_FILE
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint_manager import CHECKPOINTS
+from pipeline.training.run_channel import CURVES, QUARANTINE, RUN_FILE
 
 
 def open_run(
     config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run_id: str = ""
 ) -> runs.Run:
-    """One MLflow run for one output folder, whatever number of restarts; `run_id` where the caller opened it."""
+    """One MLflow run for one output folder, whatever number of restarts.
+
+    A run that has made nothing yet begins anew where it can't go on: in another MLflow run.
+
+    Args:
+        run_id: of the MLflow run, where the caller opened it.
+
+    Raises:
+        InputError: the output holds a run that was not to be resumed, or that has other settings.
+    """
     settings, fixed = to_dict(replace(config, resume=False)), _fixed(config, spec, index)
     before = read_claim(output, RUN_FILE)
     if before is not None:
-        if not config.resume:
-            raise InputError(
-                f"--output {config.output} already holds a run: pass --resume, or choose another folder"
-            )
-        # Fields that the release which began the run did not have are at their defaults.
-        for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
-            before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
-        _check_order(before, index, config)
-        check_claim(output, before, fixed)
-        if run := runs.reopen_run(run_id or before["run_id"], CURVES):
-            return run
+        try:
+            _check_same_run(before, config, fixed, index, output)
+        except InputError:
+            if _has_begun(before, output):
+                raise
+            runs.end_run(runs.Run(before["run_id"]), "FAILED", reason="begun anew before its first step")
+            if storage.exists(bad := storage.join(output, QUARANTINE)):  # of data that may be others now
+                storage.remove(bad)
+        else:
+            if run := runs.reopen_run(run_id or before["run_id"], CURVES):
+                return run
     run = (runs.reopen_run(run_id, CURVES) if run_id else None) or runs.start_run(
         config.experiment,
         config.run_name,
@@ -56,6 +67,33 @@ def open_run(
         data_settings=index.settings,
     )
     return run
+
+
+def _check_same_run(
+    before: dict[str, Any], config: TrainConfig, fixed: dict[str, Any], index: DatasetIndex, output: str
+) -> None:
+    """Refuses to go on with what is another run, or was not to be resumed.
+
+    Raises:
+        InputError: says what to do.
+    """
+    if not config.resume:
+        raise InputError(
+            f"--output {config.output} already holds a run: pass --resume, or choose another folder"
+        )
+    # Fields that the release which began the run did not have are at their defaults.
+    for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
+        before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
+    _check_order(before, index, config)
+    check_claim(output, before, fixed)
+
+
+def _has_begun(before: dict[str, Any], output: str) -> bool:
+    """Whether a run has a checkpoint, or a point of its curves; also where MLflow can't say."""
+    if checkpoint.complete(storage.join(output, CHECKPOINTS)):
+        return True
+    steps = runs.last_steps(before["run_id"], CURVES)
+    return steps is None or max(steps.values()) >= 0
 
 
 def _check_order(before: dict[str, Any], index: DatasetIndex, config: TrainConfig) -> None:

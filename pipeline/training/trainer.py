@@ -21,25 +21,22 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipeline import __version__, storage
+from pipeline import storage
 from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ModelSpec, TrainConfig
-from pipeline.data.index import DatasetIndex, Splits, open_splits
+from pipeline.data.index import Splits
 from pipeline.data.order import Plan
 from pipeline.data.stream import PlannedData
-from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import locked
 from pipeline.models.export import save_model
-from pipeline.models.unet import check_model
-from pipeline.output import check_apart
 from pipeline.patience import arrow_fs, patiently
-from pipeline.ranges import check_ranges
 from pipeline.tracking import registry, runs
 from pipeline.training import checkpoint, worker
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, newest_whole, sweep
+from pipeline.training.checks import check
 from pipeline.training.identity import open_run
 from pipeline.training.run_channel import (
     ChannelReader,
@@ -68,65 +65,6 @@ class Trained:
     metrics: dict[str, float]
 
 
-def make_spec(config: TrainConfig, index: DatasetIndex) -> ModelSpec:
-    """The model that a configuration and a dataset call for, with where it came from."""
-    return ModelSpec(
-        model=config.model,
-        image=index.image,
-        diffusion=resolve(config.diffusion),
-        provenance={
-            "ray_ddpm": __version__,
-            "data": config.data,
-            "data_fingerprint": index.fingerprint,
-            "data_rows": index.rows,
-            "steps": config.steps,
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "ema_decay": config.optimizer.ema_decays[0],
-        },
-    )
-
-
-def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, ModelSpec]:
-    """Everything that can be known to be wrong before a cluster is asked for anything.
-
-    Args:
-        data: what `config.data` names, where it is open already.
-
-    Returns:
-        the data, and the model to train.
-
-    Raises:
-        InputError: in one line, what to change.
-    """
-    check_ranges(config)
-    if config.min_workers > config.workers:
-        raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
-    if config.batch_size < config.workers:
-        raise InputError(
-            f"--batch-size {config.batch_size} is the global batch and is split over --workers {config.workers}: "
-            "it must be at least as large"
-        )
-    if not config.optimizer.ema_decays:
-        raise InputError(
-            "--ema-decays needs at least one value: the first average is the model that is exported"
-        )
-    check_apart(config.output, "--data", config.data)
-    data = data or open_splits(config.data, config.image_size, config.reading, config.split)
-    spec = make_spec(config, data["train"])
-    make_betas(spec.diffusion)
-    check_model(spec.model, spec.image)
-    if config.validate_every:
-        if data["validation"].rows < 2 or config.validation_images == 1:
-            raise InputError("--validate-every needs at least two held-out images")
-        if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
-            raise InputError(
-                f"--validation-terms {config.validation_terms}: give an even number, or 0 for every term"
-            )
-    storage.check_writable(config.output)
-    return data, spec
-
-
 def train(
     config: TrainConfig,
     data: Splits | None = None,
@@ -152,10 +90,13 @@ def train(
     data, spec = check(config, data)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
+    gpu = _use_gpu(config)
+    if not hooks.run_id:  # a search has made sure of them, and a node that is away fails no trial for good
+        _check_cpus(config)
     # A caller that opened the MLflow run holds the lock of the folder that the output lies in.
     with contextlib.nullcontext(threading.Event()) if hooks.run_id else locked(output) as lost:
         run = open_run(config, spec, data["train"], output, hooks.run_id)
-        return _train(config, data, spec, output, run, callbacks, on_point, hooks, lost)
+        return _train(config, data, spec, output, gpu, run, callbacks, on_point, hooks, lost)
 
 
 def _train(
@@ -163,6 +104,7 @@ def _train(
     data: Splits,
     spec: ModelSpec,
     output: str,
+    gpu: bool,
     run: runs.Run,
     callbacks: Sequence[Any],
     on_point: Callable[[int, dict[str, float]], None],
@@ -174,7 +116,7 @@ def _train(
     patient = partial(patiently, seconds=config.storage_patience, say=display.note)
     mend(folder, patient)
     channel = open_channel(read_quarantine(output))
-    trainer = _trainer(config, data, spec, output, run, channel, callbacks, hooks)
+    trainer = _trainer(config, data, spec, output, gpu, run, channel, callbacks, hooks)
 
     def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
         spilled = {"spilled_bytes": float(spilled_bytes())}
@@ -229,6 +171,7 @@ def _trainer(
     data: Splits,
     spec: ModelSpec,
     output: str,
+    gpu: bool,
     run: runs.Run,
     channel: Any,
     callbacks: Sequence[Any],
@@ -239,7 +182,6 @@ def _trainer(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     index = data["train"]
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
-    gpu = _use_gpu(config)
     filesystem, path = arrow_fs(output, PatientOnChannel(channel, config.storage_patience))
     validation, scored = None, {}
     if config.validate_every:
@@ -288,3 +230,13 @@ def _use_gpu(config: TrainConfig) -> bool:
     if config.gpu and not available:
         raise InputError(f"--gpu: the cluster has fewer GPUs than --workers {config.workers}")
     return available if config.gpu is None else config.gpu
+
+
+def _check_cpus(config: TrainConfig) -> None:
+    """Refuses what a Ray of this machine alone would wait for without end; a cluster may grow."""
+    have, least = ray.cluster_resources().get("CPU", 0.0), config.min_workers or config.workers
+    if "RAY_ADDRESS" not in os.environ and least * config.cpus_per_worker > have:
+        raise InputError(
+            f"--workers {least} with --cpus-per-worker {config.cpus_per_worker:g} need more than the {have:g} CPUs of "
+            "this machine: give fewer, or the RAY_ADDRESS of a cluster"
+        )
