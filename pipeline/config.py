@@ -28,9 +28,9 @@ Source = Literal[
 
 # Names of checkpoints have room for nine digits.
 Steps = Annotated[int, Range(ge=1, le=10**9 - 1)]
-ImageSize = Annotated[int, Range(ge=0, le=65_536)]
+ImageSize = Annotated[int, Range(ge=0, le=16_384)]
 Decay = Annotated[float, Range(ge=0, lt=1)]
-EmaLength = Annotated[float, Range(gt=0, le=0.28)]
+EmaLength = Annotated[float, Range(ge=0.0001, le=0.28)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class OptimizerConfig:
     ema_decays: tuple[Decay, ...] = (0.999,)
     """Decay rates of the weight averages; the first one is the model that is exported."""
     ema_lengths: tuple[EmaLength, ...] = ()
-    """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; OUTPUT/snapshots keeps each as it
+    """EDM2 power-function averages, as relative lengths sigma_rel; OUTPUT/snapshots keeps each as it
     stood at every checkpoint, and jobs/evaluate.py makes any other length of them (0.05 and 0.1 serve well)."""
 
 

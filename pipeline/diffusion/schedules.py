@@ -138,8 +138,13 @@ def _checked(betas: Tensor) -> Tensor:
     if bad.any():
         step = int(bad.nonzero()[0])
         raise InputError(f"betas: number {step + 1} is {betas[step].item():g}; each must lie between 0 and 1")
-    if torch.cumprod(1 - betas, 0)[-1] < torch.finfo(torch.float32).tiny:
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    if alpha_bar[-1] < torch.finfo(torch.float32).tiny:
         raise InputError("betas: so large that the chain's signal underflows; use smaller or fewer ones")
+    if alpha_bar[0] == 1:
+        raise InputError(
+            f"betas: number 1 is {betas[0].item():g}, so small that the first step adds no noise"
+        )
     return betas
 
 

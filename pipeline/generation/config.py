@@ -1,11 +1,11 @@
 """Settings of a generation job."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pipeline.config import ModelSpec, Precision, SamplerName
 from pipeline.errors import InputError
-from pipeline.ranges import Finite, Natural, NotNegative, Positive, Seed, Share, check_ranges
+from pipeline.ranges import Finite, Natural, NotNegative, Positive, Range, Seed, Share, check_ranges
 
 Format = Literal["parquet", "webdataset", "png"]
 
@@ -20,7 +20,7 @@ class GenerateConfig:
     """Folder for the dataset (URI; all nodes must see it)."""
     count: Positive = 64
     """Samples in all; raised later, it only adds."""
-    batch_size: Positive = 64
+    batch_size: Annotated[int, Range(ge=1, le=65_536)] = 64
     """Samples computed together."""
     rows_per_file: Positive = 1024
     """Samples in one file, the unit that is written whole or not at all; a multiple of --batch-size."""

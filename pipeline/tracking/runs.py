@@ -94,6 +94,7 @@ def last_steps(run_id: str, curves: tuple[str, ...]) -> dict[str, int] | None:
     """The last step in each of a run's curves, -1 where there is none; None when MLflow no longer has the run."""
     client = open_client()
     try:
+        client.get_run(run_id)  # the histories of no run are empty
         histories = {curve: client.get_metric_history(run_id, curve) for curve in curves}
     except MlflowException:
         return None

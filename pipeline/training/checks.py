@@ -72,16 +72,12 @@ def check_settings(config: TrainConfig) -> None:
     check_loss(config.diffusion)
 
 
-def check_fit(config: TrainConfig, data: Splits) -> ModelSpec:
-    """Whether the settings fit the data.
-
-    Returns:
-        the model to train.
+def check_length(config: TrainConfig, rows: int) -> None:
+    """Whether a batch, and all steps, fit so many images.
 
     Raises:
         InputError: names the setting that doesn't.
     """
-    rows = data["train"].rows
     if config.batch_size > rows:
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {rows} images to train on: give at most {rows}"
@@ -91,6 +87,18 @@ def check_fit(config: TrainConfig, data: Splits) -> ModelSpec:
             f"--steps {config.steps} are more than {EPOCHS} epochs of {rows} images: give at most "
             f"{EPOCHS * rows // config.batch_size}"
         )
+
+
+def check_fit(config: TrainConfig, data: Splits) -> ModelSpec:
+    """Whether the settings fit the data.
+
+    Returns:
+        the model to train.
+
+    Raises:
+        InputError: names the setting that doesn't.
+    """
+    check_length(config, data["train"].rows)
     spec = make_spec(config, data["train"])
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)

@@ -17,7 +17,6 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import runs
-from pipeline.training import checkpoint
 from pipeline.training.checkpoint_manager import CHECKPOINTS
 from pipeline.training.run_channel import CURVES, QUARANTINE, RUN_FILE
 
@@ -43,7 +42,8 @@ def open_run(
         except InputError:
             if _has_begun(before, output):
                 raise
-            runs.end_run(runs.Run(before["run_id"]), "FAILED", reason="begun anew before its first step")
+            if old := runs.reopen_run(before["run_id"], ()):  # else somebody has deleted it
+                runs.end_run(old, "FAILED", reason="begun anew before its first step")
             if storage.exists(bad := storage.join(output, QUARANTINE)):  # of data that may be others now
                 storage.remove(bad)
         else:
@@ -89,8 +89,8 @@ def _check_same_run(
 
 
 def _has_begun(before: dict[str, Any], output: str) -> bool:
-    """Whether a run has a checkpoint, or a point of its curves; also where MLflow can't say."""
-    if checkpoint.complete(storage.join(output, CHECKPOINTS)):
+    """Whether a run has a checkpoint, whole or not, or a point of its curves; also where MLflow can't say."""
+    if storage.list_folders(storage.join(output, CHECKPOINTS), "step-"):
         return True
     steps = runs.last_steps(before["run_id"], CURVES)
     return steps is None or max(steps.values()) >= 0
