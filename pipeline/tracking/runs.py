@@ -103,13 +103,23 @@ def last_steps(run_id: str, curves: tuple[str, ...]) -> dict[str, int] | None:
 
 def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
     """Goes on with a run after a restart; None when MLflow no longer has it."""
-    if (steps := last_steps(run_id, curves)) is None:
-        return None
+    client = open_client()
     try:
-        open_client().update_run(run_id, status="RUNNING")
+        histories = {curve: client.get_metric_history(run_id, curve) for curve in curves}
+        client.update_run(run_id, status="RUNNING")
     except MlflowException:
         return None
-    return Run(run_id, steps)
+    return Run(run_id, {c: max((p.step for p in history), default=-1) for c, history in histories.items()})
+
+
+def has_points(run_id: str, curves: tuple[str, ...]) -> bool:
+    """Whether a run has a point of one of these curves; True also where MLflow can't say."""
+    client = open_client()
+    try:
+        client.get_run(run_id)  # the histories of no run are empty
+        return any(client.get_metric_history(run_id, curve) for curve in curves)
+    except MlflowException:
+        return True
 
 
 def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:

@@ -90,10 +90,8 @@ def _check_same_run(
 
 def _has_begun(before: dict[str, Any], output: str) -> bool:
     """Whether a run has a checkpoint, whole or not, or a point of its curves; also where MLflow can't say."""
-    if storage.list_folders(storage.join(output, CHECKPOINTS), "step-"):
-        return True
-    steps = runs.last_steps(before["run_id"], CURVES)
-    return steps is None or max(steps.values()) >= 0
+    written = storage.list_folders(storage.join(output, CHECKPOINTS), "step-")
+    return bool(written) or runs.has_points(before["run_id"], CURVES)
 
 
 def _check_order(before: dict[str, Any], index: DatasetIndex, config: TrainConfig) -> None:

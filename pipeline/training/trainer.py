@@ -90,13 +90,10 @@ def train(
     data, spec = check(config, data)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
-    gpu = _use_gpu(config)
-    if not hooks.run_id:  # a search has made sure of them, and a node that is away fails no trial for good
-        _check_cpus(config)
     # A caller that opened the MLflow run holds the lock of the folder that the output lies in.
     with contextlib.nullcontext(threading.Event()) if hooks.run_id else locked(output) as lost:
         run = open_run(config, spec, data["train"], output, hooks.run_id)
-        return _train(config, data, spec, output, gpu, run, callbacks, on_point, hooks, lost)
+        return _train(config, data, spec, output, run, callbacks, on_point, hooks, lost)
 
 
 def _train(
@@ -104,7 +101,6 @@ def _train(
     data: Splits,
     spec: ModelSpec,
     output: str,
-    gpu: bool,
     run: runs.Run,
     callbacks: Sequence[Any],
     on_point: Callable[[int, dict[str, float]], None],
@@ -116,7 +112,7 @@ def _train(
     patient = partial(patiently, seconds=config.storage_patience, say=display.note)
     mend(folder, patient)
     channel = open_channel(read_quarantine(output))
-    trainer = _trainer(config, data, spec, output, gpu, run, channel, callbacks, hooks)
+    trainer = _trainer(config, data, spec, output, run, channel, callbacks, hooks)
 
     def deliver(points: list[Point], files: list[tuple[str, bytes]]) -> None:
         spilled = {"spilled_bytes": float(spilled_bytes())}
@@ -171,7 +167,6 @@ def _trainer(
     data: Splits,
     spec: ModelSpec,
     output: str,
-    gpu: bool,
     run: runs.Run,
     channel: Any,
     callbacks: Sequence[Any],
@@ -182,6 +177,7 @@ def _trainer(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     index = data["train"]
     plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
+    gpu = _use_gpu(config)
     filesystem, path = arrow_fs(output, PatientOnChannel(channel, config.storage_patience))
     validation, scored = None, {}
     if config.validate_every:
@@ -230,13 +226,3 @@ def _use_gpu(config: TrainConfig) -> bool:
     if config.gpu and not available:
         raise InputError(f"--gpu: the cluster has fewer GPUs than --workers {config.workers}")
     return available if config.gpu is None else config.gpu
-
-
-def _check_cpus(config: TrainConfig) -> None:
-    """Refuses what a Ray of this machine alone would wait for without end; a cluster may grow."""
-    have, least = ray.cluster_resources().get("CPU", 0.0), config.min_workers or config.workers
-    if "RAY_ADDRESS" not in os.environ and least * config.cpus_per_worker > have:
-        raise InputError(
-            f"--workers {least} with --cpus-per-worker {config.cpus_per_worker:g} need more than the {have:g} CPUs of "
-            "this machine: give fewer, or the RAY_ADDRESS of a cluster"
-        )

@@ -44,7 +44,6 @@ CASES = {
         (*TRAIN, "--variance", "learned_range"),
         "--loss simple does not train --variance learned_range",
     ),
-    "more CPUs than there will ever be": ((*TRAIN, "--cpus-per-worker", "5000"), "--cpus-per-worker 5000"),
     "a number outside of its range": ((*TRAIN, "--label-dropout", "3"), "--label-dropout 3.0: must be"),
     "unknown schedule": ((*TRAIN, "--schedule", "liner"), "cosine"),
     "T below one": ((*TRAIN, "--timesteps", "0"), "--timesteps 0: must be"),

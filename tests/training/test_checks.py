@@ -36,7 +36,7 @@ def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
         ({"steps": 10**9 - 1, "batch_size": ROWS}, r"--steps 999999999 are more than 16777216 epochs of"),
         ({"workers": 3, "batch_size": 2}, "--batch-size 2 is the global batch"),
         ({"workers": 2, "min_workers": 3}, "--min-workers 3 is more than --workers 2"),
-        ({"groups_per_window": 0}, "--groups-per-window 0: must be at least 1"),
+        ({"microbatch": -1}, "--microbatch -1: must be at least 0"),
         ({"optimizer": OptimizerConfig(ema_decays=())}, "--ema-decays needs at least one value"),
         ({"optimizer": OptimizerConfig(adam_betas=(0.9, 1.0))}, "--adam-betas 1.0: must be"),
         (
