@@ -170,7 +170,7 @@ class TrainConfig:
     """Mirror half of the images, left to right."""
     random_crop: bool = False
     """Cut the square out of an image that is not one in a random place, not in its centre."""
-    readers: Positive = 2
+    readers: Annotated[int, Range(ge=1, le=1024)] = 2
     """Processes beside each worker that read and decode its images."""
     groups_per_window: Positive = 16
     """Groups of rows that are mixed by the shuffle at a time; more mixes better and needs more memory."""
@@ -251,20 +251,21 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
     def convert(hint: Any, value: Any, name: str) -> Any:
         if dataclasses.is_dataclass(hint):
             return from_dict(hint, value, f"{where}.{name}")  # type: ignore[arg-type]
-        origin = get_origin(hint)
-        if origin is Literal and value not in get_args(hint):
-            raise InputError(f"{where}.{name}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")
-        if origin is tuple:
+        # What a user writes is named as the flag is.
+        setting = f"{where}: --{name.replace('_', '-')}" if where.startswith("--") else f"{where}.{name}"
+        kinds = get_args(hint)
+        if get_origin(hint) is Literal and (type(value), value) not in [(type(kind), kind) for kind in kinds]:
+            raise InputError(f"{setting}: {value!r} is not one of {', '.join(map(str, kinds))}")
+        if get_origin(hint) is tuple:
             if not isinstance(value, (list, tuple)):
-                raise InputError(f"{where}.{name}: expected a list, got {value!r}")
-            kinds = get_args(hint)
+                raise InputError(f"{setting}: expected a list, got {value!r}")
             if kinds[-1] is not Ellipsis and len(value) != len(kinds):
-                raise InputError(f"{where}.{name}: expected {len(kinds)} values, got {len(value)}")
+                raise InputError(f"{setting}: expected {len(kinds)} values, got {len(value)}")
             return tuple(convert(kinds[0], v, name) for v in value)
         if hint is float and type(value) is int:
             return float(value) if abs(value) < 2**1023 else math.inf
         if hint in (int, float, str, bool) and type(value) is not hint:
-            raise InputError(f"{where}.{name}: expected {hint.__name__}, got {value!r}")
+            raise InputError(f"{setting}: expected {hint.__name__}, got {value!r}")
         return value
 
     arguments = {name: convert(hints[name], value, name) for name, value in values.items()}

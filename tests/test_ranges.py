@@ -147,11 +147,17 @@ def test_the_line_names_the_flag_on_a_command_line_and_in_a_file(
     ]
     line = refused(setting.job, [*words, setting.flag, *[str(value)] * setting.count], capsys)
     assert line.startswith(says)
-    content = reduce(lambda inner, name: {name: inner}, reversed(setting.path), setting.of(value))
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**given, **content}))
-    positional = [text for name, text in given.items() if name == "job"]
-    line = refused(setting.job, [*positional, "--config", str(tmp_path / "c.yaml")], capsys)
-    assert line.startswith(says)
+    file, positional = tmp_path / "c.yaml", [text for name, text in given.items() if name == "job"]
+
+    def refused_in_file(value: float) -> str:
+        content = reduce(lambda inner, name: {name: inner}, reversed(setting.path), setting.of(value))
+        file.write_text(yaml.safe_dump({**given, **content}))
+        return refused(setting.job, [*positional, "--config", str(file)], capsys)
+
+    assert refused_in_file(value).startswith(says)
+    if setting.kind is int:
+        for value in (math.nan, math.inf, -math.inf, 1.5):
+            assert f"{setting.flag}: expected int, got {value}" in refused_in_file(value)
 
 
 @pytest.mark.parametrize("job", CONFIGS)
@@ -191,11 +197,11 @@ def test_a_search_space_with_a_number_outside_is_refused(setting: Setting) -> No
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("optimizer: {adam_betas: [0.9]}", "adam_betas: expected 2 values, got 1"),
+        ("optimizer: {adam_betas: [0.9]}", "--adam-betas: expected 2 values, got 1"),
         ("optimizer: {learning_rate: 1" + "0" * 400 + "}", "--learning-rate inf: must be a finite number"),
         ("steps: 1" + "0" * 5000, "--config"),
-        ("steps: .nan", "steps: expected int, got nan"),
-        ("steps: true", "steps: expected int, got True"),
+        ("steps: .nan", "--steps: expected int, got nan"),
+        ("steps: true", "--steps: expected int, got True"),
     ],
     ids=range(5),
 )
