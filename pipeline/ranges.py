@@ -9,7 +9,7 @@ space.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from pipeline.errors import InputError
 
@@ -83,6 +83,6 @@ def check_ranges(config: Any) -> None:
 
 def range_of(hint: Any) -> Range | None:
     """The range in a setting's type: of the number, or of each number of a tuple."""
-    if get_origin(hint) is Annotated:
-        return next((part for part in hint.__metadata__ if isinstance(part, Range)), None)
+    if isinstance(hint, Range):
+        return hint
     return next(filter(None, map(range_of, get_args(hint))), None)
