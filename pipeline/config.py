@@ -6,13 +6,15 @@ torch or Ray: a configuration can be read, checked and written anywhere.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from pipeline.errors import InputError
+from pipeline.ranges import Cpus, Finite, MoreThanZero, Natural, NotNegative, Positive, Range, Seed, Share
 
 Variance = Literal["fixed_large", "fixed_small", "learned_range"]
 LossKind = Literal["simple", "weighted", "vlb", "hybrid", "min_snr"]
@@ -24,21 +26,28 @@ Source = Literal[
 ]
 
 
+# Names of checkpoints have room for nine digits.
+Steps = Annotated[int, Range(ge=1, le=10**9 - 1)]
+ImageSize = Annotated[int, Range(ge=0, le=16_384)]
+Decay = Annotated[float, Range(ge=0, lt=1)]
+EmaLength = Annotated[float, Range(ge=0.0001, le=0.28)]
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The forward process and the loss (Ho et al. 2020; Nichol & Dhariwal 2021)."""
 
     schedule: str = "cosine"
     """Noise schedule: linear, quadratic, cosine, sigmoid, constant, or the path of a file with a list of betas."""
-    timesteps: int = 1000
+    timesteps: Annotated[int, Range(ge=1, le=10_000)] = 1000
     """T, the number of diffusion steps."""
-    beta_start: float = 1e-4
+    beta_start: Annotated[float, Range(gt=0, lt=1)] = 1e-4
     """First beta of linear and quadratic at T = 1000; other T rescale it."""
-    beta_end: float = 0.02
+    beta_end: Annotated[float, Range(gt=0, lt=1)] = 0.02
     """Last beta of linear and quadratic at T = 1000; other T rescale it."""
-    cosine_offset: float = 0.008
+    cosine_offset: MoreThanZero = 0.008
     """s of the cosine schedule: keeps the first betas from being too small."""
-    sigmoid_temperature: float = 1.0
+    sigmoid_temperature: MoreThanZero = 1.0
     """Temperature of the sigmoid schedule: lower ones fall more steeply in the middle."""
     variance: Variance = "fixed_large"
     """Reverse-process variance: beta, beta-tilde, or learned between the two in log space."""
@@ -46,11 +55,11 @@ class DiffusionConfig:
     """Training objective: L_simple, the weighted L_t, L_vlb, L_hybrid, or min-SNR weighted L_simple."""
     timestep_sampler: TimestepSampler = "uniform"
     """How t is drawn in training."""
-    vlb_weight: float = 0.001
+    vlb_weight: NotNegative = 0.001
     """Weight of L_vlb in L_hybrid (lambda of Improved DDPM, equation 16)."""
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: MoreThanZero = 5.0
     """Gamma of the min-SNR weighting (Hang et al. 2023)."""
-    betas: tuple[float, ...] = ()
+    betas: tuple[Finite, ...] = ()
     """The betas themselves, in order; filled in from the file that --schedule names. Leave empty."""
 
 
@@ -58,17 +67,17 @@ class DiffusionConfig:
 class ModelConfig:
     """The UNet that predicts epsilon."""
 
-    model_channels: int = 64
+    model_channels: Annotated[int, Range(ge=4, le=65_536)] = 64
     """Channels at the highest resolution; an even number."""
-    channel_multipliers: tuple[int, ...] = (1, 2, 2)
+    channel_multipliers: tuple[Annotated[int, Range(ge=1, le=1024)], ...] = (1, 2, 2)
     """Channels of each level, as multiples of --model-channels; each level halves the resolution."""
-    res_blocks: int = 2
+    res_blocks: Annotated[int, Range(ge=1, le=1024)] = 2
     """Residual blocks per level."""
-    attention_resolutions: tuple[int, ...] = (16,)
+    attention_resolutions: tuple[Positive, ...] = (16,)
     """Feature-map sizes in pixels at which self-attention is used (the middle block always has it)."""
-    head_channels: int = 32
+    head_channels: Positive = 32
     """Channels per attention head."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Dropout probability inside the residual blocks."""
     class_conditional: bool = False
     """Condition on the data's labels (needed for --guidance when sampling)."""
@@ -78,8 +87,8 @@ class ModelConfig:
 class ImageConfig:
     """What one image of a dataset is; known from the data."""
 
-    size: int
-    channels: int
+    size: Positive
+    channels: Positive
     classes: tuple[str, ...] = ()
 
 
@@ -97,20 +106,20 @@ class ModelSpec:
 class OptimizerConfig:
     """Adam, its warm-up, clipping, and the averages of the weights."""
 
-    learning_rate: float = 2e-4
+    learning_rate: MoreThanZero = 2e-4
     """Adam's step size after the warm-up."""
-    warmup_steps: int = 100
+    warmup_steps: Natural = 100
     """Optimizer steps over which the learning rate grows linearly from zero."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's moment decay rates."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay (AdamW)."""
-    clip_norm: float = 1.0
+    clip_norm: NotNegative = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    ema_decays: tuple[float, ...] = (0.999,)
+    ema_decays: tuple[Decay, ...] = (0.999,)
     """Decay rates of the weight averages; the first one is the model that is exported."""
-    ema_lengths: tuple[float, ...] = ()
-    """EDM2 power-function averages, as relative lengths sigma_rel in (0, 0.28]; OUTPUT/snapshots keeps each as it
+    ema_lengths: tuple[EmaLength, ...] = ()
+    """EDM2 power-function averages, as relative lengths sigma_rel; OUTPUT/snapshots keeps each as it
     stood at every checkpoint, and jobs/evaluate.py makes any other length of them (0.05 and 0.1 serve well)."""
 
 
@@ -134,36 +143,36 @@ class TrainConfig:
     """Dataset to train on: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     output: str
     """Where the run lives: checkpoints, configuration, models (a folder that all nodes see, or s3://, gs://…)."""
-    steps: int = 10_000
+    steps: Steps = 10_000
     """Optimizer steps in all, whatever was done before a resume."""
-    workers: int = 1
+    workers: Positive = 1
     """Data-parallel workers; the most that are used where --min-workers is given."""
-    min_workers: int = 0
+    min_workers: Natural = 0
     """Elastic training: go on with as few as this many workers while nodes are missing; 0 = not elastic."""
-    resize_seconds: float = 60.0
+    resize_seconds: MoreThanZero = 60.0
     """Elastic training: seconds between two looks at whether there is room for more workers."""
-    batch_size: int = 128
+    batch_size: Positive = 128
     """Global batch size in images: split over the workers, never multiplied by them."""
-    microbatch: int = 0
+    microbatch: Natural = 0
     """Images per forward pass in one worker, accumulating gradients; 0 = the worker's whole part."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the data, of timesteps, noise, augmentation and of the first weights."""
     resume: bool = False
     """Go on from the newest complete checkpoint in --output; start a new run where there is none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     """Share of samples whose label is hidden, for guidance (class-conditional models only)."""
-    image_size: int = 0
+    image_size: ImageSize = 0
     """Width and height in pixels that the images are brought to; 0 = their own."""
     random_flip: bool = False
     """Mirror half of the images, left to right."""
     random_crop: bool = False
     """Cut the square out of an image that is not one in a random place, not in its centre."""
-    readers: int = 2
+    readers: Annotated[int, Range(ge=1, le=1024)] = 2
     """Processes beside each worker that read and decode its images."""
-    groups_per_window: int = 16
+    groups_per_window: Positive = 16
     """Groups of rows that are mixed by the shuffle at a time; more mixes better and needs more memory."""
     precision: Precision = "auto"
     """Arithmetic of the forward pass; auto = bf16 where the hardware has it."""
@@ -171,29 +180,29 @@ class TrainConfig:
     """Run the network through torch.compile."""
     gpu: bool | None = None
     """Train on GPUs; left out = when the cluster has one for every worker."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: Cpus = 1.0
     """CPUs (and CPU threads) that each worker reserves."""
-    peak_tflops: float = 0.0
+    peak_tflops: NotNegative = 0.0
     """TFLOP/s of a worker's device that the MFU curve is a share of; 0 = its matrix product, measured at the start."""
-    log_every: int = 50
+    log_every: Positive = 50
     """Steps between two points of the MLflow curves."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Positive = 1000
     """Steps between two checkpoints."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Positive = 3
     """Newest checkpoints that are kept; with --validate-every those of the lowest bits/dim, beside the newest one."""
-    validate_every: int = 0
+    validate_every: Natural = 0
     """Checkpoints between two validations beside the training: held-out bits/dim and a sample grid; 0 = none."""
-    validation_images: int = 256
+    validation_images: Natural = 256
     """Held-out images of each validation; 0 = all."""
-    validation_terms: int = 20
+    validation_terms: Natural = 20
     """Terms of the bound evaluated for each of them, stratified over t; 0 = all T."""
-    storage_patience: float = 600
+    storage_patience: NotNegative = 600
     """Seconds for which a storage that can't read or write a checkpoint is asked again before the run ends."""
-    tracking_patience: float = 60
+    tracking_patience: NotNegative = 60
     """Seconds that the job waits for MLflow at its start and, with what MLflow has not taken, at its end."""
-    max_failures: int = 10
+    max_failures: Natural = 10
     """Restarts of the worker group before the run is given up."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Share of undecodable images at which the run stops."""
     skip_nonfinite: bool = False
     """Skip a step whose loss or gradient is not finite, instead of stopping the run."""
@@ -244,17 +253,21 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
     def convert(hint: Any, value: Any, name: str) -> Any:
         if dataclasses.is_dataclass(hint):
             return from_dict(hint, value, f"{where}.{name}")  # type: ignore[arg-type]
-        origin = get_origin(hint)
-        if origin is Literal and value not in get_args(hint):
-            raise InputError(f"{where}.{name}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")
-        if origin is tuple:
+        # What a user writes is named as the flag is.
+        setting = f"{where}: --{name.replace('_', '-')}" if where.startswith("--") else f"{where}.{name}"
+        kinds = get_args(hint)
+        if get_origin(hint) is Literal and (type(value), value) not in [(type(kind), kind) for kind in kinds]:
+            raise InputError(f"{setting}: {value!r} is not one of {', '.join(map(str, kinds))}")
+        if get_origin(hint) is tuple:
             if not isinstance(value, (list, tuple)):
-                raise InputError(f"{where}.{name}: expected a list, got {value!r}")
-            return tuple(convert(get_args(hint)[0], v, name) for v in value)
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+                raise InputError(f"{setting}: expected a list, got {value!r}")
+            if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+                raise InputError(f"{setting}: expected {len(kinds)} values, got {len(value)}")
+            return tuple(convert(kinds[0], v, name) for v in value)
+        if hint is float and type(value) is int:
+            return float(value) if abs(value) < 2**1023 else math.inf
         if hint in (int, float, str, bool) and type(value) is not hint:
-            raise InputError(f"{where}.{name}: expected {hint.__name__}, got {value!r}")
+            raise InputError(f"{setting}: expected {hint.__name__}, got {value!r}")
         return value
 
     arguments = {name: convert(hints[name], value, name) for name, value in values.items()}
@@ -275,27 +288,11 @@ def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check_at_least(config: Any, **least: float) -> None:
-    """Refuses settings below their least value, or that are not a number.
-
-    Args:
-        least: by field name.
-
-    Raises:
-        InputError: names the flag.
-    """
-    for name, value in least.items():
-        if not getattr(config, name) >= value:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be at least {value}, got {getattr(config, name)}"
-            )
-
-
 def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     """A YAML (or JSON) file as a dict; raises InputError when it can't be read or isn't a mapping."""
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{flag} {path}: {reason}") from None
     if not isinstance(values, dict):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pipeline.gpu import available
 
+EPOCHS = 2**24
+"""Epochs (and sampling steps) that there are different numbers for."""
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85

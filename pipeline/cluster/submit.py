@@ -19,6 +19,7 @@ from pipeline.cluster.job_server import connect
 from pipeline.cluster.packing import pack
 from pipeline.cluster.session import PACKAGE, checkout
 from pipeline.errors import InputError, JobFailed
+from pipeline.ranges import Positive, check_ranges
 from pipeline.redact import one_line, redact
 
 Job = Literal["prepare", "train", "tune", "generate", "evaluate"]
@@ -47,7 +48,7 @@ class SubmitConfig:
     """Environment variables that the job gets from here (MLFLOW_TRACKING_URI, say); never secrets."""
     verify: str = "true"
     """Check of an https:// server: true, false, or a file or folder with certificates of trusted authorities."""
-    max_megabytes: int = 20
+    max_megabytes: Positive = 20
     """Largest working tree that is sent."""
 
 
@@ -61,6 +62,7 @@ def submit(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
         InputError: nothing answers at the address, the token is refused, a flag that can't work.
         JobFailed: with `wait`, the job ended badly.
     """
+    check_ranges(config)
     if config.id and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", config.id):
         raise InputError(f"--id {config.id}: letters, digits, '.', '_' and '-' only")
     _check_flags(flags)

@@ -12,28 +12,51 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 import tyro
 
 # tyro prints a box of several lines where a command line is wrong. Its events say the same in words that fit one.
 from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, on_parse_error
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 from pipeline.cluster.session import connect, disconnect
 from pipeline.config import RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
+from pipeline.ranges import check_ranges, range_of
 from pipeline.redact import one_line, printable, redact, refuse_secrets
 from pipeline.tracking import address
 
 T = TypeVar("T")
+HELP = ConstructorRegistry()
+
+
+@HELP.struct_rule
+def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A configuration as tyro shows it, with the range of each number behind its default."""
+    spec = dataclass_rule(info)
+    if spec is None:
+        return None
+
+    def shown(hint: Any) -> Any:
+        if not (span := range_of(hint)):
+            return hint
+        ends = f"; {span.ends}" if span.ends else ""
+        return Annotated[
+            hint, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}{ends})")
+        ]
+
+    fields = (dataclasses.replace(one, type=shown(one.type)) for one in spec.fields)
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
 def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
     """Flags as a frozen dataclass; `--config FILE.yaml` gives the defaults that flags override.
 
     Raises:
-        InputError: a flag or a value that does not exist, in one line.
+        InputError: a flag or a value that does not exist, or a number outside of its range, in one line.
         SystemExit: with code 0, after `--help`.
     """
     arguments, path = _take_option([_current_flag(word) for word in arguments], "--config")
@@ -50,9 +73,17 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
         raise InputError(f"{_mistake(event, cls)} (see {program(job)} --help)")
 
     with on_parse_error(refuse):
-        return tyro.cli(
-            cls, args=arguments, prog=program(job), description=description, config=markers, **extra
+        config = tyro.cli(
+            cls,
+            args=arguments,
+            prog=program(job),
+            description=description,
+            config=markers,
+            registry=HELP,
+            **extra,
         )
+    check_ranges(config)
+    return config
 
 
 def _mistake(event: ParseErrorEvent, cls: type) -> str:

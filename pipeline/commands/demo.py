@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.commands import cli, generate, plot, prepare, train
-from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, Steps, TrainConfig
 from pipeline.data.shards import PrepareConfig
 from pipeline.errors import InputError
 from pipeline.generation.config import GenerateConfig
+from pipeline.ranges import Positive
 from pipeline.tracking import address
 
 T = TypeVar("T")
@@ -23,11 +24,11 @@ class DemoConfig:
 
     output: str = "demo"
     """Folder for the shards, the run, the samples and the pictures; it must not exist yet."""
-    steps: int = 300
+    steps: Steps = 300
     """Optimizer steps."""
-    workers: int = 2
+    workers: Positive = 2
     """Data-parallel training workers."""
-    count: int = 256
+    count: Positive = 256
     """Samples to generate."""
 
 

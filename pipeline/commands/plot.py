@@ -8,6 +8,7 @@ from pipeline.commands import cli
 from pipeline.config import Reading
 from pipeline.errors import InputError
 from pipeline.output import check_apart
+from pipeline.ranges import Seed
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class PlotConfig:
     """The dataset that the model was trained on (URI)."""
     output: str
     """Folder for the pictures."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples drawn."""
     reading: Reading = field(default_factory=Reading)
 

@@ -26,7 +26,7 @@ def execute(config: TrainConfig, data: Any) -> dict[str, Any]:
 
 def check(config: TrainConfig) -> Any:
     """Refuses what can't work, before a cluster is asked for anything; opens the data."""
-    from pipeline.training.trainer import check as check_training
+    from pipeline.training.checks import check as check_training
 
     return check_training(config)[0]
 

@@ -8,11 +8,11 @@ and gives the bytes that a run from nothing would give.
 import hashlib
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool, in_process
-from pipeline.config import ImageConfig, Source, check_at_least, to_dict
+from pipeline.config import ImageConfig, ImageSize, Source, to_dict
 from pipeline.data.decoded import DecodeParts, Pixels, Task, key_of, slots_of
 from pipeline.data.finish import finish, make_manifest, remove_manifest, write_list
 from pipeline.data.kept import Decoded, labels_of, read_records, unknown_labels
@@ -33,12 +33,14 @@ from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
 from pipeline.output import check_apart, check_claim, is_inside, read_claim, write_claim
+from pipeline.ranges import Positive, Range, Share, check_ranges
 from pipeline.versions import PREPARING
 
 NAMED_BAD_IMAGES = 5
 # A part is decoded in memory; images whose size is not known yet count as these.
 PART_BYTES, UNKNOWN_SIZE = 256 * 2**20, 256
 SMALL_BYTES = 16 * 2**20
+Byte = Annotated[int, Range(ge=0, le=255)]
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,21 @@ class PrepareConfig:
     """Kind of --input; auto looks into it. digits is embedded and needs no --input."""
     input: str = ""
     """Where the images are (URI)."""
-    image_size: int = 0
+    image_size: ImageSize = 0
     """Width and height in pixels; 0 = the source's own, where all its images have one."""
     channels: Literal[0, 1, 3, 4] = 0
     """1 = grey, 3 = colour, 4 = colour and alpha; 0 = the source's own, colour where it varies."""
-    validation_fraction: float = VALIDATION_FRACTION
+    validation_fraction: Annotated[float, Range(ge=0, lt=1)] = VALIDATION_FRACTION
     """Share of images held out, by a hash of their content, where the source has no split for that."""
-    rows_per_shard: int = 10_000
+    rows_per_shard: Positive = 10_000
     """About so many images in one shard."""
-    rows_per_group: int = 64
+    rows_per_group: Positive = 64
     """Images in one row group, the unit of reading and shuffling."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Share of images that can't be used at which the job stops."""
     crop: Literal["centre", "none"] = "centre"
     """Cut a square out of the middle, or keep all of the longer side (then training can crop at random)."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Colour under transparent images, red green blue in 0..255."""
     image_column: str = ""
     """Column with the images in Parquet and Arrow files; found by its type where there is only one."""
@@ -92,13 +94,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 def _check(config: PrepareConfig) -> None:
-    if not 0 <= config.validation_fraction < 1:
-        raise InputError(f"--validation-fraction {config.validation_fraction} is outside 0 to 1")
-    check_at_least(config, rows_per_shard=1, rows_per_group=1, image_size=0)
-    if not all(0 <= value <= 255 for value in config.background):
-        raise InputError(
-            f"--background {' '.join(map(str, config.background))}: give three numbers in 0..255"
-        )
+    check_ranges(config)
     check_apart(config.output, "--input", config.input)
     for folder in (SHARDS, PARTS):
         if config.input and is_inside(config.input, mine := storage.join(config.output, folder)):

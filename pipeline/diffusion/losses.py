@@ -36,11 +36,9 @@ def check_loss(config: DiffusionConfig) -> None:
     """
     learned = config.variance == "learned_range"
     if learned and config.loss not in ("vlb", "hybrid"):
-        raise InputError(f"loss {config.loss!r} doesn't train the variance learned_range; use hybrid or vlb")
+        raise InputError(f"--loss {config.loss} does not train --variance learned_range: use hybrid or vlb")
     if config.loss == "hybrid" and not learned:
-        raise InputError(
-            f"loss 'hybrid' is for the variance learned_range, not {config.variance}; use simple"
-        )
+        raise InputError(f"--loss hybrid trains --variance learned_range, not {config.variance}: use simple")
 
 
 def training_loss(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.config import DiffusionConfig
 from pipeline.errors import InputError
+from pipeline.ranges import check_ranges
 
-MAX_TIMESTEPS = 10_000
 _MAX_BETA = 0.999
 _BETA_START, _BETA_END = 1e-4, 0.02
 _EXPLICIT = "explicit"
@@ -73,10 +73,9 @@ def make_betas(config: DiffusionConfig) -> Tensor:
         float64, shape [T], on the CPU, each in (0, 1).
 
     Raises:
-        InputError: an unknown schedule, T outside 1 to 10,000, or betas that no chain can use.
+        InputError: an unknown schedule, a setting outside of its range, or betas that no chain can use.
     """
-    if not 1 <= config.timesteps <= MAX_TIMESTEPS:
-        raise InputError(f"timesteps: {config.timesteps} is outside 1 to {MAX_TIMESTEPS}")
+    check_ranges(dataclasses.replace(config, betas=()))  # those are checked below, each with its number
     if config.schedule == _EXPLICIT:
         if len(config.betas) != config.timesteps:
             raise InputError(
@@ -126,14 +125,12 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
 
 
 def _parameters(config: DiffusionConfig) -> tuple[float, ...]:
-    """What the named schedule takes beside T, checked."""
-    names = {"cosine": ("cosine_offset",), "sigmoid": ("sigmoid_temperature",)}
-    chosen = names.get(config.schedule, ("beta_start", "beta_end"))
-    values = tuple(float(getattr(config, name)) for name in chosen)
-    for name, value in zip(chosen, values, strict=True):
-        if not (0 < value < math.inf):
-            raise InputError(f"--{name.replace('_', '-')} must be a positive number, got {value:g}")
-    return values
+    """What the named schedule takes beside T."""
+    if config.schedule == "cosine":
+        return (config.cosine_offset,)
+    if config.schedule == "sigmoid":
+        return (config.sigmoid_temperature,)
+    return config.beta_start, config.beta_end
 
 
 def _checked(betas: Tensor) -> Tensor:
@@ -141,8 +138,13 @@ def _checked(betas: Tensor) -> Tensor:
     if bad.any():
         step = int(bad.nonzero()[0])
         raise InputError(f"betas: number {step + 1} is {betas[step].item():g}; each must lie between 0 and 1")
-    if torch.cumprod(1 - betas, 0)[-1] < torch.finfo(torch.float32).tiny:
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    if alpha_bar[-1] < torch.finfo(torch.float32).tiny:
         raise InputError("betas: so large that the chain's signal underflows; use smaller or fewer ones")
+    if alpha_bar[0] == 1:
+        raise InputError(
+            f"betas: number 1 is {betas[0].item():g}, so small that the first step adds no noise"
+        )
     return betas
 
 

@@ -1,10 +1,11 @@
 """The settings of an evaluation; imports neither torch nor Ray."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipeline.config import Reading, check_at_least
+from pipeline.config import EmaLength, Reading
 from pipeline.errors import InputError
+from pipeline.ranges import Natural, Positive, Range, Seed, check_ranges
 
 # "manifold" is what 0.1.0 called precision_recall.
 Metric = Literal["bits", "frechet", "kernel", "precision_recall", "knn", "manifold"]
@@ -30,31 +31,31 @@ class EvaluateConfig:
     """Held-out split: bits/dim is measured on it, and it is the real yardstick beside the samples."""
     reference_split: str = "train"
     """Split that samples are compared with, and that the classifier is trained on."""
-    ema_lengths: tuple[float, ...] = ()
+    ema_lengths: tuple[EmaLength, ...] = ()
     """Lengths of EDM2 averages to compare by bits/dim, made of --snapshots; each is written as a model to --output."""
     snapshots: str = ""
     """Snapshots of a run trained with --ema-lengths: its output's folder `snapshots` (URI)."""
-    terms: int = 0
+    terms: Natural = 0
     """Terms of the bound evaluated for each image, an even number: an estimate; 0 = every one, exactly."""
-    max_images: int = 1000
+    max_images: Natural = 1000
     """Images of the split that bits/dim is measured on, chosen by the seed; 0 = all."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images per forward pass of the bound."""
     features: str = "classifier"
     """classifier (trained on the data), the folder of one, or a TorchScript file: a program, so only one you trust."""
-    classifier_steps: int = 500
+    classifier_steps: Positive = 500
     """Optimizer steps of the classifier."""
-    max_features: int = 10_000
+    max_features: Natural = 10_000
     """Images a side for all but the Fréchet distance, which takes every one; chosen by the seed, 0 = all."""
-    kernel_subset_size: int = 1000
+    kernel_subset_size: Annotated[int, Range(ge=2)] = 1000
     """Images a side in each subset of the kernel distance; fewer where that would leave less than ten subsets."""
-    precision_recall_neighbours: int = 3
+    precision_recall_neighbours: Positive = 3
     """k of precision and recall."""
-    knn_neighbours: int = 5
+    knn_neighbours: Positive = 5
     """k of the vote on a sample's label, among real images by their pixels."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise, of the classifier and of the choice of images."""
-    actors: int = 0
+    actors: Natural = 0
     """Processes that measure; 0 = one per CPU of the cluster (per GPU where those are used)."""
     gpu: bool | None = None
     """Measure on GPUs; left out = when the cluster has any."""
@@ -67,9 +68,7 @@ def check(config: EvaluateConfig) -> None:
     Raises:
         InputError: names the one that doesn't.
     """
-    positive = ("batch_size", "classifier_steps", "precision_recall_neighbours", "knn_neighbours")
-    check_at_least(config, **dict.fromkeys(positive, 1), kernel_subset_size=2)
-    check_at_least(config, terms=0, max_images=0, max_features=0, actors=0)
+    check_ranges(config)
     if bool(config.ema_lengths) != bool(config.snapshots):
         raise InputError("--ema-lengths and --snapshots go together: give both, or neither")
     if config.ema_lengths and "bits" not in config.metrics:

@@ -1,10 +1,11 @@
 """Settings of a generation job."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pipeline.config import ModelSpec, Precision, SamplerName, check_at_least
+from pipeline.config import ModelSpec, Precision, SamplerName
 from pipeline.errors import InputError
+from pipeline.ranges import Finite, Natural, NotNegative, Positive, Range, Seed, Share, check_ranges
 
 Format = Literal["parquet", "webdataset", "png"]
 
@@ -17,31 +18,31 @@ class GenerateConfig:
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS (pinned when the output is begun)."""
     output: str
     """Folder for the dataset (URI; all nodes must see it)."""
-    count: int = 64
+    count: Positive = 64
     """Samples in all; raised later, it only adds."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(ge=1, le=65_536)] = 64
     """Samples computed together."""
-    rows_per_file: int = 1024
+    rows_per_file: Positive = 1024
     """Samples in one file, the unit that is written whole or not at all; a multiple of --batch-size."""
     sampler: SamplerName = "ancestral"
     """Sampler: ancestral (DDPM), ddim, dpm_solver (DPM-Solver++ 2M)."""
-    sampling_steps: int = 0
+    sampling_steps: Natural = 0
     """Steps of the sampler; 0 = the model's T."""
-    eta: float = 0.0
+    eta: Share = 0.0
     """Noise of DDIM: 0 deterministic, 1 as ancestral."""
-    guidance: float = 1.0
+    guidance: Finite = 1.0
     """Classifier-free guidance; 1 = none (class-conditional models only)."""
-    labels: tuple[int, ...] = ()
+    labels: tuple[Natural, ...] = ()
     """Classes to sample; empty = all (class-conditional models only)."""
-    label_weights: tuple[float, ...] = ()
+    label_weights: tuple[NotNegative, ...] = ()
     """How often, relative to each other, those classes are drawn; empty = equally often."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed: sample i is a function of (model, sampler settings, seed, i)."""
-    actors: int = 0
+    actors: Natural = 0
     """Sampler actors, exactly so many (short for equal --min-actors and --max-actors); 0 = as those two say."""
-    min_actors: int = 1
+    min_actors: Positive = 1
     """Fewest actors of the pool, which grows while work waits and shrinks when it runs out."""
-    max_actors: int = 0
+    max_actors: Natural = 0
     """Most actors of the pool; 0 = one for every CPU (or GPU) of the cluster."""
     gpu: bool = False
     """One GPU for each actor."""
@@ -51,11 +52,11 @@ class GenerateConfig:
     """Run the network through torch.compile (needs a C++ compiler where the actors run)."""
     format: Format = "parquet"
     """parquet (Hugging Face image convention), webdataset (tars), png (folders by label)."""
-    max_blank_fraction: float = 0.01
+    max_blank_fraction: Share = 0.01
     """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
     verify: bool = False
     """Generate nothing: check every file of --output, and that a random share of them comes out the same again."""
-    verify_share: float = 0.05
+    verify_share: Share = 0.05
     """The share of files that --verify generates again; at least one is."""
 
     @property
@@ -70,16 +71,13 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     Raises:
         InputError: in one line, what to change.
     """
-    check_at_least(config, count=1, batch_size=1, rows_per_file=1, min_actors=1, actors=0, max_actors=0)
-    for name in ("eta", "max_blank_fraction", "verify_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} is outside 0 to 1")
+    check_ranges(config)
     if config.rows_per_file % config.batch_size:
         raise InputError(
             f"--rows-per-file {config.rows_per_file} is not a multiple of --batch-size {config.batch_size}"
         )
     T = spec.diffusion.timesteps
-    if not 0 <= config.sampling_steps <= T:
+    if config.sampling_steps > T:
         raise InputError(f"--sampling-steps {config.sampling_steps} is outside 1 to the model's T = {T}")
     _check_actors(config)
     _check_labels(config, spec)
@@ -102,13 +100,13 @@ def _check_labels(config: GenerateConfig, spec: ModelSpec) -> None:
                 "--labels, --label-weights and --guidance need a class-conditional model, which this one is not"
             )
         return
-    if unknown := [label for label in config.labels if not 0 <= label < classes]:
+    if unknown := [label for label in config.labels if label >= classes]:
         raise InputError(f"--labels {unknown[0]}: the model has classes 0 to {classes - 1}")
     weights, wanted = config.label_weights, len(config.labels) or classes
     if weights and len(weights) != wanted:
         raise InputError(f"--label-weights gives {len(weights)} weights for {wanted} classes")
-    if weights and not (all(0 <= weight < float("inf") for weight in weights) and sum(weights) > 0):
-        raise InputError("--label-weights must be numbers of at least 0, and not all 0")
+    if weights and not 0 < sum(weights) < float("inf"):
+        raise InputError("--label-weights: their sum must be a finite number, and not 0")
 
 
 def identity(config: GenerateConfig, spec: ModelSpec, fingerprint: str) -> dict[str, Any]:

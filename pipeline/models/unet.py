@@ -16,6 +16,7 @@ from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.errors import InputError
 from pipeline.models.conv import Conv2d
 from pipeline.models.norm import GroupNorm
+from pipeline.ranges import check_ranges
 
 MOST_GROUPS, LEAST_GROUP = 32, 4
 NORM_EPS = 1e-5
@@ -48,12 +49,11 @@ def check_model(config: ModelConfig, image: ImageConfig) -> None:
     Raises:
         InputError: names the setting and values that would do.
     """
-    if config.model_channels < LEAST_GROUP or config.model_channels % 2:
-        raise InputError(f"--model-channels {config.model_channels} must be even, and at least {LEAST_GROUP}")
-    if not config.channel_multipliers or min(config.channel_multipliers) < 1 or config.res_blocks < 1:
-        raise InputError("--channel-multipliers and --res-blocks must be at least 1")
-    if not 0 <= config.dropout < 1:
-        raise InputError(f"--dropout {config.dropout} is outside 0 to 1")
+    check_ranges(config)
+    if config.model_channels % 2:
+        raise InputError(f"--model-channels {config.model_channels} must be even")
+    if not config.channel_multipliers:
+        raise InputError("--channel-multipliers needs at least one value")
     factor = 2 ** (len(config.channel_multipliers) - 1)
     if image.size % factor:
         below = image.size // factor * factor
@@ -70,7 +70,7 @@ def check_model(config: ModelConfig, image: ImageConfig) -> None:
         if _attends(config, image, i)
     ]
     for width in [*widths, config.model_channels * config.channel_multipliers[-1]]:
-        if config.head_channels < 1 or width % config.head_channels:
+        if width % config.head_channels:
             raise InputError(
                 f"--head-channels {config.head_channels} does not divide a level's {width} channels"
             )

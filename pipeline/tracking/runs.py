@@ -170,6 +170,16 @@ def reopen_later(run_id: str, curves: tuple[str, ...]) -> Run | None:
         return Run(run_id, None)
 
 
+def has_points(run_id: str, curves: tuple[str, ...]) -> bool:
+    """Whether a run has a point of one of these curves; True also where MLflow can't say."""
+    try:
+        client = open_client()
+        client.get_run(run_id)  # the histories of no run are empty
+        return any(client.get_metric_history(run_id, curve) for curve in curves)
+    except (MlflowException, OSError, SQLAlchemyError):
+        return True
+
+
 def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
     """Closes a run as FINISHED, FAILED or KILLED; why is kept as a tag."""
     if reason:

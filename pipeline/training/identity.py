@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from pipeline import __version__
+from pipeline import __version__, storage
 from pipeline.config import (
     DiffusionConfig,
     ImageConfig,
@@ -17,13 +17,17 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import runs
-from pipeline.training.run_channel import CURVES, RUN_FILE
+from pipeline.tracking.tracker import FOLDER as UNDELIVERED
+from pipeline.training.checkpoint_manager import CHECKPOINTS
+from pipeline.training.run_channel import CURVES, QUARANTINE, RUN_FILE
 
 
 def open_run(
     config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run: runs.Run | None
 ) -> tuple[runs.Run, bool]:
     """One MLflow run for one output folder, whatever number of restarts.
+
+    A run that has made nothing yet begins anew where it can't go on: in another MLflow run.
 
     Args:
         run: where the caller has opened it.
@@ -32,22 +36,25 @@ def open_run(
         the run, and whether it is new. MLflow need not answer for one that is resumed.
 
     Raises:
-        InputError: the output is another run's, or MLflow does not answer.
+        InputError: the output holds a run that was not to be resumed, or that has other settings; or MLflow does not
+            answer.
     """
     settings, fixed = to_dict(replace(config, resume=False)), _fixed(config, spec, index)
     before = read_claim(output, RUN_FILE)
     if before is not None:
-        if not config.resume:
-            raise InputError(
-                f"--output {config.output} already holds a run: pass --resume, or choose another folder"
-            )
-        # Fields that the release which began the run did not have are at their defaults.
-        for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
-            before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
-        _check_order(before, index, config)
-        check_claim(output, before, fixed)
-        if run := run or runs.reopen_later(before["run_id"], CURVES):
-            return run, False
+        try:
+            _check_same_run(before, config, fixed, index, output)
+        except InputError:
+            if _has_begun(before, output):
+                raise
+            if old := runs.reopen_run(before["run_id"], ()):  # else somebody has deleted it
+                runs.end_run(old, "FAILED", reason="begun anew before its first step")
+            if storage.exists(bad := storage.join(output, QUARANTINE)):  # of data that may be others now
+                storage.remove(bad)
+            storage.remove_folder(storage.join(output, UNDELIVERED))
+        else:
+            if run := run or runs.reopen_later(before["run_id"], CURVES):
+                return run, False
     tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output}
     run = run or runs.wait_for_mlflow(
         lambda: runs.start_run(config.experiment, config.run_name, tags), config.tracking_patience
@@ -62,6 +69,31 @@ def open_run(
         data_settings=index.settings,
     )
     return run, True
+
+
+def _check_same_run(
+    before: dict[str, Any], config: TrainConfig, fixed: dict[str, Any], index: DatasetIndex, output: str
+) -> None:
+    """Refuses to go on with what is another run, or was not to be resumed.
+
+    Raises:
+        InputError: says what to do.
+    """
+    if not config.resume:
+        raise InputError(
+            f"--output {config.output} already holds a run: pass --resume, or choose another folder"
+        )
+    # Fields that the release which began the run did not have are at their defaults.
+    for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
+        before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
+    _check_order(before, index, config)
+    check_claim(output, before, fixed)
+
+
+def _has_begun(before: dict[str, Any], output: str) -> bool:
+    """Whether a run has a checkpoint, whole or not, or a point of its curves; also where MLflow can't say."""
+    written = storage.list_folders(storage.join(output, CHECKPOINTS), "step-")
+    return bool(written) or runs.has_points(before["run_id"], CURVES)
 
 
 def _check_order(before: dict[str, Any], index: DatasetIndex, config: TrainConfig) -> None:

@@ -152,7 +152,7 @@ def train_step(
     options = config.optimizer
     if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
         rank = dist.get_rank() if world_size > 1 else 0
-        torch.manual_seed((config.seed * 1_000_003 + state.step) * 4096 + rank)
+        torch.manual_seed(((config.seed * 1_000_003 + state.step) * 4096 + rank) % 2**64)
     data = prepare(config, spec, state.timestep_table(device), batch, device)
     losses = run_backward(data)
     limit = options.clip_norm or math.inf

@@ -22,20 +22,16 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
-from pipeline import __version__, storage
-from pipeline.config import ModelSpec, TrainConfig, check_at_least, to_dict
-from pipeline.data.index import DatasetIndex, Splits, open_splits
+from pipeline import storage
+from pipeline.config import ModelSpec, TrainConfig, to_dict
+from pipeline.data.index import Splits
 from pipeline.data.order import Plan
 from pipeline.data.stream import PlannedData
-from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import locked
-from pipeline.models.ema import power_gamma
 from pipeline.models.export import load_model, save_model
-from pipeline.models.unet import check_model
-from pipeline.output import check_apart
 from pipeline.patience import arrow_fs, patiently
 from pipeline.pictures.make import draw_samples
 from pipeline.tracking import runs
@@ -43,6 +39,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, worker
 from pipeline.training.channel_reader import ChannelReader
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, newest_whole, sweep
+from pipeline.training.checks import check
 from pipeline.training.identity import open_run
 from pipeline.training.run_channel import (
     CURVES,
@@ -70,68 +67,6 @@ class Trained:
     spec: ModelSpec
     model: str
     metrics: dict[str, float]
-
-
-def make_spec(config: TrainConfig, index: DatasetIndex) -> ModelSpec:
-    """The model that a configuration and a dataset call for, with where it came from."""
-    return ModelSpec(
-        model=config.model,
-        image=index.image,
-        diffusion=resolve(config.diffusion),
-        provenance={
-            "ray_ddpm": __version__,
-            "data": config.data,
-            "data_fingerprint": index.fingerprint,
-            "data_rows": index.rows,
-            "steps": config.steps,
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "ema_decay": config.optimizer.ema_decays[0],
-        },
-    )
-
-
-def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, ModelSpec]:
-    """Everything that can be known to be wrong before a cluster is asked for anything.
-
-    Args:
-        data: what `config.data` names, where it is open already.
-
-    Returns:
-        the data, and the model to train.
-
-    Raises:
-        InputError: in one line, what to change.
-    """
-    names = "steps workers batch_size log_every checkpoint_every keep_checkpoints readers"
-    check_at_least(config, **dict.fromkeys(names.split(), 1), storage_patience=0, tracking_patience=0)
-    if config.min_workers > config.workers:
-        raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
-    if config.batch_size < config.workers:
-        raise InputError(
-            f"--batch-size {config.batch_size} is the global batch and is split over --workers {config.workers}: "
-            "it must be at least as large"
-        )
-    if not config.optimizer.ema_decays:
-        raise InputError(
-            "--ema-decays needs at least one value: the first average is the model that is exported"
-        )
-    for length in config.optimizer.ema_lengths:
-        power_gamma(length)
-    check_apart(config.output, "--data", config.data)
-    data = data or open_splits(config.data, config.image_size, config.reading, config.split)
-    spec = make_spec(config, data["train"])
-    make_betas(spec.diffusion)
-    check_model(spec.model, spec.image)
-    if config.validate_every:
-        if data["validation"].rows < 2 or config.validation_images == 1:
-            raise InputError("--validate-every needs at least two held-out images")
-        if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
-            raise InputError(
-                f"--validation-terms {config.validation_terms}: give an even number, or 0 for every term"
-            )
-    storage.check_writable(config.output)
-    return data, spec
 
 
 def train(

@@ -1,11 +1,12 @@
 """The settings of a search; imports neither torch nor Ray."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pipeline.config import Reading, TrainConfig, check_at_least
+from pipeline.config import Reading, TrainConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
+from pipeline.ranges import Cpus, Natural, Positive, Range, Seed, check_ranges
 
 Scheduler = Literal["asha", "none"]
 Searcher = Literal["tpe", "random"]
@@ -22,7 +23,7 @@ class TuneConfig:
     """Dataset with held-out images: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     output: str
     """Folder for the trials and the report (all nodes must see it)."""
-    trials: int = 12
+    trials: Positive = 12
     """Trials in all, whatever was done before a resume."""
     resume: bool = False
     """Go on with the search in --output, also where it was moved or copied to; no finished trial is run again."""
@@ -34,29 +35,29 @@ class TuneConfig:
     """How trials are chosen: Optuna's TPE, or at random."""
     scheduler: Scheduler = "asha"
     """asha stops weak trials at rungs; none trains every trial to its end."""
-    images: int = 40_960
+    images: Positive = 40_960
     """Images that a trial sees in training, if it isn't stopped."""
-    rungs: int = 3
+    rungs: Annotated[int, Range(ge=1, le=40)] = 3
     """Measurements of a trial, the last one at its end."""
-    reduction: int = 3
+    reduction: Annotated[int, Range(ge=2)] = 3
     """asha keeps one of so many trials at each rung, and each rung is so many times the images of the one before."""
-    concurrent: int = 64
+    concurrent: Positive = 64
     """Most trials at a time; never more than fit the cluster."""
-    workers: int = 1
+    workers: Positive = 1
     """Training workers of each trial."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: Cpus = 1.0
     """CPUs that each worker reserves; fractions let more trials run at a time."""
-    terms: int = 32
+    terms: Natural = 32
     """Terms of the bound evaluated for each held-out image, stratified over t; an even number; 0 = all T."""
-    max_images: int = 256
+    max_images: Natural = 256
     """Held-out images that every trial is judged on; 0 = all."""
-    samples: int = 512
+    samples: Annotated[int, Range(ge=2)] = 512
     """Samples of the Fréchet distance."""
-    sampling_steps: int = 25
+    sampling_steps: Positive = 25
     """Model evaluations for each of those samples (DDIM), the same for every trial."""
     features: str = "classifier"
     """Features of the Fréchet distance: see jobs/evaluate.py --features."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the search, of every trial's training and of every measurement."""
     experiment: str = "ray-ddpm"
     """MLflow experiment."""
@@ -88,16 +89,13 @@ def check(config: TuneConfig) -> None:
         )
     if config.objective not in OBJECTIVES:
         raise InputError(f"--objective {config.objective!r} is not one of {', '.join(OBJECTIVES)}")
-    check_at_least(config, trials=1, images=1, rungs=1, reduction=2, concurrent=1, workers=1)
-    check_at_least(config, terms=0, max_images=0, samples=2, sampling_steps=1)
+    check_ranges(config)
     if config.images < config.reduction ** (config.rungs - 1):
         raise InputError(f"--images {config.images} are too few for --rungs {config.rungs}")
     if config.max_images == 1:
         raise InputError("--max-images 1: a standard error needs at least two images")
     if config.terms % 2:
         raise InputError(f"--terms {config.terms}: give an even number, or 0 for all terms of the bound")
-    if not 0 < config.cpus_per_worker < float("inf"):
-        raise InputError(f"--cpus-per-worker must be a positive number, got {config.cpus_per_worker}")
 
 
 def rung_images(config: TuneConfig) -> list[int]:

@@ -28,10 +28,11 @@ from pipeline.tracking import runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
 from pipeline.tracking.tracker import Tracker
 from pipeline.tuning import ledger, report
-from pipeline.tuning.config import Scheduler, TuneConfig, base, check, finished
+from pipeline.tuning.choices import check_choices
+from pipeline.tuning.config import Scheduler, TuneConfig, check
 from pipeline.tuning.objective import make_objective
 from pipeline.tuning.proposals import Halving, Proposals
-from pipeline.tuning.space import Space, apply, load_space, train_command
+from pipeline.tuning.space import Space, load_space, train_command
 from pipeline.tuning.trial import CURVES, TrainTrial, Trial, reason_of, training
 
 SEARCH_FILE = "search.json"
@@ -55,14 +56,13 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
     check(config)
     space = load_space(config.space)
     storage.check_writable(config.output)
-    fixed = finished(config, apply(base(config), space.fixed))
-    if fixed.batch_size < config.workers:
-        raise InputError(f"--workers {config.workers}: more than the space's batch_size {fixed.batch_size}")
     if (Path(config.output) / SEARCH_FILE).exists() and not config.resume:
         raise InputError(f"--output {config.output} already holds a search: pass --resume, or another folder")
     check_apart(config.output, "--data", config.data)
-    splits = open_splits(config.data, fixed.image_size, config.reading, config.split)
+    size = int(space.fixed.get("image_size", 0))
+    splits = open_splits(config.data, size, config.reading, config.split)
     _ = splits["validation"]
+    check_choices(config, space, splits["train"].rows)
     return space, splits
 
 

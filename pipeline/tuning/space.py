@@ -6,6 +6,7 @@ entry of the space; a value that it has no type for (a list, flags chosen togeth
 
 import dataclasses
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from optuna.distributions import (
 
 from pipeline.config import RENAMED, TrainConfig, from_dict, leaf_fields, load_yaml, to_dict
 from pipeline.errors import InputError
+from pipeline.ranges import check_ranges
 from pipeline.redact import one_line
 
 DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
@@ -190,7 +192,7 @@ def _defaults(cls: Any) -> dict[str, Any]:
 
 def _check_value(flag: str, value: Any, where: str) -> None:
     try:
-        apply(TrainConfig(data="", output=""), {flag: value})
+        check_ranges(apply(TrainConfig(data="", output=""), {flag: value}))
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('trial.')}") from None
 
@@ -211,16 +213,30 @@ def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
         raise InputError(
             f"{where}: {flag}: unknown key {min(map(str, unknown))!r}; known: low, high, log, step"
         )
+
+    def number(name: str) -> Any:
+        given = value[name]
+        cut = kind is int and isinstance(given, float) and not given.is_integer()
+        if isinstance(given, bool) or not math.isfinite(float(given)) or cut:
+            raise ValueError(f"{name}: {given!r} is not a finite {'whole ' if kind is int else ''}number")
+        return kind(given)
+
     try:
-        low, high = kind(value["low"]), kind(value["high"])
-        log, step = bool(value.get("log", False)), value.get("step")
+        low, high, log = number("low"), number("high"), bool(value.get("log", False))
+        step = None if value.get("step") is None else number("step")
         if kind is int:
-            return IntDistribution(low, high, log=log, step=int(step or 1))
-        return FloatDistribution(low, high, log=log, step=None if step is None else float(step))
+            distribution: BaseDistribution = IntDistribution(
+                low, high, log=log, step=1 if step is None else step
+            )
+        else:
+            distribution = FloatDistribution(low, high, log=log, step=step)
     except KeyError as error:
         raise InputError(f"{where}: {flag}: a range needs {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: {flag}: {one_line(error)}") from None
+    for end in (low, high):
+        _check_value(flag, end, where)
+    return distribution
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -17,6 +17,7 @@ from pipeline.redact import one_line
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_channel, trainer
+from pipeline.training.checks import make_spec
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger, space
 from pipeline.tuning.config import TuneConfig, base, finished, rung_steps
@@ -189,7 +190,7 @@ class TrainTrial(Trial):
         watch = RungWatch(
             rung_steps(self.job, config.batch_size),
             {rung.step: rung for rung in self.record.rungs},
-            trainer.make_spec(config, self.settings["splits"]["train"]),
+            make_spec(config, self.settings["splits"]["train"]),
             self.settings["objective"],
             self._exchange,
         )

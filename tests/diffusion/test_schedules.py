@@ -60,7 +60,7 @@ def test_a_file_of_betas_is_the_schedule_of_as_many_steps(text: str, tmp_path: P
         ("0.1 -0.2", "number 2 is -0.2"),
         ("[0.1, NaN]", "number 2 is nan"),
         ("[0.1, Infinity]", "number 2 is inf"),
-        ("", "outside 1 to 10000"),
+        ("", "--timesteps 0: must be at least 1"),
         ("0.1 much", "expected a list of numbers"),
         ('{"betas": [0.1]}', "expected a list of numbers"),
         ("0.9 " * 100, "underflows"),
@@ -78,8 +78,8 @@ def test_a_file_that_is_no_schedule_is_refused_in_one_line(text: str, reason: st
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (DiffusionConfig(timesteps=0), "timesteps: 0 is outside 1 to 10000"),
-        (DiffusionConfig(timesteps=10_001), "timesteps: 10001 is outside"),
+        (DiffusionConfig(timesteps=0), "--timesteps 0: must be at least 1 and at most 10000"),
+        (DiffusionConfig(timesteps=10_001), "--timesteps 10001: must be at least 1"),
         (DiffusionConfig(schedule="cubic"), "neither a file nor one of linear"),
         (DiffusionConfig(betas=(0.1,), timesteps=1), "leave one of the two out"),
         (DiffusionConfig(schedule="explicit", betas=(0.1,), timesteps=2), "give one for each"),

@@ -99,7 +99,7 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
         ({"metrics": ("knn",)}, "without --samples"),
         ({"split": "tests"}, "split 'tests'"),
         ({"data": "nowhere"}, "no such folder"),

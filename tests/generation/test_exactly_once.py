@@ -150,12 +150,15 @@ def test_other_settings_are_refused_even_when_the_settings_file_is_lost(model: P
         ({"sampling_steps": 5}, "T = 4"),
         ({"labels": (3,)}, "--labels 3"),
         ({"label_weights": (1.0,)}, "1 weights for 3 classes"),
-        ({"label_weights": (0.0, 0.0, 0.0)}, "not all 0"),
-        ({"label_weights": (1.0, float("nan"), 1.0)}, "at least 0"),
+        ({"label_weights": (0.0, 0.0, 0.0)}, "their sum must be a finite number, and not 0"),
+        (
+            {"label_weights": (1.0, float("nan"), 1.0)},
+            "--label-weights nan: must be a finite number, at least 0",
+        ),
         ({"eta": 2.0}, "--eta"),
         ({"actors": 2, "max_actors": 3}, "--actors is a fixed number"),
         ({"min_actors": 3, "max_actors": 2}, "--max-actors 2 is less than"),
-        ({"max_actors": -1}, "--max-actors must be at least 0"),
+        ({"max_actors": -1}, "--max-actors -1: must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(

@@ -36,8 +36,17 @@ CASES = {
     "missing data folder": (("train", "--data", "nowhere", "--output", "run"), "nowhere"),
     "empty data folder": (("train", "--data", "empty", "--output", "run"), "empty"),
     "batch smaller than workers": ((*TRAIN, "--batch-size", "1", "--workers", "2"), "--batch-size 1"),
+    "batch larger than the data": (
+        (*TRAIN, "--batch-size", "100000"),
+        "--batch-size 100000 is more than the",
+    ),
+    "loss that leaves the variance as it is": (
+        (*TRAIN, "--variance", "learned_range"),
+        "--loss simple does not train --variance learned_range",
+    ),
+    "a number outside of its range": ((*TRAIN, "--label-dropout", "3"), "--label-dropout 3.0: must be"),
     "unknown schedule": ((*TRAIN, "--schedule", "liner"), "cosine"),
-    "T below one": ((*TRAIN, "--timesteps", "0"), "timesteps"),
+    "T below one": ((*TRAIN, "--timesteps", "0"), "--timesteps 0: must be"),
     "image size the UNet can't take": (
         ("train", "--data", "digits", "--output", "run", "--channel-multipliers", "1", "1", "1", "1", "1"),
         "16",

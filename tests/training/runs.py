@@ -14,9 +14,9 @@ from pipeline.data.order import Plan
 from pipeline.data.stream import PlannedData
 from pipeline.evaluation.reading import read_images
 from pipeline.training import checkpoint, loop
+from pipeline.training.checks import check, make_spec
 from pipeline.training.meter import Meter
 from pipeline.training.state import TrainState, new_state
-from pipeline.training.trainer import check, make_spec
 from tests.training.common import planned
 
 

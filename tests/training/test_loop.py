@@ -194,3 +194,12 @@ def test_a_non_finite_step_is_skipped_on_request() -> None:
     assert bool(flat(state).isfinite().all())
     assert observer.figures[5]["skipped_steps"] == 1
     assert np.isfinite(observer.figures[5]["loss"])
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_dropout_has_masks_for_any_seed(seed: int) -> None:
+    config, spec = problem(steps=1, seed=seed)
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, dropout=0.5))
+    first, again = (flat(run(config, spec)[0]) for _ in range(2))
+    assert torch.equal(first, again)
+    assert bool(first.isfinite().all())

@@ -1,0 +1,88 @@
+"""The range of every numeric setting: it stands in the setting's type, and is checked in one place.
+
+    batch_size: Annotated[int, Range(ge=1)] = 128
+
+`check_ranges` is called where flags and `--config` meet, by every job's own `check`, and for every value of a search
+space.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+from pipeline.errors import InputError
+
+# Names of files have room for twelve digits, and no setting is a larger number of anything.
+LARGEST = 10**12 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be: finite ones, and whole ones up to LARGEST where no upper end is given.
+
+    Attributes:
+        ge, gt: the lower end: at least, or more than.
+        le, lt: the upper end: at most, or less than.
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def refusal(self, value: float) -> str:
+        """What is wrong with a value; "" where it is in the range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"must be a finite number{', ' + self.ends if self.ends else ''}"
+        if (
+            (self.ge is not None and value < self.ge)
+            or (self.gt is not None and value <= self.gt)
+            or (self.le is not None and value > self.le)
+            or (self.lt is not None and value >= self.lt)
+        ):
+            return f"must be {self.ends}"
+        unbounded = self.le is None and self.lt is None
+        return (
+            f"must be at most {LARGEST}" if unbounded and isinstance(value, int) and value > LARGEST else ""
+        )
+
+    @property
+    def ends(self) -> str:
+        """The ends in words; "" where there are none."""
+        words = {"at least": self.ge, "more than": self.gt, "at most": self.le, "less than": self.lt}
+        return " and ".join(f"{word} {end}" for word, end in words.items() if end is not None)
+
+
+Natural = Annotated[int, Range(ge=0)]
+Positive = Annotated[int, Range(ge=1)]
+Seed = Annotated[int, Range(ge=-(2**63), le=2**63 - 1)]
+Finite = Annotated[float, Range()]
+NotNegative = Annotated[float, Range(ge=0)]
+MoreThanZero = Annotated[float, Range(gt=0)]
+Share = Annotated[float, Range(ge=0, le=1)]
+# Ray counts ten-thousandths of a CPU, in 64 bits.
+Cpus = Annotated[float, Range(ge=0.0001, le=1_000_000)]
+
+
+def check_ranges(config: Any) -> None:
+    """Refuses a configuration with a number outside of its range, in it or in a configuration inside it.
+
+    Raises:
+        InputError: names the flag, the value and the range.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value, span = getattr(config, name), range_of(hint)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        elif span is not None and value is not None:
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if refusal := span.refusal(one):
+                    raise InputError(f"--{name.replace('_', '-')} {one}: {refusal}")
+
+
+def range_of(hint: Any) -> Range | None:
+    """The range in a setting's type: of the number, or of each number of a tuple."""
+    if isinstance(hint, Range):
+        return hint
+    return next(filter(None, map(range_of, get_args(hint))), None)

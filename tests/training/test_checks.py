@@ -1,0 +1,121 @@
+"""What is refused of a run before its output is claimed, and what may begin anew in an output that was."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage
+from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.data.index import open_splits
+from pipeline.errors import InputError
+from pipeline.tracking import runs
+from pipeline.training import checkpoint
+from pipeline.training.checks import check, check_fit
+from pipeline.training.identity import open_run
+from pipeline.training.run_channel import QUARANTINE, RUN_FILE
+from tests.jobs.common import database
+from tests.training.digit_runs import ROWS
+
+
+@pytest.fixture
+def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
+    model = ModelConfig(32, (1, 2), res_blocks=1, attention_resolutions=(4,))
+    return TrainConfig(
+        str(digits), str(tmp_path / "run"), model=model, diffusion=DiffusionConfig(timesteps=5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"batch_size": ROWS + 1}, f"--batch-size {ROWS + 1} is more than the {ROWS} images to train on"),
+        ({"steps": 10**9 - 1, "batch_size": ROWS}, r"--steps 999999999 are more than 16777216 epochs of"),
+        ({"workers": 3, "batch_size": 2}, "--batch-size 2 is the global batch"),
+        ({"workers": 2, "min_workers": 3}, "--min-workers 3 is more than --workers 2"),
+        ({"microbatch": -1}, "--microbatch -1: must be at least 0"),
+        ({"optimizer": OptimizerConfig(ema_decays=())}, "--ema-decays needs at least one value"),
+        ({"optimizer": OptimizerConfig(adam_betas=(0.9, 1.0))}, "--adam-betas 1.0: must be"),
+        (
+            {"diffusion": DiffusionConfig(variance="learned_range")},
+            "--loss simple does not train --variance learned",
+        ),
+        ({"diffusion": DiffusionConfig(loss="hybrid")}, "--loss hybrid trains --variance learned_range"),
+        ({"diffusion": DiffusionConfig(betas=(2.0, 3.0))}, "betas: given beside"),
+        (
+            {"diffusion": DiffusionConfig(schedule="linear", beta_start=1e-18)},
+            "--beta-start|betas: .*so small",
+        ),
+        ({"model": ModelConfig(33)}, "--model-channels 33 must be even"),
+        ({"model": ModelConfig(channel_multipliers=())}, "--channel-multipliers needs at least one"),
+        ({"model": ModelConfig(head_channels=24)}, "--head-channels 24 does not divide"),
+        ({"model": ModelConfig(channel_multipliers=(1,) * 5)}, "can't be halved 4 times"),
+        ({"validate_every": 1, "validation_images": 1}, "at least two held-out images"),
+        ({"validate_every": 1, "validation_terms": 3}, "--validation-terms 3"),
+    ],
+)
+def test_settings_that_cannot_work_together_or_on_the_data_leave_the_output_alone(
+    config: TrainConfig, changes: dict[str, Any], says: str
+) -> None:
+    check(config)
+    with pytest.raises(InputError, match=says) as error:
+        check(replace(config, **changes))
+    assert "\n" not in str(error.value)
+    assert not Path(config.output).exists()
+
+
+def test_a_batch_of_all_images_and_a_microbatch_beyond_it_can_be_trained(config: TrainConfig) -> None:
+    check(replace(config, batch_size=ROWS, microbatch=10**6))
+
+
+def begin(config: TrainConfig) -> runs.Run:
+    """What the driver does of a run before its workers start."""
+    data = open_splits(config.data)
+    return open_run(config, check_fit(config, data), data["train"], config.output)
+
+
+def status(run: runs.Run) -> str:
+    return str(runs.open_client().get_run(run.id).info.status)
+
+
+def test_a_run_without_a_step_begins_anew_with_other_settings(config: TrainConfig) -> None:
+    first = begin(config)
+    storage.write_atomic(storage.join(config.output, QUARANTINE), b'{"path": "a", "reason": "b"}\n')
+    second = begin(replace(config, batch_size=64, seed=1))
+    assert second.id != first.id
+    assert (status(first), status(second)) == ("FAILED", "RUNNING")
+    assert not storage.exists(storage.join(config.output, QUARANTINE))
+    assert begin(replace(config, batch_size=64, seed=1, resume=True)).id == second.id
+    runs.open_client().delete_run(second.id)
+    third = begin(replace(config, resume=True))  # a retried job need not know
+    assert third.id not in (first.id, second.id)
+
+
+def a_checkpoint(config: TrainConfig, run: runs.Run) -> None:
+    uri = storage.join(config.output, "checkpoints", checkpoint.new_name(1))
+    storage.write_atomic(storage.join(uri, "state.json"), b"damaged")
+
+
+def a_point(config: TrainConfig, run: runs.Run) -> None:
+    runs.log_points(run, [(0, 1, {"loss": 1.0})])
+
+
+def lost_by_mlflow(config: TrainConfig, run: runs.Run) -> None:
+    claim = Path(config.output) / RUN_FILE
+    claim.write_text(claim.read_text().replace(run.id, "0" * 32))
+
+
+@pytest.mark.parametrize("happens", [a_checkpoint, a_point, lost_by_mlflow])
+def test_a_run_that_may_have_made_a_step_does_not_begin_anew(
+    config: TrainConfig, happens: Callable[[TrainConfig, runs.Run], None]
+) -> None:
+    happens(config, begin(config))
+    before = (Path(config.output) / RUN_FILE).read_bytes()
+    with pytest.raises(InputError, match="already holds a run: pass --resume"):
+        begin(config)
+    with pytest.raises(InputError, match="was begun with batch_size = 128, now it is 64"):
+        begin(replace(config, batch_size=64, resume=True))
+    assert (Path(config.output) / RUN_FILE).read_bytes() == before
