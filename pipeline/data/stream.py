@@ -176,8 +176,9 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
         except Exception as error:  # handed to the consumer, who raises it
             put(error)
 
-    def consume() -> Iterator["Batch"]:
+    def consume() -> Iterator[Any]:
         try:
+            yield None
             while (item := items.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
@@ -189,4 +190,7 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
 
     thread = threading.Thread(target=run, name="batches-ahead", daemon=True)
     thread.start()
-    return consume()
+    batches = consume()
+    # It is in its `try` from here on: closing it before its first batch ends the thread too.
+    next(batches)
+    return batches

@@ -109,15 +109,14 @@ def _run(task: Task) -> None:
     batches = ray.train.get_dataset_shard("train").batches(
         state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
-    model = network.wrap(config, state.model, world_size)
-
-    run.begin()
-    try:
-        with contextlib.closing(batches):
+    with contextlib.closing(batches):
+        model = network.wrap(config, state.model, world_size)
+        run.begin()
+        try:
             loop.train(config, spec, state, model, batches, meter, run)
-    except (InputError, loop.NonFinite) as error:
-        run.fail(error)
-        raise
+        except (InputError, loop.NonFinite) as error:
+            run.fail(error)
+            raise
     if hooks.watch is not None and state.step == config.steps:
         hooks.watch(state, rank, world_size)
     run.finish()

@@ -98,7 +98,7 @@ def test_damage_is_passed_over_and_damage_of_all_of_them_stops_the_run(tmp_path:
     older, newer = write(str(tmp_path), 3, 6)
 
     def spoil(uri: str) -> None:
-        file = Path(uri) / checkpoint.AVERAGES
+        file = Path(uri) / checkpoint.average_file(0)
         file.write_bytes(file.read_bytes()[:-1]) if damage == "cut" else file.unlink()
 
     spoil(newer)
@@ -126,6 +126,24 @@ def test_only_what_a_run_wrote_is_swept(tmp_path: Path) -> None:
     sweep(str(tmp_path), [Checkpoint(first)])
     left = {first, third, str(tmp_path / "step-by-step"), str(tmp_path / "step-000000003-mine")}
     assert set(map(str, tmp_path.iterdir())) == left
+
+
+def test_a_sweep_during_an_outage_says_so(bucket: str, weather: Weather) -> None:
+    first, second = write(bucket, 3, 6)
+    listed: list[str] = []
+
+    def one_of_the_folder(method: str, path: str) -> bool:
+        """Not the listing by which the newest one is found, which is the first."""
+        if "list-type" in path:
+            listed.append(path)
+        return len(listed) > 1 and "list-type" in path
+
+    weather.storm("expired", 1.0, one_of_the_folder)
+    said: list[str] = []
+    patience.patiently(lambda: sweep(bucket, []), "can't be removed", 30, said.append)
+    assert weather.seen and len(said) == 1 and "can't be removed" in said[0]
+    assert storage.list_folders(bucket, "step-") == [second]
+    assert not storage.exists(first)
 
 
 def entry(name: str, score: float | None) -> dict[str, Any]:
