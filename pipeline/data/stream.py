@@ -18,7 +18,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 from ray.train import DataConfig
 
-from pipeline.cluster.pace import set_in_flight, set_pace
+from pipeline.cluster.pace import set_in_flight, set_pace, tables_of
 from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Plan, local_batch_size, windows_between
 from pipeline.data.reads import BLOCK_BYTES, Reader, make_read_tasks, pixel_bytes, rows_ahead
@@ -115,7 +115,7 @@ class RankStream:
             most = handed_over + 2 * self.readers * largest
             least = max(handed_over + self.readers * largest, batches)
             set_in_flight(context, max(min(self.in_flight, most), least), largest)
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            yield from tables_of(dataset)
 
 
 class PlannedData(DataConfig):

@@ -21,9 +21,7 @@ from pipeline.training.state import TrainState
 from pipeline.versions import VERSIONS, check_readable, check_same
 
 STATE = "state.json"
-WEIGHTS, OPTIMIZER, TIMESTEP_SAMPLER = (
-    f"{part}.safetensors" for part in ("weights", "optimizer", "sampler")
-)
+WEIGHTS, OPTIMIZER, TIMESTEP_SAMPLER = (f"{part}.safetensors" for part in ("weights", "optimizer", "sampler"))
 # In checkpoints of 0.1.0: all averages, "NUMBER/PARAMETER" to tensor.
 AVERAGES = "averages.safetensors"
 
@@ -239,9 +237,7 @@ def _read_file(uri: str, state: dict[str, Any], name: str) -> bytes:
 def _one_of(averages: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     """One average of those in a file of 0.1.0."""
     prefix = f"{number}/"
-    return {
-        name.removeprefix(prefix): tensor for name, tensor in averages.items() if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): tensor for name, tensor in averages.items() if name.startswith(prefix)}
 
 
 def _canonical(state: dict[str, Any]) -> bytes:

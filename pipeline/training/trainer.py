@@ -22,6 +22,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import __version__, storage
+from pipeline.cluster.room import Need, announced, check_fits
 from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ModelSpec, TrainConfig, check_at_least
 from pipeline.data.index import DatasetIndex, Splits, open_splits
@@ -49,7 +50,7 @@ from pipeline.training.run_channel import (
     read_quarantine,
 )
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
-from pipeline.training.validation import Validator
+from pipeline.training.validation import SpareResources, Validator
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
     Raises:
         InputError: in one line, what to change.
     """
-    names = "steps workers batch_size log_every checkpoint_every keep_checkpoints readers"
+    names = (
+        "steps workers batch_size log_every checkpoint_every keep_checkpoints readers max_skipped_in_a_row"
+    )
     check_at_least(config, **dict.fromkeys(names.split(), 1), storage_patience=0)
     if config.min_workers > config.workers:
         raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
@@ -153,6 +156,7 @@ def train(
         Interrupted: a signal ended the run; it was saved first.
     """
     data, spec = check(config, data)
+    check_fits(room_needed(config))
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
     # A caller that opened the MLflow run holds the lock of the folder that the output lies in.
@@ -190,7 +194,8 @@ def _train(
     try:
         with ChannelReader(channel, display, run.last_steps, deliver, on_point, lost) as reader:
             try:
-                result, signal_number = run_until_signal(trainer.fit, channel, display.note)
+                with announced(room_needed(config), display.note):
+                    result, signal_number = run_until_signal(trainer.fit, channel, display.note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
                 if reason := ray.get(channel.reason_to_give_up.remote()):
                     raise InputError(reason) from None
@@ -248,7 +253,7 @@ def _trainer(
     if config.validate_every:
         validation = ValidationConfig(
             Validator(config, spec, data["validation"], output, channel),
-            ray_remote_kwargs=_validation_resources(config, gpu),
+            ray_remote_kwargs=SpareResources(config, gpu),
         )
         scored = {"checkpoint_score_attribute": BITS_PER_DIM, "checkpoint_score_order": "min"}
     return TorchTrainer(
@@ -276,18 +281,17 @@ def _trainer(
     )
 
 
-def _validation_resources(config: TrainConfig, gpu: bool) -> dict[str, Any]:
-    """What the workers leave of the cluster; no CPU at all where they leave none: it must not wait for their end."""
-    total = ray.cluster_resources()
-    spare_cpus = total.get("CPU", 0) - config.workers * config.cpus_per_worker
-    spare_gpus = total.get("GPU", 0) - config.workers if gpu else 0
-    # An environment of its own gives it processes of its own, whose low priority no other task inherits.
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    return {"num_cpus": int(spare_cpus >= 1), "num_gpus": int(spare_gpus >= 1), "runtime_env": environment}
+def room_needed(config: TrainConfig) -> Need:
+    """The least with which a run goes on."""
+    least = config.min_workers or config.workers
+    each = {"CPU": config.cpus_per_worker, "GPU": float(_use_gpu(config))}
+    count = f"--min-workers {least}" if config.min_workers else f"--workers {least}"
+    flags = f"{count} --cpus-per-worker {config.cpus_per_worker:g}{' --gpu' * _use_gpu(config)}"
+    reserved = {name: amount for name, amount in each.items() if amount}
+    return Need(least, reserved, "RayTrainWorker", flags)
 
 
 def _use_gpu(config: TrainConfig) -> bool:
-    available = ray.cluster_resources().get("GPU", 0) >= config.workers
-    if config.gpu and not available:
-        raise InputError(f"--gpu: the cluster has fewer GPUs than --workers {config.workers}")
-    return available if config.gpu is None else config.gpu
+    if config.gpu is not None:
+        return config.gpu
+    return bool(ray.cluster_resources().get("GPU", 0) >= (config.min_workers or config.workers))

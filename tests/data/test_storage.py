@@ -111,7 +111,7 @@ def test_a_disk_that_fails_is_not_an_empty_one(
         for name in ("stat", "scandir", "open"):
             away.setattr(os, name, fail)
         away.setattr("builtins.open", fail)
-        with pytest.raises(InputError, match="can't be read: .*Stale file handle"):
+        with pytest.raises(InputError, match=r"can't be read: .*Stale file handle"):
             ASKED[asked](str(tmp_path))
     assert ASKED[asked](str(tmp_path))
 
@@ -129,7 +129,7 @@ def test_a_folder_below_that_can_not_be_listed_is_not_an_empty_one(
 
     monkeypatch.setattr(os, "scandir", fail)
     for ask in (storage.sizes, storage.list_files):
-        with pytest.raises(InputError, match="can't be read: .*Input/output error"):
+        with pytest.raises(InputError, match=r"can't be read: .*Input/output error"):
             ask(str(tmp_path))
 
 

@@ -84,7 +84,13 @@ def test_nothing_in_a_checkpoint_is_a_pickle(written: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["weights.safetensors", "average-0.safetensors", "average-1.safetensors", "optimizer.safetensors", "state.json"],
+    [
+        "weights.safetensors",
+        "average-0.safetensors",
+        "average-1.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ],
 )
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_a_damaged_file_is_noticed(written: Path, name: str, damage: str) -> None:
