@@ -61,16 +61,16 @@ def check_fits(need: Need) -> None:
     """
     limit, nodes = state.get_max_resources_from_cluster_config(), _nodes()
     wanted, room, lack = _wanted(need), _fitting(nodes, need), ""
+    missing = next((name for name, amount in _sums(nodes, need).items() if not amount), "")
     if limit:  # Ray Train would fail for the same reason
         if any(limit.get(name, 0) < need.count * amount for name, amount in need.each.items()):
             most = _words({name: float(limit.get(name, 0)) for name in need.each})
             lack = f"{wanted} are needed, and the autoscaler adds nodes up to {most}"
     elif ray.cluster_resources().get("CPU") and not room:
-        missing = next((name for name, amount in _sums(nodes, need).items() if not amount), "")
-        lack = (
+        there = (
             f"the cluster has no {missing}" if missing else f"no node of the cluster has {_words(need.each)}"
         )
-        lack += ", and no autoscaler adds one"
+        lack = f"{there}, and no autoscaler adds one"
     elif room < need.count and is_own_ray():
         lack = f"{wanted} are needed, and this machine has {_words(_sums(nodes, need))}"
     if lack:
@@ -83,9 +83,8 @@ def shortage(need: Need) -> str:
     for nodes, what in ((_nodes(), ""), (free, " free")):
         if (room := _fitting(nodes, need)) < need.count:
             there = _sums(nodes, need)
-            if all(
-                there[name] >= need.count * amount for name, amount in need.each.items()
-            ):  # on too many nodes
+            # Enough in all, on too many nodes.
+            if all(there[name] >= need.count * amount for name, amount in need.each.items()):
                 return f"waiting for {need.count} times {_words(need.each)}, the nodes have room for {room}"
             has = _words(there) if len(there) > 1 else f"{next(iter(there.values())):g}"
             return f"waiting for {_wanted(need)}, the cluster has {has}{what}"
