@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 
 POLL_SECONDS = 1.0
 # A worker that has just been given its place is not known at once to have it.
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 10.0
 REPEAT_SECONDS = 60.0
 
 

@@ -254,12 +254,17 @@ def position(config: TrainConfig, step: int, rows: int) -> dict[str, int]:
 
 def _check_shared(task: Task) -> None:
     node = ray.util.get_node_ip_address()
-    if not storage.exists(storage.join(task.output, RUN_FILE)):
+    patient = PatientOnChannel(task.channel, task.config.storage_patience)
+
+    def sees(uri: str, **options: bool) -> bool:
+        return patient(lambda: storage.exists(uri, **options), f"the node {node} can't reach {uri}")
+
+    if not sees(storage.join(task.output, RUN_FILE)):
         raise InputError(
             f"--output {task.output}: the node {node} does not see what the driver wrote there: give a folder that all "
             "nodes share, or an object store (s3://…)"
         )
-    if not storage.exists(task.config.data, pattern=True):
+    if not sees(task.config.data, pattern=True):
         raise InputError(
             f"--data {task.config.data}: the node {node} does not see it: give a folder that all nodes share, or an "
             "object store (s3://…)"

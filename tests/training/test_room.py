@@ -151,11 +151,14 @@ class Same:
         return lambda number: number
 
 
-def test_a_pool_waits_for_room_and_says_so(cpus: int, quick: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_pool_waits_for_room_and_says_so(
+    cpus: int, quick: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with held(cpus) as release:
         threading.Timer(8, release).start()
         assert list(ActorPool(gpu=False)(Same(), range(3), "numbers")) == [0, 1, 2]  # type: ignore[arg-type]
     assert capfd.readouterr().err.count("waiting") == 1
+    monkeypatch.undo()
     assert list(ActorPool(cpus, gpu=False, cpus=1)(Same(), range(3))) == [0, 1, 2]  # type: ignore[arg-type]
     assert "waiting" not in capfd.readouterr().err  # all CPUs are its own
 
