@@ -108,9 +108,9 @@ def connect(
 
 def is_own_ray() -> bool:
     """Whether this process has started the Ray that it uses: no other node will ever join that."""
-    from pipeline.cluster import ray_internals
+    from pipeline.cluster.ray_internals import global_worker
 
-    node = ray_internals._global_node
+    node = global_worker.node
     return node is not None and bool(node.is_head())
 
 
