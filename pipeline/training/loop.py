@@ -82,9 +82,8 @@ def train(
             meter.skipped_in_a_row += 1
             if meter.skipped_in_a_row >= config.max_skipped_in_a_row:
                 raise InputError(
-                    f"{error}: that was skipped step {meter.skipped_in_a_row} in a row, as many as "
-                    f"--max-skipped-in-a-row allows, and the weights are those before them: resume with a smaller "
-                    "--learning-rate, or look at the samples"
+                    f"{error}: {meter.skipped_in_a_row} steps in a row were skipped, as many as --max-skipped-in-a-row "
+                    "allows, and the weights are those before them: resume with a smaller --learning-rate"
                 )
 
     state.model.train()

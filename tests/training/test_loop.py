@@ -220,7 +220,9 @@ def test_a_run_that_only_skips_ends_whatever_comes_between(tmp_path: Path) -> No
     checkpoint.restore(state, saved)
     meter.restore(kept, 0)
     stream = _Poisoned(config, bad, start=9)
-    with pytest.raises(InputError, match=r"^step 12: .*5 in a row.*--max-skipped-in-a-row.*--learning-rate"):
+    with pytest.raises(
+        InputError, match=r"^step 12: .*5 steps in a row.*--max-skipped-in-a-row.*--learning-rate"
+    ):
         train(config, spec, state, state.model, stream, meter, loop.Observer())
     assert torch.equal(flat(state), before)
 
@@ -233,7 +235,7 @@ def _skip_all(rank: int, port: int, folder: str) -> None:
         range(5, 99) if rank == 0 else (),
     )  # one worker's images suffice
     stream = _Poisoned(config, bad, rank=rank, world_size=2)
-    with pytest.raises(InputError, match=r"^step 7: .*3 in a row"):
+    with pytest.raises(InputError, match=r"^step 7: .*3 steps in a row"):
         train(config, spec, state, wrap(config, state.model, 2), stream, Meter(config, 2, CPU), Recorder())
     dist.barrier()
     (Path(folder) / str(rank)).touch()
