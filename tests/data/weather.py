@@ -23,7 +23,6 @@ class Weather:
     def __init__(self, host: str, port: int) -> None:
         self.seen = 0
         self._fault: Callable[[str, str], str]
-        self._delay: Callable[[str, str], float]
         self.calm()
         weather = self
 
@@ -35,7 +34,6 @@ class Weather:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                time.sleep(weather._delay(self.command, self.path))
                 if fault := weather._fault(self.command, self.path):
                     weather.seen += 1
                     self._fail(fault, body)
@@ -89,13 +87,8 @@ class Weather:
         self._server.server_close()
 
     def calm(self) -> None:
-        """No more faults, no more delays."""
+        """No more faults."""
         self._fault = lambda method, path: ""
-        self._delay = lambda method, path: 0.0
-
-    def slow(self, seconds: float, which: Callable[[str, str], bool]) -> None:
-        """Requests of this kind, by method and path, take so much longer."""
-        self._delay = lambda method, path: seconds if which(method, path) else 0.0
 
     def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
         """For so long, from the first of them on, requests meet a fault of this kind, one of `FAULTS`.
