@@ -29,6 +29,7 @@ from pipeline.config import ModelConfig, ModelSpec, TrainConfig
 from pipeline.diffusion.process import make_process
 from pipeline.gpu.graph import Graphed
 from pipeline.models.diffusers import unet_config
+from pipeline.models.ema import Averages
 from pipeline.models.sampling import sample_images
 from pipeline.models.unet import build
 from pipeline.training import flops, network
@@ -59,7 +60,7 @@ def stepper(
     else:
         state.model = model.to(device)  # type: ignore[assignment]
         state.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        state.averages = [[p.detach().clone() for p in model.parameters()]]
+        state.ema = Averages(list(model.parameters()), 1)
         mode = "reduce-overhead" if device.type == "cuda" else None
         called = torch.compile(model, dynamic=False, mode=mode) if config.compile else model
         process = make_process(spec.diffusion).to(device)

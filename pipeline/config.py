@@ -21,6 +21,7 @@ LossKind = Literal["simple", "weighted", "vlb", "hybrid", "min_snr"]
 TimestepSampler = Literal["uniform", "loss_second_moment"]
 SamplerName = Literal["ancestral", "ddim", "dpm_solver"]
 Precision = Literal["auto", "fp32", "bf16"]
+EmaDevice = Literal["worker", "cpu"]
 Source = Literal[
     "auto", "digits", "idx", "cifar", "npz", "folder", "zip", "webdataset", "huggingface", "arrow"
 ]
@@ -121,6 +122,9 @@ class OptimizerConfig:
     ema_lengths: tuple[EmaLength, ...] = ()
     """EDM2 power-function averages, as relative lengths sigma_rel; OUTPUT/snapshots keeps each as it
     stood at every checkpoint, and jobs/evaluate.py makes any other length of them (0.05 and 0.1 serve well)."""
+    ema_device: EmaDevice = "worker"
+    """Where the averages are kept: on the worker's device, or in main memory (cpu), which leaves a GPU's memory to the
+    training and costs a copy of the weights each step. It changes no result but by rounding."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,8 @@ class TrainConfig:
     """Share of undecodable images at which the run stops."""
     skip_nonfinite: bool = False
     """Skip a step whose loss or gradient is not finite, instead of stopping the run."""
+    max_skipped_in_a_row: Positive = 100
+    """Skipped steps in a row at which the run stops all the same."""
     experiment: str = "ray-ddpm"
     """MLflow experiment."""
     run_name: str = ""

@@ -23,6 +23,8 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
 _SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _READ_TOGETHER = 32
+# The only errors that say that something is not there.
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class StorageError(InputError):
@@ -96,8 +98,26 @@ def _kind(fs: Any, path: str) -> str | None:
     """What lies there: file, directory or other."""
     try:
         return str(fs.info(path)["type"])  # its `exists` takes every failure for a no
-    except (FileNotFoundError, NotADirectoryError):
+    except _ABSENT:
         return None
+
+
+def _find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    """Every file below a folder; nothing where there is none."""
+    if not isinstance(fs, LocalFileSystem):
+        try:
+            return dict(fs.find(path, detail=True))
+        except _ABSENT:
+            return {}
+    found, folders = dict[str, dict[str, Any]](), [path]
+    while folders:  # on disks `find` leaves out what it can't list
+        with contextlib.suppress(*_ABSENT):
+            for entry in fs.ls(folders.pop(), detail=True):
+                if entry["type"] == "directory":
+                    folders.append(entry["name"])
+                else:
+                    found[entry["name"]] = entry
+    return dict(sorted(found.items()))
 
 
 def pattern_of(uri: str) -> tuple[str, str] | None:
@@ -154,23 +174,33 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_many(uris: list[str]) -> dict[str, bytes]:
-    """Whole small files, many at a time; those that can't be read are left out."""
+    """Whole small files, many at a time; those that are not there are left out.
+
+    Raises:
+        InputError: one can't be read.
+    """
 
     def read(uri: str) -> bytes | None:
-        try:
-            return read_bytes(uri)
-        except OSError:
-            return None
+        with _asking(uri):
+            try:
+                return read_bytes(uri)
+            except _ABSENT:
+                return None
 
     with ThreadPoolExecutor(_READ_TOGETHER) as pool:
         return {uri: data for uri, data in zip(uris, pool.map(read, uris), strict=True) if data is not None}
 
 
 def sizes(uri: str) -> dict[str, int]:
-    """Bytes of every file below a folder, by URI, from one listing; nothing where there is no such folder."""
+    """Bytes of every file below a folder, by URI, from one listing; nothing where there is no such folder.
+
+    Raises:
+        InputError: it can't be read.
+    """
     fs, path = open_fs(uri)
     fs.invalidate_cache()
-    found = fs.find(path, detail=True)
+    with _asking(uri):
+        found = _find(fs, path)
     local = isinstance(fs, LocalFileSystem)
     return {name if local else fs.unstrip_protocol(name): int(info["size"]) for name, info in found.items()}
 
@@ -282,7 +312,7 @@ def list_details(uri: str) -> dict[str, dict[str, Any]]:
         found = {name: info for name, info in matches.items() if info["type"] != "directory"}
         for folder in matches.keys() - found.keys():
             if not any(str(above) in matches for above in PurePosixPath(folder).parents):
-                found |= fs.find(folder, detail=True)
+                found |= _find(fs, folder)
         return found
 
 
@@ -325,16 +355,19 @@ def is_storage_error(error: Exception) -> bool:
 
 
 def list_folders(uri: str, prefix: str) -> list[str]:
-    """The folders straight below one whose names begin with `prefix`, sorted."""
+    """The folders straight below one whose names begin with `prefix`, sorted; none where there is no such folder.
+
+    Raises:
+        InputError: it can't be read.
+    """
     fs, path = open_fs(uri)
     fs.invalidate_cache()
-    if not fs.exists(path):
-        return []
-    found = [
-        posixpath.basename(e["name"].rstrip("/"))
-        for e in fs.ls(path, detail=True)
-        if e["type"] == "directory"
-    ]
+    with _asking(uri):
+        try:
+            entries = fs.ls(path, detail=True)
+        except _ABSENT:
+            return []
+    found = [name(e["name"]) for e in entries if e["type"] == "directory"]
     return [join(uri, folder) for folder in sorted(found) if folder.startswith(prefix)]
 
 
@@ -347,9 +380,10 @@ def check_writable(uri: str) -> None:
     fs, path = open_fs(uri)
     if isinstance(fs, LocalFileSystem):
         there = path
-        while not os.path.exists(there):  # noqa: PTH110
-            there = posixpath.dirname(there)
-        if not os.path.isdir(there):  # noqa: PTH112
+        with _asking(f"--output {uri}"):
+            while (kind := _kind(fs, there)) is None:
+                there = posixpath.dirname(there)
+        if kind != "directory":
             raise InputError(f"--output {uri}: {there} is a file, not a folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"--output {uri}: no permission to write in {there}")

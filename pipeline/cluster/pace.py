@@ -4,9 +4,12 @@ Both through Ray Data's own hooks, a callback and a backpressure policy.
 """
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from ray.data import DataContext
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset
 
 from pipeline.cluster.ray_internals import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -46,6 +49,16 @@ class InFlightLimit(BackpressurePolicy):
         made_by_running = metrics.bytes_task_outputs_generated - metrics.bytes_outputs_of_finished_tasks
         to_come = max(metrics.num_tasks_running * largest - made_by_running, 0)
         return bool(self._resource_manager.get_mem_op_outputs(op) + to_come + largest <= bound)
+
+
+def tables_of(dataset: Dataset) -> Iterator[pa.Table]:
+    """The tables of one execution, as they are made; closing it ends the execution.
+
+    Ray Data's `iter_batches` leaves a thread behind where it is closed before its end, which holds tables for ever.
+    """
+    for bundle in dataset.iter_internal_ref_bundles():
+        for entry in bundle.blocks:
+            yield ray.get(entry.ref)
 
 
 def set_pace(context: DataContext) -> None:

@@ -5,11 +5,13 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 import ray.data
 
+from pipeline.cluster.room import Need, announced, check_fits
 from pipeline.cluster.session import connect
 from pipeline.display import Display
 from pipeline.errors import InputError
@@ -57,20 +59,21 @@ class ActorPool:
     ordered: bool = True
 
     def __call__(self, work: Work, tasks: Sequence[Any], title: str = "") -> Iterator[Any]:
-        """Does the tasks. Ray Data restarts a killed actor, and gives its task again.
+        """Does the tasks, once there is room for an actor. Ray Data restarts a killed one, and gives its task again.
 
         Args:
             title: shown beside the number of tasks done; "" = nothing is shown.
 
         Raises:
-            InputError: no GPU where one is asked for, or what the work raised as such.
+            InputError: no node is large enough for an actor, or what the work raised as such.
         """
         if not ray.is_initialized():
             connect()
         resources = ray.cluster_resources()
         gpu = resources.get("GPU", 0) >= 1 if self.gpu is None else self.gpu
-        if gpu and not resources.get("GPU"):
-            raise InputError("--gpu: the cluster has no GPU")
+        each = {"CPU": self.cpus} | ({"GPU": 1.0} if gpu else {})
+        need = Need(1, each, f"MapWorker(Map({_Actor.__name__}))", "--gpu" if gpu else "this job")
+        check_fits(need)
         units = int(resources.get("GPU" if gpu else "CPU", 1))
         least, most = self.size(units, len(tasks))
         dataset = ray.data.range(len(tasks), override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
@@ -89,7 +92,10 @@ class ActorPool:
             num_gpus=1 if gpu else 0,
         )
         dataset.context.execution_options.preserve_order = self.ordered
-        with Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display:
+        with (
+            Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display,
+            announced(need, display.note if display else partial(print, file=sys.stderr, flush=True)),
+        ):
             for done, row in enumerate(dataset.iter_rows(), start=1):
                 if row["error"]:
                     raise InputError(row["error"])

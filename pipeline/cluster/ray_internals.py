@@ -20,6 +20,10 @@ INTERNALS = {
     "get_state_from_address": "ray._private.internal_api",
     # The token that `ray start` keeps in the home folder, for this machine's own cluster.
     "maybe_enable_token_auth_if_token_available": "ray._private.authentication.authentication_token_setup",
+    # What the nodes have and have free, what an autoscaler may add, and the actors of a job.
+    "state": "ray._private.state",
+    # This process in Ray, with the node that it started or joined.
+    "global_worker": "ray._private.worker",
     # The pace of Ray Data's loop, and a bound on what its tasks hold.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
     "BackpressurePolicy": "ray.data._internal.execution.backpressure_policy.backpressure_policy",

@@ -110,6 +110,14 @@ def connect(
         context.print_on_execution_start = False
 
 
+def is_own_ray() -> bool:
+    """Whether this process has started the Ray that it uses: no other node will ever join that."""
+    from pipeline.cluster.ray_internals import global_worker
+
+    node = global_worker.node
+    return node is not None and bool(node.is_head())
+
+
 def checkout() -> Path | None:
     """The working tree that this code runs from; None where the package is installed."""
     root = PACKAGE.parent

@@ -18,7 +18,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 from ray.train import DataConfig
 
-from pipeline.cluster.pace import set_in_flight, set_pace
+from pipeline.cluster.pace import set_in_flight, set_pace, tables_of
 from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Plan, local_batch_size, windows_between
 from pipeline.data.reads import BLOCK_BYTES, Reader, make_read_tasks, pixel_bytes, rows_ahead
@@ -115,7 +115,7 @@ class RankStream:
             most = handed_over + 2 * self.readers * largest
             least = max(handed_over + self.readers * largest, batches)
             set_in_flight(context, max(min(self.in_flight, most), least), largest)
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            yield from tables_of(dataset)
 
 
 class PlannedData(DataConfig):
@@ -176,8 +176,9 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
         except Exception as error:  # handed to the consumer, who raises it
             put(error)
 
-    def consume() -> Iterator["Batch"]:
+    def consume() -> Iterator[Any]:
         try:
+            yield None
             while (item := items.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
@@ -189,4 +190,7 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
 
     thread = threading.Thread(target=run, name="batches-ahead", daemon=True)
     thread.start()
-    return consume()
+    batches = consume()
+    # It is in its `try` from here on: closing it before its first batch ends the thread too.
+    next(batches)
+    return batches

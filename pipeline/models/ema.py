@@ -1,7 +1,9 @@
 """Averages of the weights: standard EMA at several decays at once, and EDM2's power-function profiles.
 
-Only parameters are averaged. `init` and `update_` work on lists of tensors in the order of `model.parameters()`.
+Only parameters are averaged. Lists of tensors are in the order of `model.parameters()`.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,9 +12,53 @@ from torch import Tensor
 from pipeline.errors import InputError
 
 
-def init(parameters: list[Tensor], count: int) -> list[list[Tensor]]:
-    """`count` averages that start as copies of the parameters."""
-    return [[p.detach().clone() for p in parameters] for _ in range(count)]
+class Averages:
+    """Averages of parameters, beside them or apart from them in main memory.
+
+    Those that are apart are a step behind until somebody looks at them: a GPU copies the parameters to main memory
+    between two steps, and they are averaged there while it computes the next one. Neither waits for the other.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], count: int, apart: bool = False) -> None:
+        self._parameters = list(parameters)
+        self._tensors = init(self._parameters, count, torch.device("cpu") if apart else None)
+        self._copies = [
+            torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in self._parameters if apart
+        ]
+        self._due: list[float] | None = None
+        self._copied = torch.cuda.Event() if apart and self._parameters[0].is_cuda else None
+
+    @property
+    def tensors(self) -> list[list[Tensor]]:
+        """The averages, each in the order of the parameters; with all updates in them."""
+        self._finish()
+        return self._tensors
+
+    @torch.no_grad()
+    def update_(self, decays: list[float]) -> None:
+        """As the function of this name, with the parameters as they are now."""
+        if not self._copies:
+            update_(self._tensors, self._parameters, decays)
+            return
+        self._finish()
+        for copy, parameter in zip(self._copies, self._parameters, strict=True):
+            copy.copy_(parameter, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self._due = decays
+
+    def _finish(self) -> None:
+        if self._due is None:
+            return
+        if self._copied is not None:
+            self._copied.synchronize()
+        update_(self._tensors, self._copies, self._due)
+        self._due = None
+
+
+def init(parameters: list[Tensor], count: int, device: torch.device | None = None) -> list[list[Tensor]]:
+    """`count` averages that start as copies of the parameters, beside them or on another device."""
+    return [[p.detach().to(device or p.device, copy=True) for p in parameters] for _ in range(count)]
 
 
 @torch.no_grad()

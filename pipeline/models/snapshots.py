@@ -92,8 +92,10 @@ def posthoc_ema(model: UNet, folder: str, sigma_rels: tuple[float, ...]) -> list
     def read(snapshot: Snapshot) -> dict[str, Tensor]:
         try:
             tensors = load(storage.read_bytes(files[snapshot]))
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
             raise InputError(f"--snapshots {files[snapshot]}: damaged: {one_line(error)}") from None
+        except OSError as error:
+            raise InputError(f"--snapshots {files[snapshot]}: can't be read: {one_line(error)}") from None
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise InputError(f"--snapshots {files[snapshot]}: not of the model that --model names")
         return tensors

@@ -21,9 +21,9 @@ from pipeline.training.state import TrainState
 from pipeline.versions import VERSIONS, check_readable, check_same
 
 STATE = "state.json"
-FILES = WEIGHTS, AVERAGES, OPTIMIZER, TIMESTEP_SAMPLER = tuple(
-    f"{part}.safetensors" for part in ("weights", "averages", "optimizer", "sampler")
-)
+WEIGHTS, OPTIMIZER, TIMESTEP_SAMPLER = (f"{part}.safetensors" for part in ("weights", "optimizer", "sampler"))
+# In checkpoints of 0.1.0: all averages, "NUMBER/PARAMETER" to tensor.
+AVERAGES = "averages.safetensors"
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -52,7 +52,7 @@ class Stored:
 
     Attributes:
         state: all that `state.json` says.
-        files: by name, the bytes of `FILES`.
+        files: by name, their bytes.
     """
 
     state: dict[str, Any]
@@ -104,6 +104,11 @@ def restore(state: TrainState, saved: Saved) -> None:
     state.step = saved.step
 
 
+def average_file(number: int) -> str:
+    """The file of an average. Each has one of its own: an export reads the first and no other."""
+    return f"average-{number}.safetensors"
+
+
 def new_name(step: int) -> str:
     """A folder name that sorts by step, then by when it was written: a step that is done again gets another one."""
     return f"step-{step:09d}-{time.time_ns() // 1_000_000:013d}"
@@ -121,11 +126,7 @@ def write(uri: str, saved: Saved, extra: dict[str, Any]) -> None:
     """Writes a checkpoint; `extra` is JSON kept beside it."""
     files = {
         WEIGHTS: saved.weights,
-        AVERAGES: {
-            f"{i}/{name}": tensor
-            for i, average in enumerate(saved.averages)
-            for name, tensor in average.items()
-        },
+        **{average_file(i): average for i, average in enumerate(saved.averages)},
         OPTIMIZER: saved.optimizer,
         TIMESTEP_SAMPLER: saved.timestep_sampler,
     }
@@ -168,7 +169,9 @@ def fetch(uri: str) -> Stored:
     """
     state = _read_state(uri)
     check_same(state.get("versions"), uri)
-    return Stored(state, {name: _read_file(uri, state, name) for name in FILES})
+    averages = [AVERAGES] if AVERAGES in state["sha256"] else map(average_file, range(state["averages"]))
+    files = (WEIGHTS, *averages, OPTIMIZER, TIMESTEP_SAMPLER)
+    return Stored(state, {name: _read_file(uri, state, name) for name in files})
 
 
 def unpack(stored: Stored) -> Saved:
@@ -177,28 +180,36 @@ def unpack(stored: Stored) -> Saved:
     Raises:
         DamagedCheckpoint: a file holds something else than tensors, although its digest is right.
     """
+    step, count = stored.state["step"], stored.state["averages"]
     try:
-        weights, averages, optimizer, timestep_sampler = (load(stored.files[name]) for name in FILES)
+        tensors = {name: load(data) for name, data in stored.files.items()}
     except SafetensorError as error:
-        raise DamagedCheckpoint(f"step {stored.state['step']}: {error}") from error
+        raise DamagedCheckpoint(f"step {step}: {error}") from error
     return Saved(
-        step=stored.state["step"],
-        weights=weights,
-        averages=_split(averages, stored.state["averages"]),
-        optimizer=optimizer,
-        timestep_sampler=timestep_sampler,
+        step=step,
+        weights=tensors[WEIGHTS],
+        averages=[
+            _one_of(tensors[AVERAGES], i) if AVERAGES in tensors else tensors[average_file(i)]
+            for i in range(count)
+        ],
+        optimizer=tensors[OPTIMIZER],
+        timestep_sampler=tensors[TIMESTEP_SAMPLER],
     )
 
 
 def read_model(uri: str) -> tuple[dict[str, Tensor], int]:
     """The weights with the first average in the place of the parameters (the model that is exported), and the step.
 
+    Reads and verifies nothing else of the checkpoint.
+
     Raises:
         DamagedCheckpoint: see `read`.
     """
     state = _read_state(uri)
-    weights, averages = (load(_read_file(uri, state, name)) for name in (WEIGHTS, AVERAGES))
-    return weights | _split(averages, 1)[0], state["step"]
+    together = AVERAGES in state["sha256"]
+    names = WEIGHTS, AVERAGES if together else average_file(0)
+    weights, average = (load(_read_file(uri, state, name)) for name in names)
+    return weights | (_one_of(average, 0) if together else average), state["step"]
 
 
 def _read_state(uri: str) -> dict[str, Any]:
@@ -223,11 +234,10 @@ def _read_file(uri: str, state: dict[str, Any], name: str) -> bytes:
     return data
 
 
-def _split(flat: dict[str, Tensor], averages: int) -> list[dict[str, Tensor]]:
-    return [
-        {name.partition("/")[2]: tensor for name, tensor in flat.items() if name.startswith(f"{i}/")}
-        for i in range(averages)
-    ]
+def _one_of(averages: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    """One average of those in a file of 0.1.0."""
+    prefix = f"{number}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in averages.items() if name.startswith(prefix)}
 
 
 def _canonical(state: dict[str, Any]) -> bytes:

@@ -37,8 +37,13 @@ _OURS = re.compile(r"step-\d{9}-\d{13}")
 
 @dataclass
 class Upload:
-    """A checkpoint on its way to the storage. Ray Train drops reports at times: then it never starts."""
+    """A checkpoint on its way to the storage. Ray Train drops reports at times: then it never starts.
 
+    Attributes:
+        contents: one copy of the state, until it is written: Ray Train keeps the function that writes it for longer.
+    """
+
+    contents: list[checkpoint.Saved]
     started: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -79,15 +84,15 @@ class CheckpointManager:
         """
         target, write = None, None
         if self.rank == 0 and (free := self._is_free(step, needed)):
-            saved, upload = capture(), Upload()
-            self._upload = upload
+            upload = self._upload = Upload([capture()])
             target = self._registered_as(checkpoint.new_name(step))
 
             def write(_: Checkpoint, name: str) -> Checkpoint:
                 upload.started.set()
                 try:
-                    self._write(name, saved, extra)
+                    self._write(name, upload.contents[0], extra)
                 finally:
+                    upload.contents.clear()
                     upload.done.set()
                 return self._registered_as(name)
 

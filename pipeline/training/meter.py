@@ -55,6 +55,8 @@ class Meter:
         self._named: list[str] = []
         # [samples, their digest, undecodable ones], since the run's first step, int64 (the digest wraps around).
         self._seen = np.zeros(3, np.int64)
+        # Steps up to the last one that was looked at, alike on all workers.
+        self.skipped_in_a_row = 0
         self._new_interval()
 
     def _new_interval(self) -> None:
@@ -134,6 +136,7 @@ class Meter:
                 "skipped": self._steps - int(made),
                 "bad": bad,
             },
+            "skipped_in_a_row": self.skipped_in_a_row,
             "seen": {
                 "samples": samples,
                 "digest": f"{digest % 2**64:016x}",
@@ -144,6 +147,7 @@ class Meter:
     def restore(self, state: dict[str, Any], rank: int) -> None:
         """Goes on from `state`, whose sums over all workers become those of rank 0."""
         interval, seen = state["interval"], state["seen"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # 0.1.0 did not count them
         self._steps = interval["steps"] + interval["skipped"]
         loss = interval["loss"] if rank == 0 else 0.0
         self._sums += torch.tensor([loss, interval["norm"], interval["steps"]], dtype=torch.float64).to(

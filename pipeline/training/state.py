@@ -16,17 +16,22 @@ class TrainState:
     """All that changes while training; what a checkpoint holds.
 
     Attributes:
-        averages: for each entry of `ema_decays`, then of `ema_lengths`, the averaged parameters.
+        ema: the averages, one for each entry of `ema_decays`, then of `ema_lengths`.
         timestep_sampler: its state, the same on every worker.
         step: optimizer steps done.
     """
 
     model: UNet
     optimizer: torch.optim.AdamW
-    averages: list[list[Tensor]]
+    ema: ema.Averages
     timestep_sampler: timesteps.State
     step: int = 0
     _table: tuple[timesteps.State, Tensor] | None = None
+
+    @property
+    def averages(self) -> list[list[Tensor]]:
+        """The averaged parameters, by average."""
+        return self.ema.tensors
 
     def timestep_table(self, device: torch.device) -> Tensor:
         """The sampler's table, copied to the device only when the sampler has learned: a GPU waits for a copy."""
@@ -51,4 +56,5 @@ def new_state(config: TrainConfig, spec: ModelSpec, device: torch.device) -> Tra
     )
     count = len(options.ema_decays) + len(options.ema_lengths)
     sampler = timesteps.init_state(spec.diffusion.timestep_sampler, spec.diffusion.timesteps)
-    return TrainState(model, optimizer, ema.init(list(model.parameters()), count), sampler)
+    apart = options.ema_device == "cpu" and device.type != "cpu"
+    return TrainState(model, optimizer, ema.Averages(list(model.parameters()), count, apart), sampler)

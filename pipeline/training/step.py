@@ -165,7 +165,7 @@ def train_step(
     state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    ema.update_(state.averages, list(state.model.parameters()), decays(config, state.step + 1))
+    state.ema.update_(decays(config, state.step + 1))
     if spec.diffusion.timestep_sampler != "uniform" and bool(finite):
         _, _, t, all_losses = gather_by_id(batch.ids, batch.epochs, data.t, losses, world_size)
         state.timestep_sampler = timesteps.update(state.timestep_sampler, t, all_losses)

@@ -23,6 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.cluster.room import Need, announced, check_fits
 from pipeline.config import ModelSpec, TrainConfig, to_dict
 from pipeline.data.index import Splits
 from pipeline.data.order import Plan
@@ -48,7 +49,7 @@ from pipeline.training.run_channel import (
     read_quarantine,
 )
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
-from pipeline.training.validation import Validator
+from pipeline.training.validation import SpareResources, Validator
 
 SAMPLES = "samples.png"
 
@@ -95,6 +96,7 @@ def train(
         Interrupted: a signal ended the run; it was saved first.
     """
     data, spec = check(config, data)
+    check_fits(room_needed(config))
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
     display = Display("train", config.steps, "steps")
@@ -163,7 +165,8 @@ def _train(
         trainer = _trainer(config, data, spec, output, tracker.run, channel, callbacks, hooks)
         with ChannelReader(channel, output, display, tracker, on_point) as reader:
             try:
-                result, signal_number = run_until_signal(trainer.fit, channel, display.note)
+                with announced(room_needed(config), display.note):
+                    result, signal_number = run_until_signal(trainer.fit, channel, display.note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
                 _raise_reason(channel)
                 raise
@@ -213,7 +216,7 @@ def _trainer(
     if config.validate_every:
         validation = ValidationConfig(
             Validator(config, spec, data["validation"], output, channel),
-            ray_remote_kwargs=_validation_resources(config, gpu),
+            ray_remote_kwargs=SpareResources(config, gpu),
         )
         scored = {"checkpoint_score_attribute": BITS_PER_DIM, "checkpoint_score_order": "min"}
     return TorchTrainer(
@@ -241,18 +244,17 @@ def _trainer(
     )
 
 
-def _validation_resources(config: TrainConfig, gpu: bool) -> dict[str, Any]:
-    """What the workers leave of the cluster; no CPU at all where they leave none: it must not wait for their end."""
-    total = ray.cluster_resources()
-    spare_cpus = total.get("CPU", 0) - config.workers * config.cpus_per_worker
-    spare_gpus = total.get("GPU", 0) - config.workers if gpu else 0
-    # An environment of its own gives it processes of its own, whose low priority no other task inherits.
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    return {"num_cpus": int(spare_cpus >= 1), "num_gpus": int(spare_gpus >= 1), "runtime_env": environment}
+def room_needed(config: TrainConfig) -> Need:
+    """The least with which a run goes on."""
+    least = config.min_workers or config.workers
+    each = {"CPU": config.cpus_per_worker, "GPU": float(_use_gpu(config))}
+    count = f"--min-workers {least}" if config.min_workers else f"--workers {least}"
+    flags = f"{count} --cpus-per-worker {config.cpus_per_worker:g}{' --gpu' * _use_gpu(config)}"
+    reserved = {name: amount for name, amount in each.items() if amount}
+    return Need(least, reserved, "RayTrainWorker", flags)
 
 
 def _use_gpu(config: TrainConfig) -> bool:
-    available = ray.cluster_resources().get("GPU", 0) >= config.workers
-    if config.gpu and not available:
-        raise InputError(f"--gpu: the cluster has fewer GPUs than --workers {config.workers}")
-    return available if config.gpu is None else config.gpu
+    if config.gpu is not None:
+        return config.gpu
+    return bool(ray.cluster_resources().get("GPU", 0) >= (config.min_workers or config.workers))

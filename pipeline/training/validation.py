@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,35 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint_manager import CHECKPOINTS
 
 BEST = "best"
+
+
+@dataclass(frozen=True)
+class SpareResources(Mapping[str, Any]):
+    """The options of a validation's task, which Ray Train reads when it starts one: what the workers leave then.
+
+    No CPU at all where they leave none, or others hold what they leave: a validation must not wait for their end.
+    """
+
+    config: TrainConfig
+    gpu: bool
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "num_cpus":
+            return self._spare("CPU", self.config.cpus_per_worker)
+        if name == "num_gpus":
+            return self._spare("GPU", 1) if self.gpu else 0
+        # An environment of its own gives it processes of its own, whose low priority no other task inherits.
+        return {"env_vars": {"OMP_NUM_THREADS": "1"}}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("num_cpus", "num_gpus", "runtime_env"))
+
+    def __len__(self) -> int:
+        return len(list(self))
+
+    def _spare(self, name: str, each: float) -> int:
+        left = ray.cluster_resources().get(name, 0) - self.config.workers * each
+        return int(min(left, ray.available_resources().get(name, 0)) >= 1)
 
 
 @dataclass(frozen=True)

@@ -105,15 +105,14 @@ def _run(task: Task) -> None:
     batches = ray.train.get_dataset_shard("train").batches(
         state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
-    model = network.wrap(config, state.model, world_size)
-
-    run.begin()
-    try:
-        with contextlib.closing(batches):
+    with contextlib.closing(batches):
+        model = network.wrap(config, state.model, world_size)
+        run.begin()
+        try:
             loop.train(config, spec, state, model, batches, meter, run)
-    except (InputError, loop.NonFinite) as error:
-        run.fail(error)
-        raise
+        except (InputError, loop.NonFinite) as error:
+            run.fail(error)
+            raise
     if hooks.watch is not None and state.step == config.steps:
         hooks.watch(state, rank, world_size)
     run.finish()
@@ -251,12 +250,17 @@ def position(config: TrainConfig, step: int, rows: int) -> dict[str, int]:
 
 def _check_shared(task: Task) -> None:
     node = ray.util.get_node_ip_address()
-    if not storage.exists(storage.join(task.output, RUN_FILE)):
+    patient = PatientOnChannel(task.channel, task.config.storage_patience)
+
+    def sees(uri: str, **options: bool) -> bool:
+        return patient(lambda: storage.exists(uri, **options), f"the node {node} can't reach {uri}")
+
+    if not sees(storage.join(task.output, RUN_FILE)):
         raise InputError(
             f"--output {task.output}: the node {node} does not see what the driver wrote there: give a folder that all "
             "nodes share, or an object store (s3://…)"
         )
-    if not storage.exists(task.config.data, pattern=True):
+    if not sees(task.config.data, pattern=True):
         raise InputError(
             f"--data {task.config.data}: the node {node} does not see it: give a folder that all nodes share, or an "
             "object store (s3://…)"

@@ -18,6 +18,7 @@ from ray import tune
 
 from pipeline import storage
 from pipeline.cluster.ray_internals import ENV_VARS_TO_PROPAGATE
+from pipeline.cluster.room import announced, check_fits
 from pipeline.config import to_dict
 from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
@@ -27,9 +28,10 @@ from pipeline.output import check_apart, check_claim, read_claim, write_claim
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.trainer import room_needed
 from pipeline.tuning import ledger, report
 from pipeline.tuning.choices import check_choices
-from pipeline.tuning.config import Scheduler, TuneConfig, check
+from pipeline.tuning.config import Scheduler, TuneConfig, base, check
 from pipeline.tuning.objective import make_objective
 from pipeline.tuning.proposals import Halving, Proposals
 from pipeline.tuning.space import Space, load_space, train_command
@@ -126,6 +128,7 @@ def _run(
     # A trial only waits for its workers and asks for no CPU: nothing they need can be held by what waits for them.
     nothing = tune.PlacementGroupFactory([{"memory": 1024 * 1024}])
     session = f"{SESSION}{uuid.uuid4().hex[:8]}"
+    progress = _Progress(config, over)
     tuner = tune.Tuner(
         tune.with_resources(trainable, nothing),
         tune_config=tune.TuneConfig(
@@ -144,10 +147,11 @@ def _run(
             # Trials have checkpoints of their own.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
-            callbacks=[_Progress(config, over)],
+            callbacks=[progress],
         ),
     )
-    results = tuner.fit()
+    with announced(room_needed(base(config)), progress.note):
+        results = tuner.fit()
     for result in results:
         name = Path(result.path).name
         record = ledger.read(config.output, name)
@@ -233,18 +237,15 @@ def _fixed(config: TuneConfig, space: Space, splits: Splits) -> dict[str, Any]:
 
 
 def _concurrent(config: TuneConfig) -> int:
-    """How many trials run at a time.
+    """How many trials run at a time, where there is room for one.
 
     Raises:
-        InputError: not one fits the cluster.
+        InputError: not one will ever fit the cluster.
     """
+    check_fits(room_needed(base(config)))
     have = ray.cluster_resources().get("CPU", 1.0)
     fit = int(have / (config.workers * config.cpus_per_worker) + 1e-6)
-    if fit < 1:
-        raise InputError(
-            f"--workers {config.workers} of {config.cpus_per_worker:g} CPUs are more than the cluster's {have:g}"
-        )
-    return min(config.concurrent, fit, config.trials)
+    return min(config.concurrent, max(fit, 1), config.trials)
 
 
 def _say(line: str) -> None:
@@ -257,6 +258,7 @@ class _Progress(tune.Callback):
     def __init__(self, config: TuneConfig, over: int) -> None:
         self._config, self._over = config, over
         self._display = Display("tune", config.trials, "trials")
+        self.note = self._display.note
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any

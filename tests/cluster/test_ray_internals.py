@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from ray.data import DataContext
 from pipeline.cluster import ray_internals
 from pipeline.cluster.pace import InFlightLimit, PacedExecution, set_in_flight, set_pace
 from pipeline.cluster.ray_internals import INTERNALS, JOB_CLIENT_LOGGERS
-from pipeline.cluster.session import spilled_bytes
+from pipeline.cluster.session import is_own_ray, spilled_bytes
 from pipeline.training.signals import SaveBeforeShutdown
 from pipeline.tuning.search import SECRETS
 
@@ -36,6 +37,26 @@ def test_memory_info_counts_what_the_object_stores_spilled(
     reply.store_stats.spilled_bytes_total = 7
     monkeypatch.setattr(ray_internals, "get_memory_info_reply", lambda *_, **__: reply, raising=False)
     assert spilled_bytes() == 7
+
+
+def test_the_state_knows_nodes_actors_and_whose_ray_it_is(cluster: None) -> None:
+    """tests/training/test_room.py shows what comes of it where there is no room."""
+    state = ray_internals.state
+    (node,) = state.available_resources_per_node().values()
+    assert node["memory"] > 0
+    assert state.get_max_resources_from_cluster_config() is None  # no autoscaler
+
+    @ray.remote(num_cpus=0)
+    class Here:
+        def pid(self) -> int:
+            return os.getpid()
+
+    here, job = Here.remote(), ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    pid = ray.get(here.pid.remote())
+    alive = state.actor_table(None, job, "ALIVE").values()
+    assert ("Here", pid) in [(entry["ActorClassName"].rpartition(".")[2], entry["Pid"]) for entry in alive]
+    assert is_own_ray()
+    assert not ray.get(ray.remote(num_cpus=0)(is_own_ray).remote())
 
 
 def test_errors_that_a_node_publishes_stay_off_the_terminal(

@@ -1,5 +1,6 @@
 """Files on any storage: whole or not at all, and a clear line where a URI leads nowhere."""
 
+import errno
 import importlib.util
 import os
 import subprocess
@@ -17,6 +18,7 @@ from pipeline.data.sources.parquet import read_row_group
 from pipeline.errors import InputError
 from pipeline.patience import arrow_fs
 from tests.data.common import encoded, tar_bytes
+from tests.data.weather import Weather
 from tests.jobs.common import ROOT
 
 
@@ -74,6 +76,66 @@ def test_local_writes_leave_nothing_half_done(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         storage.write_atomic(str(tmp_path / "blocked"), b"abc")
     assert not list(tmp_path.rglob("*.partial"))
+
+
+ASKED = {
+    "exists": storage.exists,
+    "list_files": storage.list_files,
+    "list_folders": lambda uri: storage.list_folders(uri, ""),
+    "sizes": storage.sizes,
+    "read_many": lambda uri: storage.read_many([f"{uri}/deep/x.bin"]),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_storage_that_fails_is_not_an_empty_one(bucket: str, weather: Weather, asked: str) -> None:
+    storage.write_atomic(f"{bucket}/deep/x.bin", b"abc")
+    assert ASKED[asked](bucket)
+    weather.storm("expired", 60, lambda method, path: True)
+    with pytest.raises(InputError, match=rf"{bucket}\S*: can't be read: "):
+        ASKED[asked](bucket)
+    weather.calm()
+    assert ASKED[asked](bucket)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_disk_that_fails_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    storage.write_atomic(f"{tmp_path}/deep/x.bin", b"abc")
+
+    def fail(path: object, *_: object, **__: object) -> object:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as away:
+        for name in ("stat", "scandir", "open"):
+            away.setattr(os, name, fail)
+        away.setattr("builtins.open", fail)
+        with pytest.raises(InputError, match=r"can't be read: .*Stale file handle"):
+            ASKED[asked](str(tmp_path))
+    assert ASKED[asked](str(tmp_path))
+
+
+def test_a_folder_below_that_can_not_be_listed_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_atomic(f"{tmp_path}/deep/x.bin", b"abc")
+    scandir = os.scandir
+
+    def fail(path: str) -> object:
+        if path.endswith("deep"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    for ask in (storage.sizes, storage.list_files):
+        with pytest.raises(InputError, match=r"can't be read: .*Input/output error"):
+            ask(str(tmp_path))
+
+
+def test_what_is_not_there_is_empty(root: str) -> None:
+    assert storage.sizes(f"{root}/none") == storage.read_many([f"{root}/none"]) == {}
+    assert storage.list_folders(f"{root}/none", "") == []
 
 
 # Each is a pattern, or a chain of file systems, that the names beside it match or begin.

@@ -90,6 +90,34 @@ def test_crops_change_with_the_epoch_and_the_sample(index: DatasetIndex, whole: 
     assert sum(centred[number] in crops for number, crops in seen.items()) < len(seen) // 2
 
 
+def left_of_streams(threads: set[threading.Thread]) -> list[str]:
+    """Threads that were not there before, and actors of this process that live."""
+    from pipeline.cluster.ray_internals import state
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = state.actor_table(None, job, "ALIVE").values()
+    return [thread.name for thread in set(threading.enumerate()) - threads] + [
+        actor["ActorClassName"] for actor in actors
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 6.0])
+def test_a_stream_that_is_closed_before_its_first_batch_leaves_nothing_behind(
+    index: DatasetIndex, seconds: float
+) -> None:
+    """Before its execution begins, while its readers start, and while it waits for somebody to take its batches."""
+    collect(stream_of(index), 0, 1)  # what Ray Data keeps for later executions is there
+    time.sleep(2)
+    threads = set(threading.enumerate())
+    kept = left_of_streams(threads)
+    with closing(stream_of(index).batches(0, 200)):
+        time.sleep(seconds)
+    deadline = time.monotonic() + 20
+    while (left := left_of_streams(threads)) != kept and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == kept
+
+
 def test_bad_images_count_for_nothing_and_are_named(cluster: None, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", IMAGES[:60])
     (folder / "cat" / "bad.png").write_bytes(b"\x89PNG not really")

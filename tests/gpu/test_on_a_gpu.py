@@ -24,6 +24,22 @@ IDS = torch.tensor([7, 2**40 + 3, 0, 99, 12345678901])
 EPOCHS = torch.tensor([1, 2, 2**24 - 1, 0, 5])
 
 
+def test_averages_in_main_memory_are_those_on_the_gpu() -> None:
+    config, spec = problem(steps=20)
+    options = dataclasses.replace(config.optimizer, ema_decays=(0.9, 0.99), ema_lengths=(0.1,))
+    ends = {}
+    for place in ("worker", "cpu"):
+        where = dataclasses.replace(config, optimizer=dataclasses.replace(options, ema_device=place))
+        device = torch.device("cuda")
+        state, meter = new_state(where, spec, device), Meter(where, 1, device)
+        loop.train(where, spec, state, state.model, batches(where), meter, loop.Observer())
+        assert {t.device.type for average in state.averages for t in average} == {
+            "cuda" if place == "worker" else "cpu"
+        }
+        ends[place] = [t.cpu() for average in state.averages for t in average]
+    torch.testing.assert_close(ends["worker"], ends["cpu"], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 5, 16, 2**63 + 12345, -3])
 def test_a_gpu_draws_the_same_words(seed: int) -> None:
     assert available.work()

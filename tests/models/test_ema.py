@@ -9,6 +9,20 @@ from pipeline.errors import InputError
 from pipeline.models import ema, snapshots
 
 
+def test_averages_that_are_apart_are_of_the_weights_as_they_were() -> None:
+    """Whatever becomes of the weights before the copies are averaged."""
+    weight = torch.tensor([1.0])
+    averages = ema.Averages([weight], 1, apart=True)
+    weight.fill_(2.0)
+    averages.update_([0.5])
+    weight.fill_(100.0)
+    assert averages.tensors[0][0].tolist() == [1.5]
+    averages.update_([0.5])
+    weight.fill_(0.0)
+    averages.update_([0.5])
+    assert averages.tensors[0][0].tolist() == [(1.5 + 100) / 4]
+
+
 def test_averages_follow_their_decays() -> None:
     values = np.random.default_rng(0).normal(size=50)
     averages = ema.init([torch.tensor([values[0]])], 2)

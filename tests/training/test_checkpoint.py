@@ -1,21 +1,80 @@
 """Checkpoints: every byte is verified before any of it is used."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pipeline import storage
+from pipeline.config import OptimizerConfig
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpoint
 from pipeline.training.state import new_state
 from tests.training.common import problem
+from tests.training.digit_runs import assert_same
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
-    state = new_state(*problem(), torch.device("cpu"))
-    checkpoint.write(str(tmp_path), checkpoint.capture(state), {"run_id": "r", "rate": 0.1})
+def saved() -> checkpoint.Saved:
+    """With two averages that differ from each other and from the weights."""
+    config, spec = problem()
+    averages = OptimizerConfig(ema_decays=(0.9,), ema_lengths=(0.1,))
+    state = new_state(dataclasses.replace(config, optimizer=averages), spec, torch.device("cpu"))
+    for i, average in enumerate(state.averages):
+        for tensor in average:
+            tensor.add_(i + 1)
+    return checkpoint.capture(state)
+
+
+@pytest.fixture
+def written(tmp_path: Path, saved: checkpoint.Saved) -> Path:
+    checkpoint.write(str(tmp_path), saved, {"run_id": "r", "rate": 0.1})
     return tmp_path
+
+
+def as_0_1_0_wrote_it(folder: Path) -> None:
+    """Puts all averages into one file."""
+    together = {}
+    for i, file in enumerate(sorted(folder.glob("average-*"))):
+        together |= {f"{i}/{name}": tensor for name, tensor in load_file(file).items()}
+        file.unlink()
+    save_file(together, folder / checkpoint.AVERAGES)
+    state = json.loads((folder / "state.json").read_text())["state"]
+    for name in [name for name in state["sha256"] if name.startswith("average-")]:
+        del state["sha256"][name]
+    state["sha256"][checkpoint.AVERAGES] = checkpoint._digest((folder / checkpoint.AVERAGES).read_bytes())
+    content = {"sha256": checkpoint._digest(checkpoint._canonical(state)), "state": state}
+    (folder / "state.json").write_text(json.dumps(content))
+
+
+def test_an_export_reads_the_first_average_and_no_other(
+    written: Path, saved: checkpoint.Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, whole = list[str](), storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(storage.name(uri)) or whole(uri))
+    weights, _ = checkpoint.read_model(str(written))
+    assert sorted(read) == ["average-0.safetensors", "state.json", "weights.safetensors"]
+    expected = saved.weights | saved.averages[0]
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_with_all_averages_in_one_file_stay_readable(
+    written: Path, saved: checkpoint.Saved
+) -> None:
+    before, _ = checkpoint.read_model(str(written))
+    as_0_1_0_wrote_it(written)
+    assert_same(checkpoint.read(str(written))[0], saved)
+    weights, _ = checkpoint.read_model(str(written))
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+    file = written / checkpoint.AVERAGES
+    file.write_bytes(file.read_bytes()[:-1])
+    for read in (checkpoint.read, checkpoint.read_model):
+        with pytest.raises(DamagedCheckpoint, match=r"averages\.safetensors is damaged"):
+            read(str(written))
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(written: Path) -> None:
@@ -24,7 +83,14 @@ def test_nothing_in_a_checkpoint_is_a_pickle(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["weights.safetensors", "averages.safetensors", "optimizer.safetensors", "state.json"]
+    "name",
+    [
+        "weights.safetensors",
+        "average-0.safetensors",
+        "average-1.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ],
 )
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_a_damaged_file_is_noticed(written: Path, name: str, damage: str) -> None:

@@ -1,7 +1,10 @@
 """Checkpoints on storage that fails: what can't be read now is not damaged, and nothing good is ever given up."""
 
 import errno
+import gc
 import json
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,7 +101,7 @@ def test_damage_is_passed_over_and_damage_of_all_of_them_stops_the_run(tmp_path:
     older, newer = write(str(tmp_path), 3, 6)
 
     def spoil(uri: str) -> None:
-        file = Path(uri) / checkpoint.AVERAGES
+        file = Path(uri) / checkpoint.average_file(0)
         file.write_bytes(file.read_bytes()[:-1]) if damage == "cut" else file.unlink()
 
     spoil(newer)
@@ -126,6 +129,24 @@ def test_only_what_a_run_wrote_is_swept(tmp_path: Path) -> None:
     sweep(str(tmp_path), [Checkpoint(first)])
     left = {first, third, str(tmp_path / "step-by-step"), str(tmp_path / "step-000000003-mine")}
     assert set(map(str, tmp_path.iterdir())) == left
+
+
+def test_a_sweep_during_an_outage_says_so(bucket: str, weather: Weather) -> None:
+    first, second = write(bucket, 3, 6)
+    listed: list[str] = []
+
+    def one_of_the_folder(method: str, path: str) -> bool:
+        """Not the listing by which the newest one is found, which is the first."""
+        if "list-type" in path:
+            listed.append(path)
+        return len(listed) > 1 and "list-type" in path
+
+    weather.storm("expired", 1.0, one_of_the_folder)
+    said: list[str] = []
+    patience.patiently(lambda: sweep(bucket, []), "can't be removed", 30, said.append)
+    assert weather.seen and len(said) == 1 and "can't be removed" in said[0]
+    assert storage.list_folders(bucket, "step-") == [second]
+    assert not storage.exists(first)
 
 
 def entry(name: str, score: float | None) -> dict[str, Any]:
@@ -187,6 +208,44 @@ def test_rays_list_outlives_a_storage_that_can_not_be_asked(bucket: str, weather
     mend(bucket, partial(patience.patiently, seconds=30, say=said.append))
     assert storage.exists(f"{bucket}/{SNAPSHOT}")
     assert len(said) == 1
+
+
+class Silent:
+    """A channel that nobody listens to."""
+
+    class notice:
+        remote = staticmethod(print)
+
+
+def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train keeps the functions that write checkpoints, also when they are done; here it does nothing else."""
+    kept: list[Any] = []
+
+    def report(target: Any, step: int, upload: Any, mode: Any) -> None:
+        kept.append(upload)
+        if upload is not None:
+            threading.Thread(target=upload, args=(None, target)).start()
+
+    def slowly(do: Callable[[], Any], what: str) -> Any:
+        time.sleep(0.5)
+        return do()
+
+    monkeypatch.setattr(checkpoint_manager, "WAIT_SECONDS", 0.05)
+    state, cpu = new_state(*problem(), torch.device("cpu")), torch.device("cpu")
+    manager = checkpoint_manager.CheckpointManager(str(tmp_path), 0, cpu, Silent, slowly, lambda step: False)
+    monkeypatch.setattr(manager, "_report", report)
+    monkeypatch.setattr(manager, "_registered_as", lambda name: name)
+    taken = []
+    for step in range(1, 21):
+        state.step = step
+        taken.append(manager.save(lambda: checkpoint.capture(state), step, {}, needed=step == 20))
+        assert sum(isinstance(thing, checkpoint.Saved) for thing in gc.get_objects()) <= 1
+        time.sleep(0.05)
+    manager.flush()
+    written = checkpoint.complete(str(tmp_path))
+    assert len(written) == sum(taken) < 20
+    assert checkpoint.read_model(written[0])[1] == 20
+    assert sum(isinstance(thing, checkpoint.Saved) for thing in gc.get_objects()) == 0
 
 
 def test_the_bytes_of_a_checkpoint_reach_another_worker(tmp_path: Path) -> None:

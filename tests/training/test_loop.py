@@ -2,7 +2,9 @@
 
 import dataclasses
 import socket
+from collections.abc import Container
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from pipeline.config import OptimizerConfig
 from pipeline.data.batch import Batch
+from pipeline.errors import InputError
+from pipeline.models import ema
 from pipeline.training import checkpoint, loop
+from pipeline.training.identity import _fixed
 from pipeline.training.loop import NonFinite, train
 from pipeline.training.meter import Meter, samples_digest
 from pipeline.training.network import wrap
 from pipeline.training.state import TrainState, new_state
 from tests.training.common import batches, problem
+from tests.training.digit_runs import assert_same
 
 CPU = torch.device("cpu")
 
@@ -158,14 +165,18 @@ def test_training_lowers_the_loss() -> None:
 
 
 class _Poisoned:
-    """A stream whose third batch can't give a finite loss."""
+    """A stream of which some batches, counted from 1, can't give a finite loss."""
 
-    def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
-        self._batches, self._count = batches(config), 0
+    def __init__(self, config, bad: Container[int] = (3,), **part: int) -> None:  # type: ignore[no-untyped-def]
+        self._batches, self._bad, self._count = batches(config, **part), bad, part.get("start", 0)
 
     def __next__(self) -> Batch:
         batch, self._count = next(self._batches), self._count + 1
-        return dataclasses.replace(batch, weights=batch.weights * float("nan")) if self._count == 3 else batch
+        return (
+            dataclasses.replace(batch, weights=batch.weights * float("nan"))
+            if self._count in self._bad
+            else batch
+        )
 
     def __iter__(self) -> "_Poisoned":
         return self
@@ -203,3 +214,76 @@ def test_dropout_has_masks_for_any_seed(seed: int) -> None:
     first, again = (flat(run(config, spec)[0]) for _ in range(2))
     assert torch.equal(first, again)
     assert bool(first.isfinite().all())
+
+
+def test_a_run_that_only_skips_ends_whatever_comes_between(tmp_path: Path) -> None:
+    """Five skipped steps in a row, the last three of them after a resume; four are fine where a good one follows."""
+    config, spec = problem(skip_nonfinite=True, max_skipped_in_a_row=5)
+    bad = [1, 2, 3, 4, *range(8, 99)]
+    half, meter = new_state(config, spec, CPU), Meter(config, 1, CPU)
+    train(config, spec, half, half.model, _Poisoned(config, bad), meter, Recorder(stop=9))
+    before = flat(half)
+    checkpoint.write(str(tmp_path), checkpoint.capture(half), meter.state())
+    saved, kept = checkpoint.read(str(tmp_path))
+    state, meter = new_state(config, spec, CPU), Meter(config, 1, CPU)
+    checkpoint.restore(state, saved)
+    meter.restore(kept, 0)
+    stream = _Poisoned(config, bad, start=9)
+    with pytest.raises(
+        InputError, match=r"^step 12: .*5 steps in a row.*--max-skipped-in-a-row.*--learning-rate"
+    ):
+        train(config, spec, state, state.model, stream, meter, loop.Observer())
+    assert torch.equal(flat(state), before)
+
+
+def _skip_all(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    config, spec = problem(skip_nonfinite=True, max_skipped_in_a_row=3)
+    state, bad = (
+        new_state(config, spec, CPU),
+        range(5, 99) if rank == 0 else (),
+    )  # one worker's images suffice
+    stream = _Poisoned(config, bad, rank=rank, world_size=2)
+    with pytest.raises(InputError, match=r"^step 7: .*3 steps in a row"):
+        train(config, spec, state, wrap(config, state.model, 2), stream, Meter(config, 2, CPU), Recorder())
+    dist.barrier()
+    (Path(folder) / str(rank)).touch()
+    dist.destroy_process_group()
+
+
+def test_all_workers_end_a_run_that_only_skips_at_the_same_step(tmp_path: Path) -> None:
+    mp.start_processes(_skip_all, (_free_port(), str(tmp_path)), 2, start_method="spawn")
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+def test_averages_in_main_memory_are_those_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies, and the step that they wait, as on a GPU; also of what a checkpoint holds in the middle."""
+    averages = OptimizerConfig(ema_decays=(0.9, 0.99), ema_lengths=(0.1,), warmup_steps=5)
+    config, spec = problem()
+    config = dataclasses.replace(config, optimizer=averages)
+
+    def ends(apart: bool) -> list[checkpoint.Saved]:
+        state, saved = new_state(config, spec, CPU), list[checkpoint.Saved]()
+        state.ema = ema.Averages(list(state.model.parameters()), 3, apart)
+
+        class Keep(Recorder):
+            def save(self) -> None:
+                saved.append(checkpoint.capture(state))
+
+        every = dataclasses.replace(config, checkpoint_every=7)
+        train(every, spec, state, state.model, batches(config), Meter(config, 1, CPU), Keep())
+        return saved
+
+    beside, apart = ends(False), ends(True)
+    assert [saved.step for saved in apart] == [7, 14, 20]
+    for one, other in zip(beside, apart, strict=True):
+        assert_same(one, other)
+
+
+def test_where_averages_are_kept_is_no_part_of_what_a_resume_compares() -> None:
+    config, spec = problem()
+    index = SimpleNamespace(fingerprint="f")
+    moved = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_device="cpu"))
+    assert _fixed(config, spec, index) == _fixed(moved, spec, index)  # type: ignore[arg-type]

@@ -1,0 +1,213 @@
+"""A job that has no room waits and says for what; what can never have room is refused."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline.cluster import room
+from pipeline.cluster.pool import ActorPool
+from pipeline.cluster.ray_internals import state
+from pipeline.cluster.room import Need, announced, check_fits, shortage
+from pipeline.config import TrainConfig
+from pipeline.errors import InputError
+from pipeline.training.trainer import room_needed, train
+from pipeline.training.validation import SpareResources
+from pipeline.tuning.config import TuneConfig
+from pipeline.tuning.search import _concurrent
+from tests.training.digit_runs import settings
+
+
+@ray.remote
+class Holder:
+    """Another job, which holds CPUs until it is killed."""
+
+    def ready(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def held(cpus: float) -> Iterator[Callable[[], None]]:
+    """While inside, or until what it yields is called."""
+    holder = Holder.options(num_cpus=cpus).remote()  # type: ignore[attr-defined]
+    ray.get(holder.ready.remote())
+    released = threading.Event()
+
+    def release() -> None:
+        if not released.is_set():
+            released.set()
+            ray.kill(holder)
+
+    try:
+        yield release
+    finally:
+        release()
+
+
+@pytest.fixture
+def cpus(cluster: None) -> int:
+    """Of the cluster; all of them are free."""
+    total = ray.cluster_resources()["CPU"]
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != total and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return int(total)
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Ray of the tests is a cluster that was joined: nodes may come."""
+    monkeypatch.setattr(room, "is_own_ray", lambda: False)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(room, "PATIENCE_SECONDS", 1.0)
+
+
+def need(count: int, **each: float) -> Need:
+    return Need(count, each, "Nobody", "--workers 4")
+
+
+def test_what_is_short_is_named_with_what_there_is(cpus: int) -> None:
+    assert shortage(need(cpus, CPU=1)) == ""
+    assert shortage(need(cpus + 2, CPU=1)) == f"waiting for {cpus + 2} CPUs, the cluster has {cpus}"
+    assert (
+        shortage(need(1, CPU=1, GPU=1))
+        == f"waiting for 1 CPU and 1 GPU, the cluster has {cpus} CPUs and 0 GPUs"
+    )
+    with held(cpus - 0.5):
+        deadline = time.monotonic() + 20
+        while not shortage(need(1, CPU=1)) and time.monotonic() < deadline:
+            time.sleep(0.1)  # what nodes have free is told once in a while
+        assert shortage(need(1, CPU=1)) == "waiting for 1 CPU, the cluster has 0.5 free"
+        assert shortage(need(1, CPU=0.5)) == ""
+
+
+def test_small_rooms_are_no_large_one(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_nodes", lambda: [{"CPU": 2.0}, {"CPU": 2.0}])
+    monkeypatch.setattr(state, "available_resources_per_node", lambda: {"a": {"CPU": 2.0}, "b": {"CPU": 2.0}})
+    assert shortage(need(2, CPU=2)) == ""
+    assert shortage(need(2, CPU=1.5)) == ""
+    expected = "waiting for 1 times 3 CPUs, the nodes have room for 0"
+    assert shortage(need(1, CPU=3)) == expected
+
+
+def test_what_can_never_fit_is_refused(cpus: int, joined: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_fits(need(cpus + 2, CPU=1))  # nodes may join
+    with pytest.raises(
+        InputError, match=rf"--workers 4: no node of the cluster has {cpus + 1} CPUs, and no auto"
+    ):
+        check_fits(need(1, CPU=cpus + 1))
+    with pytest.raises(InputError, match="the cluster has no GPU"):
+        check_fits(need(1, CPU=1, GPU=1))
+    with monkeypatch.context() as autoscaled:
+        autoscaled.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64, "GPU": 8})
+        check_fits(need(8, CPU=8, GPU=1))
+        with pytest.raises(InputError, match=r"16 CPUs and 16 GPUs are needed.* up to 64 CPUs and 8 GPUs"):
+            check_fits(need(16, CPU=1, GPU=1))
+    with monkeypatch.context() as empty:  # its nodes have not joined yet
+        empty.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
+        empty.setattr(room, "_nodes", lambda: [{"memory": 1.0}])
+        check_fits(need(4, CPU=1))
+        assert shortage(need(4, CPU=1)) == "waiting for 4 CPUs, the cluster has 0"
+
+
+def test_a_ray_of_the_jobs_own_never_grows(cpus: int) -> None:
+    check_fits(need(cpus, CPU=1))
+    with pytest.raises(InputError, match=f"{cpus + 2} CPUs are needed, and this machine has {cpus} CPUs"):
+        check_fits(need(cpus + 2, CPU=1))
+
+
+def test_a_wait_is_said_once_then_now_and_then_and_when_it_changes(
+    cluster: None, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "REPEAT_SECONDS", 3.0)
+    lines, said = ["one", "two", ""], list[tuple[float, str]]()
+    monkeypatch.setattr(room, "shortage", lambda _: lines[0])
+    began = time.monotonic()
+    with announced(need(1, CPU=1), lambda line: said.append((time.monotonic() - began, line))):
+        time.sleep(5.5)
+        lines.pop(0)
+        time.sleep(1)
+        lines.pop(0)
+        time.sleep(1)
+    assert [line for _, line in said] == ["one", "one", "two"]
+    assert said[0][0] >= 1 and said[1][0] - said[0][0] >= 3
+
+
+@dataclass(frozen=True)
+class Same:
+    """Gives each number back; takes longer to be set up than a wait goes unsaid."""
+
+    def start(self, device: str) -> Callable[[int], int]:
+        time.sleep(3)
+        return lambda number: number
+
+
+def test_a_pool_waits_for_room_and_says_so(
+    cpus: int, quick: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held(cpus) as release:
+        threading.Timer(8, release).start()
+        assert list(ActorPool(gpu=False)(Same(), range(3), "numbers")) == [0, 1, 2]  # type: ignore[arg-type]
+    assert capfd.readouterr().err.count("waiting") == 1
+    monkeypatch.undo()
+    assert list(ActorPool(cpus, gpu=False, cpus=1)(Same(), range(3))) == [0, 1, 2]  # type: ignore[arg-type]
+    assert "waiting" not in capfd.readouterr().err  # all CPUs are its own
+
+
+def test_a_training_waits_for_room_and_says_so(
+    home: Path, cpus: int, quick: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with held(cpus) as release:
+        threading.Timer(20, release).start()
+        train(settings(home, str(home / "waits"), steps=2, workers=cpus))
+    out = capfd.readouterr().err
+    assert out.count("waiting") == 1
+    assert f"train: waiting for {cpus} CPU" in out and ", the cluster has 0 free\n" in out
+
+
+def test_a_training_that_never_fits_opens_no_run(home: Path, cpus: int) -> None:
+    output = home / "never"
+    with pytest.raises(InputError, match=rf"--workers {cpus + 1} .*this machine has {cpus} CPUs"):
+        train(settings(home, str(output), workers=cpus + 1))
+    assert not output.exists()
+
+
+def test_an_elastic_run_needs_its_least_workers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    config = TrainConfig(data="", output="", workers=4)
+    assert room_needed(config).each == {"CPU": 1.0}
+    elastic = room_needed(replace(config, min_workers=2))
+    assert (elastic.count, elastic.each) == (2, {"CPU": 1.0, "GPU": 1.0})
+    assert room_needed(replace(config, gpu=True)).each == {"CPU": 1.0, "GPU": 1.0}
+
+
+def test_a_search_waits_for_a_trials_workers_where_nodes_may_join(
+    cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TuneConfig(data="", output="", workers=cpus + 1, trials=3)
+    with pytest.raises(InputError, match=rf"--workers {cpus + 1} .*this machine has {cpus} CPUs"):
+        _concurrent(config)
+    monkeypatch.setattr(room, "is_own_ray", lambda: False)
+    assert _concurrent(config) == 1
+    with pytest.raises(InputError, match="no node of the cluster has 99 CPUs"):
+        _concurrent(replace(config, cpus_per_worker=99))
+
+
+def test_a_validation_gets_what_is_left_when_it_starts(cpus: int) -> None:
+    spare = SpareResources(TrainConfig(data="", output="", workers=cpus - 1), gpu=False)
+    assert {**spare} == {"num_cpus": 1, "num_gpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+    with held(cpus):
+        deadline = time.monotonic() + 20
+        while spare["num_cpus"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert spare["num_cpus"] == 0
+    assert SpareResources(TrainConfig(data="", output="", workers=cpus), gpu=False)["num_cpus"] == 0
