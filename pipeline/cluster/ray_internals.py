@@ -33,6 +33,8 @@ INTERNALS = {
     "RunningState": "ray.train.v2._internal.execution.controller.state",
     "ResizingState": "ray.train.v2._internal.execution.controller.state",
     "PreemptingState": "ray.train.v2._internal.execution.controller.state",
+    # Whether Ray Train took a worker's report: it drops some, and then never writes their checkpoints.
+    "get_train_context": "ray.train.v2._internal.execution.context",
     # Variables that Ray Tune copies from the driver into every trial's settings, which anyone may read.
     "ENV_VARS_TO_PROPAGATE": "ray.tune.execution.class_cache",
 }

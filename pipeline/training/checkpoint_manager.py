@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, ValidationTaskConfig
 
 from pipeline import storage
+from pipeline.cluster.ray_internals import get_train_context
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.patience import PERMANENT, Patient
@@ -37,14 +38,13 @@ _OURS = re.compile(r"step-\d{9}-\d{13}")
 
 @dataclass
 class Upload:
-    """A checkpoint on its way to the storage. Ray Train drops reports at times: then it never starts.
+    """A checkpoint on its way to the storage.
 
     Attributes:
         contents: one copy of the state, until it is written: Ray Train keeps the function that writes it for longer.
     """
 
     contents: list[checkpoint.Saved]
-    started: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -88,7 +88,6 @@ class CheckpointManager:
             target = self._registered_as(checkpoint.new_name(step))
 
             def write(_: Checkpoint, name: str) -> Checkpoint:
-                upload.started.set()
                 try:
                     self._write(name, upload.contents[0], extra)
                 finally:
@@ -96,12 +95,16 @@ class CheckpointManager:
                     upload.done.set()
                 return self._registered_as(name)
 
-        self._report(target, step, write, CheckpointUploadMode.ASYNC)
-        return self.rank == 0 and free
+        taken = self._report(target, step, write, CheckpointUploadMode.ASYNC)
+        if self.rank != 0 or not free:
+            return False
+        if not taken:
+            self._upload = None
+        return taken
 
     def _is_free(self, step: int, needed: bool) -> bool:
         """Whether nothing is being written, after a wait for it."""
-        if self._upload is None or self._upload.done.wait(WAIT_SECONDS) or not self._upload.started.is_set():
+        if self._upload is None or self._upload.done.wait(WAIT_SECONDS):
             return True
         if needed:
             self.channel.notice.remote(f"step {step}: waiting for the checkpoint before it to be written")
@@ -120,7 +123,7 @@ class CheckpointManager:
 
     def flush(self) -> None:
         """Waits for what is being written."""
-        if self._upload is not None and self._upload.started.is_set():
+        if self._upload is not None:
             self._upload.done.wait()
 
     def restore(self) -> tuple[checkpoint.Saved, dict[str, Any]] | None:
@@ -163,7 +166,10 @@ class CheckpointManager:
             here.copy_(there)
         return bytes(received)
 
-    def _report(self, target: Checkpoint | None, step: int, upload: Any, mode: CheckpointUploadMode) -> None:
+    def _report(self, target: Checkpoint | None, step: int, upload: Any, mode: CheckpointUploadMode) -> bool:
+        """Whether Ray Train took it: while it restarts the workers it drops reports, and never calls `upload`."""
+        context = get_train_context()
+        before = context.report_call_index
         due = target is not None and self.validate(step)
         ray.train.report(
             {"step": step, BITS_PER_DIM: UNVALIDATED},
@@ -174,6 +180,7 @@ class CheckpointManager:
             delete_local_checkpoint_after_upload=False,
             validation=ValidationTaskConfig(fn_kwargs={"step": step}) if due else False,
         )
+        return bool(context.report_call_index > before)
 
     def _write(self, name: str, saved: checkpoint.Saved, extra: dict[str, Any]) -> None:
         uri = storage.join(self.folder, name)

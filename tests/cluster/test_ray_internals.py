@@ -113,6 +113,16 @@ def test_ray_trains_controller_has_the_hook_and_the_states() -> None:
     assert len({state.__name__ for state in states}) == 3
 
 
+def test_a_report_that_ray_train_drops_is_not_counted() -> None:
+    """It counts each, and takes that back where it drops one, before it would write anything."""
+    context = importlib.import_module(INTERNALS["get_train_context"])
+    report = inspect.getsource(context.TrainContext.report)
+    dropped = report.index("self.report_call_index -= 1")
+    assert report.index("self.report_call_index += 1") < dropped < report.index("return", dropped)
+    assert report.index("return", dropped) < report.index("threadpool.submit")
+    assert isinstance(context.TrainContext.report_call_index, int)
+
+
 def test_ray_tune_copies_the_variables_in_this_set_into_trials() -> None:
     """search.py takes the driver's keys out of it, which it would else hold."""
     module = importlib.import_module(INTERNALS["ENV_VARS_TO_PROPAGATE"])
