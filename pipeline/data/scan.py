@@ -24,12 +24,14 @@ class ScannedPart:
     """A part small enough to be read at once, and for each image in it the hash of its content and its label.
 
     Attributes:
+        size: of its images, encoded, in bytes.
         bad: the reason for each image, by its place in the part, that can't be used.
     """
 
     part: Part
     digests: tuple[bytes, ...]
     labels: tuple[str | None, ...]
+    size: int
     bad: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
@@ -85,15 +87,16 @@ def _scan_part(part: Part) -> list[tuple[ScannedPart, set[tuple[int, int, bool]]
 def _scanned(part: Part) -> Iterator[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
     for small in part.cut(IMAGES_PER_PART):
         digests, labels, shapes = list[bytes](), list[str | None](), set[tuple[int, int, bool]]()
-        bad = dict[int, dict[str, str]]()
+        bad, size = dict[int, dict[str, str]](), 0
         for place, item in enumerate(small.read()):
             digests.append(item.digest)
             labels.append(item.label)
+            size += len(item.data) if isinstance(item.data, bytes) else item.data.nbytes
             if item.reason:
                 bad[place] = {"path": item.path, "reason": item.reason}
             elif shape := _shape(item.data):
                 shapes.add(shape)
-        yield ScannedPart(small, tuple(digests), tuple(labels), bad), shapes
+        yield ScannedPart(small, tuple(digests), tuple(labels), size, bad), shapes
 
 
 def _shape(data: Encoded) -> tuple[int, int, bool] | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,7 @@ from pipeline import __version__, storage
 from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ModelSpec, TrainConfig, check_at_least
 from pipeline.data.index import DatasetIndex, Splits, open_splits
-from pipeline.data.order import Plan
-from pipeline.data.stream import PlannedData
+from pipeline.data.stream import PlannedData, share
 from pipeline.diffusion.schedules import make_betas, resolve
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
@@ -241,7 +241,10 @@ def _trainer(
         # Seconds that Ray waits for a dead node's resources before it continues with fewer workers; 60 by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     index = data["train"]
-    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
+    plan = index.plan(config.seed, config.batch_size)
+    if warning := index.poorly_mixed(plan):
+        print(warning, file=sys.stderr, flush=True)
+    planned = share(index, plan)
     gpu = _use_gpu(config)
     filesystem, path = arrow_fs(output, PatientOnChannel(channel, config.storage_patience))
     validation, scored = None, {}
@@ -270,8 +273,8 @@ def _trainer(
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[SaveBeforeShutdown(channel), *callbacks],
         ),
-        datasets={"train": lambda: index},
-        dataset_config=PlannedData(plan, config.readers, config.random_crop),
+        datasets={"train": lambda: planned},
+        dataset_config=PlannedData(config.readers, config.random_crop),
         validation_config=validation,
     )
 

@@ -78,7 +78,7 @@ def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
     set_pace(context)
     set_pace(context)
     assert context.custom_execution_callback_classes.count(PacedExecution) == 1
-    set_in_flight(context, 100, 10)
+    set_in_flight(context, 100, 10, 1)
     key = ray_internals.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
     assert context.get_config(key) == [InFlightLimit]
 

@@ -18,8 +18,8 @@ from pipeline.cluster.session import spilled_bytes
 from pipeline.data.batch import Batch
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset
-from pipeline.data.order import Plan, window_rows, windows_between
-from pipeline.data.stream import RankStream
+from pipeline.data.order import Plan, batch_rows
+from pipeline.data.stream import RankStream, share
 from tests.data.common import encode, encoded, label_of, picture, write_folder, write_tars
 
 IMAGES = encoded(200, 20, 12)
@@ -31,9 +31,12 @@ def index(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> DatasetInd
     return open_dataset(str(write_tars(tmp_path_factory.mktemp("data") / "tars", IMAGES)), image_size=12)
 
 
+def plan_of(index: DatasetIndex) -> Plan:
+    return index.plan(seed=3, batch_size=24)
+
+
 def stream_of(index: DatasetIndex, rank: int = 0, world_size: int = 1, **options: object) -> RankStream:
-    plan = Plan(tuple(g.rows for g in index.groups), 3, 24, groups_per_window=2)
-    return RankStream(index, plan, rank, world_size, **options)  # type: ignore[arg-type]
+    return RankStream(share(index, plan_of(index)), rank, world_size, **options)  # type: ignore[arg-type]
 
 
 def collect(stream: RankStream, start: int, stop: int) -> list[Batch]:
@@ -56,12 +59,9 @@ def whole(index: DatasetIndex) -> list[Batch]:
 
 
 def test_the_plans_images_in_the_plans_order(index: DatasetIndex) -> None:
-    stream = stream_of(index)
-    batches = collect(stream, 0, 10)
-    expected = []
-    for window in windows_between(stream.plan, 0, 240):
-        rows = window_rows(3, window, 0, 240, 0, 1)
-        expected += (stream.plan.first_id[rows.group] + rows.row).tolist()
+    batches, plan = collect(stream_of(index), 0, 10), plan_of(index)
+    rows = batch_rows(plan, 0, 10)
+    expected = (plan.first_id[rows.group] + rows.row).ravel().tolist()
     assert torch.cat([b.ids for b in batches]).tolist() == expected
     by_pixels = {decode(d, 12, 3).tobytes(): label_of(i) for i, d in enumerate(IMAGES)}
     for batch in batches:
@@ -210,7 +210,7 @@ def test_a_slow_trainer_holds_the_readers_back(cluster: None, tmp_path: Path) ->
     large = large_images(tmp_path / "large", 3000)
     before = store_bytes()
     stream = replace(stream_of(large), in_flight=IN_FLIGHT)
-    with closing(stream.batches(0, stream.plan.rows // 24)) as batches:
+    with closing(stream.batches(0, large.rows // 24)) as batches:
         next(batches)
         sizes = []
         for _ in range(8):
