@@ -3,8 +3,8 @@
     python -m benchmarks.scale [--smoke]
 
 - bytes over used: what all ranks read in an epoch, over what their batches hold. A row group is read whole whenever one
-  of its rows is; an image of a folder or tar alone. Prepared at the defaults; a folder; the example of docs/operations.md,
-  with 64 rows in place of 4,096, since only ratios count; both also with a tenth held out by content.
+  of its rows is; an image of a folder or tar alone. Prepared at the defaults; a folder; the example of
+  docs/operations.md with 64 rows in place of 4,096, since only ratios count; all also with a tenth held out by content.
 - classes in a batch of 256, of 1,000 classes with 1,280 images each in the order of their classes, where a random one
   holds 226; also what four batches in a row hold, of 641.
 - seconds until all of 256 ranks have their stream of 244,141 row groups and one of them its first batches' plan, bytes

@@ -72,6 +72,13 @@ def test_fields_of_files_keep_their_old_names(tmp_path: Path) -> None:
     assert ledger.read(str(tmp_path), "0003").incarnation == 2
 
 
+def test_a_setting_that_is_gone_is_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match=r"--groups-per-window is gone, since .*: leave it out"):
+        cli.parse(TrainConfig, ["--data", "d", "--output", "o", "--groups-per-window", "64"], "train", "")
+    with pytest.raises(InputError, match=r"run.yaml: 'groups_per_window' is gone, since .*: leave it out"):
+        from_dict(TrainConfig, to_dict(TrainConfig("d", "o")) | {"groups_per_window": 64}, "run.yaml")
+
+
 def strip_versions(path: Path) -> dict[str, Any]:
     """Turns a file into one of 0.1.0, which knew no versions."""
     content = json.loads(path.read_text())

@@ -102,11 +102,13 @@ class Splits:
     Attributes:
         indexes: of the splits that hold images, by name.
         found: one line that says what raw data was found to be; "" for prepared data.
+        to_keep: what reading raw data through has found, if it was not kept yet; see `open_splits`.
     """
 
     uri: str
     indexes: dict[str, DatasetIndex]
     found: str = ""
+    to_keep: bytes = b""
 
     def __getitem__(self, name: str) -> DatasetIndex:
         """One split.
@@ -136,7 +138,11 @@ def open_dataset(
 
 
 def open_splits(
-    uri: str, image_size: int = 0, reading: Reading = AS_FOUND, split: tuple[str, ...] = ()
+    uri: str,
+    image_size: int = 0,
+    reading: Reading = AS_FOUND,
+    split: tuple[str, ...] = (),
+    kept: str = "",
 ) -> Splits:
     """Opens what jobs/prepare.py or jobs/generate.py wrote, or any of the formats that the former reads.
 
@@ -147,6 +153,7 @@ def open_splits(
         image_size: to bring the images to; 0 = their own.
         reading: how raw data is read.
         split: the source's own splits to use, where it was not prepared; see `splits.roles_of`.
+        kept: URI of an earlier call's `Splits.to_keep`, if it was written there: what has not changed since is not read.
 
     Raises:
         InputError: no such folder, or nothing in it that could be read.
@@ -158,7 +165,7 @@ def open_splits(
         return _open_prepared(uri, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
         raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run that again, it goes on")
-    splits = _open_source(uri, image_size, reading, split)
+    splits = _open_source(uri, image_size, reading, split, kept)
     print(f"--data {splits.found}", file=sys.stderr, flush=True)
     return splits
 
@@ -195,8 +202,10 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
         raise InputError(f"--data {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
 
 
-def _open_source(uri: str, image_size: int, reading: Reading, split: tuple[str, ...]) -> Splits:
-    found = scan(uri, reading, split)
+def _open_source(
+    uri: str, image_size: int, reading: Reading, split: tuple[str, ...], kept: str = ""
+) -> Splits:
+    found = scan(uri, reading, split, kept)
     size = image_size or found.size
     if not size:
         raise InputError(f"--data {uri}: its images are not squares of one size: give --image-size")
@@ -224,7 +233,7 @@ def _open_source(uri: str, image_size: int, reading: Reading, split: tuple[str, 
         named = "".join(f": {entry['path']} ({entry['reason']})" for entry in bad[:1])
         raise InputError(f"--data {uri}: holds no images that can be used{named}")
     counts = {name: index.rows for name, index in indexes.items()}
-    return Splits(uri, indexes, found.opened.describe(counts, found.classes, bad))
+    return Splits(uri, indexes, found.opened.describe(counts, found.classes, bad), found.to_keep)
 
 
 def _groups(

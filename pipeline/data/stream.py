@@ -110,6 +110,7 @@ class RankStream:
         first, last = cut(planned.batch_size, self.rank, self.world_size)
         rows = block_rows(planned.image, planned.image_bytes, last - first)
         steps = max(-(-(stop - start) // SPANS), SPAN_BLOCKS * rows // (last - first), 1)
+        blocks = -(-(stop - start) * (last - first) // rows)
         spans = [{"start": begin, "stop": min(begin + steps, stop)} for begin in range(start, stop, steps)]
         beside: dict[str, Any] = {
             "batch_size": None,
@@ -129,7 +130,8 @@ class RankStream:
             .map_batches(
                 Decode,
                 fn_constructor_args=(planned.image, planned.seed, self.random_crop),
-                compute=ActorPoolStrategy(size=self.readers, max_tasks_in_flight_per_actor=2),
+                # Ray Data warns of more than it has blocks for.
+                compute=ActorPoolStrategy(size=min(self.readers, blocks), max_tasks_in_flight_per_actor=2),
                 **beside,
             )
         )
