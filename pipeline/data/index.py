@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from pipeline.data.groups import Group, Groups, PackedGroups, pack, row_groups
 from pipeline.data.labels import class_numbers, unknown_label
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
 from pipeline.data.order import Plan, batch_rows, lanes_for
-from pipeline.data.scan import Scan, scan
+from pipeline.data.scan import SCAN, Scan, scan
 from pipeline.data.sources.splits import VALIDATION_FRACTION, held_out
 from pipeline.errors import InputError
 from pipeline.versions import check_readable
@@ -102,7 +102,7 @@ class Splits:
     Attributes:
         indexes: of the splits that hold images, by name.
         found: one line that says what raw data was found to be; "" for prepared data.
-        to_keep: what reading raw data through has found, if it was not kept yet; see `open_splits`.
+        to_keep: what reading raw data through has found, if `open_splits` did not find it kept.
     """
 
     uri: str
@@ -125,6 +125,12 @@ class Splits:
     def __contains__(self, name: str) -> bool:
         return name in self.indexes
 
+    def keep(self, output: str) -> "Splits":
+        """Writes what was found by reading all data into the folder of a run, for its resume; the same without it."""
+        if self.to_keep:
+            storage.write_atomic(storage.join(output, SCAN), self.to_keep)
+        return replace(self, to_keep=b"")
+
 
 def open_dataset(
     uri: str, split: str = "train", image_size: int = 0, reading: Reading = AS_FOUND
@@ -142,7 +148,7 @@ def open_splits(
     image_size: int = 0,
     reading: Reading = AS_FOUND,
     split: tuple[str, ...] = (),
-    kept: str = "",
+    output: str = "",
 ) -> Splits:
     """Opens what jobs/prepare.py or jobs/generate.py wrote, or any of the formats that the former reads.
 
@@ -153,7 +159,7 @@ def open_splits(
         image_size: to bring the images to; 0 = their own.
         reading: how raw data is read.
         split: the source's own splits to use, where it was not prepared; see `splits.roles_of`.
-        kept: URI of an earlier call's `Splits.to_keep`, if it was written there: what has not changed since is not read.
+        output: folder of a run that may have begun on this data: see `Splits.keep`. What has not changed is not read.
 
     Raises:
         InputError: no such folder, or nothing in it that could be read.
@@ -165,6 +171,7 @@ def open_splits(
         return _open_prepared(uri, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
         raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run that again, it goes on")
+    kept = storage.join(output, SCAN) if output else ""
     splits = _open_source(uri, image_size, reading, split, kept)
     print(f"--data {splits.found}", file=sys.stderr, flush=True)
     return splits

@@ -23,6 +23,7 @@ from pipeline.data.sources.registry import Opened, open_source
 from pipeline.data.sources.tar_index import TarImage
 from pipeline.data.sources.tars import TarPart
 
+SCAN = "scan.parquet"  # in the folder of a run
 IMAGES_PER_PART = 64
 THREADS = 8
 # Texts as JSON, which also writes names that are no UTF-8.
@@ -130,7 +131,7 @@ def _to_keep(keys: list[str], found: list[list[ScannedPart]]) -> bytes:
 def _read_kept(uri: str) -> dict[str, list[dict[str, Any]]]:
     """By the key of the part; empty where nothing was kept, or it is damaged."""
     kept = dict[str, list[dict[str, Any]]]()
-    with contextlib.suppress(FileNotFoundError, pa.ArrowException):
+    with contextlib.suppress(OSError, pa.ArrowException):
         for row in pq.read_table(io.BytesIO(storage.read_bytes(uri)), schema=_SCHEMA).to_pylist():
             kept.setdefault(row["key"], []).append(row)
     return kept

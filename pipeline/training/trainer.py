@@ -51,8 +51,6 @@ from pipeline.training.run_channel import (
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
 from pipeline.training.validation import Validator
 
-SCAN = "scan.parquet"  # what was read of raw data to begin the run
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -117,8 +115,7 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
     for length in config.optimizer.ema_lengths:
         power_gamma(length)
     check_apart(config.output, "--data", config.data)
-    kept = storage.join(config.output, SCAN)
-    data = data or open_splits(config.data, config.image_size, config.reading, config.split, kept)
+    data = data or open_splits(config.data, config.image_size, config.reading, config.split, config.output)
     spec = make_spec(config, data["train"])
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)
@@ -161,8 +158,7 @@ def train(
     # A caller that opened the MLflow run holds the lock of the folder that the output lies in.
     with contextlib.nullcontext(threading.Event()) if hooks.run_id else locked(output) as lost:
         run = open_run(config, spec, data["train"], output, hooks.run_id)
-        if data.to_keep and not hooks.run_id:
-            storage.write_atomic(storage.join(output, SCAN), data.to_keep)
+        data = data.keep(output)
         return _train(config, data, spec, output, run, callbacks, on_point, hooks, lost)
 
 

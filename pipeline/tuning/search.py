@@ -56,7 +56,7 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
     if (Path(config.output) / SEARCH_FILE).exists() and not config.resume:
         raise InputError(f"--output {config.output} already holds a search: pass --resume, or another folder")
     check_apart(config.output, "--data", config.data)
-    splits = open_splits(config.data, fixed.image_size, config.reading, config.split)
+    splits = open_splits(config.data, fixed.image_size, config.reading, config.split, config.output)
     _ = splits["validation"]
     return space, splits
 
@@ -77,7 +77,7 @@ def search(
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
-        parent = _open(config, space, splits)
+        parent, splits = _open(config, space, splits), splits.keep(config.output)
         try:
             at_a_time, objective = _concurrent(config), make_objective(config, splits)
             settings = {"job": config, "objective": objective, "splits": splits, "parent_run": parent.id}

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import storage
 from pipeline.config import ImageConfig
 from pipeline.data import scan
 from pipeline.data.groups import Group, pack, read_rows, row_groups
@@ -69,13 +70,13 @@ def content(splits: Splits) -> dict[str, object]:
 def test_what_was_read_through_once_is_not_read_again(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, kept = WRITERS[kind](tmp_path / "data", IMAGES), tmp_path / "scan.parquet"
-    first = open_splits(str(folder), kept=str(kept))
-    kept.write_bytes(first.to_keep)
+    folder, run = WRITERS[kind](tmp_path / "data", IMAGES), str(tmp_path / "run")
+    first = open_splits(str(folder), output=run)
+    assert first.keep(run).to_keep == b""
     read = list[str]()
     real = scan._scanned
     monkeypatch.setattr(scan, "_scanned", lambda part: read.append(part.names[0]) or real(part))  # type: ignore[func-returns-value]
-    again = open_splits(str(folder), kept=str(kept))
+    again = open_splits(str(folder), output=run)
     assert content(again) == content(first)
     assert not read
     assert again.to_keep == b""
@@ -83,7 +84,7 @@ def test_what_was_read_through_once_is_not_read_again(
     extra = sorted(path for path in folder.rglob("*.*") if path.is_file())[0]
     new = extra.with_name(f"{extra.stem}-again{extra.suffix}")
     new.write_bytes(extra.read_bytes())
-    changed = open_splits(str(folder), kept=str(kept))
+    changed = open_splits(str(folder), output=run)
     assert changed.to_keep
     if kind != "folder":
         assert set(read) == {new.name}
@@ -93,9 +94,9 @@ def test_what_was_read_through_once_is_not_read_again(
 
 def test_a_damaged_record_of_a_scan_is_left_aside(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", IMAGES[:30])
-    kept = tmp_path / "scan.parquet"
-    kept.write_bytes(b"PAR1 not really")
-    splits = open_splits(str(folder), kept=str(kept))
+    run = str(tmp_path / "run")
+    storage.write_atomic(storage.join(run, scan.SCAN), b"PAR1 not really")
+    splits = open_splits(str(folder), output=run)
     assert splits.to_keep
     assert sum(index.rows for index in splits.indexes.values()) == 30
 
