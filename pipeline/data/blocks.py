@@ -63,8 +63,7 @@ class Decode:
 def as_row(table: pa.Table) -> pa.Table:
     """A table as one row of lists, uncopied: Ray Data merges and cuts tables by their size, but leaves a row whole."""
     ends = pa.array([0, table.num_rows], pa.int64())
-    columns = (column.combine_chunks() for column in table.columns)
-    wholes = [c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in columns]
+    wholes = [c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in table.columns]
     return pa.table([pa.LargeListArray.from_arrays(ends, whole) for whole in wholes], table.column_names)
 
 
