@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -33,11 +34,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from pipeline.cluster.session import connect
 from pipeline.config import ImageConfig
+from pipeline.data.groups import row_groups
 from pipeline.data.images import decode
-from pipeline.data.index import DatasetIndex, row_group
-from pipeline.data.order import Plan
+from pipeline.data.index import DatasetIndex
 from pipeline.data.sources.parquet import row_counts
-from pipeline.data.stream import RankStream
+from pipeline.data.stream import RankStream, share
 
 PROCESSES = 2
 BATCH = 128
@@ -73,10 +74,11 @@ def write(folder: Path, images: list[bytes]) -> None:
 def ours(folder: Path, size: int) -> Iterator[int]:
     """RankStream as a training worker uses it."""
     files = sorted(map(str, folder.glob("*.parquet")))
-    groups = tuple(row_group(file, n, rows) for file in files for n, rows in enumerate(row_counts(file)))
-    index = DatasetIndex(str(folder), "train", ImageConfig(size, 3), groups, "")
-    plan = Plan(tuple(group.rows for group in groups), seed=0, batch_size=BATCH)
-    with closing(RankStream(index, plan, 0, 1, readers=PROCESSES).batches(0, 10**7)) as batches:
+    groups = row_groups((file, row_counts(file)) for file in files)
+    held = sum(map(os.path.getsize, files))
+    index = DatasetIndex(str(folder), "train", ImageConfig(size, 3), groups, "", bytes=held)
+    planned = share(index, index.plan(0, BATCH))
+    with closing(RankStream(planned, 0, 1, readers=PROCESSES).batches(0, 10**7)) as batches:
         for batch in batches:
             yield len(batch.images)
 

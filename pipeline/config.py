@@ -176,8 +176,6 @@ class TrainConfig:
     """Cut the square out of an image that is not one in a random place, not in its centre."""
     readers: Annotated[int, Range(ge=1, le=1024)] = 2
     """Processes beside each worker that read and decode its images."""
-    groups_per_window: Positive = 16
-    """Groups of rows that are mixed by the shuffle at a time; more mixes better and needs more memory."""
     precision: Precision = "auto"
     """Arithmetic of the forward pass; auto = bf16 where the hardware has it."""
     compile: bool = False
@@ -226,6 +224,8 @@ class TrainConfig:
 
 
 _T = TypeVar("_T")
+# Settings that are gone, and why.
+REMOVED = {"groups_per_window": "the shuffle follows from the data and the batch size"}
 # Fields by the names that they had in 0.1.0, in files that it wrote and as flags.
 RENAMED = {
     "class_dropout": "label_dropout",
@@ -254,6 +254,8 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
     values = {name if name in hints else RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - set(hints))
     if unknown:
+        if unknown[0] in REMOVED:
+            raise InputError(f"{where}: {unknown[0]!r} is gone, since {REMOVED[unknown[0]]}: leave it out")
         raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(hints))}")
 
     def convert(hint: Any, value: Any, name: str) -> Any:

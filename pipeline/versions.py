@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import InputError
 
 VERSIONS = {
-    "order": 2,  # which samples form global batch k
+    "order": 3,  # which samples form global batch k
     "noise": 1,  # which random numbers a sample gets
     "kernels": 2,  # how the network's arithmetic is done, to the bit
     "format": 2,  # how files are laid out

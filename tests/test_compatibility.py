@@ -72,6 +72,13 @@ def test_fields_of_files_keep_their_old_names(tmp_path: Path) -> None:
     assert ledger.read(str(tmp_path), "0003").incarnation == 2
 
 
+def test_a_setting_that_is_gone_is_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match=r"--groups-per-window is gone, since .*: leave it out"):
+        cli.parse(TrainConfig, ["--data", "d", "--output", "o", "--groups-per-window", "64"], "train", "")
+    with pytest.raises(InputError, match=r"run.yaml: 'groups_per_window' is gone, since .*: leave it out"):
+        from_dict(TrainConfig, to_dict(TrainConfig("d", "o")) | {"groups_per_window": 64}, "run.yaml")
+
+
 def strip_versions(path: Path) -> dict[str, Any]:
     """Turns a file into one of 0.1.0, which knew no versions."""
     content = json.loads(path.read_text())
@@ -104,7 +111,7 @@ def test_a_release_that_works_otherwise_refuses_to_go_on_and_opens_what_is_finis
             check_claim(output, before, settings | {"seed": 2}, of=("noise",))
         with pytest.raises(InputError, match=r"begun by ray-ddpm 0.1.0.*kernels 1, now 2"):
             check_claim(output, before, settings, of=SAMPLING)
-        with pytest.raises(InputError, match=r"begun by ray-ddpm 0.1.0.*order 1, now 2"):
+        with pytest.raises(InputError, match=r"begun by ray-ddpm 0.1.0.*order 1, now 3"):
             check_claim(output, before, settings)
     assert read_claim(samples, "settings.json")["model"] == "models:/m/1"  # type: ignore[index]
 

@@ -22,7 +22,7 @@ from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 from pipeline.commands import cli
 from pipeline.commands.__main__ import main
 from pipeline.config import TrainConfig
-from pipeline.data import index
+from pipeline.data import groups
 from pipeline.data.sources import registry as sources
 from pipeline.data.sources.parts import Request
 from pipeline.errors import InputError
@@ -128,7 +128,7 @@ def test_a_pickle_in_a_parquet_file_is_not_run(tmp_path: Path, mark: Path, colum
     with pytest.raises(InputError, match="not plain data"):
         list(sources.open_source("huggingface", str(tmp_path), Request(10)).listing.parts[0].read())
     with pytest.raises(InputError, match="not plain data"):
-        index.read_rows(index.row_group(str(file), 0, 1), np.array([0]))
+        groups.read_rows(groups.row_group(str(file), 0, 1), np.array([0]))
     assert not mark.exists()
 
 

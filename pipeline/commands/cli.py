@@ -22,7 +22,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 from pipeline.cluster.session import connect, disconnect
-from pipeline.config import RENAMED, from_dict, leaf_fields, load_yaml
+from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.ranges import check_ranges, range_of
@@ -90,6 +90,8 @@ def _mistake(event: ParseErrorEvent, cls: type) -> str:
     """What is wrong with a command line, from what tyro says of it."""
     unknown: list[str] = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
     if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
+        if reason := REMOVED.get(flag.removeprefix("--").replace("-", "_")):
+            return f"{flag} is gone, since {reason}: leave it out"
         near = difflib.get_close_matches(flag.replace("_", "-"), _flags(cls), n=1, cutoff=0.7)
         return f"no flag {flag}" + (f": did you mean {near[0]}?" if near else "")
     if unknown:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ImageConfig
-from pipeline.data.reads import pixels_of
+from pipeline.data.blocks import pixels_of
 
 
 @dataclass(frozen=True)

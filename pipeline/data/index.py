@@ -3,39 +3,28 @@
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline import storage
 from pipeline.config import ImageConfig, Reading
+from pipeline.data.groups import Group, Groups, PackedGroups, pack, row_groups
 from pipeline.data.labels import class_numbers, unknown_label
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
-from pipeline.data.scan import Scan, scan
-from pipeline.data.sources.parquet import ParquetPart
-from pipeline.data.sources.parts import Part
+from pipeline.data.order import Plan, batch_rows, lanes_for
+from pipeline.data.scan import SCAN, Scan, scan
 from pipeline.data.sources.splits import VALIDATION_FRACTION, held_out
 from pipeline.errors import InputError
 from pipeline.versions import check_readable
 
 AS_FOUND = Reading()
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that are read together, the unit of shuffling: a row group of Parquet, or a small part of another source.
-
-    Attributes:
-        kept: which rows of the part these are; None = all of them.
-        labels: class numbers of these rows, -1 for none; None = what is written in the file.
-    """
-
-    part: Part
-    rows: int
-    kept: tuple[int, ...] | None = None
-    labels: tuple[int, ...] | None = None
+# Images that are drawn together where each could be read alone: few, so that batches mix many places of the source.
+GROUP_ROWS, GROUP_BYTES = 8, 256 * 2**10
+# The share of the classes of a random batch, under which a line says so; of so many batches of an epoch.
+POORLY, LOOKED_AT = 0.75, 8
 
 
 @dataclass(frozen=True)
@@ -48,27 +37,62 @@ class DatasetIndex:
         order: of the content as it is cut into groups: a run goes on only on data of the same order.
         quarantined: images that are left out: damaged ones of prepared data, those of no known class of raw data.
         settings: with which jobs/prepare.py made it; none for raw data.
+        bytes: about what its images take, encoded.
+        whole: whether a group can only be read whole.
     """
 
     uri: str
     split: str
     image: ImageConfig
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     fingerprint: str
     quarantined: int = 0
     order: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    whole: bool = True
 
     @property
     def rows(self) -> int:
         """Images in this split."""
-        return sum(group.rows for group in self.groups)
+        return int(self.first[-1])
 
+    @property
+    def first(self) -> np.ndarray:
+        """Sample id of each group's first row, and the end: int64 [groups + 1]."""
+        if isinstance(self.groups, Groups):
+            return self.groups.first
+        return np.cumsum([0, *(group.rows for group in self.groups)], dtype=np.int64)
 
-def row_group(uri: str, number: int, rows: int) -> Group:
-    """All of one row group of a file that jobs/prepare.py or jobs/generate.py wrote."""
-    folder, _, name = uri.rpartition("/")
-    return Group(ParquetPart(folder, (name,), start=number, count=1, prepared=True), rows)
+    @property
+    def group_rows(self) -> np.ndarray:
+        """Rows of each group, int64 [groups]."""
+        return np.diff(self.first)
+
+    def plan(self, seed: int, batch_size: int) -> Plan:
+        """The order in which a run sees it."""
+        lanes = lanes_for(len(self.groups), self.bytes, batch_size)
+        return Plan(self.group_rows, seed, batch_size, lanes, self.whole)
+
+    def poorly_mixed(self, plan: Plan) -> str:
+        """One line, where labels are known and batches hold far fewer classes than random ones would; else ""."""
+        if not isinstance(self.groups, PackedGroups):
+            return ""
+        labels, size = self.groups.labels, plan.batch_size
+        _, counts = np.unique(labels[labels >= 0], return_counts=True)
+        random = float(np.sum(1 - (1 - counts / len(labels)) ** size))
+        batches = [
+            batch_rows(plan, step, step + 1)
+            for step in np.linspace(0, self.rows // size, LOOKED_AT, dtype=int).tolist()
+        ]
+        seen = [labels[plan.first_id[rows.group] + rows.row] for rows in batches]
+        held = float(np.mean([len(np.unique(some[some >= 0])) for some in seen]))
+        if held >= POORLY * random:
+            return ""
+        return (
+            f"--data {self.uri}: its row groups are large and sorted by label: a batch of {size} holds some {held:.0f} "
+            f"classes, a random one would hold {random:.0f}: jobs/prepare.py mixes all images"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,11 +102,13 @@ class Splits:
     Attributes:
         indexes: of the splits that hold images, by name.
         found: one line that says what raw data was found to be; "" for prepared data.
+        to_keep: what reading raw data through has found, if `open_splits` did not find it kept.
     """
 
     uri: str
     indexes: dict[str, DatasetIndex]
     found: str = ""
+    to_keep: bytes = b""
 
     def __getitem__(self, name: str) -> DatasetIndex:
         """One split.
@@ -99,6 +125,12 @@ class Splits:
     def __contains__(self, name: str) -> bool:
         return name in self.indexes
 
+    def keep(self, output: str) -> "Splits":
+        """Writes what was found by reading all data into the folder of a run, for its resume; the same without it."""
+        if self.to_keep:
+            storage.write_atomic(storage.join(output, SCAN), self.to_keep)
+        return replace(self, to_keep=b"")
+
 
 def open_dataset(
     uri: str, split: str = "train", image_size: int = 0, reading: Reading = AS_FOUND
@@ -112,7 +144,11 @@ def open_dataset(
 
 
 def open_splits(
-    uri: str, image_size: int = 0, reading: Reading = AS_FOUND, split: tuple[str, ...] = ()
+    uri: str,
+    image_size: int = 0,
+    reading: Reading = AS_FOUND,
+    split: tuple[str, ...] = (),
+    output: str = "",
 ) -> Splits:
     """Opens what jobs/prepare.py or jobs/generate.py wrote, or any of the formats that the former reads.
 
@@ -123,6 +159,7 @@ def open_splits(
         image_size: to bring the images to; 0 = their own.
         reading: how raw data is read.
         split: the source's own splits to use, where it was not prepared; see `splits.roles_of`.
+        output: folder of a run that may have begun on this data: see `Splits.keep`. What has not changed is not read.
 
     Raises:
         InputError: no such folder, or nothing in it that could be read.
@@ -134,7 +171,8 @@ def open_splits(
         return _open_prepared(uri, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
         raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run that again, it goes on")
-    splits = _open_source(uri, image_size, reading, split)
+    kept = storage.join(output, SCAN) if output else ""
+    splits = _open_source(uri, image_size, reading, split, kept)
     print(f"--data {splits.found}", file=sys.stderr, flush=True)
     return splits
 
@@ -154,15 +192,14 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
                 uri=uri,
                 split=name,
                 image=image,
-                groups=tuple(
-                    row_group(storage.join(uri, shard["file"]), number, rows)
-                    for shard in split["shards"]
-                    for number, rows in enumerate(shard["row_groups"])
+                groups=row_groups(
+                    (storage.join(uri, shard["file"]), shard["row_groups"]) for shard in split["shards"]
                 ),
                 fingerprint=manifest["fingerprint"],
                 quarantined=manifest["quarantined"],
                 order=_hash([(shard["sha256"], shard["row_groups"]) for shard in split["shards"]]),
                 settings=manifest.get("settings", {}),
+                bytes=sum(shard["bytes"] for shard in split["shards"]),
             )
             for name, split in manifest["splits"].items()
             if split["rows"]
@@ -172,23 +209,29 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
         raise InputError(f"--data {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
 
 
-def _open_source(uri: str, image_size: int, reading: Reading, split: tuple[str, ...]) -> Splits:
-    found = scan(uri, reading, split)
+def _open_source(
+    uri: str, image_size: int, reading: Reading, split: tuple[str, ...], kept: str = ""
+) -> Splits:
+    found = scan(uri, reading, split, kept)
     size = image_size or found.size
     if not size:
         raise InputError(f"--data {uri}: its images are not squares of one size: give --image-size")
     image = ImageConfig(size, found.channels, found.classes)
-    groups, digests, bad = _groups(found)
+    images = sum(len(scanned.digests) for scanned in found.parts)
+    mean = sum(scanned.size for scanned in found.parts) // max(1, images)
+    groups, digests, bad = _groups(found, max(1, min(GROUP_ROWS, GROUP_BYTES // max(1, mean))))
     fingerprint = sum(int.from_bytes(digest, "big") for some in digests.values() for digest in some) % 2**256
     indexes = {
         name: DatasetIndex(
             uri=uri,
             split=name,
             image=image,
-            groups=tuple(some),
+            groups=pack(some),
             fingerprint=f"{fingerprint:064x}",
             quarantined=len(bad),
             order=_hash([[group.rows for group in some], digests[name]]),
+            bytes=mean * len(digests[name]),
+            whole=any(group.part.whole for group in some),
         )
         for name, some in groups.items()
         if some
@@ -197,11 +240,17 @@ def _open_source(uri: str, image_size: int, reading: Reading, split: tuple[str, 
         named = "".join(f": {entry['path']} ({entry['reason']})" for entry in bad[:1])
         raise InputError(f"--data {uri}: holds no images that can be used{named}")
     counts = {name: index.rows for name, index in indexes.items()}
-    return Splits(uri, indexes, found.opened.describe(counts, found.classes, bad))
+    return Splits(uri, indexes, found.opened.describe(counts, found.classes, bad), found.to_keep)
 
 
-def _groups(found: Scan) -> tuple[dict[str, list[Group]], dict[str, list[bytes]], list[dict[str, str]]]:
-    """The groups of each split, the hash of each image in them with its label, and what can't be used."""
+def _groups(
+    found: Scan, rows: int
+) -> tuple[dict[str, list[Group]], dict[str, list[bytes]], list[dict[str, str]]]:
+    """The groups of each split, the hash of each image in them with its label, and what can't be used.
+
+    Args:
+        rows: of a group, where it need not be read whole.
+    """
     number_of = class_numbers(found.classes)
     bad = [{"path": path, "reason": reason} for path, reason in found.opened.listing.bad.items()]
     groups: dict[str, list[Group]] = {name: [] for name in SPLITS}
@@ -221,26 +270,15 @@ def _groups(found: Scan) -> tuple[dict[str, list[Group]], dict[str, list[bytes]]
         for item in scanned.part.read(unknown) if unknown else ():  # for their paths
             bad.append({"path": item.path, "reason": unknown_label(item.label, found.classes)})
         for name, mine in labels.items():
-            if mine:
-                kept = None if len(mine) == len(scanned.digests) else tuple(mine)
-                groups[name].append(Group(scanned.part, len(mine), kept, tuple(mine.values())))
+            places, step = list(mine), len(mine) if scanned.part.whole else rows
+            for first in range(0, len(mine), max(1, step)):
+                some = places[first : first + step]
+                numbers = [mine[place] for place in some]
+                groups[name].append(
+                    Group(scanned.part, len(some), np.array(some, np.int32), np.array(numbers, np.int32))
+                )
     return groups, digests, bad
 
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
-
-
-def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
-    """Rows of one group, still encoded.
-
-    Args:
-        rows: int [N], positions in the group, in any order.
-
-    Returns:
-        columns bytes (large_binary), label (int64, -1 for none) and path (string), in the order asked for.
-    """
-    table = group.part.table(rows if group.kept is None else np.asarray(group.kept)[rows])
-    if group.labels is not None:
-        table = table.set_column(1, "label", pa.array(np.asarray(group.labels, np.int64)[rows]))
-    return table

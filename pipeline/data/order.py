@@ -1,81 +1,197 @@
-"""Which samples form global batch k: a function of (seed, k) alone.
+"""Which samples form global batch k: a function of (seed, k) alone, and such that any number of ranks reads a byte once.
 
-Every epoch the groups of rows (see `index.Group`) are shuffled and taken `groups_per_window` at a time. In a
-window the rows of each group are shuffled, and dealt like cards: one from each group in turn. So every
-batch mixes many groups, only one window is ever in memory, and position p of the stream belongs to rank
-p mod world size: where the group count of a window is a multiple of the world size, each rank reads
-whole groups that no other rank needs. Epochs follow each other without a seam or a dropped tail.
+Every epoch the groups of rows (see `groups.Group`) are shuffled into one line, which is cut into as many equal *lanes* as
+the plan has. Batch k takes the same number of rows from every lane. It is ordered by lane and cut among the ranks at
+floor(r * batch / world): so a rank reads its own stretch of the line, and at most the groups at its ends are read by two.
+In a lane, a row is drawn from a buffer of the groups around it. Where groups can only be read whole, even lanes run
+forwards and odd ones backwards, so that a group which a cut divides is open in both lanes at once, and is read once by a
+rank that has both.
+
+The lanes of an epoch are as long as each other but for a row, and the next epoch's follow without a seam: the row that
+one lane has more is the next one's in a later epoch, so that no epoch drops a tail. Lane l has held floor((N + l) / L) of
+the first N rows of all L lanes, which sums to N (Hermite's identity).
 
 Pure numpy: no Ray, no reading.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 Array = np.ndarray
 # Streams of random numbers of their own, apart from those of pipeline.rng.
-_SHUFFLE, _CROP = 9, 10
+_SHUFFLE, _CROP, _PLACE = 9, 10, 11
+# What the open groups of all lanes may hold, encoded: this, or a share of the data where that is more, since the ranks
+# share it and large data has many.
+OPEN_BYTES, OPEN_SHARE = 2**30, 256
+OPEN_GROUPS = 2  # of a lane, at most times: some are half used
+SMALL_GROUPS = 4  # those of a buffer, where a group is some images that could be read one by one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The order in which a dataset is seen.
 
     Args:
-        group_rows: rows of every group, in the dataset's own order.
+        group_rows: rows of every group, at least 1 each, in the dataset's own order, int [groups].
         seed: of the shuffle.
         batch_size: global batch size.
-        groups_per_window: groups that are mixed with each other.
+        lanes: divides the batch size; see `lanes_for`.
+        whole: whether a group can only be read whole.
     """
 
-    group_rows: tuple[int, ...]
+    group_rows: Array
     seed: int
     batch_size: int
-    groups_per_window: int = 16
+    lanes: int
+    whole: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group_rows", np.asarray(self.group_rows, np.int64))
 
     @cached_property
     def rows(self) -> int:
         """Samples in one epoch."""
-        return sum(self.group_rows)
+        return int(self.group_rows.sum())
 
     @cached_property
     def first_id(self) -> Array:
         """Sample id of each group's first row, int64 [groups]."""
-        return np.concatenate([[0], np.cumsum(self.group_rows)[:-1]]).astype(np.int64)
+        return np.cumsum(self.group_rows) - self.group_rows
 
+    @cached_property
+    def buffer(self) -> int:
+        """By so many rows a lane's groups reach into the next: the mean group, or some where they are small."""
+        return max(1, self.rows // len(self.group_rows)) * (1 if self.whole else SMALL_GROUPS)
 
-@dataclass(frozen=True)
-class Window:
-    """One window of one epoch: the unit of reading.
-
-    Attributes:
-        epoch: counted from 0.
-        start: position in the run's stream of the window's first row.
-        groups: the groups it mixes, by number.
-        sizes: rows of each of them.
-    """
-
-    epoch: int
-    start: int
-    groups: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        """Samples in the window."""
-        return sum(self.sizes)
+    @cached_property
+    def steps_open(self) -> int:
+        """A group is used up within about so many steps."""
+        in_lane = min(int(self.group_rows.max()), self.rows // self.lanes + 1)
+        return 1 + (2 * in_lane + self.buffer) * self.lanes // self.batch_size
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Part of a window in the order in which it is seen: arrays of one length."""
+    """Rows of some batches: epoch, group and row in the group, each int64 [steps, places in the batch]."""
 
-    position: Array
+    epoch: Array
     group: Array
     row: Array
+
+
+@dataclass(frozen=True)
+class _Line:
+    """An epoch's groups in their order, and how they are cut into lanes.
+
+    Attributes:
+        groups: numbers of the groups, int64 [groups].
+        starts: place of each one's first row in the line, and the end: int64 [groups + 1].
+        lanes: place of each lane's first row, and the end: int64 [lanes + 1].
+        key: of the epoch's places in the buffer.
+    """
+
+    groups: Array
+    starts: Array
+    lanes: Array
+    key: np.uint64
+
+
+def lanes_for(groups: int, size: int, batch_size: int) -> int:
+    """The most lanes whose open groups fit into memory: more lanes let more ranks read without reading twice.
+
+    Args:
+        groups: of the dataset.
+        size: of all its encoded images, in bytes.
+    """
+    room = max(OPEN_BYTES, size // OPEN_SHARE)
+    most = batch_size if size <= room else room * groups // (OPEN_GROUPS * size)
+    return max(
+        lanes for lanes in range(1, batch_size + 1) if not batch_size % lanes and lanes <= max(1, most)
+    )
+
+
+def cut(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The places in every batch that are a rank's: the first, and the first that no more is."""
+    return rank * batch_size // world_size, (rank + 1) * batch_size // world_size
+
+
+def batch_rows(plan: Plan, start: int, stop: int, first: int = 0, last: int | None = None) -> Rows:
+    """What the global batches [start, stop) hold at their places [first, last), in order.
+
+    Costs about as much as the rows asked for and those of the groups that are open at both ends, wherever they are.
+    """
+    last = plan.batch_size if last is None else last
+    each, shape = plan.batch_size // plan.lanes, (stop - start, last - first)
+    rows = Rows(*(np.empty(shape, np.int64) for _ in range(3)))
+    lanes = np.arange(first // each, -(-last // each))
+    epoch = max(0, start * plan.batch_size // plan.rows - 1)
+    while len(lanes):
+        began, ended = ((n * plan.rows + lanes) // plan.lanes for n in (epoch, epoch + 1))
+        if (began >= stop * each).all():
+            break
+        low, high = (np.clip(step * each, began, ended) - began for step in (start, stop))
+        some = low < high
+        if some.any():
+            lane, at, group, row = _lane_rows(plan, epoch, lanes[some], low[some], high[some])
+            step, place = np.divmod(at + (epoch * plan.rows + lane) // plan.lanes, each)
+            place += lane * each
+            mine = (place >= first) & (place < last)
+            where = step[mine] - start, place[mine] - first
+            rows.epoch[where], rows.group[where], rows.row[where] = epoch, group[mine], row[mine]
+        epoch += 1
+    return rows
+
+
+def _lane_rows(
+    plan: Plan, epoch: int, lanes: Array, low: Array, high: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Lane, place in the lane, group and row of what stands in some lanes of an epoch at the places [low, high).
+
+    Each row of a group draws a number from the group's stretch of the lane and a buffer more; the lane is in the order of
+    these numbers. What may stand at a place therefore lies in the groups within a buffer of the one that was there.
+    """
+    line = _line(plan, epoch)
+    left, right, forward = line.lanes[lanes], line.lanes[lanes + 1], (lanes % 2 == 0) | (not plan.whole)
+    first = np.where(forward, left + low, right - high)
+    last = np.where(forward, left + high, right - low) - 1
+
+    def starts_at(place: Array) -> Array:
+        return np.maximum(line.starts[_group_at(line, place)], left)
+
+    def ends_at(place: Array) -> Array:
+        return np.minimum(line.starts[_group_at(line, place) + 1], right)
+
+    first = starts_at(np.maximum(starts_at(first) - plan.buffer, left))
+    end = ends_at(np.minimum(ends_at(last) + plan.buffer, right) - 1)
+    count = end - first
+    lane = np.repeat(np.arange(len(lanes)), count)
+    turn = np.arange(len(lane)) - np.repeat(np.cumsum(count) - count, count)
+    place = first[lane] + turn
+    number = _group_at(line, place)
+    from_, to = np.maximum(line.starts[number], left[lane]), np.minimum(line.starts[number + 1], right[lane])
+    begins = np.where(forward[lane], from_ - left[lane], right[lane] - to)
+    drawn = begins + _uniform(line.key, place) * (to - from_ + plan.buffer)
+    order = np.lexsort((drawn, lane))
+    at = np.where(forward, first - left, right - end)[lane] + turn
+    wanted = (at >= low[lane]) & (at < high[lane])
+    order, lane, at = order[wanted], lane[wanted], at[wanted]
+    return lanes[lane], at, line.groups[number[order]], (place - line.starts[number])[order]
+
+
+def _group_at(line: _Line, place: Array) -> Array:
+    return np.searchsorted(line.starts, place, side="right") - 1
+
+
+@lru_cache(maxsize=3)
+def _line(plan: Plan, epoch: int) -> _Line:
+    groups = _generator(plan.seed, epoch).permutation(len(plan.group_rows))
+    starts = np.concatenate([[0], np.cumsum(plan.group_rows[groups])])
+    lanes = np.arange(plan.lanes)
+    began, ended = ((n * plan.rows + lanes) // plan.lanes for n in (epoch, epoch + 1))
+    key = _generator(plan.seed, epoch, _PLACE).integers(2**64, dtype=np.uint64)
+    return _Line(groups, starts, np.concatenate([[0], np.cumsum(ended - began)]), key)
 
 
 def _generator(seed: int, *counter: int) -> np.random.Generator:
@@ -83,47 +199,14 @@ def _generator(seed: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence))
 
 
-def epoch_windows(plan: Plan, epoch: int) -> list[Window]:
-    """The windows of an epoch, in order."""
-    order = _generator(plan.seed, epoch).permutation(len(plan.group_rows))
-    windows, start = [], epoch * plan.rows
-    for i in range(0, len(order), plan.groups_per_window):
-        groups = tuple(int(g) for g in order[i : i + plan.groups_per_window])
-        windows.append(Window(epoch, start, groups, tuple(plan.group_rows[g] for g in groups)))
-        start += windows[-1].rows
-    return windows
-
-
-def windows_between(plan: Plan, start: int, stop: int) -> Iterator[Window]:
-    """The windows that hold the stream's positions [start, stop), in order, one epoch at a time in memory."""
-    if start >= stop:
-        return
-    for epoch in range(start // plan.rows, (stop - 1) // plan.rows + 1):
-        for window in epoch_windows(plan, epoch):
-            if window.start < stop and window.start + window.rows > start:
-                yield window
-
-
-def window_rows(seed: int, window: Window, start: int, stop: int, rank: int, world_size: int) -> Rows:
-    """What `rank` sees of a window between the stream's positions [start, stop), in order; `seed` is the plan's."""
-    sized = zip(window.groups, window.sizes, strict=True)
-    row = np.concatenate([_generator(seed, window.epoch, g).permutation(n) for g, n in sized])
-    turn = np.concatenate([np.arange(n) for n in window.sizes])
-    group = np.repeat(np.array(window.groups, dtype=np.int64), window.sizes)
-    dealt = np.argsort(turn, kind="stable")
-    position = window.start + np.arange(window.rows, dtype=np.int64)
-    mine = (position >= start) & (position < stop) & (position % world_size == rank)
-    return Rows(position[mine], group[dealt][mine], row[dealt][mine])
-
-
-def local_batch_size(plan: Plan, step: int, rank: int, world_size: int) -> int:
-    """How many samples of global batch `step` belong to `rank`."""
-    first, last = step * plan.batch_size, (step + 1) * plan.batch_size
-
-    def below(position: int) -> int:
-        return (position - rank + world_size - 1) // world_size
-
-    return below(last) - below(first)
+def _uniform(key: np.uint64, counter: Array) -> Array:
+    """Numbers in [0, 1) at any places of a stream: SplitMix64 (Steele, Lea and Flood 2014)."""
+    with np.errstate(over="ignore"):
+        word = key + (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        word ^= word >> np.uint64(31)
+    return (word >> np.uint64(11)) * 2.0**-53
 
 
 def crop_place(seed: int, epoch: int, sample_id: int) -> tuple[float, float]:

@@ -1,177 +1,116 @@
-"""The plan as read tasks: read and decode, beside the trainer that asks for it.
+"""Reads a rank's rows in the order in which its batches need them, beside the trainer, in a process of its own.
 
-Free of torch: a reading process starts without the seconds that it takes.
+Free of torch: such a process starts without the seconds that it takes.
 """
 
-import contextlib
-import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
-from pipeline.config import ImageConfig
-from pipeline.data.images import DecodeError, decode
-from pipeline.data.index import DatasetIndex, Group, read_rows
-from pipeline.data.order import Plan, Window, crop_place, window_rows
+from pipeline.data.blocks import as_row
+from pipeline.data.groups import read_rows
+from pipeline.data.index import DatasetIndex
+from pipeline.data.order import Array, Plan, Rows, batch_rows
 
-BLOCK_BYTES = 16 * 2**20
-ROWS_PER_READ = 512, 4096
-# What bridges a storage that hesitates for some steps; more would be decoded beside a run's first steps.
-BATCHES_AHEAD = 8
-CENTRE = (0.5, 0.5)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_BYTES = 2**30
+BLOCKS_AHEAD = 2  # whose groups are read while one is handed over
+THREADS = 16
+_Image = tuple[bytes, int, str]  # encoded, with label and path
 
 
-@dataclass(frozen=True)
-class ReadTask:
-    """A rank's rows of some windows that follow each other. Holds only what those need.
+class RankRows:
+    """Reads one rank's rows, each once: it keeps what it has read of a group, by row, until the batches that need it.
 
-    Attributes:
-        groups: the groups of the windows, by number, with the sample id of their first row.
-        seed: the plan's.
-        start, stop: the part of the stream that is asked for.
+    Args:
+        first, last: the places in each batch that are the rank's; see `order.cut`.
+        end: the step before which the run ends.
     """
 
-    windows: tuple[Window, ...]
-    groups: dict[int, tuple[Group, int]]
-    image: ImageConfig
-    seed: int
-    start: int
-    stop: int
-    rank: int
-    world_size: int
-    random_crop: bool = False
+    def __init__(self, index: DatasetIndex, plan: Plan, first: int, last: int, end: int) -> None:
+        self._index, self._plan, self._first, self._last, self._end = index, plan, first, last, end
+        self._open: dict[int, Future[dict[int, _Image]]] = {}
+        self._pool = ThreadPoolExecutor(THREADS)
 
-    @property
-    def decoded_bytes(self) -> int:
-        """About what its tables hold."""
-        return sum(window.rows for window in self.windows) // self.world_size * pixel_bytes(self.image)
+    def tables(self, start: int, stop: int, rows: int) -> Iterator[pa.Table]:
+        """The rows of the steps [start, stop) in order, still encoded, up to `rows` in a table.
 
-    def __call__(self) -> Iterator[pa.Table]:
-        """Tables in the plan's order: pixels, label, id, epoch, path, and bad = why it could not be decoded."""
-        _keep_freed_memory()
-        step = max(1, BLOCK_BYTES // pixel_bytes(self.image))
-        for window in self.windows:
-            encoded = self._encoded(window)
-            for first in range(0, encoded.num_rows, step):
-                yield self._decoded(encoded.slice(first, step))
+        Returns:
+            columns of `read_rows`, with id and epoch (int64).
+        """
+        each = self._last - self._first
+        # Planned together, since planning costs as much as the rows that are open at both ends.
+        steps = max(self._plan.steps_open, -(-rows // each))
+        for begin in range(start, stop, steps):
+            end = min(begin + steps, stop)
+            ahead = min(end + self._plan.steps_open, self._end)
+            planned = batch_rows(self._plan, begin, max(end, ahead), self._first, self._last)
+            yield from self._tables(planned, (end - begin) * each, rows)
 
-    def _encoded(self, window: Window) -> pa.Table:
-        rows = window_rows(self.seed, window, self.start, self.stop, self.rank, self.world_size)
-        tables, places = [], []
-        for number in np.unique(rows.group):
-            here = np.flatnonzero(rows.group == number)
-            group, first_id = self.groups[int(number)]
-            table = read_rows(group, rows.row[here])
-            tables.append(table.append_column("id", pa.array(first_id + rows.row[here])))
-            places.append(here)
-        if not tables:
-            return pa.table({})
-        table = pa.concat_tables(tables).take(np.argsort(np.concatenate(places)))
-        return table.append_column("epoch", pa.array(np.full(table.num_rows, window.epoch, np.int64)))
+    def _tables(self, planned: Rows, count: int, rows: int) -> Iterator[pa.Table]:
+        epoch, group, row = planned.epoch.ravel(), planned.group.ravel(), planned.row.ravel()
+        owner = epoch * len(self._plan.group_rows) + group
+        order = np.argsort(owner, kind="stable")
+        owners, begins = np.unique(owner[order], return_index=True)
+        places = dict(zip(owners.tolist(), np.split(order, begins[1:]), strict=True))
 
-    def _decoded(self, table: pa.Table) -> pa.Table:
-        image, count = self.image, table.num_rows
-        pixels = np.empty((count, image.size, image.size, image.channels), np.uint8)
-        bad: list[str | None] = [None] * count
-        ids, epochs = table["id"].to_pylist(), table["epoch"].to_pylist()
-        for i, data in enumerate(table["bytes"].to_pylist()):
-            crop = crop_place(self.seed, epochs[i], ids[i]) if self.random_crop else CENTRE
-            try:
-                pixels[i] = decode(data, image.size, image.channels, crop=crop)
-            except DecodeError as error:
-                pixels[i], bad[i] = 0, str(error)
-        kind = pa.binary(pixel_bytes(image))
-        packed = pa.FixedSizeBinaryArray.from_buffers(kind, count, [None, pa.py_buffer(pixels)])
-        return (
-            table.select(["label", "id", "epoch", "path"])
-            .append_column("pixels", packed)
-            .append_column("bad", pa.array(bad, pa.string()))
-        )
+        def needed(number: int, place: int) -> Array:
+            """A group's rows from a place on."""
+            here = places[number]
+            return row[here[np.searchsorted(here, place) :]]
 
+        def open_from(begin: int, stop: int) -> None:
+            """Starts to read the groups that come first between these places, all that is needed of each from there."""
+            for number in dict.fromkeys(owner[begin:stop].tolist()):
+                if number not in self._open:
+                    self._open[number] = self._pool.submit(self._read, number, needed(number, begin))
 
-@lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Keeps what images were decoded into for the next ones, for as long as the process lives.
+        for begin in range(0, count, rows):
+            stop = min(begin + rows, count)
+            open_from(begin, stop)
+            for ahead in range(1, BLOCKS_AHEAD + 1):
+                open_from(begin + ahead * rows, min(begin + (ahead + 1) * rows, count))
+            numbers, images = owner[begin:stop].tolist(), list[_Image]()
+            found = {number: self._open[number].result() for number in set(numbers)}
+            for place, number, wanted in zip(
+                range(begin, stop), numbers, row[begin:stop].tolist(), strict=True
+            ):
+                if wanted not in found[number]:  # the group is open for longer than was planned together
+                    found[number] |= self._read(number, needed(number, place))
+                images.append(found[number].pop(wanted))
+            for number in [number for number, rest in found.items() if not rest]:
+                del self._open[number]
+            data, label, path = zip(*images, strict=True)
+            yield pa.table(
+                {
+                    "bytes": pa.array(data, pa.large_binary()),
+                    "label": pa.array(label, pa.int64()),
+                    "path": pa.array(path, pa.string()),
+                    "id": self._plan.first_id[group[begin:stop]] + row[begin:stop],
+                    "epoch": epoch[begin:stop],
+                }
+            )
 
-    glibc gives large blocks back to the system, which costs a page fault for every 4 KiB of the next image: a fifth
-    of the time that decoding 256x256 pixels takes. How much is kept is bounded by what one read needs.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
-
-def pixel_bytes(image: ImageConfig) -> int:
-    return image.size * image.size * image.channels
+    def _read(self, number: int, rows: Array) -> dict[int, _Image]:
+        table = read_rows(self._index.groups[number % len(self._plan.group_rows)], rows)
+        columns = (table[name].to_pylist() for name in ("bytes", "label", "path"))
+        return dict(zip(rows.tolist(), zip(*columns, strict=True), strict=True))
 
 
-def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
-    """The images of a table that `ReadTask` made: uint8 [N, H, W, C], not copied where it is one chunk."""
-    size = pixel_bytes(image)
-    parts = [
-        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
-        for chunk in table["pixels"].chunks
-    ]
-    pixels = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return pixels.reshape(-1, image.size, image.size, image.channels)
+class Read:
+    """Reads the spans of steps that it is given, in a process that stays for all of them: see `RankRows`.
 
-
-class Reader:
-    """Does read tasks, by their number, in a process that stays for all of them.
-
-    Ray ends a worker process that was idle for a second: as Ray tasks, each would start a process anew beside a
-    trainer that needs few of them.
+    Args:
+        data: of the index and the plan, in Ray's object store.
+        rows: in one block.
     """
 
-    def __init__(self, tasks: list[ReadTask]) -> None:
-        self._tasks = tasks
+    def __init__(self, data: Any, first: int, last: int, end: int, rows: int) -> None:
+        index, plan = ray.get(data)
+        self._rows, self._reader = rows, RankRows(index, plan, first, last, end)
 
-    def __call__(self, numbers: pa.Table) -> Iterator[pa.Table]:
-        for number in numbers["task"].to_pylist():
-            yield from self._tasks[number]()
-
-
-def rows_ahead(plan: Plan, world_size: int) -> int:
-    """How many of its rows a rank should have at hand beyond those of a read."""
-    return BATCHES_AHEAD * plan.batch_size // world_size
-
-
-def make_read_tasks(
-    index: DatasetIndex,
-    plan: Plan,
-    windows: list[Window],
-    start: int,
-    stop: int,
-    rank: int,
-    world_size: int,
-    random_crop: bool,
-) -> list[ReadTask]:
-    """Cuts a run of windows into read tasks, each of some batches and about a block, and of one window at least."""
-    image = replace(index.image, classes=())  # thousands of tasks would carry thousands of names
-    size = pixel_bytes(image)
-    tasks, some, held = list[ReadTask](), list[Window](), 0
-    least, most = ROWS_PER_READ
-    most = min(most, max(least, rows_ahead(plan, world_size)))
-
-    def close() -> None:
-        groups = {g: (index.groups[g], int(plan.first_id[g])) for window in some for g in window.groups}
-        tasks.append(
-            ReadTask(tuple(some), groups, image, plan.seed, start, stop, rank, world_size, random_crop)
-        )
-
-    for window in windows:
-        rows = window.rows // world_size
-        if some and (held + rows > most or (held + rows) * size > BLOCK_BYTES):
-            close()
-            some, held = [], 0
-        some.append(window)
-        held += rows
-    if some:
-        close()
-    return tasks
+    def __call__(self, spans: pa.Table) -> Iterator[pa.Table]:
+        for start, stop in zip(*(spans[name].to_pylist() for name in ("start", "stop")), strict=True):
+            yield from map(as_row, self._reader.tables(start, stop, self._rows))

@@ -1,21 +1,43 @@
 """What is in a source that was not prepared: one pass over its bytes, which decodes nothing."""
 
+import contextlib
+import hashlib
 import io
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline import storage
 from pipeline.config import Reading
 from pipeline.data.images import FORMATS, Encoded
 from pipeline.data.labels import names_of_all
 from pipeline.data.sources.parts import Part, Request
 from pipeline.data.sources.registry import Opened, open_source
+from pipeline.data.sources.tar_index import TarImage
+from pipeline.data.sources.tars import TarPart
 
+SCAN = "scan.parquet"  # in the folder of a run
 IMAGES_PER_PART = 64
 THREADS = 8
+# Texts as JSON, which also writes names that are no UTF-8.
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("members", pa.string()),  # of a tar, where its headers were read for them
+        ("digests", pa.binary()),
+        ("labels", pa.string()),
+        ("size", pa.int64()),
+        ("shapes", pa.string()),
+        ("bad", pa.string()),
+    ]
+)
 _COLOURLESS = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -24,12 +46,16 @@ class ScannedPart:
     """A part small enough to be read at once, and for each image in it the hash of its content and its label.
 
     Attributes:
-        bad: the reason for each image, by its place in the part, that can't be used.
+        size: of its images, encoded, in bytes.
+        shapes: width, height and whether there may be colours, of those whose header says it.
+        bad: path and reason of each image, by its place in the part, that can't be used.
     """
 
     part: Part
     digests: tuple[bytes, ...]
     labels: tuple[str | None, ...]
+    size: int
+    shapes: frozenset[tuple[int, int, bool]]
     bad: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
@@ -42,6 +68,7 @@ class Scan:
         size: of its images, where they all are squares of one size; else 0.
         channels: 1 where no image has colours, else 3.
         classes: names of the classes, in order.
+        to_keep: all this as a file, for `scan`; empty where the one that is kept says it already.
     """
 
     opened: Opened
@@ -49,10 +76,14 @@ class Scan:
     size: int
     channels: int
     classes: tuple[str, ...]
+    to_keep: bytes
 
 
-def scan(uri: str, reading: Reading, split: tuple[str, ...] = ()) -> Scan:
+def scan(uri: str, reading: Reading, split: tuple[str, ...] = (), kept: str = "") -> Scan:
     """Reads a source through, whatever kind it is of.
+
+    Args:
+        kept: URI of what an earlier scan found, if it is there: files that have not changed since are not read.
 
     Raises:
         InputError: nothing is there that could be read; labels that can't be classes.
@@ -61,11 +92,15 @@ def scan(uri: str, reading: Reading, split: tuple[str, ...] = ()) -> Scan:
     opened = open_source(reading.source, uri, request, "--data")
     listing = opened.listing
     used = [part for part in listing.parts if part.split in opened.roles]
+    keys, before = [_key(part, opened) for part in used], _read_kept(kept) if kept else {}
+
+    def scanned(part: Part, key: str) -> list[ScannedPart]:
+        return [_unpack(row, part) for row in before[key]] if key in before else list(_scanned(part))
+
     with ThreadPoolExecutor(THREADS) as pool:
-        found = [pair for pairs in pool.map(_scan_part, used) for pair in pairs]
-    parts = tuple(part for part, _ in found)
-    shapes = {shape for _, some in found for shape in some}
-    sizes = {side for width, height, _ in shapes for side in (width, height)}
+        found = list(pool.map(scanned, used, keys))
+    parts = tuple(part for some in found for part in some)
+    sizes = {side for part in parts for width, height, _ in part.shapes for side in (width, height)}
     labels = dict.fromkeys(label for part in parts for label in part.labels if label is not None)
     # Integers that nothing names are numbers, whatever the first of them is.
     first = "0" if listing.classes is not None else next(iter(labels), "0")
@@ -73,27 +108,75 @@ def scan(uri: str, reading: Reading, split: tuple[str, ...] = ()) -> Scan:
         opened=opened,
         parts=parts,
         size=sizes.pop() if len(sizes) == 1 else 0,
-        channels=3 if any(colour for _, _, colour in shapes) else 1,
+        channels=3 if any(colour for part in parts for *_, colour in part.shapes) else 1,
         classes=listing.classes or names_of_all(labels, first),
+        to_keep=b"" if before.keys() >= set(keys) else _to_keep(keys, found),
     )
 
 
-def _scan_part(part: Part) -> list[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
-    return list(_scanned(part))
+def _key(part: Part, opened: Opened) -> str:
+    """Another one as soon as the part's files or what is read of them are others."""
+    files = opened.tree.files
+    versions = [files[name].version for name in part.names if name in files]
+    return hashlib.sha256(repr((part, versions)).encode(errors="surrogateescape")).hexdigest()
 
 
-def _scanned(part: Part) -> Iterator[tuple[ScannedPart, set[tuple[int, int, bool]]]]:
+def _to_keep(keys: list[str], found: list[list[ScannedPart]]) -> bytes:
+    rows = [_pack(part) | {"key": key} for key, some in zip(keys, found, strict=True) for part in some]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _read_kept(uri: str) -> dict[str, list[dict[str, Any]]]:
+    """By the key of the part; empty where nothing was kept, or it is damaged."""
+    kept = dict[str, list[dict[str, Any]]]()
+    with contextlib.suppress(OSError, pa.ArrowException):
+        for row in pq.read_table(io.BytesIO(storage.read_bytes(uri)), schema=_SCHEMA).to_pylist():
+            kept.setdefault(row["key"], []).append(row)
+    return kept
+
+
+def _pack(scanned: ScannedPart) -> dict[str, Any]:
+    members = scanned.part.members if isinstance(scanned.part, TarPart) else ()
+    return {
+        "members": json.dumps(members),
+        "digests": b"".join(scanned.digests),
+        "labels": json.dumps(scanned.labels),
+        "size": scanned.size,
+        "shapes": json.dumps(sorted(scanned.shapes)),
+        "bad": json.dumps(list(scanned.bad.items())),
+    }
+
+
+def _unpack(row: dict[str, Any], part: Part) -> ScannedPart:
+    members = tuple(
+        TarImage._make([*some, tuple((at, size) for at, size in pieces)])
+        for *some, pieces in json.loads(row["members"])
+    )
+    return ScannedPart(
+        part=replace(part, members=members) if members and isinstance(part, TarPart) else part,
+        digests=tuple(row["digests"][at : at + 32] for at in range(0, len(row["digests"]), 32)),
+        labels=tuple(json.loads(row["labels"])),
+        size=row["size"],
+        shapes=frozenset((width, height, colour) for width, height, colour in json.loads(row["shapes"])),
+        bad=dict(json.loads(row["bad"])),
+    )
+
+
+def _scanned(part: Part) -> Iterator[ScannedPart]:
     for small in part.cut(IMAGES_PER_PART):
         digests, labels, shapes = list[bytes](), list[str | None](), set[tuple[int, int, bool]]()
-        bad = dict[int, dict[str, str]]()
+        bad, size = dict[int, dict[str, str]](), 0
         for place, item in enumerate(small.read()):
             digests.append(item.digest)
             labels.append(item.label)
+            size += len(item.data) if isinstance(item.data, bytes) else item.data.nbytes
             if item.reason:
                 bad[place] = {"path": item.path, "reason": item.reason}
             elif shape := _shape(item.data):
                 shapes.add(shape)
-        yield ScannedPart(small, tuple(digests), tuple(labels), bad), shapes
+        yield ScannedPart(small, tuple(digests), tuple(labels), size, frozenset(shapes), bad)
 
 
 def _shape(data: Encoded) -> tuple[int, int, bool] | None:

@@ -2,34 +2,59 @@
 
 Encoded bytes travel from storage to the node of the trainer that uses them, and are decoded there, in processes
 of their own: pixels never cross the network, and Python's lock in the trainer is left to training. One Ray Data
-execution spans many epochs, since each start of one costs seconds.
+execution holds a whole run, since each start of one costs seconds.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 from ray.train import DataConfig
 
-from pipeline.cluster.pace import set_in_flight, set_pace, tables_of
+from pipeline.cluster.pace import blocks_of, set_in_flight, set_pace
+from pipeline.config import ImageConfig
+from pipeline.data.blocks import BATCHES_AHEAD, BLOCK_BYTES, Decode, block_rows, pixel_bytes, tables_of
 from pipeline.data.index import DatasetIndex
-from pipeline.data.order import Plan, local_batch_size, windows_between
-from pipeline.data.reads import BLOCK_BYTES, Reader, make_read_tasks, pixel_bytes, rows_ahead
+from pipeline.data.order import Plan, cut
+from pipeline.data.reads import Read
 
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
 
-WINDOWS_PER_EXECUTION = 1024
 IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
 CONSUMER_TABLES = 4
+# What is done again where the reading process died: as much of a run as this, or so many of its blocks.
+SPANS, SPAN_BLOCKS = 1000, 64
 CLOSING_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class PlannedIndex:
+    """A dataset and its plan, in Ray's object store once for all ranks: small, travels by pickle.
+
+    Attributes:
+        data: the index and the plan.
+        image_bytes: mean size of an encoded image.
+    """
+
+    data: Any
+    image: ImageConfig
+    image_bytes: int
+    batch_size: int
+    seed: int
+
+
+def share(index: DatasetIndex, plan: Plan) -> PlannedIndex:
+    """Puts a dataset and its plan where all ranks find them, for as long as this process lives."""
+    image = replace(index.image, classes=())  # may be thousands of names
+    mean = index.bytes // max(1, index.rows)
+    return PlannedIndex(ray.put((index, plan)), image, mean, plan.batch_size, plan.seed)
 
 
 @dataclass(frozen=True)
@@ -37,14 +62,13 @@ class RankStream:
     """What one rank of `world_size` sees of the plan: small, travels to the rank by pickle.
 
     Attributes:
-        readers: processes that read and decode beside the rank.
-        in_flight: most bytes of decoded images that wait in the object store; more where some reads or batches are
-            larger.
+        readers: processes that decode beside the rank; one more reads.
         random_crop: cut the square out of an image's longer side at random, not in its centre.
+        in_flight: most bytes of decoded images that wait in the object store; more where some blocks or batches are
+            larger.
     """
 
-    index: DatasetIndex
-    plan: Plan
+    planned: PlannedIndex
     rank: int
     world_size: int
     readers: int = 2
@@ -69,12 +93,12 @@ class RankStream:
         # Here, since processes that only hand streams out do without torch, which takes seconds.
         from pipeline.data.batch import from_tables
 
+        first, last = cut(self.planned.batch_size, self.rank, self.world_size)
+
         def produce() -> Iterator["Batch"]:
-            tables = self._tables(start_step * self.plan.batch_size, stop_step * self.plan.batch_size)
-            steps = range(start_step, stop_step)
-            sizes = (local_batch_size(self.plan, step, self.rank, self.world_size) for step in steps)
-            for pieces in _rebatch(tables, sizes):
-                batch = from_tables(pieces, self.index.image)
+            tables = self._tables(start_step, stop_step) if start_step < stop_step else iter(())
+            for pieces in _rebatch(tables, last - first, stop_step - start_step):
+                batch = from_tables(pieces, self.planned.image)
                 if batch.bad:
                     on_bad(batch.bad)
                 yield batch.pin_memory() if pin else batch
@@ -82,71 +106,81 @@ class RankStream:
         return _ahead(produce, prefetch)
 
     def _tables(self, start: int, stop: int) -> Iterator[pa.Table]:
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        windows = windows_between(self.plan, start, stop)
-        while some := list(islice(windows, WINDOWS_PER_EXECUTION)):
-            tasks = make_read_tasks(
-                self.index, self.plan, some, start, stop, self.rank, self.world_size, self.random_crop
-            )
-            # Ray Data's iterator holds some tables for us; each reader has one read task in work and one to come.
-            largest = max(task.decoded_bytes for task in tasks)
-            batches = rows_ahead(self.plan, self.world_size) * pixel_bytes(self.index.image)
-            numbers = [{"task": number} for number in range(len(tasks))]
+        planned = self.planned
+        first, last = cut(planned.batch_size, self.rank, self.world_size)
+        rows = block_rows(planned.image, planned.image_bytes, last - first)
+        steps = max(-(-(stop - start) // SPANS), SPAN_BLOCKS * rows // (last - first), 1)
+        blocks = -(-(stop - start) * (last - first) // rows)
+        spans = [{"start": begin, "stop": min(begin + steps, stop)} for begin in range(start, stop, steps)]
+        beside: dict[str, Any] = {
+            "batch_size": None,
+            "batch_format": "pyarrow",
             # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
-            dataset = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
-                Reader,
-                fn_constructor_args=(tasks,),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=0,
-                label_selector=here,
-                compute=ActorPoolStrategy(
-                    size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=2
-                ),
+            "num_cpus": 0,
+            "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+        }
+        dataset = (
+            ray.data.from_items(spans, override_num_blocks=len(spans))
+            .map_batches(
+                Read,
+                fn_constructor_args=(planned.data, first, last, stop, rows),
+                compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2),
+                **beside,
             )
-            context = dataset.context
-            context.enable_progress_bars = False
-            # Else a thread in each task, for a figure that nothing reads.
-            context.memory_usage_poll_interval_s = None
-            set_pace(context)
-            context.target_max_block_size = BLOCK_BYTES
-            context.execution_options.preserve_order = True
-            handed_over = CONSUMER_TABLES * min(largest, BLOCK_BYTES)
-            most = handed_over + 2 * self.readers * largest
-            least = max(handed_over + self.readers * largest, batches)
-            set_in_flight(context, max(min(self.in_flight, most), least), largest)
-            yield from tables_of(dataset)
+            .map_batches(
+                Decode,
+                fn_constructor_args=(planned.image, planned.seed, self.random_crop),
+                # Ray Data warns of more than it has blocks for.
+                compute=ActorPoolStrategy(size=min(self.readers, blocks), max_tasks_in_flight_per_actor=2),
+                **beside,
+            )
+        )
+        self._set_up(dataset.context, rows, last - first)
+        for block in blocks_of(dataset):
+            yield from tables_of(block)
+
+    def _set_up(self, context: DataContext, rows: int, local_batch: int) -> None:
+        context.enable_progress_bars = False
+        # Else a thread in each task, for a figure that nothing reads.
+        context.memory_usage_poll_interval_s = None
+        context.target_max_block_size = 1  # a block is one row: see `as_row`
+        context.execution_options.preserve_order = True
+        set_pace(context)
+        # Ray Data's iterator holds some blocks for us; each process has one in work and one to come.
+        size = pixel_bytes(self.planned.image)
+        block, handed_over = rows * size, CONSUMER_TABLES * rows * size
+        most = handed_over + 2 * self.readers * block
+        least = max(handed_over + self.readers * block, BATCHES_AHEAD * local_batch * size)
+        set_in_flight(context, max(min(self.in_flight, most), least), block, waiting=self.readers + 1)
 
 
 class PlannedData(DataConfig):
     """Hands each rank its part of the plan, anew at every start or resize of the worker group."""
 
-    def __init__(self, plan: Plan, readers: int, random_crop: bool) -> None:
+    def __init__(self, readers: int, random_crop: bool) -> None:
         super().__init__()
-        self._plan, self._readers, self._random_crop = plan, readers, random_crop
+        self._readers, self._random_crop = readers, random_crop
 
     def configure(
         self, datasets: dict[str, Any], world_size: int, *_: object, **__: object
     ) -> list[dict[str, Any]]:
         return [
             {
-                name: RankStream(index, self._plan, rank, world_size, self._readers, self._random_crop)
-                for name, index in datasets.items()
+                name: RankStream(planned, rank, world_size, self._readers, self._random_crop)
+                for name, planned in datasets.items()
             }
             for rank in range(world_size)
         ]
 
 
-def _rebatch(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[list[pa.Table]]:
-    """Cuts a stream of tables into lists of pieces with the given numbers of rows; stops when either ends."""
+def _rebatch(tables: Iterator[pa.Table], size: int, count: int) -> Iterator[list[pa.Table]]:
+    """Cuts a stream of tables into `count` lists of pieces with `size` rows each."""
     rest: pa.Table | None = None
-    for size in sizes:
+    for _ in range(count):
         pieces, missing = list[pa.Table](), size
-        while missing or not pieces:
+        while missing:
             if rest is None or not rest.num_rows:
-                rest = next(tables, None)
-                if rest is None:
-                    return
+                rest = next(tables)
             pieces.append(rest.slice(0, missing))
             rest = rest.slice(missing)
             missing -= pieces[-1].num_rows

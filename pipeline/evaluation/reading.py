@@ -6,8 +6,9 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import ImageConfig
+from pipeline.data.groups import read_rows, row_groups
 from pipeline.data.images import DecodeError, decode
-from pipeline.data.index import DatasetIndex, read_rows, row_group
+from pipeline.data.index import DatasetIndex
 from pipeline.data.sources.parquet import row_counts
 from pipeline.errors import InputError
 
@@ -22,7 +23,7 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         InputError: an image can't be decoded.
     """
     image, pixels, labels = index.image, list[np.ndarray](), list[int]()
-    ends = np.cumsum([group.rows for group in index.groups])
+    ends = index.first[1:]
     owners = np.searchsorted(ends, ids, side="right")
     for number in np.unique(owners):
         group = index.groups[number]
@@ -50,7 +51,7 @@ def open_samples(uri: str, image: ImageConfig) -> DatasetIndex:
     files = storage.list_files(storage.absolute(uri), (".parquet",))
     if not files:
         raise InputError(f"--samples {uri}: no Parquet files there: generate with --format parquet")
-    groups = [row_group(file, number, rows) for file in files for number, rows in enumerate(row_counts(file))]
-    if not sum(group.rows for group in groups):
+    groups = row_groups((file, row_counts(file)) for file in files)
+    if not groups.first[-1]:
         raise InputError(f"--samples {uri}: the Parquet files there are empty")
-    return DatasetIndex(uri, "samples", image, tuple(groups), fingerprint="")
+    return DatasetIndex(uri, "samples", image, groups, fingerprint="")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config import DiffusionConfig, ModelSpec
+from pipeline.data.groups import read_rows
 from pipeline.data.images import DecodeError, decode
-from pipeline.data.index import DatasetIndex, read_rows
+from pipeline.data.index import DatasetIndex
 from pipeline.diffusion.losses import vlb_term
 from pipeline.diffusion.process import make_process, q_sample, snr
 from pipeline.diffusion.samplers import sample

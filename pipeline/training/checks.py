@@ -45,7 +45,7 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
     """
     check_settings(config)
     check_apart(config.output, "--data", config.data)
-    data = data or open_splits(config.data, config.image_size, config.reading, config.split)
+    data = data or open_splits(config.data, config.image_size, config.reading, config.split, config.output)
     spec = check_fit(config, data)
     storage.check_writable(config.output)
     return data, spec

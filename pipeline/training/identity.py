@@ -127,7 +127,7 @@ def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[st
         "diffusion": to_dict(spec.diffusion),
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "groups_per_window": config.groups_per_window,
+        "lanes": index.plan(config.seed, config.batch_size).lanes,
         "ema_decays": list(config.optimizer.ema_decays),
         "ema_lengths": list(config.optimizer.ema_lengths),
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +27,7 @@ from pipeline import storage
 from pipeline.cluster.room import Need, announced, check_fits
 from pipeline.config import ModelSpec, TrainConfig, to_dict
 from pipeline.data.index import Splits
-from pipeline.data.order import Plan
-from pipeline.data.stream import PlannedData
+from pipeline.data.stream import PlannedData, share
 from pipeline.display import Display
 from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.config import BITS_PER_DIM
@@ -111,6 +111,7 @@ def train(
             tracker.log_params(to_dict(replace(config, resume=False)))
             tracker.log_config(to_dict(replace(config, resume=False)))
             tracker.log_dataset(config.data, index.fingerprint, index.rows, index.quarantined)
+        data = data.keep(output)
         status = "FAILED"
         try:
             weights, metrics = _train(
@@ -209,7 +210,10 @@ def _trainer(
         # Seconds that Ray waits for a dead node's resources before it continues with fewer workers; 60 by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     index = data["train"]
-    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
+    plan = index.plan(config.seed, config.batch_size)
+    if warning := index.poorly_mixed(plan):
+        print(warning, file=sys.stderr, flush=True)
+    planned = share(index, plan)
     gpu = _use_gpu(config)
     filesystem, path = arrow_fs(output, PatientOnChannel(channel, config.storage_patience))
     validation, scored = None, {}
@@ -238,8 +242,8 @@ def _trainer(
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[SaveBeforeShutdown(channel), *callbacks],
         ),
-        datasets={"train": lambda: index},
-        dataset_config=PlannedData(plan, config.readers, config.random_crop),
+        datasets={"train": lambda: planned},
+        dataset_config=PlannedData(config.readers, config.random_crop),
         validation_config=validation,
     )
 

@@ -62,7 +62,7 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
         raise InputError(f"--output {config.output} already holds a search: pass --resume, or another folder")
     check_apart(config.output, "--data", config.data)
     size = int(space.fixed.get("image_size", 0))
-    splits = open_splits(config.data, size, config.reading, config.split)
+    splits = open_splits(config.data, size, config.reading, config.split, config.output)
     _ = splits["validation"]
     check_choices(config, space, splits["train"].rows)
     return space, splits
@@ -85,6 +85,7 @@ def search(
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
         run, is_new = _open(config, space, splits)
+        splits = splits.keep(config.output)
         with Tracker(run, config.output, config.metrics, PATIENCE, _say, lost) as tracker:
             if is_new:
                 tracker.log_params(to_dict(config) | {"search": _fixed(config, space, splits)["space"]})

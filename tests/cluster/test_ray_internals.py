@@ -94,12 +94,16 @@ def test_the_job_clients_loggers_have_these_names() -> None:
 def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
     """tests/cluster/test_pace.py shows that it calls them."""
     assert hasattr(ray_internals.ExecutionCallback, "on_execution_step")
-    assert hasattr(ray_internals.BackpressurePolicy, "can_add_input")
+    for name in ("can_add_input", "max_task_output_bytes_to_read"):
+        assert hasattr(ray_internals.BackpressurePolicy, name)
+        assert hasattr(InFlightLimit, name)
+    module = importlib.import_module("ray.data._internal.execution.streaming_executor_state")
+    assert hasattr(module.OpState, "total_enqueued_input_blocks")
     context = DataContext()
     set_pace(context)
     set_pace(context)
     assert context.custom_execution_callback_classes.count(PacedExecution) == 1
-    set_in_flight(context, 100, 10)
+    set_in_flight(context, 100, 10, 1)
     key = ray_internals.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
     assert context.get_config(key) == [InFlightLimit]
 

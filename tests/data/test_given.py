@@ -9,7 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from pipeline.data.index import open_splits, read_rows
+from pipeline.data.groups import read_rows
+from pipeline.data.index import open_splits
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import open_source
 from pipeline.data.sources.tree import Tree, open_tree

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import Source
+from pipeline.data.groups import read_rows
 from pipeline.data.images import decode
-from pipeline.data.index import open_splits, read_rows
+from pipeline.data.index import open_splits
 from pipeline.data.labels import (
     MOST_UNNAMED_CLASSES,
     class_numbers,

@@ -1,64 +1,135 @@
-"""The plan: each epoch whole, the same for any number of workers, from any position."""
+"""The plan: each epoch whole, the same for any number of ranks, from any step, and each byte read once."""
+
+import time
 
 import numpy as np
 import pytest
 
-from pipeline.data.order import Plan, epoch_windows, local_batch_size, window_rows, windows_between
+from pipeline.data.order import OPEN_BYTES, Array, Plan, Rows, batch_rows, cut, lanes_for
 
-PLAN = Plan(group_rows=(10, 7, 10, 10, 3, 10, 1), seed=3, batch_size=8, groups_per_window=3)
+WORLDS = (1, 2, 3, 4, 7, 16, 256)
+PLAN = Plan(np.array([10, 7, 10, 10, 3, 10, 1]), seed=3, batch_size=8, lanes=4)
+_MIXED = np.random.default_rng(0)
+SIZES = {
+    "one row": [1],
+    "one group": [200],
+    "fewer rows than a batch": [3, 1, 4],
+    "rows alone": [1] * 300,
+    "huge and small": [3000, *[1] * 30, *[64] * 9],
+    "uneven": _MIXED.integers(1, 100, 40).tolist(),
+    "a tenth held out": _MIXED.binomial(64, 0.9, 30).tolist(),
+}
 
 
-def stream(plan: Plan, start: int, stop: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-    """(position, sample id) pairs, as the rank sees them."""
-    seen = []
-    for window in windows_between(plan, start, stop):
-        rows = window_rows(plan.seed, window, start, stop, rank, world_size)
-        seen += zip(rows.position.tolist(), (plan.first_id[rows.group] + rows.row).tolist(), strict=True)
-    return seen
+def ids(plan: Plan, rows: Rows) -> Array:
+    return plan.first_id[rows.group] + rows.row
 
 
-def test_every_epoch_sees_every_sample_once() -> None:
+def same(one: Rows, other: Rows) -> bool:
+    return all(np.array_equal(getattr(one, n), getattr(other, n)) for n in ("epoch", "group", "row"))
+
+
+def part(rows: Rows, steps: slice, places: slice = slice(None)) -> Rows:
+    return Rows(*(getattr(rows, name)[steps, places] for name in ("epoch", "group", "row")))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("batch_size", "lanes"), [(24, 1), (24, 8), (24, 24), (256, 64)])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_every_epoch_holds_every_sample_once_for_any_number_of_ranks(
+    sizes: list[int], batch_size: int, lanes: int, whole: bool
+) -> None:
+    plan = Plan(np.array(sizes), 1, batch_size, lanes, whole)
+    steps = -(-3 * plan.rows // batch_size) + 2
+    everything = batch_rows(plan, 0, steps)
     for epoch in range(3):
-        seen = stream(PLAN, epoch * PLAN.rows, (epoch + 1) * PLAN.rows)
-        assert sorted(sample for _, sample in seen) == list(range(51))
-        assert [position for position, _ in seen] == list(range(epoch * 51, (epoch + 1) * 51))
+        seen = ids(plan, everything)[everything.epoch == epoch]
+        assert np.array_equal(np.sort(seen), np.arange(plan.rows))
+    # From any step on, also after a resume into another number of ranks; each rank has as many rows in every batch.
+    for world_size in [n for n in WORLDS if n <= batch_size]:
+        start = steps * world_size % 5 * steps // 5
+        for rank in {0, world_size // 2, world_size - 1}:
+            first, last = cut(batch_size, rank, world_size)
+            mine = batch_rows(plan, start, steps, first, last)
+            assert same(mine, part(everything, slice(start, steps), slice(first, last)))
+        cuts = [cut(batch_size, rank, world_size) for rank in range(world_size)]
+        assert [a for a, _ in cuts] == [0, *(b for _, b in cuts[:-1])]
+        assert cuts[-1][1] == batch_size
+
+
+def test_any_step_alone_is_that_of_the_whole() -> None:
+    everything = batch_rows(PLAN, 0, 40)
+    for step in range(40):
+        assert same(batch_rows(PLAN, step, step + 1), part(everything, slice(step, step + 1)))
+
+
+def test_epochs_follow_each_other_without_a_seam() -> None:
+    """A lane is at most a row into an epoch before the last row of the one before is in a batch."""
+    rows = batch_rows(PLAN, 0, 40)
+    before = [np.count_nonzero(rows.epoch[:step] == 0) for step in range(41)]
+    assert all(taken >= min(51, 8 * step - 4) for step, taken in enumerate(before))
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:
-    first = [s for _, s in stream(PLAN, 0, 51)]
-    assert first != [s for _, s in stream(PLAN, 51, 102)]
-    assert first != [s for _, s in stream(Plan(PLAN.group_rows, 4, 8, 3), 0, 51)]
+    seen = ids(PLAN, rows := batch_rows(PLAN, 0, 13))
+    first, second = seen[rows.epoch == 0], seen[rows.epoch == 1]
+    assert first[: len(second)].tolist() != second.tolist()
+    other = Plan(PLAN.group_rows, 4, 8, 4)
+    assert ids(other, batch_rows(other, 0, 5)).tolist() != seen[:5].tolist()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_global_batches_do_not_depend_on_the_number_of_workers(world_size: int) -> None:
-    whole = dict(stream(PLAN, 0, 160))
-    parts = [stream(PLAN, 0, 160, rank, world_size) for rank in range(world_size)]
-    assert dict(pair for part in parts for pair in part) == whole
-    for rank, part in enumerate(parts):
-        for step in range(20):
-            local = [p for p, _ in part if p // 8 == step]
-            assert len(local) == local_batch_size(PLAN, step, rank, world_size)
+def bytes_read_over_used(plan: Plan, world_size: int) -> float:
+    """In one epoch, where a rank keeps each group from the first to the last use of it."""
+    steps = plan.rows // plan.batch_size
+    read = 0
+    for rank in range(world_size):
+        rows = batch_rows(plan, 0, steps, *cut(plan.batch_size, rank, world_size))
+        open_ = np.unique(rows.epoch * len(plan.group_rows) + rows.group)
+        read += int(plan.group_rows[open_ % len(plan.group_rows)].sum())
+    return read / (steps * plan.batch_size)
 
 
-@pytest.mark.parametrize("start", [0, 1, 8, 50, 51, 77])
-def test_a_resume_goes_on_where_the_stream_stopped(start: int) -> None:
-    assert stream(PLAN, start, 160) == stream(PLAN, 0, 160)[start:]
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("world_size", [3, 4, 7, 8, 256])
+def test_all_ranks_together_read_a_byte_once(world_size: int, held_out: bool) -> None:
+    rng = np.random.default_rng(1)
+    sizes = rng.binomial(64, 0.9, 10_240) if held_out else np.full(10_240, 64)
+    assert bytes_read_over_used(Plan(sizes, 0, 1024, 256), world_size) < 1.03 + (
+        0 if 256 % world_size == 0 else (world_size - 1) / 256
+    )
 
 
-def test_a_window_mixes_its_groups_evenly_and_bounds_the_memory() -> None:
-    plan = Plan(group_rows=(64,) * 12, seed=0, batch_size=16, groups_per_window=4)
-    window = epoch_windows(plan, 0)[0]
-    rows = window_rows(plan.seed, window, 0, plan.rows, 0, 1)
-    assert len(rows.row) == 4 * 64
-    for batch in range(16):
-        _, counts = np.unique(rows.group[batch * 16 : (batch + 1) * 16], return_counts=True)
-        assert counts.tolist() == [4, 4, 4, 4]
+def test_a_small_dataset_is_read_about_once_by_eight_ranks() -> None:
+    """10,000 images at the defaults of jobs/prepare.py."""
+    sizes = np.array([64] * 140 + [40])
+    plan = Plan(sizes, 0, 128, lanes_for(len(sizes), 30_000_000, 128))
+    assert bytes_read_over_used(plan, 4) < 1.1
+    assert bytes_read_over_used(plan, 8) < 1.1
 
 
-def test_ranks_read_disjoint_groups_when_the_window_divides() -> None:
-    plan = Plan(group_rows=(64,) * 12, seed=0, batch_size=16, groups_per_window=4)
-    window = epoch_windows(plan, 0)[0]
-    groups = [set(window_rows(plan.seed, window, 0, plan.rows, r, 2).group.tolist()) for r in range(2)]
-    assert groups[0].isdisjoint(groups[1])
-    assert groups[0] | groups[1] == set(window.groups)
+@pytest.mark.parametrize("group", [4, 8])
+def test_a_batch_of_sorted_data_holds_nearly_as_many_classes_as_a_random_one(group: int) -> None:
+    classes = np.repeat(np.arange(1000), 1280)
+    plan = Plan(np.full(len(classes) // group, group), 0, 256, 256, whole=False)
+    for step in (0, 1, 500, 4000, 4999, 5001):
+        assert len(np.unique(classes[ids(plan, batch_rows(plan, step, step + 1))])) > 0.9 * 226
+    # Those that follow each other hold others.
+    assert len(np.unique(classes[ids(plan, batch_rows(plan, 1000, 1004))])) > 0.75 * 641
+
+
+def test_lanes_are_as_many_as_memory_allows_and_divide_the_batch() -> None:
+    assert lanes_for(1000, 10**6, 96) == 96
+    assert lanes_for(1000, 0, 96) == 96
+    for groups, size, batch in ((10**4, 10**11, 96), (244_141, 6 * 10**12, 8192), (3, 10**13, 8)):
+        lanes = lanes_for(groups, size, batch)
+        assert batch % lanes == 0
+        assert lanes == 1 or 2 * lanes * size / groups <= max(OPEN_BYTES, size / 256)
+    assert lanes_for(244_141, 6 * 10**12, 8192) >= 256
+
+
+def test_a_plan_of_a_billion_images_is_cheap_anywhere() -> None:
+    plan = Plan(np.full(244_141, 4096), 0, 8192, 256)
+    began = time.process_time()
+    for rank, step in enumerate((0, 60_000, 121_000)):
+        assert batch_rows(plan, step, step + 16, *cut(8192, rank, 256)).row.shape == (16, 32)
+    assert time.process_time() - began < 1

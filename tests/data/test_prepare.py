@@ -17,8 +17,9 @@ import pytest
 
 from pipeline import storage
 from pipeline.data import decoded
+from pipeline.data.groups import read_rows
 from pipeline.data.images import decode
-from pipeline.data.index import open_dataset, read_rows
+from pipeline.data.index import open_dataset
 from pipeline.data.shards import Manifest, PrepareConfig, prepare
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import open_source

@@ -11,7 +11,8 @@ import pytest
 from pipeline.cluster.pool import in_process
 from pipeline.config import Reading
 from pipeline.data import shards
-from pipeline.data.index import open_splits, read_rows
+from pipeline.data.groups import read_rows
+from pipeline.data.index import open_splits
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.data.sources.parquet import is_parquet
 from pipeline.data.sources.parts import Request

@@ -14,7 +14,8 @@ import pytest
 from pipeline.cluster.pool import in_process
 from pipeline.config import Reading
 from pipeline.data import shards
-from pipeline.data.index import Splits, open_splits, read_rows
+from pipeline.data.groups import read_rows
+from pipeline.data.index import Splits, open_splits
 from pipeline.data.shards import PrepareConfig, prepare
 from tests.data.reading import listed
 from tests.jobs.common import ROOT

@@ -1,6 +1,5 @@
 """A resume skips by position: what was seen is neither read nor decoded again."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ImageConfig
-from pipeline.data import reads
+from pipeline.data import blocks, reads
+from pipeline.data.blocks import Decode
+from pipeline.data.groups import Group, row_groups
 from pipeline.data.images import encode_png
-from pipeline.data.index import DatasetIndex, Group, row_group
-from pipeline.data.order import Plan, windows_between
-from pipeline.data.reads import make_read_tasks
-from pipeline.data.stream import RankStream
+from pipeline.data.index import DatasetIndex
+from pipeline.data.order import Plan, batch_rows
+from pipeline.data.reads import RankRows
+from tests.data.test_order import ids
 
 ROWS, GROUPS = 8, 6
 
@@ -29,18 +30,18 @@ def index(tmp_path: Path) -> DatasetIndex:
     table = pa.table({"image": images, "label": pa.array([0] * len(images), pa.int64())})
     file = tmp_path / "data.parquet"
     pq.write_table(table, file, row_group_size=ROWS)
-    groups = tuple(row_group(str(file), number, ROWS) for number in range(GROUPS))
+    groups = row_groups([(str(file), [ROWS] * GROUPS)])
     return DatasetIndex(str(tmp_path), "train", ImageConfig(4, 1), groups, "")
 
 
 def test_what_was_seen_is_neither_read_nor_decoded(
     index: DatasetIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan((ROWS,) * GROUPS, seed=3, batch_size=6, groups_per_window=2)
-    groups, decoded = list[int](), list[int]()
+    plan = Plan(index.group_rows, seed=3, batch_size=6, lanes=3)
+    read, decoded = list[int](), list[int]()
 
     def read_rows(group: Group, rows: np.ndarray) -> pa.Table:
-        groups.append(len(rows))
+        read.append(len(rows))
         return real_read(group, rows)
 
     def decode(data: bytes, *arguments: int, **options: object) -> np.ndarray:
@@ -48,24 +49,40 @@ def test_what_was_seen_is_neither_read_nor_decoded(
         decoded.append(int(image[0, 0, 0]))
         return image
 
-    def tables(self: RankStream, start: int, stop: int) -> Iterator[pa.Table]:
-        windows = list(windows_between(self.plan, start, stop))
-        for task in make_read_tasks(
-            self.index, self.plan, windows, start, stop, self.rank, self.world_size, False
-        ):
-            yield from task()
+    def images(start: int, first: int, last: int) -> list[int]:
+        """Those of the steps from `start` to 8, the end of an epoch, at the places [first, last) of the batch."""
+        read.clear()
+        decoded.clear()
+        decoding = Decode(index.image, plan.seed, random_crop=False)
+        tables = [decoding.decoded(t) for t in RankRows(index, plan, first, last, 8).tables(start, 8, 4)]
+        assert all(table.num_rows <= 4 for table in tables)
+        return [i for table in tables for i in table["id"].to_pylist()]
 
-    real_read, real_decode = reads.read_rows, reads.decode
+    real_read, real_decode = reads.read_rows, blocks.decode
     monkeypatch.setattr(reads, "read_rows", read_rows)
-    monkeypatch.setattr(reads, "decode", decode)
-    monkeypatch.setattr(RankStream, "_tables", tables)
-    whole = list(RankStream(index, plan, 0, 1).batches(0, 8))  # one epoch
-    groups.clear()
-    decoded.clear()
-    rest = list(RankStream(index, plan, 0, 1).batches(5, 8))
-    seen = [int(i) for batch in whole[:5] for i in batch.ids]
-    left = [int(i) for batch in rest for i in batch.ids]
-    assert sorted(seen + left) == list(range(ROWS * GROUPS))
-    assert left == [int(i) for batch in whole[5:] for i in batch.ids]
-    assert sorted(decoded) == sorted(left)
-    assert sum(groups) == len(left)
+    monkeypatch.setattr(blocks, "decode", decode)
+    whole = images(0, 0, 6)
+    assert sorted(whole) == sorted(decoded) == list(range(ROWS * GROUPS))
+    assert len(read) == GROUPS  # each of them once, though the lanes' cuts divide some
+    for first, last in ((0, 6), (0, 1), (1, 4)):
+        left = images(5, first, last)
+        assert left == np.array(whole).reshape(8, 6)[5:, first:last].ravel().tolist()
+        assert sorted(decoded) == sorted(left)
+        assert sum(read) == len(left)
+
+
+def test_a_group_that_is_open_for_long_is_read_again_rather_than_planned_without_end(
+    index: DatasetIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(index.group_rows, seed=3, batch_size=6, lanes=3)
+    expected = batch_rows(plan, 0, 40)
+    monkeypatch.setattr(Plan, "steps_open", 1)
+    tables = list(RankRows(index, plan, 0, 6, 40).tables(0, 40, 4))
+    assert [i for t in tables for i in t["id"].to_pylist()] == ids(plan, expected).ravel().tolist()
+    assert [decode_png(d) for t in tables for d in t["bytes"].to_pylist()] == [
+        i for t in tables for i in t["id"].to_pylist()
+    ]
+
+
+def decode_png(data: bytes) -> int:
+    return int(blocks.decode(data, 4, 1)[0, 0, 0])

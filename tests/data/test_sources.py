@@ -15,8 +15,9 @@ import pytest
 import webdataset
 
 from pipeline.config import Source
+from pipeline.data.groups import read_rows
 from pipeline.data.images import decode
-from pipeline.data.index import DatasetIndex, open_dataset, read_rows
+from pipeline.data.index import DatasetIndex, open_dataset
 from pipeline.data.sources.folder import FolderPart
 from pipeline.data.sources.parquet import read_row_group
 from pipeline.data.sources.parts import Item, Part, Request

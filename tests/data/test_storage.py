@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.data.index import open_dataset, open_splits, read_rows
+from pipeline.data.groups import read_rows
+from pipeline.data.index import open_dataset, open_splits
 from pipeline.data.sources.parquet import read_row_group
 from pipeline.errors import InputError
 from pipeline.patience import arrow_fs

@@ -13,13 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray import cloudpickle
 
 from pipeline.cluster.session import spilled_bytes
+from pipeline.config import ImageConfig
 from pipeline.data.batch import Batch
+from pipeline.data.blocks import as_row, tables_of
+from pipeline.data.groups import row_groups
 from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex, open_dataset
-from pipeline.data.order import Plan, window_rows, windows_between
-from pipeline.data.stream import RankStream
+from pipeline.data.order import Plan, batch_rows
+from pipeline.data.stream import PlannedData, RankStream, share
 from tests.data.common import encode, encoded, label_of, picture, write_folder, write_tars
 
 IMAGES = encoded(200, 20, 12)
@@ -31,9 +35,12 @@ def index(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> DatasetInd
     return open_dataset(str(write_tars(tmp_path_factory.mktemp("data") / "tars", IMAGES)), image_size=12)
 
 
+def plan_of(index: DatasetIndex) -> Plan:
+    return index.plan(seed=3, batch_size=24)
+
+
 def stream_of(index: DatasetIndex, rank: int = 0, world_size: int = 1, **options: object) -> RankStream:
-    plan = Plan(tuple(g.rows for g in index.groups), 3, 24, groups_per_window=2)
-    return RankStream(index, plan, rank, world_size, **options)  # type: ignore[arg-type]
+    return RankStream(share(index, plan_of(index)), rank, world_size, **options)  # type: ignore[arg-type]
 
 
 def collect(stream: RankStream, start: int, stop: int) -> list[Batch]:
@@ -56,12 +63,9 @@ def whole(index: DatasetIndex) -> list[Batch]:
 
 
 def test_the_plans_images_in_the_plans_order(index: DatasetIndex) -> None:
-    stream = stream_of(index)
-    batches = collect(stream, 0, 10)
-    expected = []
-    for window in windows_between(stream.plan, 0, 240):
-        rows = window_rows(3, window, 0, 240, 0, 1)
-        expected += (stream.plan.first_id[rows.group] + rows.row).tolist()
+    batches, plan = collect(stream_of(index), 0, 10), plan_of(index)
+    rows = batch_rows(plan, 0, 10)
+    expected = (plan.first_id[rows.group] + rows.row).ravel().tolist()
     assert torch.cat([b.ids for b in batches]).tolist() == expected
     by_pixels = {decode(d, 12, 3).tobytes(): label_of(i) for i, d in enumerate(IMAGES)}
     for batch in batches:
@@ -79,6 +83,28 @@ def test_two_ranks_see_what_one_sees(index: DatasetIndex, whole: list[Batch]) ->
 
 def test_a_stream_goes_on_from_any_step(index: DatasetIndex, whole: list[Batch]) -> None:
     assert samples(collect(stream_of(index, random_crop=True), 7, 20)) == samples(whole[7:])
+
+
+def test_a_stream_travels_as_little_whatever_the_size_of_the_data(cluster: None) -> None:
+    sizes = []
+    for files in (10, 10_000):
+        groups = row_groups((f"/data/{n}.parquet", [4096] * 16) for n in range(files))
+        image = ImageConfig(64, 3, tuple(f"class {n}" for n in range(files)))
+        index = DatasetIndex("/data", "train", image, groups, "")
+        (stream,) = PlannedData(2, False).configure({"train": share(index, plan_of(index))}, 1)
+        sizes.append(len(cloudpickle.dumps(stream)))
+    assert sizes[0] == pytest.approx(sizes[1], abs=16)
+    assert sizes[1] < 4096
+
+
+def test_a_table_is_a_row_and_back_without_a_copy() -> None:
+    table = pa.table({"a": [1, 2, 3], "b": pa.chunked_array([["x"], ["y", None]]), "c": [[1], [], [2]]})
+    row = as_row(table)
+    assert row.num_rows == 1
+    both = pa.concat_tables([row, as_row(table.slice(1))])
+    assert [t.to_pydict() for t in tables_of(both)] == [table.to_pydict(), table.slice(1).to_pydict()]
+    (again,) = tables_of(row)
+    assert again["a"].chunk(0).buffers()[1].address == table["a"].chunk(0).buffers()[1].address
 
 
 def test_crops_change_with_the_epoch_and_the_sample(index: DatasetIndex, whole: list[Batch]) -> None:
@@ -238,7 +264,7 @@ def test_a_slow_trainer_holds_the_readers_back(cluster: None, tmp_path: Path) ->
     large = large_images(tmp_path / "large", 3000)
     before = store_bytes()
     stream = replace(stream_of(large), in_flight=IN_FLIGHT)
-    with closing(stream.batches(0, stream.plan.rows // 24)) as batches:
+    with closing(stream.batches(0, large.rows // 24)) as batches:
         next(batches)
         sizes = []
         for _ in range(8):

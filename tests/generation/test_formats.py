@@ -13,8 +13,9 @@ import webdataset
 from PIL import Image
 
 from pipeline.config import ImageConfig
+from pipeline.data.groups import read_rows
 from pipeline.data.images import decode
-from pipeline.data.index import open_dataset, read_rows
+from pipeline.data.index import open_dataset
 from pipeline.generation.writers import Row, class_folders, parquet
 from tests.generation.common import config, digests, make, manifest, opened
 

@@ -87,7 +87,6 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
         "diffusion.timesteps": 20,
         "optimizer.ema_decays": [[0.5]],
         "optimizer.warmup_steps": 1,
-        "groups_per_window": 4,
         "readers": 1,
         "peak_tflops": 1.0,
         "model.channel_multipliers": [[1], [1, 1, 1, 1, 1]],

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, OptimizerConfig, TrainConfig
 from pipeline.data.batch import Batch
-from pipeline.data.order import Plan, window_rows, windows_between
+from pipeline.data.order import Plan, batch_rows, cut
 
 IMAGE = ImageConfig(size=8, channels=1, classes=("even", "odd"))
 MODEL = ModelConfig(
@@ -46,7 +46,7 @@ def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int 
     """The rank's batches from step `start` on, of 37 random images in four groups."""
     generator = np.random.default_rng(0)
     images = torch.from_numpy(generator.integers(0, 256, (37, 1, 8, 8), dtype=np.uint8))
-    plan = Plan((10, 10, 10, 7), config.seed, config.batch_size, groups_per_window=2)
+    plan = Plan(np.array([10, 10, 10, 7]), config.seed, config.batch_size, lanes=2)
     yield from planned(plan, images, torch.arange(37) % 2, range(start, config.steps), rank, world_size)
 
 
@@ -54,20 +54,7 @@ def planned(
     plan: Plan, images: torch.Tensor, labels: torch.Tensor, wanted: range, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """The rank's batches of the steps `wanted`, of all images of a dataset in the order of their ids."""
-    ids, epochs, steps = list[int](), list[int](), list[int]()
-    first, last = wanted.start * plan.batch_size, wanted.stop * plan.batch_size
-    for window in windows_between(plan, first, last):
-        rows = window_rows(plan.seed, window, first, last, rank, world_size)
-        ids += (plan.first_id[rows.group] + rows.row).tolist()
-        epochs += [window.epoch] * len(rows.row)
-        steps += (rows.position // plan.batch_size).tolist()
-    for step in wanted:
-        here = [i for i, s in enumerate(steps) if s == step]
-        chosen = torch.tensor([ids[i] for i in here])
-        yield Batch(
-            images[chosen],
-            labels[chosen],
-            chosen,
-            torch.tensor([epochs[i] for i in here]),
-            torch.ones(len(here)),
-        )
+    rows = batch_rows(plan, wanted.start, wanted.stop, *cut(plan.batch_size, rank, world_size))
+    for ids, epochs in zip(plan.first_id[rows.group] + rows.row, rows.epoch, strict=True):
+        chosen = torch.from_numpy(ids)
+        yield Batch(images[chosen], labels[chosen], chosen, torch.from_numpy(epochs), torch.ones(len(ids)))

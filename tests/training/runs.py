@@ -10,8 +10,7 @@ import torch
 
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import open_splits
-from pipeline.data.order import Plan
-from pipeline.data.stream import PlannedData
+from pipeline.data.stream import PlannedData, share
 from pipeline.evaluation.reading import read_images
 from pipeline.training import checkpoint, loop
 from pipeline.training.checks import check, make_spec
@@ -53,7 +52,7 @@ def undisturbed(
 ) -> Undisturbed:
     """The loop of one worker in this process, on the images of `config.data`."""
     index, cpu = open_splits(config.data)["train"], torch.device("cpu")
-    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
+    plan = index.plan(config.seed, config.batch_size)
     images, labels = read_images(index, np.arange(index.rows))
     spec = make_spec(config, index)
     state = new_state(config, spec, cpu)
@@ -66,8 +65,8 @@ def train_here(config: TrainConfig) -> Any:
     """A worker's loop in this process, which has a Ray that reads beside it as in a run; returns what it has seen."""
     data, spec = check(config)
     index, cpu = data["train"], torch.device("cpu")
-    plan = Plan(tuple(g.rows for g in index.groups), config.seed, config.batch_size, config.groups_per_window)
-    (parts,) = PlannedData(plan, config.readers, config.random_crop).configure({"train": index}, 1)
+    planned = share(index, index.plan(config.seed, config.batch_size))
+    (parts,) = PlannedData(config.readers, config.random_crop).configure({"train": planned}, 1)
     state, meter = new_state(config, spec, cpu), Meter(config, 1, cpu)
     with closing(parts["train"].batches(0, config.steps)) as batches:
         loop.train(config, spec, state, state.model, batches, meter, loop.Observer())

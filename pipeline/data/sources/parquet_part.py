@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ class ParquetPart(Part):
         columns: where images and labels are.
         prepared: whether the images' own names are their paths, as jobs/prepare.py and jobs/generate.py write them.
     """
+
+    whole: ClassVar[bool] = True
 
     start: int = 0
     count: int = 1

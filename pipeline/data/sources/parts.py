@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +49,10 @@ class Part(ABC):
         root: URI of the folder that was given.
         names: of the files in it that this part reads.
         split: the source's own split that its images belong to (train, validation or test); "" where it has none.
+        whole: whether reading one of its images reads them all.
     """
+
+    whole: ClassVar[bool] = False
 
     root: str
     names: tuple[str, ...]

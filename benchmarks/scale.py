@@ -1,0 +1,166 @@
+"""What reading costs at any size, on one machine: the real index and plan, and reads that are counted, not done.
+
+    python -m benchmarks.scale [--smoke]
+
+- bytes over used: what all ranks read in an epoch, over what their batches hold. A row group is read whole whenever one
+  of its rows is; an image of a folder or tar alone. Prepared at the defaults; a folder; the example of
+  docs/operations.md with 64 rows in place of 4,096, since only ratios count; all also with a tenth held out by content.
+- classes in a batch of 256, of 1,000 classes with 1,280 images each in the order of their classes, where a random one
+  holds 226; also what four batches in a row hold, of 641.
+- seconds until all of 256 ranks have their stream of 244,141 row groups and one of them its first batches' plan, bytes
+  of a stream as it travels, and bytes of the index for each group.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray import cloudpickle
+
+from pipeline.cluster.session import connect
+from pipeline.config import ImageConfig
+from pipeline.data.groups import Group, RowGroups, row_groups
+from pipeline.data.index import GROUP_ROWS, DatasetIndex
+from pipeline.data.order import Plan, batch_rows, cut, lanes_for
+from pipeline.data.reads import RankRows
+from pipeline.data.sources.parts import Part
+from pipeline.data.stream import PlannedData, share
+
+IMAGE = ImageConfig(64, 3)
+CLASSES, PER_CLASS, BATCH = 1000, 1280, 256
+
+
+@dataclass(frozen=True)
+class Counted(Part):
+    """Rows that are not there: counts what reading them would cost.
+
+    Attributes:
+        rows: of the row group that must be read for any of them; 0 where each is read alone.
+    """
+
+    rows: int = 0
+    read_rows: ClassVar[list[int]] = []
+
+    def read(self, rows: Any = None) -> Any:
+        raise NotImplementedError
+
+    def table(self, rows: np.ndarray) -> pa.Table:
+        self.read_rows.append(self.rows or len(rows))
+        return pa.table(
+            {
+                "bytes": pa.array([b""] * len(rows), pa.large_binary()),
+                "label": np.zeros(len(rows), np.int64),
+                "path": pa.array([""] * len(rows)),
+            }
+        )
+
+
+def bytes_over_used(sizes: np.ndarray, plan: Plan, worlds: tuple[int, ...]) -> dict[str, float]:
+    """By the number of ranks; `sizes` are the rows of each group with those that are held out."""
+    groups = [
+        Group(Counted("", ("",), rows=int(size) if plan.whole else 0), int(rows))
+        for size, rows in zip(sizes, plan.group_rows, strict=True)
+    ]
+    index = DatasetIndex("", "train", IMAGE, groups, "")
+    steps, ratios = plan.rows // plan.batch_size, {}
+    for world in worlds:
+        Counted.read_rows.clear()
+        for rank in range(world):
+            first, last = cut(plan.batch_size, rank, world)
+            for _ in RankRows(index, plan, first, last, steps).tables(0, steps, 512):
+                pass
+        used = steps * plan.batch_size * (sizes.sum() / plan.rows if plan.whole else 1)
+        ratios[f"{world} ranks"] = round(sum(Counted.read_rows) / used, 3)
+    return ratios
+
+
+def planned(sizes: np.ndarray, image_bytes: int, batch: int, held_out: bool, whole: bool = True) -> Plan:
+    """The plan of groups of these sizes, a tenth of whose rows may be held out."""
+    rows = np.random.default_rng(0).binomial(sizes, 0.9) if held_out else sizes
+    lanes = lanes_for(len(sizes), image_bytes * int(rows.sum()), batch)
+    return Plan(rows, 0, batch, lanes, whole)
+
+
+def reading(smoke: bool) -> dict[str, Any]:
+    """The bytes that are read, over those that are used."""
+    prepared, folder = np.array([64] * 156 + [16]), np.full(10_000 // GROUP_ROWS, GROUP_ROWS)
+    large = np.full(2560 if smoke else 24_414, 64)
+    found: dict[str, Any] = {}
+    for held_out in (False, True):
+        name = ", a tenth held out" if held_out else ""
+        plan = planned(prepared, 6000, 128, held_out)
+        found[f"prepared, 10,000 images{name}"] = bytes_over_used(prepared, plan, (3, 4, 7, 8))
+        plan = planned(folder, 6000, 128, held_out, whole=False)
+        found[f"folder, 10,000 images{name}"] = bytes_over_used(folder, plan, (3, 4, 7, 8))
+        lanes = lanes_for(244_141, 6 * 10**12, 8192)
+        plan = replace(planned(large, 6000, 8192, held_out), lanes=lanes)
+        ratios = bytes_over_used(large, plan, (256,) if smoke else (4, 8, 256))
+        found[f"docs/operations.md{name}"] = ratios | {"lanes": lanes}
+    return found
+
+
+def mixing() -> dict[str, Any]:
+    """Classes in a batch, and in four, at some places of an epoch."""
+    labels = np.repeat(np.arange(CLASSES), PER_CLASS)
+    found = {}
+    for name, rows, image_bytes, whole in (
+        ("folder or tars", GROUP_ROWS, 6000, False),
+        ("folder or tars, images of 110 kB", 2, 110_000, False),
+        ("Parquet, row groups of 64", 64, 6000, True),
+        ("Parquet, row groups of 1,000, images of 110 kB", 1000, 110_000, True),
+    ):
+        kept = np.random.default_rng(0).random(len(labels)) < 0.9
+        sizes = np.add.reduceat(kept, np.arange(0, len(labels), rows))
+        plan = Plan(sizes, 0, BATCH, lanes_for(len(sizes), image_bytes * int(kept.sum()), BATCH), whole)
+        mine = labels[kept]
+        steps = np.linspace(0, plan.rows // BATCH - 4, 8, dtype=int).tolist()
+        some = [batch_rows(plan, step, step + 4) for step in steps]
+        seen = [mine[plan.first_id[batches.group] + batches.row] for batches in some]
+        found[name] = {
+            "lanes": plan.lanes,
+            "batch": round(float(np.mean([len(np.unique(classes[0])) for classes in seen]))),
+            "four batches": round(float(np.mean([len(np.unique(classes)) for classes in seen]))),
+        }
+    return found
+
+
+def start(ranks: int = 256, files: int = 15_259) -> dict[str, float]:
+    """From an index to every rank's stream."""
+    counts = [[4096] * 16] * (files - 1) + [[4096] * (244_141 - 16 * (files - 1))]
+    names = [f"s3://bucket/folder/data/train-{number:05d}.parquet" for number in range(files)]
+    groups = row_groups(zip(names, counts, strict=True))
+    index = DatasetIndex("s3://bucket/folder", "train", IMAGE, groups, "", bytes=6 * 10**12)
+    began = time.perf_counter()
+    planned = share(index, plan := index.plan(0, 8192))
+    streams = [
+        cloudpickle.dumps(s["train"]) for s in PlannedData(2, False).configure({"train": planned}, ranks)
+    ]
+    index, plan = ray.get(cloudpickle.loads(streams[7]).planned.data)
+    batch_rows(plan, 1000, 1000 + plan.steps_open, *cut(plan.batch_size, 7, ranks))
+    return {
+        "groups": len(groups),
+        "seconds": round(time.perf_counter() - began, 2),
+        "bytes of a stream": len(streams[0]),
+        "bytes a group": round(index_bytes(groups) / len(groups), 1),
+    }
+
+
+def index_bytes(groups: RowGroups) -> int:
+    """In memory."""
+    names = sum(map(sys.getsizeof, groups.files)) + sys.getsizeof(groups.files)
+    return groups.first.nbytes + groups.ends.nbytes + names
+
+
+def main(smoke: bool) -> None:
+    """Prints one JSON line."""
+    connect()
+    print(json.dumps({"bytes over used": reading(smoke), "classes": mixing(), "start": start()}))
+
+
+if __name__ == "__main__":
+    main("--smoke" in sys.argv)

@@ -1,0 +1,113 @@
+"""Blocks of images between the processes of a stream: how encoded ones are decoded, and what holds them.
+
+Free of torch and of Ray.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import ImageConfig
+from pipeline.data.images import DecodeError, decode
+from pipeline.data.order import crop_place
+
+BLOCK_BYTES = 16 * 2**20
+ROWS_PER_BLOCK = 512, 4096
+# What bridges a storage that hesitates for some steps; more would be decoded beside a run's first steps.
+BATCHES_AHEAD = 8
+CENTRE = (0.5, 0.5)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES = 2**30
+
+
+class Decode:
+    """Decodes what `Read` reads.
+
+    Args:
+        seed: the plan's.
+        random_crop: cut the square out of an image's longer side at random, not in its centre.
+    """
+
+    def __init__(self, image: ImageConfig, seed: int, random_crop: bool) -> None:
+        self._image, self._seed, self._random_crop = image, seed, random_crop
+        _keep_freed_memory()
+
+    def __call__(self, blocks: pa.Table) -> Iterator[pa.Table]:
+        yield from (as_row(self.decoded(table)) for table in tables_of(blocks))
+
+    def decoded(self, table: pa.Table) -> pa.Table:
+        """Pixels, label, id, epoch, path, and bad = why it could not be decoded."""
+        image, count = self._image, table.num_rows
+        pixels = np.empty((count, image.size, image.size, image.channels), np.uint8)
+        bad: list[str | None] = [None] * count
+        ids, epochs = table["id"].to_pylist(), table["epoch"].to_pylist()
+        for i, data in enumerate(table["bytes"].to_pylist()):
+            crop = crop_place(self._seed, epochs[i], ids[i]) if self._random_crop else CENTRE
+            try:
+                pixels[i] = decode(data, image.size, image.channels, crop=crop)
+            except DecodeError as error:
+                pixels[i], bad[i] = 0, str(error)
+        kind = pa.binary(pixel_bytes(image))
+        packed = pa.FixedSizeBinaryArray.from_buffers(kind, count, [None, pa.py_buffer(pixels)])
+        return (
+            table.select(["label", "id", "epoch", "path"])
+            .append_column("pixels", packed)
+            .append_column("bad", pa.array(bad, pa.string()))
+        )
+
+
+def as_row(table: pa.Table) -> pa.Table:
+    """A table as one row of lists, uncopied: Ray Data merges and cuts tables by their size, but leaves a row whole."""
+    ends = pa.array([0, table.num_rows], pa.int64())
+    wholes = [c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in table.columns]
+    return pa.table([pa.LargeListArray.from_arrays(ends, whole) for whole in wholes], table.column_names)
+
+
+def tables_of(rows: pa.Table) -> Iterator[pa.Table]:
+    """The tables that `as_row` made rows of."""
+    for row in range(rows.num_rows):
+        yield pa.table({name: rows[name][row].values for name in rows.column_names})
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Keeps what images were decoded into for the next ones, for as long as the process lives.
+
+    glibc gives large blocks back to the system, which costs a page fault for every 4 KiB of the next image: a fifth
+    of the time that decoding 256x256 pixels takes. How much is kept is bounded by what one read needs.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def pixel_bytes(image: ImageConfig) -> int:
+    return image.size * image.size * image.channels
+
+
+def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
+    """The images of a table that `Decode` made: uint8 [N, H, W, C], not copied where it is one chunk."""
+    size = pixel_bytes(image)
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
+        for chunk in table["pixels"].chunks
+    ]
+    pixels = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return pixels.reshape(-1, image.size, image.size, image.channels)
+
+
+def block_rows(image: ImageConfig, image_bytes: int, local_batch: int) -> int:
+    """Rows that are read and decoded together: a few batches, and about a block.
+
+    Args:
+        image_bytes: mean size of an encoded image.
+        local_batch: rows of a rank in one batch.
+    """
+    least, most = ROWS_PER_BLOCK
+    rows = min(most, max(least, BATCHES_AHEAD * local_batch))
+    return max(1, min(rows, BLOCK_BYTES // max(pixel_bytes(image), image_bytes)))

@@ -1,0 +1,147 @@
+"""A dataset's groups of rows, the unit of shuffling: packed into arrays, a few bytes each."""
+
+import pickle
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data.sources.parquet import ParquetPart
+from pipeline.data.sources.parts import Part
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows that are read together: a row group of Parquet, or a few images of another source.
+
+    Attributes:
+        kept: which rows of the part these are, int [rows]; None = all of them.
+        labels: class numbers of these rows, -1 for none, int [rows]; None = what is written in the file.
+    """
+
+    part: Part
+    rows: int
+    kept: Array | None = None
+    labels: Array | None = None
+
+
+class Groups(Sequence[Group]):
+    """The groups of a split, each made when it is asked for.
+
+    Attributes:
+        first: sample id of each group's first row, and the end: int64 [groups + 1].
+    """
+
+    first: Array
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> Group: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Group]: ...
+    def __getitem__(self, number: int | slice) -> Group | list[Group]:
+        if isinstance(number, slice):
+            return [self._group(n) for n in range(*number.indices(len(self)))]
+        return self._group(range(len(self))[number])
+
+    @abstractmethod
+    def _group(self, number: int) -> Group: ...
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroups(Groups):
+    """All row groups of files that jobs/prepare.py or jobs/generate.py wrote.
+
+    Attributes:
+        files: their URIs.
+        ends: row groups in each file and those before it, int64 [files].
+    """
+
+    files: tuple[str, ...]
+    ends: Array
+    first: Array
+
+    def _group(self, number: int) -> Group:
+        file = int(np.searchsorted(self.ends, number, side="right"))
+        start = number - (int(self.ends[file - 1]) if file else 0)
+        return row_group(self.files[file], start, int(self.first[number + 1] - self.first[number]))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGroups(Groups):
+    """Groups of any parts, which are pickled one by one: as objects they would take some kilobytes each.
+
+    Attributes:
+        parts: uint8 [bytes].
+        ends: end of each part in it, int64 [parts].
+        part: number of each group's part, int32 [groups].
+        kept, labels: see `Group`, of all groups: int32 [rows].
+    """
+
+    parts: Array
+    ends: Array
+    part: Array
+    first: Array
+    kept: Array
+    labels: Array
+
+    def _group(self, number: int) -> Group:
+        part, begin, end = self.part[number], self.first[number], self.first[number + 1]
+        packed = self.parts[self.ends[part - 1] if part else 0 : self.ends[part]]
+        return Group(
+            pickle.loads(packed.tobytes()), int(end - begin), self.kept[begin:end], self.labels[begin:end]
+        )
+
+
+def row_group(uri: str, number: int, rows: int) -> Group:
+    """All of one row group of a file that jobs/prepare.py or jobs/generate.py wrote."""
+    folder, _, name = uri.rpartition("/")
+    return Group(ParquetPart(folder, (name,), start=number, count=1, prepared=True), rows)
+
+
+def row_groups(files: Iterable[tuple[str, Sequence[int]]]) -> RowGroups:
+    """The row groups of files, by the URI of each file and the rows of each of its row groups."""
+    pairs = list(files)
+    ends = np.cumsum([len(rows) for _, rows in pairs], dtype=np.int64)
+    first = np.cumsum([0, *(n for _, rows in pairs for n in rows)], dtype=np.int64)
+    return RowGroups(tuple(uri for uri, _ in pairs), ends, first)
+
+
+def pack(groups: Sequence[Group]) -> PackedGroups:
+    """Groups whose rows and labels are known; those of one part follow each other."""
+    parts, part, last = list[bytes](), list[int](), None
+    for group in groups:
+        if group.part is not last:
+            last = group.part
+            parts.append(pickle.dumps(last))
+        part.append(len(parts) - 1)
+    return PackedGroups(
+        parts=np.frombuffer(b"".join(parts), np.uint8),
+        ends=np.cumsum([len(data) for data in parts], dtype=np.int64),
+        part=np.array(part, np.int32),
+        first=np.cumsum([0, *(group.rows for group in groups)], dtype=np.int64),
+        kept=np.concatenate([np.asarray(group.kept, np.int32) for group in groups]),
+        labels=np.concatenate([np.asarray(group.labels, np.int32) for group in groups]),
+    )
+
+
+def read_rows(group: Group, rows: Array) -> pa.Table:
+    """Rows of one group, still encoded.
+
+    Args:
+        rows: int [N], positions in the group, in any order.
+
+    Returns:
+        columns bytes (large_binary), label (int64, -1 for none) and path (string), in the order asked for.
+    """
+    table = group.part.table(rows if group.kept is None else group.kept[rows].astype(np.int64))
+    if group.labels is not None:
+        table = table.set_column(1, "label", pa.array(group.labels[rows].astype(np.int64)))
+    return table
