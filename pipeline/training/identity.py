@@ -23,7 +23,7 @@ from pipeline.training.run_channel import CURVES, QUARANTINE, RUN_FILE
 
 
 def open_run(
-    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run: runs.Run | None
+    config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run: runs.Run | None = None
 ) -> tuple[runs.Run, bool]:
     """One MLflow run for one output folder, whatever number of restarts.
 
