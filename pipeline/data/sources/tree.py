@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.stretches import read_stretch
 
 # What systems and tools leave beside data.
 _LITTER = ("thumbs.db", "desktop.ini")
@@ -66,9 +67,7 @@ class Tree:
         """The first bytes of a file; fewer where it is short."""
         if not self.files[name].size:
             return b""
-        fs, path = storage.open_fs(self.uri(name))
-        data: bytes = fs.cat_file(path, start=0, end=count)
-        return data
+        return read_stretch(self.uri(name), 0, count)
 
 
 def open_tree(uri: str) -> Tree:
