@@ -163,6 +163,10 @@ class TrainConfig:
     """Cut the square out of an image that is not one in a random place, not in its centre."""
     readers: int = 2
     """Processes beside each worker that read and decode its images."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that keeps what is read of remote data, for later epochs; empty = none."""
+    cache_gb: float = 100.0
+    """Most gigabytes that it holds."""
     groups_per_window: int = 16
     """Groups of rows that are mixed by the shuffle at a time; more mixes better and needs more memory."""
     precision: Precision = "auto"

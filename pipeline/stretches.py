@@ -6,15 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import IO, Any, TypeVar
 
-from pipeline import storage
+from pipeline import disk_cache, storage
 from pipeline.patience import FIRST_PAUSE, LONGEST_PAUSE, may_pass
 from pipeline.redact import one_line
 
 T = TypeVar("T")
 SECONDS = 60.0  # for which a remote storage may fail
 TOGETHER = 16  # requests
+_KNOWN_FILES = 4096
 _WRITTEN_ANEW = "FileExpired"  # of s3fs
 
 
@@ -39,8 +41,18 @@ def steadily(do: Callable[[], T], uri: str) -> T:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
+def version_of(info: dict[str, Any]) -> str:
+    """What differs whenever a file's content does, of what the storage says of it."""
+    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("sha256")
+    return str(etag or (info["size"], info.get("mtime") or info.get("LastModified")))
+
+
 def read_stretch(uri: str, start: int, stop: int) -> bytes:
     """Bytes of a file, in one request; fewer where it ends before."""
+    if disk_cache.is_used() and not storage.is_local(uri):
+        with _opened(uri).again() as file:
+            file.seek(start)
+            return file.read(stop - start)
     fs, path = storage.open_fs(uri)
     data: bytes = steadily(lambda: fs.cat_file(path, start=start, end=stop), uri)
     return data
@@ -63,9 +75,20 @@ def open_file(uri: str, ahead: int = 0) -> IO[bytes]:
     fs, path = storage.open_fs(uri)
     if storage.is_local(uri):
         return fs.open(path, "rb")
-    # fsspec's own would read megabytes ahead (s3fs: 50 MiB).
-    file: Any = RemoteFile(uri, steadily(lambda: fs.open(path, "rb", cache_type="none"), uri))
+    file: Any = _opened(uri).again() if disk_cache.is_used() else _open(uri)
     return io.BufferedReader(file, ahead) if ahead else file
+
+
+def _open(uri: str) -> "RemoteFile":
+    fs, path = storage.open_fs(uri)
+    # fsspec's own caches would read megabytes ahead (s3fs: 50 MiB).
+    return RemoteFile(uri, steadily(lambda: fs.open(path, "rb", cache_type="none"), uri))
+
+
+@lru_cache(maxsize=_KNOWN_FILES)
+def _opened(uri: str) -> "RemoteFile":
+    """The version of a file is asked for once, where many stretches of it are on this node's disk."""
+    return _open(uri)
 
 
 class RemoteFile(io.RawIOBase):
@@ -94,14 +117,20 @@ class RemoteFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         stop = self.size if size < 0 else min(self._place + size, self.size)
-        data = steadily(lambda: self._fetch(self._place, stop), self._uri) if stop > self._place else b""
+        data = self._stretch(self._place, stop) if stop > self._place else b""
         self._place += len(data)
         return data
 
-    def _fetch(self, start: int, stop: int) -> bytes:
-        self._file.seek(start)
-        data: bytes = self._file.read(stop - start)
-        return data
+    def _stretch(self, start: int, stop: int) -> bytes:
+        def fetch() -> bytes:
+            self._file.seek(start)
+            data: bytes = self._file.read(stop - start)
+            return data
+
+        if not disk_cache.is_used():
+            return steadily(fetch, self._uri)
+        what = f"{self._uri} {version_of(self._file.details)} {start} {stop}"
+        return disk_cache.kept(what, stop - start, lambda: steadily(fetch, self._uri))
 
     def readinto(self, buffer: Any) -> int:
         data = self.read(len(buffer))

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline import disk_cache
 from pipeline.commands import cli
 from pipeline.config import TrainConfig
 
@@ -51,4 +52,5 @@ def main(arguments: list[str]) -> int:
         arguments,
         check=check,
         workers="pipeline.training.worker",
+        environment=lambda config: disk_cache.environment(config.cache_dir, config.cache_gb),
     )

@@ -101,6 +101,12 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
     """
     names = "steps workers batch_size log_every checkpoint_every keep_checkpoints readers"
     check_at_least(config, **dict.fromkeys(names.split(), 1), storage_patience=0)
+    if config.cache_gb <= 0:
+        raise InputError(
+            f"--cache-gb {config.cache_gb:g} must be more than 0; without --cache-dir nothing is kept"
+        )
+    if config.cache_dir and not storage.is_local(config.cache_dir):
+        raise InputError(f"--cache-dir {config.cache_dir} must be a folder on the nodes' own disks")
     if config.min_workers > config.workers:
         raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
     if config.batch_size < config.workers:
