@@ -27,14 +27,8 @@ _KNOWN = {
     **dict.fromkeys((0xFFC4, 0xFFDB, 0xFFDD, 0xFFFE), (2, b"")),
 }  # fmt: skip
 _UNKNOWN = 1 << 16, b""
-_LEAST = {
-    b"gAMA": 4,
-    b"cHRM": 32,
-    b"sRGB": 1,
-    b"pHYs": 9,
-    b"tIME": 7,
-    b"tEXt": 0,
-}  # bytes of a PNG file's chunks
+# Least bytes of a PNG file's chunks.
+_LEAST = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"tIME": 7, b"tEXt": 0}
 _TEXT = re.compile(rb"(?:Software|Comment|Title|Author|Description|Copyright|date:\w+)\0")
 _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB", b"\x08\6\0\0\0": "RGBA"}  # by the end of its header
 _SEGMENT, _PAIR, _CHUNK = struct.Struct(">HH"), struct.Struct(">HH"), struct.Struct(">I4s")
@@ -54,12 +48,7 @@ def plain_pixels(data: bytes, at_least: int, most: int) -> np.ndarray | None:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data, at_least, most)
         return _png(data, most) if data.startswith(PNG) else None
-    except (
-        ValueError,
-        RuntimeError,
-        struct.error,
-        IndexError,
-    ):  # what the libraries refuse; cut off in the header
+    except (ValueError, RuntimeError, struct.error):  # what the libraries refuse; a header that is cut off
         return None
 
 
