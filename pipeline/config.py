@@ -176,6 +176,10 @@ class TrainConfig:
     """Cut the square out of an image that is not one in a random place, not in its centre."""
     readers: Annotated[int, Range(ge=1, le=1024)] = 2
     """Processes beside each worker that read and decode its images."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that keeps what is read of remote data, for later epochs; empty = none."""
+    cache_gb: MoreThanZero = 100.0
+    """Most gigabytes that it holds."""
     precision: Precision = "auto"
     """Arithmetic of the forward pass; auto = bf16 where the hardware has it."""
     compile: bool = False

@@ -132,6 +132,7 @@ def main(
     check: Callable[[T], Any] | None = None,
     ray: bool = True,
     workers: str = "ray.data",
+    environment: Callable[[T], dict[str, str]] = lambda config: {},
 ) -> int:
     """Runs a job: its result is the last line on stdout, everything else goes to stderr.
 
@@ -140,6 +141,7 @@ def main(
         check: raises InputError for what is known to be wrong before Ray is joined or started.
         ray: join or start Ray first.
         workers: the module that most of the job's workers run, for `connect`.
+        environment: variables that all workers get.
 
     Returns:
         the exit code: 0; 2 on bad input; 128 + its number after a signal; a submitted job's own; 1 after any
@@ -157,7 +159,7 @@ def main(
                 address.quieten()
             checked = (check(config),) if check else ()
             if ray:
-                connect(verbose, address.environment(), workers)
+                connect(verbose, {**address.environment(), **environment(config)}, workers)
             result = execute(config, *checked)
             print(json.dumps(result), file=stream, flush=True)
             if ray:

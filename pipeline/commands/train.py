@@ -6,6 +6,7 @@ newest whole checkpoint in --output, and starts a new run where there is none.
 
 from typing import Any
 
+from pipeline import disk_cache
 from pipeline.commands import cli
 from pipeline.config import TrainConfig
 
@@ -41,4 +42,5 @@ def main(arguments: list[str]) -> int:
         arguments,
         check=check,
         workers="pipeline.training.worker",
+        environment=lambda config: disk_cache.environment(config.cache_dir, config.cache_gb),
     )

@@ -9,6 +9,7 @@ from PIL import Image, features
 
 from pipeline.data import damage, depth, scaling
 from pipeline.data.formats import FORMATS, DecodeError, sniff, told_by_all
+from pipeline.data.plain import plain_pixels
 from pipeline.redact import one_line
 
 __all__ = ["FORMATS", "DecodeError", "Encoded", "decode", "encode_png", "fit", "open_image", "sniff"]
@@ -65,6 +66,9 @@ def decode(
         DecodeError: empty, truncated, undecodable, of values whose range nothing tells, or of more than `MAX_PIXELS`
             pixels.
     """
+    data = _unpacked(data, size)
+    if isinstance(data, np.ndarray) and data.shape == (size, size, channels) and data.dtype == np.uint8:
+        return data
     image = _open(data, size, channels, background)
     width, height = image.size
     side = min(width, height)
@@ -74,7 +78,7 @@ def decode(
 
 def fit(data: Encoded, size: int, channels: int, background: Colour = (255, 255, 255)) -> np.ndarray:
     """As `decode`, but nothing is cut off: uint8 [H, W, channels] whose shorter side is `size`."""
-    image = _open(data, size, channels, background)
+    image = _open(_unpacked(data, size), size, channels, background)
     width, height = image.size
     scale = size / min(width, height)
     return _resize(image, (round(width * scale), round(height * scale)), (0, 0, width, height))
@@ -91,7 +95,7 @@ def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, 
 
 
 def _open(data: Encoded, size: int, channels: int, background: Colour) -> Image.Image:
-    image = open_image(data, background, at_least=size, alpha=channels == 4)
+    image = _flat(_as_image(data, size), background, alpha=channels == 4)
     return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
 
 
@@ -105,11 +109,24 @@ def open_image(
             three times so many pixels, for antialiasing; 0 = at its own size.
         alpha: an image with transparency stays mode RGBA, and does not show the background.
     """
-    image = _from_pixels(data) if isinstance(data, np.ndarray) else _from_file(data, at_least)
+    return _flat(_as_image(_unpacked(data, at_least), at_least), background, alpha)
+
+
+def _as_image(data: Encoded, at_least: int) -> Image.Image:
+    return _from_pixels(data) if isinstance(data, np.ndarray) else _from_file(data, at_least)
+
+
+def _flat(image: Image.Image, background: Colour, alpha: bool) -> Image.Image:
     if alpha or image.mode != "RGBA":
         return image
     canvas = Image.new("RGBA", image.size, (*background, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def _unpacked(data: Encoded, at_least: int) -> Encoded:
+    """The pixels of a plain file; what else is given as it is."""
+    pixels = None if isinstance(data, np.ndarray) else plain_pixels(data, at_least, MAX_PIXELS)
+    return data if pixels is None else pixels
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.labels import class_numbers, unknown_label
 from pipeline.data.manifest import PARTS
+from pipeline.stretches import open_file
 
 ROWS_PER_GROUP = 16  # few: a shard takes some rows of every chunk, and reads whole groups
 SCHEMA = pa.schema(
@@ -109,9 +110,7 @@ def rows_between(uri: str, keys: list[int], first: int, last: int) -> pa.Table:
     groups = [n for n, (low, high) in enumerate(zip(keys, ends, strict=True)) if low < last and high >= first]
     if not groups:
         return SCHEMA.empty_table()
-    fs, path = storage.open_fs(uri)
-    # Without s3fs's blocks of 50 MiB: pyarrow asks for exactly what it needs.
-    with fs.open(path, "rb", **({} if storage.is_local(uri) else {"cache_type": "none"})) as file:
+    with open_file(uri) as file:
         table = pq.ParquetFile(file, pre_buffer=True).read_row_groups(groups)
     there = table["key"].to_numpy()
     return table.filter(pa.array((there >= first) & (there < last)))
@@ -131,8 +130,7 @@ def unknown_labels(
     for record in records.values():
         if unknown := [label for label in record.labels if number_of(label) is None]:
             for chunk in record.chunks:
-                fs, path = storage.open_fs(storage.join(output, chunk.file))
-                with fs.open(path, "rb") as file:
+                with open_file(storage.join(output, chunk.file)) as file:
                     table = pq.read_table(file, columns=["path", "label"])
                 for row in table.filter(pc.field("label").isin(unknown)).to_pylist():
                     yield {"path": row["path"], "reason": unknown_label(row["label"], classes)}

@@ -28,10 +28,12 @@ from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
 from pipeline.generation.sampler import labels_or_none, sample_labels
 from pipeline.redact import one_line
+from pipeline.stretches import open_file
 from pipeline.versions import VERSIONS
 
 SHEET, SHEET_COLUMNS, SHEET_ROWS = "contact-sheet.png", 16, 4
 _LABELS_TOGETHER = 65_536
+_TAR_BLOCK = 2**20
 
 
 def describe(
@@ -129,8 +131,9 @@ def _encoded_images(output: str, form: str, chunks: list[Chunk], count: int) -> 
         yield from (storage.read_bytes(uri) for uri in uris if uri.endswith(".png"))
         return
     for chunk in chunks:
-        fs, path = storage.open_fs(ledger.data_uri(output, chunk, form))
-        with fs.open(path, "rb") as file:
+        with open_file(
+            ledger.data_uri(output, chunk, form), ahead=0 if form == "parquet" else _TAR_BLOCK
+        ) as file:
             if form == "parquet":
                 for batch in pq.ParquetFile(file).iter_batches(count, columns=["image"]):
                     yield from (image["bytes"] for image in batch["image"].to_pylist())

@@ -69,6 +69,8 @@ def check_settings(config: TrainConfig) -> None:
         raise InputError(
             "--ema-decays needs at least one value: the first average is the model that is exported"
         )
+    if config.cache_dir and not storage.is_local(config.cache_dir):
+        raise InputError(f"--cache-dir {config.cache_dir} must be a folder on the nodes' own disks")
     check_loss(config.diffusion)
 
 

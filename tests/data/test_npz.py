@@ -259,7 +259,7 @@ def test_a_compressed_file_is_unpacked_once_and_again_when_it_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opens, really = list[str](), records.open_file
-    monkeypatch.setattr(records, "open_file", lambda uri: opens.append(uri) or really(uri))
+    monkeypatch.setattr(records, "open_file", lambda uri, ahead: opens.append(uri) or really(uri, ahead))
     for number in range(3):
         arr = images(40, 4 + number, 5)
         np.savez_compressed(tmp_path / "a.npz", arr)

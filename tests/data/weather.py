@@ -20,10 +20,12 @@ class Weather:
     Attributes:
         address: of the proxy.
         seen: requests that met a fault.
+        sent: path, and bytes of the content, of each answer to a GET since `calm`.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.seen = 0
+        self.sent = list[tuple[str, int]]()
         self._fault: Callable[[str, str], str]
         self.calm()
         weather = self
@@ -41,6 +43,8 @@ class Weather:
                     self._fail(fault, body)
                     return
                 status, headers, content = self._ask(body)
+                if self.command == "GET":
+                    weather.sent.append((self.path, len(content)))
                 self._answer(status, headers, content, len(content))
 
             def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
@@ -91,8 +95,9 @@ class Weather:
         self._server.server_close()
 
     def calm(self) -> None:
-        """No more faults."""
+        """No more faults, and nothing sent so far."""
         self._fault = lambda method, path: ""
+        self.sent.clear()
 
     def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
         """For so long, from the first of them on, requests meet a fault of this kind, one of `FAULTS`, or `LOST`.

@@ -52,6 +52,8 @@ CASES = {
         "16",
     ),
     "unwritable output": ((*TRAIN[:3], "--output", "file/run", *TRAIN[5:]), "file/run"),
+    "no room for a cache": ((*TRAIN, "--cache-gb", "0"), "--cache-gb 0"),
+    "a cache that is on no disk": ((*TRAIN, "--cache-dir", "s3://bucket/cache"), "s3://bucket/cache"),
     "no steps": ((*TRAIN, "--steps", "0"), "--steps"),
     "model folder that does not exist": (("generate", "--model", "nowhere", "--output", "s"), "nowhere"),
     "registered model that does not exist": (

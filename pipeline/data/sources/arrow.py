@@ -10,7 +10,14 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.data.sources.arrow_files import forget_open_files, opened, schema_of, walk
+from pipeline.data.sources.arrow_files import (
+    Stored,
+    forget_open_files,
+    opened,
+    schema_of,
+    stored_batches,
+    walk,
+)
 from pipeline.data.sources.cells import (
     Columns,
     is_list,
@@ -42,14 +49,16 @@ class ArrowPart(Part):
 
     Attributes:
         columns: where images and labels are.
+        stored: where its record batches lie, in a remote file.
     """
 
     start: int
     count: int
     columns: Columns
+    stored: tuple[Stored, ...] = ()
 
     def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
-        file = opened(self.uri, self.columns)
+        file = opened(self.uri, self.columns, self.stored)
         if rows is not None and is_list(file.schema.field(self.columns.image).type):
             # A row may hold several images, so that all before are read for their number.
             yield from pick(self.read(), rows)
@@ -161,7 +170,7 @@ def list_arrow(tree: Tree, request: Request) -> SourceListing:
     looks, bad = look_at_all(partial(_look_at, tree, found), found.data)
     choice = choose(looks, request, "Arrow")
     looks = [look for look in looks if look.name in choice.columns]
-    rows = {look.name: _count(tree, look, choice.columns[look.name], bad) for look in looks}
+    batches = {look.name: _batches(tree, look, choice.columns[look.name], bad) for look in looks}
     looks = [look for look in looks if look.name not in bad]
     classes, columns = name_labels(looks, {look.name: choice.columns[look.name] for look in looks})
     # A file's own name and folder come first, then what it was saved as.
@@ -171,10 +180,12 @@ def list_arrow(tree: Tree, request: Request) -> SourceListing:
     for look in looks:
         name = look.name
         beside = _named_beside(tree, look, columns[name].image, request.images_per_part)
-        for number, start in enumerate(range(0, rows[name], request.images_per_part)):
-            count = min(request.images_per_part, rows[name] - start)
+        rows, stored = batches[name]
+        for number, start in enumerate(range(0, rows, request.images_per_part)):
+            count = min(request.images_per_part, rows - start)
             names = (name, *sorted(beside.get(number, ())))
-            parts.append(ArrowPart(tree.root, names, start, count, columns[name], split=splits[name]))
+            here = tuple(one for one in stored if start < one.first + one.rows and one.first < start + count)
+            parts.append(ArrowPart(tree.root, names, start, count, columns[name], here, split=splits[name]))
     used = {name for part in parts for name in part.names} | columns.keys() | found.used
     ignored = {**found.ignored, **choice.ignored}
     return SourceListing(
@@ -204,15 +215,16 @@ def _look_at(tree: Tree, found: _Found, name: str) -> Look | str:
     return Look(name, schema, features, read, partial(lies_beside, tree, name))
 
 
-def _count(tree: Tree, look: Look, columns: Columns, bad: dict[str, str]) -> int:
-    """Rows of a file; one that can't be read to its end is noted."""
-    where = printable(look.name)
+def _batches(tree: Tree, look: Look, columns: Columns, bad: dict[str, str]) -> tuple[int, list[Stored]]:
+    """Rows of a file, and where they lie in a remote one; a file that can't be read to its end is noted."""
+    uri, where, smallest = tree.uri(look.name), printable(look.name), columns.label or columns.image
     try:
-        smallest = columns.label or columns.image
-        return sum(batch.num_rows for batch in walk(tree.uri(look.name), where, (smallest,)))
+        if not storage.is_local(uri) and (stored := stored_batches(uri, where, smallest)):
+            return stored[-1].first + stored[-1].rows, stored
+        return sum(batch.num_rows for batch in walk(uri, where, (smallest,))), []
     except InputError as error:
         bad[look.name] = str(error).removeprefix(f"{where}: ")
-        return 0
+        return 0, []
 
 
 def _named_beside(tree: Tree, look: Look, image: str, per_part: int) -> dict[int, set[str]]:

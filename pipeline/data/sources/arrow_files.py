@@ -14,10 +14,13 @@ from pipeline.data.sources.cells import Columns, check_names, present
 from pipeline.data.sources.fetch import local_stamp
 from pipeline.errors import InputError
 from pipeline.redact import one_line
+from pipeline.stretches import open_file, read_stretch
 
 OPEN_FILES = 64
+_SCHEMAS = 1024  # of remote files
 _FILE, _OLD = b"ARROW1", b"FEA1"
-_BLOCK = 8 * 2**20  # of a remote store, asked for at once
+_MESSAGES = 8  # byte of the file format at which the same begins as in the stream format
+_HEAD, _SOME, _BLOCK = 2**14, 2**20, 8 * 2**20  # bytes of a remote file, asked for at once
 _fetching = threading.Lock()
 
 
@@ -31,7 +34,7 @@ def walk(uri: str, where: str, columns: tuple[str, ...]) -> Iterator[pa.RecordBa
     Raises:
         InputError: not an Arrow file, or a record batch can't be read.
     """
-    source = _source(uri)
+    source = _source(uri, _SOME)
     schema, whole = _schema(source, where)
     number = 0
     try:
@@ -49,13 +52,65 @@ def walk(uri: str, where: str, columns: tuple[str, ...]) -> Iterator[pa.RecordBa
         raise _unreadable(error, where, number) from None
 
 
+class Stored(NamedTuple):
+    """Where a record batch lies in a file.
+
+    Attributes:
+        first: number of its first row.
+        begins, ends: its bytes.
+    """
+
+    first: int
+    rows: int
+    begins: int
+    ends: int
+
+
+def stored_batches(uri: str, where: str, column: str) -> list[Stored]:
+    """Where the record batches of a remote file lie, so that nobody fetches the rest; none where a column is encoded.
+
+    Args:
+        column: is checked for damage.
+
+    Raises:
+        InputError: as `walk`.
+    """
+    source = _source(uri)
+    schema, whole = _schema(source, where)
+    if any(map(_is_encoded, schema.types)):
+        return []
+    found, rows = list[Stored](), 0
+    try:
+        count = pa.ipc.open_file(source).num_record_batches if whole else None
+        source.seek(_MESSAGES if whole else 0)
+        messages = pa.ipc.MessageReader.open_stream(source)
+        while len(found) != count:
+            begins, message = source.tell(), messages.read_next_message()
+            if message.type == "record batch":
+                batch = pa.ipc.read_record_batch(message, schema)
+                _check(batch.column(column))
+                found.append(Stored(rows, batch.num_rows, begins, source.tell()))
+                rows += batch.num_rows
+    except StopIteration:
+        pass
+    except Exception as error:
+        raise _unreadable(error, where, len(found)) from None
+    return found
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    """Whether values stand in a dictionary, which lies elsewhere in the file."""
+    inner = (kind.field(i).type for i in range(kind.num_fields))
+    return pa.types.is_dictionary(kind) or any(map(_is_encoded, inner))
+
+
 def schema_of(uri: str) -> pa.Schema:
     """The columns of a file from outside.
 
     Raises:
         InputError: not an Arrow file.
     """
-    return _schema(_source(uri, "none"), uri)[0]
+    return _schema(_source(uri, _HEAD), uri)[0]
 
 
 def _schema(source: pa.NativeFile, where: str) -> tuple[pa.Schema, bool]:
@@ -84,10 +139,10 @@ def _open(source: pa.NativeFile, schema: pa.Schema, whole: bool, columns: tuple[
     return (pa.ipc.open_file if whole else pa.ipc.open_stream)(source, options=options)
 
 
-def _source(uri: str, cache: str = "readahead") -> pa.NativeFile:
-    fs, path = storage.open_fs(uri)
+def _source(uri: str, ahead: int = _BLOCK) -> pa.NativeFile:
+    path = storage.open_fs(uri)[1]
     if not storage.is_local(uri):
-        return pa.PythonFile(fs.open(path, "rb", block_size=_BLOCK, cache_type=cache), "r")
+        return pa.PythonFile(open_file(uri, ahead), "r")
     # An empty file can't be mapped.
     return pa.memory_map(path) if os.stat(path).st_size else pa.BufferReader(b"")  # noqa: PTH116
 
@@ -115,7 +170,7 @@ class Opened(NamedTuple):
     Attributes:
         names: of the columns to read.
         starts: int [batches + 1], the first row of each record batch, and the number of rows of all.
-        batches: of the stream format, all; of the file format, their reader.
+        batches: of the stream format, all; of the file format, their reader; of a remote file, where they lie.
     """
 
     names: list[str]
@@ -129,7 +184,11 @@ class Opened(NamedTuple):
         while first < stop:
             begin, end = int(self.starts[here]), min(int(self.starts[here + 1]), stop)
             try:
-                whole = self.batches[here] if isinstance(self.batches, list) else self.batches.get_batch(here)
+                if isinstance(self.batches, tuple):
+                    whole = _fetched_batch(where, self.batches[here], self.schema)
+                else:
+                    some = self.batches
+                    whole = some[here] if isinstance(some, list) else some.get_batch(here)
                 rows = whole.slice(first - begin, end - first)
                 for column in rows.columns:
                     _check(column)
@@ -140,12 +199,19 @@ class Opened(NamedTuple):
             first, here = max(first, end), here + 1
 
 
-def opened(uri: str, columns: Columns) -> Opened:
+def opened(uri: str, columns: Columns, stored: tuple[Stored, ...] = ()) -> Opened:
     """A file, kept open for the thread that asks.
+
+    Args:
+        stored: its only record batches to read, of a remote file.
 
     Raises:
         InputError: see `walk` and `cells.present`.
     """
+    if stored:
+        schema = _remote_schema(uri)
+        starts = np.array([*(batch.first for batch in stored), stored[-1].first + stored[-1].rows])
+        return Opened(present(uri, schema, columns), schema, starts, stored)
     return _kept_open(uri, columns.image, columns.label, local_stamp(uri), threading.get_ident())
 
 
@@ -169,6 +235,19 @@ def _kept_open(uri: str, image: str, label: str, stamp: Any, thread: int) -> Ope
     return Opened(names, schema, starts, reader if whole else batches)
 
 
+@lru_cache(maxsize=_SCHEMAS)
+def _remote_schema(uri: str) -> pa.Schema:
+    source = _source(uri, _HEAD)
+    source.seek(_MESSAGES if source.read(len(_FILE)) == _FILE else 0)
+    return pa.ipc.open_stream(source).schema
+
+
+@lru_cache(maxsize=4)
+def _fetched_batch(uri: str, stored: Stored, schema: pa.Schema) -> pa.RecordBatch:
+    data = read_stretch(uri, stored.begins, stored.ends)
+    return pa.ipc.read_record_batch(pa.ipc.read_message(pa.BufferReader(data)), schema)
+
+
 def _fetched_once(uri: str) -> bytes:
     with _fetching:  # several threads want parts of one file
         return _fetched(uri)
@@ -182,4 +261,5 @@ def _fetched(uri: str) -> bytes:
 def forget_open_files() -> None:
     """Opens every file anew from now on: those of a remote store may be others by now."""
     _kept_open.cache_clear()
-    _fetched.cache_clear()
+    for cache in (_fetched, _fetched_batch, _remote_schema):
+        cache.cache_clear()

@@ -6,14 +6,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.stretches import steadily
 
 THREADS = 16
 MOST_BYTES = 2**30  # of an image: more than the largest that is decoded takes
-_BLOCK_BYTES = 2**20
 _Given = TypeVar("_Given")
 _Got = TypeVar("_Got")
 
@@ -78,21 +78,6 @@ def read_file(uri: str) -> tuple[bytes, str]:
         OSError: the storage fails.
     """
     try:
-        return storage.read_bytes(uri), ""
+        return steadily(lambda: storage.read_bytes(uri), uri), ""
     except OSError as error:
         return b"", fault_of_file(error, uri)
-
-
-def read_stretch(uri: str, start: int, stop: int) -> bytes:
-    """Bytes of a file; fewer where it ends before."""
-    fs, path = storage.open_fs(uri)
-    data: bytes = fs.cat_file(path, start=start, end=stop)
-    return data
-
-
-def open_file(uri: str) -> IO[bytes]:
-    """A file to read in any order; of a remote one, a megabyte is fetched at a time, and one is kept."""
-    fs, path = storage.open_fs(uri)
-    if storage.is_local(uri):
-        return fs.open(path, "rb")
-    return fs.open(path, "rb", cache_type="readahead", block_size=_BLOCK_BYTES)

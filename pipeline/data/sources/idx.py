@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable
 
 from pipeline.data.labels import label_text, name_classes
-from pipeline.data.sources.fetch import open_file, refusing
+from pipeline.data.sources.fetch import refusing
 from pipeline.data.sources.label_columns import NO_LABELS
 from pipeline.data.sources.loose import is_image_name, outweigh_images
 from pipeline.data.sources.parts import Part, Request, SourceListing
@@ -16,9 +16,11 @@ from pipeline.data.sources.splits import splits_of_files
 from pipeline.data.sources.tree import Tree, with_beside
 from pipeline.errors import InputError
 from pipeline.redact import one_line, printable
+from pipeline.stretches import open_file, read_stretch
 
 _IMAGES, _LABELS = 2051, 2049  # magic numbers: bytes in three dimensions, and in one
 _GZIPPED = b"\x1f\x8b"
+_SLACK, _MOST_AHEAD = 2**12, 2**20  # bytes that are fetched at once of a gzipped file
 _NAME, _LABELS_NAME = re.compile(r"images[-._]idx3"), re.compile(r"labels[-._]idx")
 
 
@@ -159,10 +161,10 @@ def _read_labels(tree: Tree, name: str, images: str, count: int) -> bytes:
 def _content(uri: str, packed: bool, most: int) -> bytes:
     """The first bytes of a file, gzipped or not."""
     try:
-        with refusing(uri), open_file(uri) as file:
+        with refusing(uri):
             if not packed:
-                return file.read(most)
-            with gzip.open(file) as content:
+                return read_stretch(uri, 0, most)
+            with open_file(uri, ahead=min(most + _SLACK, _MOST_AHEAD)) as file, gzip.open(file) as content:
                 return content.read(most)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{uri}: damaged, get it again: {one_line(error)}") from None

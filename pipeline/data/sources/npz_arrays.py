@@ -9,10 +9,11 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.labels import class_text
-from pipeline.data.sources.fetch import fault_of_file, open_file, refusing
+from pipeline.data.sources.fetch import fault_of_file, refusing
 from pipeline.data.sources.records import Records
 from pipeline.errors import InputError
 from pipeline.redact import one_line
+from pipeline.stretches import open_file
 
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -20,6 +21,7 @@ _HEADERS = {
 }
 _MEMBER = struct.Struct("<26xHH")  # lengths of its name, and of what follows that
 _CHANNELS = (1, 3, 4)
+_HEADER_BYTES, _LABEL_BYTES = 2**14, 2**20  # that are fetched at once
 _PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -50,7 +52,7 @@ def list_arrays(uri: str) -> dict[str, Array] | str:
     """
     found = dict[str, Array]()
     try:
-        with open_file(uri) as file, zipfile.ZipFile(file) as archive:
+        with open_file(uri, ahead=_HEADER_BYTES) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 key = info.filename.removesuffix(".npy")
                 if key == info.filename:
@@ -127,7 +129,7 @@ def read_labels(array: Array, uri: str, count: int) -> list[tuple[str | None, st
     try:
         with (
             refusing(uri),
-            open_file(uri) as file,
+            open_file(uri, ahead=_LABEL_BYTES) as file,
             zipfile.ZipFile(file) as archive,
             archive.open(f"{array.key}.npy") as member,
         ):

@@ -14,7 +14,7 @@ from pipeline.data.sources.label_columns import name_labels
 from pipeline.data.sources.look import Look, features_of, files_beside, lies_beside
 from pipeline.data.sources.parquet_files import (
     PREPARED,
-    _kept_open,
+    forget_files,
     iterate,
     open_parquet,
     opened,
@@ -55,7 +55,7 @@ def list_parquet(tree: Tree, request: Request) -> SourceListing:
     Raises:
         InputError: see `columns.choose`.
     """
-    _kept_open.cache_clear()  # files of a remote store may be others by now
+    forget_files()
     found, bad = look_at_all(partial(_look_at, tree), _names(tree))
     choice = choose(found, request, "Parquet")
     looks = [look for look in found if look.name in choice.columns]

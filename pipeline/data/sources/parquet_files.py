@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,12 +17,17 @@ from pipeline.data.sources.cells import Columns, Form, check_names, form_of, is_
 from pipeline.data.sources.fetch import local_stamp
 from pipeline.errors import InputError
 from pipeline.redact import one_line
+from pipeline.stretches import RemoteFile, open_file
 
-OPEN_FILES = 64
+OPEN_FILES = 64  # for each thread one of its own
+PARSED_FOOTERS, REMOTE_FILES = 128, 4096
+_MARK = b"PAR1"  # at a file's end
+_FOOTER = 2**16  # bytes that are asked for before a footer's length is known
 # A row group of more bytes is never held as a whole.
 BIG_GROUP, PIECE = 256 * 2**20, 64 * 2**20
 _BUFFER = 2**20
 PREPARED = Columns()
+_asking = tuple(threading.Lock() for _ in range(64))
 
 
 def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:
@@ -33,14 +39,13 @@ def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:
     Raises:
         InputError: not a Parquet file.
     """
-    fs, path = storage.open_fs(uri)
-    # A local file is read by pyarrow itself: through Python it costs a tenth of decoding small images. Others are
-    # asked for what is needed alone, in one request for a row group: they would read megabytes ahead.
-    source = pa.OSFile(path) if storage.is_local(uri) else fs.open(path, "rb", cache_type="none")
-    options = {"pre_buffer": False, "buffer_size": _BUFFER} if piecewise else {}
+    options = {"buffer_size": _BUFFER} if piecewise else {}
     try:
         file = pq.ParquetFile(
-            source,
+            _source(uri),
+            metadata=_metadata(uri, local_stamp(uri)),
+            # All that is needed of a row group is asked for in one request.
+            pre_buffer=not piecewise,
             binary_type=pa.large_binary(),
             list_type=pa.LargeListType,
             page_checksum_verification=True,
@@ -52,6 +57,44 @@ def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:
         if storage.is_storage_error(error):
             raise
         raise InputError(f"{uri}: not a Parquet file: {one_line(error)}") from None
+
+
+def _source(uri: str) -> Any:
+    # A local file is read by pyarrow itself: through Python it costs a tenth of decoding small images.
+    return pa.OSFile(storage.open_fs(uri)[1]) if storage.is_local(uri) else _asked_once(uri)[0].again()
+
+
+@lru_cache(maxsize=PARSED_FOOTERS)
+def _metadata(uri: str, stamp: Any) -> pq.FileMetaData:
+    """What a file's footer says, for all threads: some kilobytes a row group."""
+    if storage.is_local(uri):
+        return pq.read_metadata(_source(uri))
+    return pq.read_metadata(pa.BufferReader(zlib.decompress(_asked_once(uri)[1])))
+
+
+def _asked_once(uri: str) -> tuple[RemoteFile, bytes]:
+    with _asking[hash(uri) % len(_asking)]:  # several threads want parts of one file
+        return _remote(uri)
+
+
+@lru_cache(maxsize=REMOTE_FILES)
+def _remote(uri: str) -> tuple[RemoteFile, bytes]:
+    """A remote file and its footer, compressed to some 50 bytes a row group: those of many files are kept."""
+    file: Any = open_file(uri)
+    file.seek(max(0, file.size - _FOOTER))
+    end = file.read()
+    said = int.from_bytes(end[-8:-4], "little") if end.endswith(_MARK) else 0
+    needed = min(said + 8, file.size)
+    if needed > len(end):
+        file.seek(file.size - needed)
+        end = file.read(needed - len(end)) + end
+    return file, zlib.compress(end[-needed:], 1)
+
+
+def forget_files() -> None:
+    """Opens every file anew from now on: those of a remote store may be others by now."""
+    for cache in (_kept_open, _metadata, _remote):
+        cache.cache_clear()
 
 
 class Opened(NamedTuple):
@@ -69,7 +112,7 @@ def opened(uri: str, columns: Columns, piecewise: bool = False) -> Opened:
 
 @lru_cache(maxsize=OPEN_FILES)
 def _kept_open(uri: str, image: str, label: str, piecewise: bool, stamp: Any, thread: int) -> Opened:
-    """A reading thread reads a file's footer once, not once a row group; no two may read through one open file."""
+    """A file is opened once a thread, not once a row group; no two threads may read through one open file."""
     file = open_parquet(uri, piecewise)
     schema = file.schema_arrow
     return Opened(file, present(uri, schema, Columns(image, label)), form_of(schema.field(image).type))

@@ -13,10 +13,11 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.data.sources.fetch import in_order, open_file, read_stretch, refusing
+from pipeline.data.sources.fetch import in_order, refusing
 from pipeline.data.sources.parts import Item, Part
 from pipeline.errors import InputError
 from pipeline.redact import one_line, printable
+from pipeline.stretches import open_file, read_stretch
 
 GZIP = "gzip"
 _UNPACKED_FILES = 8  # that are kept, in files without names, where temporary files are
@@ -106,7 +107,7 @@ def unpack(uri: str, records: Records) -> IO[bytes]:
 @lru_cache(maxsize=_UNPACKED_FILES)
 def _unpacked(uri: str, packed: str, version: str, expected: int) -> IO[bytes]:
     copy = tempfile.TemporaryFile()  # noqa: SIM115
-    with refusing(uri), open_file(uri) as file:
+    with refusing(uri), open_file(uri, ahead=_COPY_BYTES) as file:
         try:
             with gzip.open(file) if packed == GZIP else zipfile.ZipFile(file).open(packed) as content:
                 # No more than is expected: a few bytes may unpack to more than any disk has.

@@ -21,9 +21,10 @@ from pipeline.data.sources.tar_index import TarImage, index_tar, stored_bytes
 from pipeline.data.sources.tar_members import BLOCK, is_header
 from pipeline.data.sources.tree import Tree
 from pipeline.redact import printable
+from pipeline.stretches import read_stretch, read_stretches, steadily
 
 _PIECE_BYTES = 32 * 2**20
-_GAP_BYTES = 2**20  # between two images that one request fetches
+_GAP_BYTES = 2**16  # between two images that one request fetches
 _COMPRESSED = "a tar compressed with {}: decompress it with `{}`"
 _SUFFIXES = {
     (".tar.gz", ".tgz"): _COMPRESSED.format("gzip", "gunzip"),
@@ -169,11 +170,11 @@ def _on_disk(uri: str) -> Iterator[tuple[IO[bytes], int]]:
             yield file, os.fstat(file.fileno()).st_size
         return
     with _faults_of(uri):
-        size = int(fs.info(path)["size"])
+        size = steadily(lambda: int(fs.info(path)["size"]), uri)
     with tempfile.TemporaryFile() as copy:
         for start in range(0, size, _PIECE_BYTES):
             with _faults_of(uri):
-                piece = fs.cat_file(path, start=start, end=min(start + _PIECE_BYTES, size))
+                piece = read_stretch(uri, start, min(start + _PIECE_BYTES, size))
             copy.write(piece)
         yield copy, copy.tell()
 
@@ -196,8 +197,7 @@ def _lent(uri: str, file: IO[bytes]) -> Iterator[None]:
 
 def _contents(uri: str, images: list[TarImage]) -> Iterable[bytes]:
     """The stored bytes of each image."""
-    fs, path = storage.open_fs(uri)
-    if isinstance(fs, LocalFileSystem):
+    if storage.is_local(uri):
         with _on_disk(uri) as (file, _):
             return [stored_bytes(file, image) for image in images]
     with _copies_lock:
@@ -211,7 +211,8 @@ def _contents(uri: str, images: list[TarImage]) -> Iterable[bytes]:
                 begin, end = spans[-1][0], max(end, spans.pop()[1])
             spans.append((begin, end))
     with _faults_of(uri):
-        fetched = [(begin, fs.cat_file(path, start=begin, end=end)) for begin, end in spans]
+        contents = read_stretches(uri, spans)
+    fetched = [(begin, data) for (begin, _), data in zip(spans, contents, strict=True)]
     return [_cut_out(fetched, image) for image in images]
 
 

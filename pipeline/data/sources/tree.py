@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.stretches import read_stretch, version_of
 
 # What systems and tools leave beside data.
 _LITTER = ("thumbs.db", "desktop.ini")
@@ -66,9 +67,7 @@ class Tree:
         """The first bytes of a file; fewer where it is short."""
         if not self.files[name].size:
             return b""
-        fs, path = storage.open_fs(self.uri(name))
-        data: bytes = fs.cat_file(path, start=0, end=count)
-        return data
+        return read_stretch(self.uri(name), 0, count)
 
 
 def open_tree(uri: str) -> Tree:
@@ -105,7 +104,7 @@ def _sort_in_remote(tree: Tree, name: str, info: dict[str, Any]) -> None:
     if is_hidden(name):
         tree.ignored[name] = HIDDEN
     else:
-        tree.files[name] = File(int(info["size"] or 0), _version(info))
+        tree.files[name] = File(int(info["size"] or 0), version_of(info))
 
 
 def with_beside(tree: Tree, wanted: Callable[[str], bool]) -> Tree:
@@ -130,11 +129,6 @@ def with_beside(tree: Tree, wanted: Callable[[str], bool]) -> Tree:
             else:
                 _sort_in_remote(more, name, info)
     return more
-
-
-def _version(info: dict[str, Any]) -> str:
-    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("sha256")
-    return str(etag or (info["size"], info.get("mtime") or info.get("LastModified")))
 
 
 def is_hidden(name: str) -> bool:

@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.data.images import sniff
-from pipeline.data.sources.fetch import MOST_BYTES, fault_of_file, in_order, open_file, read_stretch
+from pipeline.data.sources.fetch import MOST_BYTES, fault_of_file, in_order
 from pipeline.data.sources.loose import is_image_name
 from pipeline.data.sources.sidecar import is_sidecar
 from pipeline.data.sources.tree import HIDDEN, is_hidden
 from pipeline.redact import one_line
+from pipeline.stretches import open_file, read_stretch
 
 _HEAD_BYTES = 64
+_DIRECTORY_BYTES = 2**16  # of an archive's directory, fetched at once
 _HEADER = struct.Struct("<4s22xHH")  # of a member: signature, lengths of its name and of what follows that
 _SLACK = 512  # bytes that this header may be longer than the archive's directory says
 _ENCRYPTED, _UTF_8 = 0x1, 0x800  # flags
@@ -104,7 +106,7 @@ def open_archive(uri: str) -> Archive | str:
         OSError: the storage fails.
     """
     try:
-        with open_file(uri) as file, zipfile.ZipFile(file) as archive:
+        with open_file(uri, ahead=_DIRECTORY_BYTES) as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
     except zipfile.BadZipFile as error:
         return f"damaged or cut short: {one_line(error)}"

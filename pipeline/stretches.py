@@ -1,0 +1,138 @@
+"""Stretches of files on any storage: only bytes that are needed are fetched, and a storage that fails is asked again."""
+
+import copy
+import io
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import IO, Any, TypeVar
+
+from pipeline import disk_cache, storage
+from pipeline.patience import FIRST_PAUSE, LONGEST_PAUSE, may_pass
+from pipeline.redact import one_line
+
+T = TypeVar("T")
+SECONDS = 60.0  # for which a remote storage may fail
+TOGETHER = 16  # requests
+_KNOWN_FILES = 4096
+_WRITTEN_ANEW = "FileExpired"  # of s3fs
+
+
+def steadily(do: Callable[[], T], uri: str) -> T:
+    """Calls `do`, which reads a file, until it succeeds or has failed for `SECONDS`; raises what it raised last.
+
+    A file on a disk, one that isn't there, that may not be read or that was written anew fails at once.
+    """
+    end, pause = time.monotonic() + SECONDS, FIRST_PAUSE
+    while True:
+        try:
+            return do()
+        except Exception as error:
+            final = isinstance(error, PermissionError) or type(error).__name__ == _WRITTEN_ANEW
+            late = time.monotonic() + pause > end
+            if late or final or not may_pass(error) or storage.is_local(uri):
+                raise
+            if pause == FIRST_PAUSE:
+                said = f"{uri} can't be read: {one_line(error)}; trying again for {SECONDS:.0f} s"
+                print(said, file=sys.stderr, flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def version_of(info: dict[str, Any]) -> str:
+    """What differs whenever a file's content does, of what the storage says of it."""
+    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("sha256")
+    return str(etag or (info["size"], info.get("mtime") or info.get("LastModified")))
+
+
+def read_stretch(uri: str, start: int, stop: int) -> bytes:
+    """Bytes of a file, in one request; fewer where it ends before."""
+    if disk_cache.is_used() and not storage.is_local(uri):
+        with _opened(uri).again() as file:
+            file.seek(start)
+            return file.read(stop - start)
+    fs, path = storage.open_fs(uri)
+    data: bytes = steadily(lambda: fs.cat_file(path, start=start, end=stop), uri)
+    return data
+
+
+def read_stretches(uri: str, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Several stretches, up to `TOGETHER` at a time."""
+    if len(wanted) < 2 or storage.is_local(uri):
+        return [read_stretch(uri, *stretch) for stretch in wanted]
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        return list(pool.map(lambda stretch: read_stretch(uri, *stretch), wanted))
+
+
+def open_file(uri: str, ahead: int = 0) -> IO[bytes]:
+    """A file for reading at any place.
+
+    Args:
+        ahead: bytes that are fetched at least and kept, for small reads; 0 = each read is a request of just its bytes.
+    """
+    fs, path = storage.open_fs(uri)
+    if storage.is_local(uri):
+        return fs.open(path, "rb")
+    file: Any = _opened(uri).again() if disk_cache.is_used() else _open(uri)
+    return io.BufferedReader(file, ahead) if ahead else file
+
+
+def _open(uri: str) -> "RemoteFile":
+    fs, path = storage.open_fs(uri)
+    # fsspec's own caches would read megabytes ahead (s3fs: 50 MiB).
+    return RemoteFile(uri, steadily(lambda: fs.open(path, "rb", cache_type="none"), uri))
+
+
+@lru_cache(maxsize=_KNOWN_FILES)
+def _opened(uri: str) -> "RemoteFile":
+    """The version of a file is asked for once, where many stretches of it are on this node's disk."""
+    return _open(uri)
+
+
+class RemoteFile(io.RawIOBase):
+    """A file of which each read is one request; S3 refuses it once the file was written anew. Not for several threads."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self._uri, self._file, self._place = uri, file, 0
+        self.size = int(file.size)
+
+    def again(self) -> "RemoteFile":
+        """The same file at a place of its own, without a request."""
+        return RemoteFile(self._uri, copy.copy(self._file))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self.size if size < 0 else min(self._place + size, self.size)
+        data = self._stretch(self._place, stop) if stop > self._place else b""
+        self._place += len(data)
+        return data
+
+    def _stretch(self, start: int, stop: int) -> bytes:
+        def fetch() -> bytes:
+            self._file.seek(start)
+            data: bytes = self._file.read(stop - start)
+            return data
+
+        if not disk_cache.is_used():
+            return steadily(fetch, self._uri)
+        what = f"{self._uri} {version_of(self._file.details)} {start} {stop}"
+        return disk_cache.kept(what, stop - start, lambda: steadily(fetch, self._uri))
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
