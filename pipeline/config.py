@@ -205,7 +205,7 @@ class TrainConfig:
     storage_patience: NotNegative = 600
     """Seconds for which a storage that can't read or write a checkpoint is asked again before the run ends."""
     tracking_patience: NotNegative = 60
-    """Seconds that the job waits for MLflow at its start and, with what MLflow has not taken, at its end."""
+    """Seconds that the job waits for an MLflow that is away: before a new run, and at the end with what it missed."""
     max_failures: Natural = 10
     """Restarts of the worker group before the run is given up."""
     max_bad_fraction: Share = 0.01

@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class Outage(InputError):
+    """Something did not answer for as long as it was waited for: the same input may do later."""
+
+
 class JobFailed(RuntimeError):
     """A job that ran elsewhere failed; its output has been shown.
 

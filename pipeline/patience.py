@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import InputError
+from pipeline.errors import Outage
 from pipeline.redact import one_line
 from pipeline.storage import StorageError, is_storage_error, open_fs
 
@@ -53,7 +53,7 @@ def patiently(
         may_pass: whether waiting can mend an error.
 
     Raises:
-        InputError: it did not succeed in that time.
+        Outage: it did not succeed in that time.
         Exception: what `do` raised, where no waiting mends it.
     """
     began, pause = time.monotonic(), FIRST_PAUSE
@@ -65,7 +65,7 @@ def patiently(
                 raise
             waited = time.monotonic() - began
             if waited >= seconds:
-                raise InputError(f"{what}, for {waited:.0f} s now: {one_line(error)}") from error
+                raise Outage(f"{what}, for {waited:.0f} s now: {one_line(error)}") from error
             if pause == FIRST_PAUSE:
                 say(f"{what}: {one_line(error)}; trying again for {seconds:.0f} s")
             time.sleep(min(pause, seconds - waited))

@@ -16,7 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
@@ -27,7 +27,7 @@ _READ_TOGETHER = 32
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
-class StorageError(InputError):
+class StorageError(Outage):
     """The storage can't say now what it is asked."""
 
 

@@ -72,7 +72,9 @@ class ActorPool:
         resources = ray.cluster_resources()
         gpu = resources.get("GPU", 0) >= 1 if self.gpu is None else self.gpu
         each = {"CPU": self.cpus} | ({"GPU": 1.0} if gpu else {})
-        need = Need(1, each, f"MapWorker(Map({_Actor.__name__}))", "--gpu" if gpu else "this job")
+        need = Need(
+            1, each, f"MapWorker(Map({_Actor.__name__}))", "--gpu" if gpu else "one process of this job"
+        )
         check_fits(need)
         units = int(resources.get("GPU" if gpu else "CPU", 1))
         least, most = self.size(units, len(tasks))

@@ -19,6 +19,7 @@ POLL_SECONDS = 1.0
 # A worker that has just been given its place is not known at once to have it.
 PATIENCE_SECONDS = 10.0
 REPEAT_SECONDS = 60.0
+TRAIN_WORKERS = "RayTrainWorker"  # Ray Train's class
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def shortage(need: Need) -> str:
             there = _sums(nodes, need)
             # Enough in all, on too many nodes.
             if all(there[name] >= need.count * amount for name, amount in need.each.items()):
-                return f"waiting for {need.count} times {_words(need.each)}, the nodes have room for {room}"
+                each = _words(need.each)
+                return f"waiting for room for {need.count} processes of {each} each, there is room for {room}"
             has = _words(there) if len(there) > 1 else f"{next(iter(there.values())):g}"
             return f"waiting for {_wanted(need)}, the cluster has {has}{what}"
     return ""
@@ -95,7 +97,7 @@ def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> N
     said, when, since = "", 0.0, 0.0
     while not done.wait(POLL_SECONDS):
         try:
-            line = "" if _has_workers(need.actor) else shortage(need)
+            line = "" if has_workers(need.actor) else shortage(need)
         except Exception:  # a node is going down, or Ray is: the next round asks again
             continue
         now = time.monotonic()
@@ -107,7 +109,7 @@ def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> N
             said, when = line, now
 
 
-def _has_workers(actor: str) -> bool:
+def has_workers(actor: str) -> bool:
     """Whether any actor of this job whose class's name begins so has a process, and so its place on a node."""
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     return any(

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,7 +149,8 @@ def _deaf_to_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        if callable(handler):  # Ray has put its own there, which exits with code 1
+        # Ray has put its own there, which exits with code 1; a thread can't change that.
+        if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 

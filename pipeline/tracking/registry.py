@@ -1,7 +1,7 @@
 """MLflow's model registry: exported models logged, registered, and found again by name."""
 
 import contextlib
-import io
+import hashlib
 import re
 import tempfile
 import warnings
@@ -37,7 +37,8 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
         client.set_tag(run.id, tag, uri)
     if not name:
         return uri
-    if not (version := tags.get(tag := f"ray_ddpm.version.{name}.{digest}")):
+    known = hashlib.sha256(name.encode()).hexdigest()[:16]  # names may hold what keys of tags may not
+    if not (version := tags.get(tag := f"ray_ddpm.version.{known}.{digest}")):
         with _quiet():
             version = str(mlflow.register_model(uri, name).version)
         client.set_tag(run.id, tag, version)
@@ -47,27 +48,31 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
 
 
 def _log(run: runs.Run, folder: str | Path) -> str:
-    with (
-        _quiet(),
-        _on_this_machine(str(folder)) as here,
-        mlflow.start_run(run_id=run.id, log_system_metrics=False),
-    ):
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            # A script, not a pickled object: nothing is unpickled when the model is loaded.
-            python_model=str(Path(__file__).with_name("pyfunc.py")),
-            artifacts={MODEL_FOLDER: here},
-            pip_requirements=["ray-ddpm"],
-        )
-    # start_run's exit closes the run; the caller does that.
-    runs.open_client().update_run(run.id, status="RUNNING")
+    client = runs.open_client()
+    client.list_artifacts(run.id)  # fails where artifacts are away, before a model is begun
+    status = client.get_run(run.id).info.status
+    try:
+        with (
+            _quiet(),
+            _on_this_machine(str(folder)) as here,
+            mlflow.start_run(run_id=run.id, log_system_metrics=False),
+        ):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                # A script, not a pickled object: nothing is unpickled when the model is loaded.
+                python_model=str(Path(__file__).with_name("pyfunc.py")),
+                artifacts={MODEL_FOLDER: here},
+                pip_requirements=["ray-ddpm"],
+            )
+    finally:
+        client.update_run(run.id, status=status)  # start_run's exit closes the run; the caller does that
     return str(info.model_uri)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Registering prints to stderr by itself, and warns that this model declares no schema of its input."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+    """MLflow warns that this model declares no schema of its input."""
+    with warnings.catch_warnings(action="ignore"):
         yield
 
 

@@ -4,6 +4,7 @@ Only the driver talks to MLflow: workers hand their numbers to it (see training/
 one writer, whatever restarts, and workers need neither the server's address nor its credentials.
 """
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -32,7 +33,6 @@ _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
 # A call of a server that is away fails after minutes by default. Who calls tries again himself, and says so.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 # Error codes by which a server says that the same call will never do.
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED")
@@ -67,15 +67,13 @@ def _use_first(uri: str) -> None:
     """The first use of a database file by this process. It makes the tables, and two processes at once would break it."""
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Never closed: SQLite's own locks of the file would go with it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
+    # A file beside it: on network file systems this lock and SQLite's own would exclude each other.
+    with Path(f"{path}.lock").open("a") as beside:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(beside, fcntl.LOCK_EX)
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
         client.search_registered_models(max_results=1)
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def is_refused(error: Exception) -> bool:
@@ -230,7 +228,7 @@ def log_dataset(run: Run, uri: str, fingerprint: str, rows: int, quarantined: in
     tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]
     inputs = [DatasetInput(dataset._to_mlflow_entity(), tags)]
     _raced(lambda: open_client().log_inputs(run.id, inputs))
-    open_client().log_metric(run.id, "quarantined_images", quarantined)
+    open_client().log_metric(run.id, "quarantined_images", quarantined, timestamp=0, step=0)
 
 
 def log_file(run: Run, path: Path, folder: str = "") -> None:

@@ -24,9 +24,11 @@ from pipeline.tracking.address import tracking_uri
 FOLDER = "undelivered"
 # Seconds that the last delivery of an interrupted job may take: whoever sent the signal soon kills it.
 HURRIED = 10.0
+# Items that wait, from which on they are kept although MLflow has not failed.
+MANY = 8
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity: others are added while one is removed
 class _Item:
     """Something to deliver.
 
@@ -72,6 +74,7 @@ class Tracker:
         self.run, self._output, self._curves = run, output, curves
         self._seconds, self._say, self.lost = seconds, say, lost
         self._items = deque(self._kept_before())
+        self._has_kept = bool(self._items)
         self._last = self._items[-1].number if self._items else 0
         # By curve, the last step that MLflow has (None: not asked yet), and the last that was ever logged.
         self._delivered = run.last_steps
@@ -85,10 +88,11 @@ class Tracker:
         self.model = ""
         self._thread.start()
 
-    def log_points(self, points: list[Point]) -> None:
-        """Adds to the curves; steps that a curve has already are passed over."""
+    def log_points(self, points: list[Point]) -> list[Point]:
+        """Adds to the curves; returns the points of steps that their curve did not have."""
         if fresh := self._fresh(points):
             self._add("points", fresh)
+        return fresh
 
     def log_file(self, path: str) -> None:
         """Uploads a file of the output, by its path there."""
@@ -132,12 +136,20 @@ class Tracker:
             self._closing.set()
             self._changed.notify()
         began, seconds = time.monotonic(), min(self._seconds, HURRIED) if hurried else self._seconds
-        while self._thread.is_alive() and time.monotonic() - began < seconds:
+        while self._thread.is_alive():
             self._thread.join(0.1)
             if not (self._why or hurried):  # a large model may take its time
                 began = time.monotonic()
+            elif time.monotonic() - began >= seconds:
+                break
         self._given_up = True
-        if self._items and not self.lost.is_set():
+        if self.lost.is_set():
+            return
+        if not self._items:
+            if self._has_kept:
+                with contextlib.suppress(Exception):
+                    storage.remove_folder(storage.join(self._output, FOLDER))
+        else:
             self._keep()
             kinds = ", ".join(dict.fromkeys(item.kind for item in list(self._items)))
             kept = all(item.kept for item in list(self._items))
@@ -151,7 +163,8 @@ class Tracker:
             self._last += 1
             self._items.append(_Item(self._last, kind, list(content)))
             self._changed.notify()
-        if self._why:
+        # What no later job logs again; and whatever comes where MLflow is away, or slow.
+        if self._why or kind in ("params", "config", "dataset") or len(self._items) > MANY:
             self._keep()
 
     def _fresh(self, points: list[Point]) -> list[Point]:
@@ -198,11 +211,9 @@ class Tracker:
             self._items.remove(item)
 
     def _next(self, failing: Container[bool]) -> _Item | None:
-        """The first item of those that do not fail now; the run's end after all others."""
-        items = list(self._items)
-        if items[0].kind != "end":
-            items = [item for item in items if item.kind != "end"]
-        return next((item for item in items if item.is_artifact not in failing), None)
+        """The first item of those that do not fail now; the run's end after all others of them."""
+        able = [item for item in list(self._items) if item.is_artifact not in failing]
+        return next((item for item in able if item.kind != "end"), able[0] if able else None)
 
     def _deliver(self, kind: str, content: list[Any]) -> None:
         run = self.run
@@ -214,7 +225,10 @@ class Tracker:
             known = self._delivered
             runs.log_points(run, [p for p in content[0] if p[1] > known.get(self._curve(p), -1)])
         elif kind == "file":
-            runs.log_bytes(run, content[0], storage.read_bytes(storage.join(self._output, content[0])))
+            if storage.exists(uri := storage.join(self._output, content[0])):
+                runs.log_bytes(run, content[0], storage.read_bytes(uri))
+            else:
+                self._say(f"{uri} is gone: MLflow does not get it")
         elif kind == "dataset":
             runs.log_dataset(run, *content)
         elif kind == "params":
@@ -239,12 +253,12 @@ class Tracker:
         """Writes what is not delivered, and not kept yet, to the output."""
         for item in list(self._items):
             if not item.kept and not self.lost.is_set():
-                with contextlib.suppress(
-                    Exception
-                ):  # the storage is away as well: the next attempt tries again
-                    content = json.dumps({"kind": item.kind, "content": item.content}).encode()
+                content = json.dumps({"kind": item.kind, "content": item.content}).encode()
+                try:
                     storage.write_atomic(self._place(item), content)
-                    item.kept = True
+                except Exception:  # the storage is away as well: the next attempt tries again
+                    return
+                item.kept = self._has_kept = True
 
     def _kept_before(self) -> list[_Item]:
         """What former jobs on the output kept, in order; what this one does again itself is dropped."""

@@ -1,6 +1,7 @@
 """The driver's reader of the channel: what workers post goes to MLflow, to the output and to the terminal."""
 
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -11,11 +12,10 @@ from pipeline import storage
 from pipeline.cluster.session import spilled_bytes
 from pipeline.display import Display
 from pipeline.redact import one_line
-from pipeline.tracking import Point
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.run_channel import CURVES
 
 POLL_SECONDS = 0.5
+LAST_ROUNDS = 10
 
 
 class ChannelReader:
@@ -35,7 +35,7 @@ class ChannelReader:
     ) -> None:
         self._channel, self._output, self._display = channel, output, display
         self._tracker, self._on_point = tracker, on_point
-        self._received, self._last = 0, dict(tracker.last_steps)
+        self._received = 0
         self._files = list[tuple[str, bytes]]()
         self._said = set[str]()
         self._done = threading.Event()
@@ -46,18 +46,18 @@ class ChannelReader:
         while not (self._done.wait(POLL_SECONDS) or self._tracker.lost.is_set()):
             self._round()
 
-    def _round(self) -> None:
+    def _round(self) -> bool:
+        """Whether all that is in the channel was taken, and is where it belongs."""
         try:
             received, messages = ray.get(self._channel.take.remote(self._received), timeout=10)
         except (ray.exceptions.RayError, ConnectionError):
-            return  # the node is busy or going down; the next round asks again
+            return False  # the node is busy or going down; the next round asks again
         self._received = received
         for line in messages.notices:
             self._display.note(line)
-        if fresh := [point for point in messages.points if self._is_new(point)]:
-            spilled = {"spilled_bytes": float(spilled_bytes())}
-            self._tracker.log_points([(time, step, values | spilled) for time, step, values in fresh])
-        for _, step, values in fresh:
+        spilled = {"spilled_bytes": float(spilled_bytes())} if messages.points else {}
+        points = [(when, step, values | spilled) for when, step, values in messages.points]
+        for _, step, values in self._tracker.log_points(points):
             self.latest |= values
             if "loss" in values:
                 note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
@@ -76,19 +76,12 @@ class ChannelReader:
                 break
             self._files.pop(0)
             self._tracker.log_file(path)
+        return not self._files
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             self._display.note(line)
-
-    def _is_new(self, point: Point) -> bool:
-        _, step, values = point
-        curve = next(name for name in CURVES if name in values)
-        if step <= self._last.get(curve, -1):
-            return False
-        self._last[curve] = step
-        return True
 
     def __enter__(self) -> "ChannelReader":
         self._thread.start()
@@ -99,6 +92,8 @@ class ChannelReader:
     ) -> None:
         self._done.set()
         self._thread.join()
-        if not self._tracker.lost.is_set():
-            self._round()
+        for _ in range(LAST_ROUNDS):
+            if self._tracker.lost.is_set() or self._round():
+                break
+            time.sleep(POLL_SECONDS)
         self._display.close()

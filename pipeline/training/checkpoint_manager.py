@@ -19,7 +19,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 
 from pipeline import storage
 from pipeline.cluster.ray_internals import get_train_context
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.patience import PERMANENT, Patient
 from pipeline.training import checkpoint
@@ -196,7 +196,7 @@ class CheckpointManager:
             storage.remove_folder(uri)
             if error.errno in PERMANENT:
                 advice = "make room and go on with --resume: the checkpoint before it is whole"
-                ray.get(self.channel.give_up.remote(f"{what}: {error.strerror}; {advice}"))
+                ray.get(self.channel.give_up.remote(Outage(f"{what}: {error.strerror}; {advice}")))
             raise
 
     def _registered_as(self, name: str) -> Checkpoint:

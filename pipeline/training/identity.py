@@ -47,8 +47,12 @@ def open_run(
         except InputError:
             if _has_begun(before, output):
                 raise
-            if old := runs.reopen_run(before["run_id"], ()):  # else somebody has deleted it
-                runs.end_run(old, "FAILED", reason="begun anew before its first step")
+
+            def end() -> None:
+                if old := runs.reopen_run(before["run_id"], ()):  # else somebody has deleted it
+                    runs.end_run(old, "FAILED", reason="begun anew before its first step")
+
+            runs.wait_for_mlflow(end, config.tracking_patience)
             if storage.exists(bad := storage.join(output, QUARANTINE)):  # of data that may be others now
                 storage.remove(bad)
             storage.remove_folder(storage.join(output, UNDELIVERED))

@@ -58,18 +58,18 @@ class RunChannel:
 
     def __init__(self, bad: dict[str, str]) -> None:
         self._messages, self._taken, self._takes = Messages(), Messages(), 0
-        self._reason = ""
+        self._reason: InputError | None = None
         self._bad = dict(bad)
         self._running = False
         self._commands: list[Command] = []
         self._changed = asyncio.Condition()
         self._saved = asyncio.Event()
 
-    async def give_up(self, reason: str) -> None:
+    async def give_up(self, reason: InputError) -> None:
         """Says that the run can't go on, however often the worker group is restarted."""
         self._reason = self._reason or reason
 
-    async def reason_to_give_up(self) -> str:
+    async def reason_to_give_up(self) -> InputError | None:
         return self._reason
 
     async def begin(self, step: int, workers: int) -> int:
@@ -169,5 +169,6 @@ class PatientOnChannel:
         try:
             return patiently(do, what, self._seconds, self._channel.notice.remote)
         except InputError as error:
-            ray.get(self._channel.give_up.remote(f"{error}; go on with --resume: what is written is whole"))
+            advice = "go on with --resume: what is written is whole"
+            ray.get(self._channel.give_up.remote(type(error)(f"{error}; {advice}")))
             raise

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import ray
 
 from pipeline.cluster.ray_internals import ControllerCallback, PreemptingState, ResizingState, RunningState
+from pipeline.cluster.room import TRAIN_WORKERS, has_workers
 from pipeline.errors import Interrupted
 
 T = TypeVar("T")
@@ -44,8 +45,8 @@ def run_until_signal(work: Callable[[], T], channel: Any, say: Callable[[str], N
         while not wait([done], timeout=POLL_SECONDS).done:
             if heard and not asked:
                 asked = True
-                if not ray.get(channel.stop.remote()):
-                    raise Interrupted("stopped before the training began; go on with --resume", heard[0])
+                if not (ray.get(channel.stop.remote()) and has_workers(TRAIN_WORKERS)):
+                    raise Interrupted("stopped while no worker ran; go on with --resume", heard[0])
                 say("asked to stop: saving; a second signal ends it at once")
         return done.result(), heard[0] if heard else 0
 

@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.cluster.room import Need, announced, check_fits
+from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, check_fits
 from pipeline.config import ModelSpec, TrainConfig, to_dict
 from pipeline.data.index import Splits
 from pipeline.data.stream import PlannedData, share
@@ -96,10 +96,12 @@ def train(
         Interrupted: a signal ended the run; it was saved first.
     """
     data, spec = check(config, data)
-    check_fits(room_needed(config))
+    if tracker is None:  # a search has asked for all of its trials
+        check_fits(room_needed(config))
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
     display = Display("train", config.steps, "steps")
+    patient = partial(patiently, seconds=config.storage_patience, say=display.note)
     with contextlib.ExitStack() as stack:
         lost = tracker.lost if tracker else stack.enter_context(locked(output))
         run, is_new = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
@@ -117,10 +119,12 @@ def train(
             weights, metrics = _train(
                 config, data, spec, output, tracker, display, callbacks, on_point, hooks
             )
-            exported = save_model(storage.join(output, "model"), weights, spec)
+            place = storage.join(output, "model")
+            exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
             if mine:
                 tracker.log_model(exported, config.register, config.alias)
-                _log_samples(config, output, tracker)
+                patient(lambda: _draw_samples(config, output), f"{SAMPLES} can't be written to {output}")
+                tracker.log_file(SAMPLES)
             status = "FINISHED"
         except (Interrupted, KeyboardInterrupt):
             status = "KILLED"
@@ -128,18 +132,17 @@ def train(
         finally:
             if mine or status != "FINISHED":
                 tracker.end(status)
-    name = tracker.model if config.register and tracker.model else storage.join(output, "model")
+    name = tracker.model if config.register and tracker.model else place
     folder = Path(exported) if storage.is_local(exported) else exported
     return Trained(run, folder, spec, name, metrics)
 
 
-def _log_samples(config: TrainConfig, output: str, tracker: Tracker) -> None:
+def _draw_samples(config: TrainConfig, output: str) -> None:
     """Draws samples of the exported model into the output."""
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / SAMPLES
         draw_samples(*load_model(storage.join(output, "model")), picture, seed=config.seed)
         storage.write_atomic(storage.join(output, SAMPLES), picture.read_bytes())
-    tracker.log_file(SAMPLES)
 
 
 def _train(
@@ -191,9 +194,9 @@ def _train(
 
 
 def _raise_reason(channel: Any) -> None:
-    """Raises InputError where a worker has said why the run can't go on."""
+    """Raises what a worker has said of why the run can't go on."""
     if reason := ray.get(channel.reason_to_give_up.remote()):
-        raise InputError(reason)
+        raise reason
 
 
 def _trainer(
@@ -255,7 +258,7 @@ def room_needed(config: TrainConfig) -> Need:
     count = f"--min-workers {least}" if config.min_workers else f"--workers {least}"
     flags = f"{count} --cpus-per-worker {config.cpus_per_worker:g}{' --gpu' * _use_gpu(config)}"
     reserved = {name: amount for name, amount in each.items() if amount}
-    return Need(least, reserved, "RayTrainWorker", flags)
+    return Need(least, reserved, TRAIN_WORKERS, flags)
 
 
 def _use_gpu(config: TrainConfig) -> bool:

@@ -78,12 +78,12 @@ def train_loop_per_worker(settings: dict[str, Task]) -> None:
     except ray.exceptions.ActorDiedError:
         return  # the channel: its driver has left the run to another one
     except InputError as error:
-        ray.get(task.channel.give_up.remote(str(error)))
+        ray.get(task.channel.give_up.remote(error))
         raise
     except loop.NonFinite as error:
         reason = f"{error}; their ids are in {_nonfinite_file(error)} of the output, and the last checkpoint is good"
         advice = "resume with a smaller --learning-rate, or pass --skip-nonfinite"
-        ray.get(task.channel.give_up.remote(f"{reason}: {advice}"))
+        ray.get(task.channel.give_up.remote(InputError(f"{reason}: {advice}")))
         raise
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -168,18 +169,20 @@ def _run(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tracker(config: TuneConfig, record: ledger.Record) -> Tracker:
+def _tracker(config: TuneConfig, record: ledger.Record, seconds: float = PATIENCE) -> Tracker:
     """Of a trial that no process trains."""
     output = str(ledger.run_folder(config.output, record))
-    return Tracker(runs.Run(record.run_id, None), output, CURVES, PATIENCE, _say, threading.Event())
+    return Tracker(runs.Run(record.run_id, None), output, CURVES, seconds, _say, threading.Event())
 
 
 def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
     """Table, report, winner."""
     records = ledger.read_all(config.output)
+    end = time.monotonic() + PATIENCE  # for all of them
     for record in records:
-        if (ledger.run_folder(config.output, record) / UNDELIVERED).exists():  # MLflow was away when it ended
-            with _tracker(config, record) as tracker:
+        kept = ledger.run_folder(config.output, record) / UNDELIVERED
+        if next(kept.glob("*.json"), None):  # MLflow was away when it ended
+            with _tracker(config, record, max(0.0, end - time.monotonic())) as tracker:
                 tracker.end("FAILED" if record.lost else "FINISHED", record.reason)
     best = ledger.ranked(records, config.metrics[0])
     if not best:

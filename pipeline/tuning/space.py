@@ -31,6 +31,9 @@ RESERVED = frozenset(
     [
         "data",
         "output",
+        "workers",
+        "min_workers",
+        "cpus_per_worker",
         "steps",
         "resume",
         "experiment",

@@ -12,7 +12,7 @@ from ray import tune
 
 from pipeline.cluster.session import connect
 from pipeline.config import TrainConfig
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import Tracker
@@ -43,8 +43,8 @@ def training(config: TuneConfig, record: Record, *, output: str = "") -> TrainCo
 class Trial(tune.Trainable):
     """Keeps a trial's record; what a rung costs is its subclass's matter.
 
-    A failure ends this trial alone. An InputError, or a measurement that is not finite, is due to its settings and
-    final; any other failure may be the infrastructure's, and a resume makes another attempt.
+    A failure ends this trial alone. An InputError that is no outage, or a measurement that is not finite, is due to its
+    settings and final; any other failure may be the infrastructure's, and a resume makes another attempt.
 
     Ray Tune calls `step` once for each rung, and `cleanup` when it is told to stop.
     """
@@ -93,7 +93,8 @@ class Trial(tune.Trainable):
 
     def fail(self, error: Exception) -> None:
         """Clears up, and only then is over: a search that is killed meanwhile tries this trial again."""
-        status = "failed" if isinstance(error, InputError) else "interrupted"
+        final = isinstance(error, InputError) and not isinstance(error, Outage)
+        status = "failed" if final else "interrupted"
         self.failed(reason := reason_of(error))
         self.keep(status=status, reason=reason)
 

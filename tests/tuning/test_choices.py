@@ -21,7 +21,6 @@ ROWS = 1620
     [
         ({"batch_size": [64, 100_000]}, "batch_size 100000: .*more than the 1620 images"),
         ({"batch_size": {"low": 32, "high": 4096}}, "batch_size 4096: .*more than the 1620 images"),
-        ({"workers": [1, 256]}, "workers 256: .*--batch-size 128 is the global batch"),
         ({"ema_decays": [[0.9], []]}, r"optimizer.ema_decays \[\]: .*at least one value"),
         (
             {
