@@ -1,15 +1,12 @@
 """Ray Data's loop leaves the processor to the trainer beside it."""
 
 import time
-from collections.abc import Iterator
-from typing import ClassVar
 
 import pyarrow as pa
-import pytest
 import ray.data
 from ray.data import ExecutionResources
 
-from pipeline.cluster.pace import STEP_SECONDS, set_pace
+from pipeline.cluster.pace import STEP_SECONDS
 from pipeline.cluster.ray_internals import ExecutionCallback
 
 
@@ -25,36 +22,6 @@ class Steps(ExecutionCallback):
 def filled(table: pa.Table) -> pa.Table:
     """8 MB for every number."""
     return pa.table({"filled": [bytes(2**23)] * table.num_rows})
-
-
-class Kept(ExecutionCallback):
-    """How much an execution keeps of the blocks that it has handed over."""
-
-    operators: ClassVar[list[object]] = []
-
-    def on_execution_step(self, executor: object) -> None:
-        Kept.operators = list(executor._topology)  # type: ignore[attr-defined]
-
-
-def numbers(table: pa.Table) -> Iterator[pa.Table]:
-    for number in range(400):
-        yield pa.table({"number": [number]})
-
-
-@pytest.mark.parametrize("paced", [False, True])
-def test_an_execution_keeps_nothing_of_what_it_has_handed_over(cluster: None, paced: bool) -> None:
-    data = ray.data.from_items([{}], override_num_blocks=1).map_batches(
-        numbers, batch_size=None, batch_format="pyarrow", num_cpus=0.1
-    )
-    data.context.enable_progress_bars = False
-    data.context.target_max_block_size = 1
-    if paced:
-        set_pace(data.context)
-    data.context.custom_execution_callback_classes.append(Kept)
-    tables = iter(data.iter_batches(batch_size=None, batch_format="pyarrow"))
-    assert len([next(tables) for _ in range(400)]) == 400
-    kept = max(len(getattr(operator, "_output_blocks_stats", [])) for operator in Kept.operators)
-    assert kept < 200 if paced else kept > 200  # else Ray Data itself forgets them by now
 
 
 def test_while_blocks_wait_the_loop_goes_on_at_its_pace(cluster: None) -> None:
