@@ -1,12 +1,13 @@
 """Ray Data's loop leaves the processor to the trainer beside it."""
 
 import time
+from collections.abc import Iterator
 
 import pyarrow as pa
 import ray.data
 from ray.data import ExecutionResources
 
-from pipeline.cluster.pace import STEP_SECONDS
+from pipeline.cluster.pace import STEP_SECONDS, set_pace
 from pipeline.cluster.ray_internals import ExecutionCallback
 
 
@@ -22,6 +23,33 @@ class Steps(ExecutionCallback):
 def filled(table: pa.Table) -> pa.Table:
     """8 MB for every number."""
     return pa.table({"filled": [bytes(2**23)] * table.num_rows})
+
+
+class Kept(ExecutionCallback):
+    """How much an execution keeps of the blocks that it has handed over, after those that pace it."""
+
+    most = 0
+
+    def on_execution_step(self, executor: object) -> None:
+        operators = list(executor._topology)  # type: ignore[attr-defined]
+        Kept.most = max(Kept.most, *(len(getattr(o, "_output_blocks_stats", [])) for o in operators))
+
+
+def numbers(table: pa.Table) -> Iterator[pa.Table]:
+    for number in range(100):
+        yield pa.table({"number": [number]})
+
+
+def test_an_execution_keeps_nothing_of_what_it_has_handed_over(cluster: None) -> None:
+    data = ray.data.from_items([{"run": 0}], override_num_blocks=1).map_batches(
+        numbers, batch_size=None, batch_format="pyarrow", num_cpus=0.1
+    )
+    data.context.enable_progress_bars = False
+    data.context.target_max_block_size = 1
+    set_pace(data.context)
+    data.context.custom_execution_callback_classes.append(Kept)
+    assert len(list(data.iter_batches(batch_size=None, batch_format="pyarrow"))) == 100
+    assert Kept.most < 50
 
 
 def test_while_blocks_wait_the_loop_goes_on_at_its_pace(cluster: None) -> None:
