@@ -26,7 +26,7 @@ class PacedExecution(ExecutionCallback):
 
     While blocks wait that nobody needs yet, the loop has nothing to do and asks again at once. It would keep a core
     busy, and hold Python's lock of its process nearly all the time: beside it, in a trainer, a small network trains
-    ten times as slowly. And what the loop keeps of every block, for a summary, is dropped: an execution lasts for a run.
+    ten times as slowly. And what Ray Data keeps of every block, for a summary, is dropped: an execution lasts for a run.
     """
 
     _last = 0.0

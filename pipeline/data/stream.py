@@ -27,8 +27,8 @@ from pipeline.data.reads import Read
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
 
-IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
-CONSUMER_TABLES = 4
+IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
+CONSUMER_TABLES = 8
 # What is done again where the reading process died: as much of a run as this, or so many of its blocks.
 SPANS, SPAN_BLOCKS = 1000, 64
 CLOSING_SECONDS = 30.0
@@ -146,10 +146,11 @@ class RankStream:
         context.target_max_block_size = 1  # a block is one row: see `as_row`
         context.execution_options.preserve_order = True
         set_pace(context)
-        # Ray Data's iterator holds some blocks for us; each process has one in work and one to come.
+        # Ray Data's iterator holds some blocks for us; each process has one in work and one to come, and may be as far
+        # ahead of another, since blocks are handed over in order.
         size = pixel_bytes(self.planned.image)
         block, handed_over = rows * size, CONSUMER_TABLES * rows * size
-        most = handed_over + 2 * self.readers * block
+        most = handed_over + 4 * self.readers * block
         least = max(handed_over + self.readers * block, BATCHES_AHEAD * local_batch * size)
         set_in_flight(context, max(min(self.in_flight, most), least), block, waiting=self.readers + 1)
 
