@@ -95,7 +95,7 @@ def test_small_rooms_are_no_large_one(cluster: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(state, "available_resources_per_node", lambda: {"a": {"CPU": 2.0}, "b": {"CPU": 2.0}})
     assert shortage(need(2, CPU=2)) == ""
     assert shortage(need(2, CPU=1.5)) == ""
-    expected = "waiting for room for 1 processes of 3 CPUs each, there is room for 0"
+    expected = "waiting for room for a process of 3 CPUs, there is room for 0"
     assert shortage(need(1, CPU=3)) == expected
 
 
