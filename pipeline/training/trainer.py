@@ -88,7 +88,7 @@ def train(
             the training hold `loss`, those of the validation `bits_per_dim`.
         hooks: see there.
         tracker: of the MLflow run to log to, where the caller has opened it, who also holds the lock of a folder around
-            the output, ends the run and logs its model.
+            the output, logs the settings and the model, and ends the run.
 
     Raises:
         InputError: see `check`; also a run in `output` that was not to be resumed, that has other settings, or that
@@ -108,10 +108,11 @@ def train(
         if mine := tracker is None:
             tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
             stack.enter_context(tracker)
-        if is_new:
-            index = data["train"]
+        if is_new and mine:
             tracker.log_params(to_dict(replace(config, resume=False)))
             tracker.log_config(to_dict(replace(config, resume=False)))
+        if is_new:
+            index = data["train"]
             tracker.log_dataset(config.data, index.fingerprint, index.rows, index.quarantined)
         data = data.keep(output)
         status = "FAILED"

@@ -11,7 +11,7 @@ import ray
 from ray import tune
 
 from pipeline.cluster.session import connect
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, to_dict
 from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line
 from pipeline.tracking import runs
@@ -175,7 +175,7 @@ class TrainTrial(Trial):
     def _start(self) -> Future[trainer.Trained]:
         config = training(self.job, self.record)
         run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
-        if run is None:
+        if is_new := run is None:
             tags = {"ray_ddpm.output": config.output}
             run = runs.wait_for_mlflow(
                 lambda: runs.start_run(
@@ -187,6 +187,9 @@ class TrainTrial(Trial):
         self._tracker = Tracker(
             run, config.output, CURVES, config.tracking_patience, print, threading.Event()
         )
+        if is_new:
+            self._tracker.log_params(to_dict(config))
+            self._tracker.log_config(to_dict(config))
         self._exchange = Exchange.remote()  # type: ignore[attr-defined]
         watch = RungWatch(
             rung_steps(self.job, config.batch_size),

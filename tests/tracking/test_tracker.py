@@ -274,7 +274,8 @@ def test_a_model_is_logged_once_and_may_be_registered_later(
             tracker.log_model(exported, "later", "best")
         assert tracker.model == version
     client = runs.open_client()
-    assert client.get_model_version_by_alias("later", "best").source == f"models:/{first}"
+    version = client.get_model_version_by_alias("later", "best")
+    assert (version.source, version.run_id) == (f"models:/{first}", run.id)
 
 
 def _use(uri: str, ready: Any, failures: Any) -> None:
