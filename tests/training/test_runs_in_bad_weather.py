@@ -52,9 +52,9 @@ def interrupt() -> None:
 
 def kill_controller() -> None:
     """SIGKILL to the process that keeps Ray Train's list of checkpoints."""
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.Process().children(recursive=True):  # other tests have controllers as well
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "ray::TrainController" in " ".join(process.info["cmdline"] or []):
+            if "ray::TrainController" in " ".join(process.cmdline()):
                 process.kill()
 
 
