@@ -82,7 +82,7 @@ class PackedGroups(Groups):
         parts: uint8 [bytes].
         ends: end of each part in it, int64 [parts].
         part: number of each group's part, int32 [groups].
-        kept, labels: see `Group`, of all groups: int32 [rows].
+        kept, labels: see `Group`, of all groups: int32 and int64 [rows].
     """
 
     parts: Array
@@ -128,7 +128,7 @@ def pack(groups: Sequence[Group]) -> PackedGroups:
         part=np.array(part, np.int32),
         first=np.cumsum([0, *(group.rows for group in groups)], dtype=np.int64),
         kept=np.concatenate([np.asarray(group.kept, np.int32) for group in groups]),
-        labels=np.concatenate([np.asarray(group.labels, np.int32) for group in groups]),
+        labels=np.concatenate([np.asarray(group.labels, np.int64) for group in groups]),
     )
 
 

@@ -275,7 +275,7 @@ def _groups(
                 some = places[first : first + step]
                 numbers = [mine[place] for place in some]
                 groups[name].append(
-                    Group(scanned.part, len(some), np.array(some, np.int32), np.array(numbers, np.int32))
+                    Group(scanned.part, len(some), np.array(some, np.int32), np.array(numbers, np.int64))
                 )
     return groups, digests, bad
 

@@ -5,6 +5,7 @@ of their own: pixels never cross the network, and Python's lock in the trainer i
 execution holds a whole run, since each start of one costs seconds.
 """
 
+import gc
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -222,6 +223,7 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
             stopped.set()
             # Whoever closes it may leave Ray next, which ends a process that still reads from it.
             thread.join(CLOSING_SECONDS)
+            gc.collect()  # what Ray Data held its actors by is a cycle: else they live until the collector runs
 
     thread = threading.Thread(target=run, name="batches-ahead", daemon=True)
     thread.start()

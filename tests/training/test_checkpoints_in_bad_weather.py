@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -228,12 +229,14 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
     def report(target: Any, step: int, upload: Any, mode: Any) -> bool:
         if upload is not None and step % 5 != 0:
             kept.append(upload)
-            pool.submit(time.sleep, 0.2)
+            pool.submit(time.sleep, 0.1)
             pool.submit(upload, None, target)
         return step % 5 != 0
 
+    gate = threading.Event()
+
     def slowly(do: Callable[[], Any], what: str) -> Any:
-        time.sleep(0.2)
+        gate.wait()
         return do()
 
     monkeypatch.setattr(checkpoint_manager, "WAIT_SECONDS", 0.05)
@@ -246,10 +249,13 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
         state.step = step
         taken.append(manager.save(lambda: checkpoint.capture(state), step, {}, needed=step == 24))
         assert sum(isinstance(thing, checkpoint.Saved) for thing in gc.get_objects()) <= 1
-        time.sleep(0.05)
+        if step == 8:
+            gate.set()
     manager.flush()
     written = checkpoint.complete(str(tmp_path))
-    assert len(written) == sum(taken) < 20
+    assert len(written) == sum(taken)
+    assert taken[0]
+    assert not any(taken[1:7])  # while the first one is being written
     assert not any(taken[4::5])
     assert checkpoint.read_model(written[0])[1] == 24
     assert sum(isinstance(thing, checkpoint.Saved) for thing in gc.get_objects()) == 0

@@ -284,6 +284,6 @@ def test_averages_in_main_memory_are_those_beside_the_weights(
 
 def test_where_averages_are_kept_is_no_part_of_what_a_resume_compares() -> None:
     config, spec = problem()
-    index = SimpleNamespace(fingerprint="f")
+    index = SimpleNamespace(fingerprint="f", plan=lambda seed, batch_size: SimpleNamespace(lanes=1))
     moved = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_device="cpu"))
     assert _fixed(config, spec, index) == _fixed(moved, spec, index)  # type: ignore[arg-type]
