@@ -82,7 +82,7 @@ class PackedGroups(Groups):
         parts: uint8 [bytes].
         ends: end of each part in it, int64 [parts].
         part: number of each group's part, int32 [groups].
-        kept, labels: see `Group`, of all groups: int32 and int64 [rows].
+        kept, labels: see `Group`, of all groups: int32 [rows]; int64 for labels that need it.
     """
 
     parts: Array
@@ -122,13 +122,14 @@ def pack(groups: Sequence[Group]) -> PackedGroups:
             last = group.part
             parts.append(pickle.dumps(last))
         part.append(len(parts) - 1)
+    labels = np.concatenate([np.asarray(group.labels, np.int64) for group in groups])
     return PackedGroups(
         parts=np.frombuffer(b"".join(parts), np.uint8),
         ends=np.cumsum([len(data) for data in parts], dtype=np.int64),
         part=np.array(part, np.int32),
         first=np.cumsum([0, *(group.rows for group in groups)], dtype=np.int64),
         kept=np.concatenate([np.asarray(group.kept, np.int32) for group in groups]),
-        labels=np.concatenate([np.asarray(group.labels, np.int64) for group in groups]),
+        labels=labels.astype(np.int32) if np.abs(labels).max(initial=0) < 2**31 else labels,
     )
 
 
