@@ -3,15 +3,14 @@
 import copy
 import io
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, Any, TypeVar
 
 from pipeline import disk_cache, storage
-from pipeline.patience import FIRST_PAUSE, LONGEST_PAUSE, may_pass
-from pipeline.redact import one_line
+from pipeline.errors import Outage
+from pipeline.patience import may_pass, patiently
 
 T = TypeVar("T")
 SECONDS = 60.0  # for which a remote storage may fail
@@ -25,20 +24,16 @@ def steadily(do: Callable[[], T], uri: str) -> T:
 
     A file on a disk, one that isn't there, that may not be read or that was written anew fails at once.
     """
-    end, pause = time.monotonic() + SECONDS, FIRST_PAUSE
-    while True:
-        try:
-            return do()
-        except Exception as error:
-            final = isinstance(error, PermissionError) or type(error).__name__ == _WRITTEN_ANEW
-            late = time.monotonic() + pause > end
-            if late or final or not may_pass(error) or storage.is_local(uri):
-                raise
-            if pause == FIRST_PAUSE:
-                said = f"{uri} can't be read: {one_line(error)}; trying again for {SECONDS:.0f} s"
-                print(said, file=sys.stderr, flush=True)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+
+    def passes(error: Exception) -> bool:
+        final = isinstance(error, PermissionError) or type(error).__name__ == _WRITTEN_ANEW
+        return may_pass(error) and not (final or storage.is_local(uri))
+
+    say = partial(print, file=sys.stderr, flush=True)
+    try:
+        return patiently(do, f"{uri} can't be read", SECONDS, say, passes)
+    except Outage as outage:  # of `patiently`, with the error as its cause; or what `do` raised
+        raise outage.__cause__ or outage from None
 
 
 def version_of(info: dict[str, Any]) -> str:

@@ -87,8 +87,10 @@ def shortage(need: Need) -> str:
             # Enough in all, on too many nodes.
             if all(there[name] >= need.count * amount for name, amount in need.each.items()):
                 each = _words(need.each)
-                what = f"a process of {each}" if need.count == 1 else f"{need.count} processes of {each} each"
-                return f"waiting for room for {what}, there is room for {room}"
+                wanted = (
+                    f"a process of {each}" if need.count == 1 else f"{need.count} processes of {each} each"
+                )
+                return f"waiting for room for {wanted}, there is room for {room}"
             has = _words(there) if len(there) > 1 else f"{next(iter(there.values())):g}"
             return f"waiting for {_wanted(need)}, the cluster has {has}{what}"
     return ""

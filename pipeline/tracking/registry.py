@@ -39,7 +39,7 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
         return uri
     known = hashlib.sha256(name.encode()).hexdigest()[:16]  # names may hold what keys of tags may not
     if not (version := tags.get(tag := f"ray_ddpm.version.{known}.{digest}")):
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             version = str(mlflow.register_model(uri, name).version)
         client.set_tag(run.id, tag, version)
     if alias:
@@ -53,7 +53,7 @@ def _log(run: runs.Run, folder: str | Path) -> str:
     status = client.get_run(run.id).info.status
     try:
         with (
-            _quiet(),
+            warnings.catch_warnings(action="ignore"),  # of this model, which declares no schema of its input
             _on_this_machine(str(folder)) as here,
             mlflow.start_run(run_id=run.id, log_system_metrics=False),
         ):
@@ -67,13 +67,6 @@ def _log(run: runs.Run, folder: str | Path) -> str:
     finally:
         client.update_run(run.id, status=status)  # start_run's exit closes the run; the caller does that
     return str(info.model_uri)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """MLflow warns that this model declares no schema of its input."""
-    with warnings.catch_warnings(action="ignore"):
-        yield
 
 
 @contextlib.contextmanager

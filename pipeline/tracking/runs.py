@@ -31,11 +31,12 @@ from pipeline.tracking.address import tracking_uri
 T = TypeVar("T")
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
-# A call of a server that is away fails after minutes by default. Who calls tries again himself, and says so.
+# A call of a server that is away fails after minutes by default. Callers try again themselves, and say so.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 # Error codes by which a server says that the same call will never do.
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED")
+_ERRORS = (MlflowException, OSError, SQLAlchemyError)  # of a server, of artifacts, of a database
 _NOT_ALLOWED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 if address.is_quiet:
     mlflow.utils.logging_utils.disable_logging()
@@ -103,7 +104,7 @@ def wait_for_mlflow(
     what = f"MLflow at {redact(tracking_uri())} does not answer"
     try:
         return patiently(do, what, seconds, say, may_pass)
-    except (MlflowException, OSError, SQLAlchemyError) as error:
+    except _ERRORS as error:
         raise InputError(f"MLflow at {redact(tracking_uri())}: {one_line(error)}") from None
 
 
@@ -164,7 +165,7 @@ def reopen_later(run_id: str, curves: tuple[str, ...]) -> Run | None:
     """As `reopen_run`; where MLflow is away, the run with unknown last steps."""
     try:
         return reopen_run(run_id, curves)
-    except (MlflowException, OSError, SQLAlchemyError):
+    except _ERRORS:
         return Run(run_id, None)
 
 
@@ -174,7 +175,7 @@ def has_points(run_id: str, curves: tuple[str, ...]) -> bool:
         client = open_client()
         client.get_run(run_id)  # the histories of no run are empty
         return any(client.get_metric_history(run_id, curve) for curve in curves)
-    except (MlflowException, OSError, SQLAlchemyError):
+    except _ERRORS:
         return True
 
 

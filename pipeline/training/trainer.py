@@ -109,8 +109,9 @@ def train(
             tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
             stack.enter_context(tracker)
         if is_new and mine:
-            tracker.log_params(to_dict(replace(config, resume=False)))
-            tracker.log_config(to_dict(replace(config, resume=False)))
+            settings = to_dict(replace(config, resume=False))
+            tracker.log_params(settings)
+            tracker.log_config(settings)
         if is_new:
             index = data["train"]
             tracker.log_dataset(config.data, index.fingerprint, index.rows, index.quarantined)
