@@ -33,7 +33,7 @@ def bare(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.prepare_device(config, device)
     state = new_state(config, spec, device)
-    model = network.wrap(config, state.model, 1)
+    model = network.wrap(config, state.model, 1, device)
     run_backward = make_backward(config, spec, model, device)
     batches, seconds = in_memory(config, spec.image), list[float]()
     for _ in range(steps + 2):

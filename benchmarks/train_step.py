@@ -56,7 +56,7 @@ def stepper(
     """A function that makes a step of `model` or of ours, on a GPU six, and returns the seconds of one."""
     state = new_state(config, spec, device)
     if model is None:
-        run_backward = make_backward(config, spec, network.wrap(config, state.model, 1), device)
+        run_backward = make_backward(config, spec, network.wrap(config, state.model, 1, device), device)
     else:
         state.model = model.to(device)  # type: ignore[assignment]
         state.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -66,7 +66,7 @@ def stepper(
         process = make_process(spec.diffusion).to(device)
 
         def run_backward(data: Prepared) -> Tensor:
-            return backward(config, spec, process, called, data, 1)  # type: ignore[arg-type]
+            return backward(config, spec, process, called, data)  # type: ignore[arg-type]
 
     batches = in_memory(config, spec.image)
     state.model.train()

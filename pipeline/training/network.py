@@ -33,9 +33,11 @@ def prepare_device(config: TrainConfig, device: torch.device) -> None:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
 
-def wrap(config: TrainConfig, model: nn.Module, world_size: int) -> nn.Module:
-    """The model as a training step calls it: compiled where asked for, its gradients averaged over the workers.
+def wrap(config: TrainConfig, model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
+    """The model as a training step calls it: compiled where asked for, and on CPUs DDP for several workers.
 
+    On GPUs `step.make_backward` adds the workers' gradients up, after a CUDA graph: DDP's hooks would keep the step
+    from being one, and launching its kernels one by one can take several times as long as they run.
     It shares its parameters with `model`, whose names stay as they were.
     """
     network = model
@@ -43,7 +45,7 @@ def wrap(config: TrainConfig, model: nn.Module, world_size: int) -> nn.Module:
         # A program for each batch size, of which a worker has at most a few. torch keeps programs on disk (in
         # TORCHINDUCTOR_CACHE_DIR): workers of a node, restarts and later runs find them there.
         network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-    if world_size > 1:
+    if world_size > 1 and device.type == "cpu":
         network = DistributedDataParallel(
             network,
             gradient_as_bucket_view=True,

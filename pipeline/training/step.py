@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -89,9 +90,21 @@ def prepare(
 
 
 def backward(
-    config: TrainConfig, spec: ModelSpec, process: Process, model: nn.Module, data: Prepared, world_size: int
+    config: TrainConfig,
+    spec: ModelSpec,
+    process: Process,
+    model: nn.Module,
+    data: Prepared,
+    averaged: int = 1,
 ) -> Tensor:
-    """Accumulates the gradient of the global batch's mean loss; returns each local sample's loss [N]."""
+    """Accumulates these samples' part of the gradient of the global batch's mean loss.
+
+    Args:
+        averaged: workers over which `model` averages its gradients, as DDP does.
+
+    Returns:
+        each local sample's loss [N].
+    """
     size, device = len(data.t), data.x_0.device
     bf16 = uses_bf16(config, device)
     pieces = torch.arange(size).split(config.microbatch or max(size, 1))
@@ -107,9 +120,9 @@ def backward(
                 loss = training_loss(
                     process, spec.diffusion, model, data.x_0[part], data.t[part], data.noise[part], labels
                 )
-            # Divided by the global batch and multiplied by the workers over which DDP averages, so that uneven
-            # parts count right and the sum is that of one worker.
-            ((loss * data.weights[part]).sum() * (world_size / config.batch_size)).backward()
+            # Divided by the global batch, so that uneven parts count right; times the workers of a mean, which is
+            # then the sum.
+            ((loss * data.weights[part]).sum() * (averaged / config.batch_size)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 
@@ -117,20 +130,45 @@ def backward(
 def make_backward(
     config: TrainConfig, spec: ModelSpec, model: nn.Module, device: torch.device, world_size: int = 1
 ) -> Callable[[Prepared], Tensor]:
-    """`backward` of a run, as a CUDA graph where one worker trains on a GPU.
+    """`backward` of a run over all workers: on a GPU as a CUDA graph, after which the gradients are added up.
 
     Args:
         model: as a step calls it: see `network.wrap`.
     """
-    process = make_process(spec.diffusion).to(device)
+    process, parameters = make_process(spec.diffusion).to(device), list(model.parameters())
+    averaged = world_size if isinstance(model, DistributedDataParallel) else 1
 
     def run(x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
-        return backward(config, spec, process, model, Prepared(x_0, t, noise, labels, weights), world_size)
+        return backward(config, spec, process, model, Prepared(x_0, t, noise, labels, weights), averaged)
 
     # Dropout draws from torch's generator, which is seeded anew each step: a graph would replay one draw.
-    graphed = device.type == "cuda" and world_size == 1 and not spec.model.dropout
-    compute = Graphed(run, model.parameters()) if graphed else run
-    return lambda data: compute(data.x_0, data.t, data.noise, data.labels, data.weights)
+    graphed = device.type == "cuda" and not spec.model.dropout
+    compute = Graphed(run, parameters) if graphed else run
+
+    def compute_all(data: Prepared) -> Tensor:
+        losses = compute(data.x_0, data.t, data.noise, data.labels, data.weights)
+        if averaged < world_size:
+            _add_up(parameters)
+        return losses
+
+    return compute_all
+
+
+def _add_up(parameters: list[nn.Parameter]) -> None:
+    """Replaces every gradient by its sum over the workers, in one message."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [_channels_last(cast(Tensor, parameter.grad)) for parameter in trained]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for parameter, gradient, part in zip(trained, gradients, parts, strict=True):
+        summed = part.view(gradient.shape)
+        parameter.grad = summed.movedim(-1, 1) if summed.dim() == 4 else summed
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    """As it lies in memory: a kernel's gradient is in channels_last."""
+    return gradient.movedim(1, -1) if gradient.dim() == 4 else gradient
 
 
 def train_step(

@@ -106,7 +106,7 @@ def _run(task: Task) -> None:
         state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
     with contextlib.closing(batches):
-        model = network.wrap(config, state.model, world_size)
+        model = network.wrap(config, state.model, world_size, device)
         run.begin()
         try:
             loop.train(config, spec, state, model, batches, meter, run)

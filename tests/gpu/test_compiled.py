@@ -32,11 +32,11 @@ integers = {"ids": "*i64", "epochs": "*i64", "key_low": "i64", "key_high": "i64"
 compile(philox._words_kernel, integers | {"out": "*i64", "purposes": "*i64"}, {"BLOCK": 256})
 compile(philox._normal_kernel, integers | {"out": "*fp32"}, {"BLOCK": 256})
 for channels, groups, size in ((128, 32, 32), (384, 32, 16), (192, 16, 8)):
-    tile = norm._tile(torch.empty(1, channels, size, size), groups, norm.ELEMENTS)
-    tile.pop("num_warps")
     images = {name: "*bf16" for name in ("x", "y", "dy", "dx", "scale", "shift")}
     floats = {n: "*fp32" for n in ("weight", "bias", "means", "rstds", "of_parameters")} | {"eps": "fp32"}
-    for kernel in (norm._forward_kernel, norm._backward_kernel):
+    for kernel, tiling in ((norm._forward_kernel, norm.FORWARD), (norm._backward_kernel, norm.BACKWARD)):
+        tile = norm._tile(torch.empty(1, channels, size, size), groups, *tiling)
+        tile.pop("num_warps")
         code = compile(kernel, images | floats, tile | {"MODULATED": True, "SILU": True})
         # 16 bytes a load: a warp reads whole lines of memory.
         result.append((channels, "ld.global.v4" in code))

@@ -48,10 +48,10 @@ class Recorder(loop.Observer):
         self.skipped_steps.append(error.step)
 
 
-def run(config, spec, state=None, rank: int = 0, world_size: int = 1, meter=None):  # type: ignore[no-untyped-def]
-    """Trains to the end; returns the state and the logged losses."""
+def run(config, spec, state=None, rank: int = 0, world_size: int = 1, meter=None, device=CPU):  # type: ignore[no-untyped-def]
+    """Trains to the end, wrapped as for `device`; returns the state and the logged losses."""
     state = state or new_state(config, spec, CPU)
-    model = wrap(config, state.model, world_size)
+    model = wrap(config, state.model, world_size, device)
     stream = batches(config, rank, world_size, state.step)
     observer = Recorder()
     train(config, spec, state, model, stream, meter or Meter(config, world_size, CPU), observer)
@@ -63,7 +63,7 @@ def flat(state: TrainState) -> Tensor:
 
 
 def _one_rank(
-    rank: int, world_size: int, port: int, folder: str, changes: dict[str, object], start: str
+    rank: int, world_size: int, port: int, folder: str, changes: dict[str, object], start: str, device: str
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
@@ -73,7 +73,7 @@ def _one_rank(
         saved, kept = checkpoint.read(start)
         checkpoint.restore(state, saved)
         meter.restore(kept, rank)
-    state, losses = run(config, spec, state, rank, world_size, meter)
+    state, losses = run(config, spec, state, rank, world_size, meter, torch.device(device))
     seen = meter.state()["seen"]
     if rank == 0:
         torch.save(
@@ -84,9 +84,11 @@ def _one_rank(
     dist.destroy_process_group()
 
 
-def several_workers(world_size: int, folder: Path, changes: dict[str, object], start: str = ""):  # type: ignore[no-untyped-def]
+def several_workers(  # type: ignore[no-untyped-def]
+    world_size: int, folder: Path, changes: dict[str, object], start: str = "", device: str = "cpu"
+):
     """The end of a run of `world_size` processes."""
-    arguments = (world_size, _free_port(), str(folder), changes, start)
+    arguments = (world_size, _free_port(), str(folder), changes, start, device)
     mp.start_processes(_one_rank, arguments, world_size, start_method="spawn")
     return torch.load(folder / f"{world_size}.pt", weights_only=True)
 
@@ -106,12 +108,14 @@ def epochs_digest(epochs: int, rows: int = 37) -> str:
     return f"{samples_digest(np.repeat(np.arange(epochs), rows), ids):016x}"
 
 
-@pytest.mark.parametrize(("world_size", "microbatch"), [(2, 2), (4, 0)])
+@pytest.mark.parametrize(
+    ("world_size", "microbatch", "device"), [(2, 2, "cpu"), (4, 0, "cpu"), (3, 2, "cuda")]
+)
 def test_fifty_steps_of_several_workers_are_those_of_one(
-    world_size: int, microbatch: int, tmp_path: Path
+    world_size: int, microbatch: int, device: str, tmp_path: Path
 ) -> None:
     changes = {"steps": 50, "microbatch": microbatch, "diffusion": dict(SAMPLER)}
-    several = several_workers(world_size, tmp_path, changes)
+    several = several_workers(world_size, tmp_path, changes, device=device)
     config, spec = problem(steps=50, diffusion=dict(SAMPLER))
     meter = Meter(config, 1, CPU)
     one, losses = run(config, spec, meter=meter)
@@ -245,7 +249,9 @@ def _skip_all(rank: int, port: int, folder: str) -> None:
     )  # one worker's images suffice
     stream = _Poisoned(config, bad, rank=rank, world_size=2)
     with pytest.raises(InputError, match=r"^step 7: .*3 steps in a row"):
-        train(config, spec, state, wrap(config, state.model, 2), stream, Meter(config, 2, CPU), Recorder())
+        train(
+            config, spec, state, wrap(config, state.model, 2, CPU), stream, Meter(config, 2, CPU), Recorder()
+        )
     dist.barrier()
     (Path(folder) / str(rank)).touch()
     dist.destroy_process_group()
