@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 VERSIONS = {
     "order": 3,  # which samples form global batch k
     "noise": 1,  # which random numbers a sample gets
-    "kernels": 2,  # how the network's arithmetic is done, to the bit
+    "kernels": 3,  # how the network's arithmetic is done, to the bit
     "format": 2,  # how files are laid out
 }
 TRAINING, SAMPLING, PREPARING = ("order", "noise", "kernels"), ("noise", "kernels"), ("order",)

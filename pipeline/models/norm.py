@@ -16,6 +16,7 @@ from pipeline.gpu import available
 
 # From here on torch's forward kernel, which takes one group after the other, is the faster one.
 MANY_PIXELS = 1024
+CACHED_ELEMENTS = 2**19
 
 
 class GroupNorm(nn.GroupNorm):
@@ -81,8 +82,13 @@ class _ChannelsLast(torch.autograd.Function):
         channels, groups = x.shape[1], mean.shape[1]
         rows, gradient = _rows(x), _rows(dy)
         count = rows.shape[1] * channels // groups
-        sum_dy = gradient.sum(1, dtype=torch.float32)
-        sum_dy_x = (gradient * rows).sum(1, dtype=torch.float32)
+        # A few images at a time: a sum in fp32 copies what it adds up, and copies that leave the cache are slow.
+        step = max(1, CACHED_ELEMENTS // rows[0].numel())
+        pieces = [
+            (d.sum(1, dtype=torch.float32), (d * r).sum(1, dtype=torch.float32))
+            for d, r in zip(gradient.split(step), rows.split(step), strict=True)
+        ]
+        sum_dy, sum_dy_x = (torch.cat(sums) for sums in zip(*pieces, strict=True))
         of_bias = sum_dy.sum(0)
         of_weight = ((sum_dy_x - _channels(mean, channels) * sum_dy) * _channels(rstd, channels)).sum(0)
         # dx = dy w rstd + p x + q: through y itself, through the variance, through the mean.

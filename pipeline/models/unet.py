@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.errors import InputError
+from pipeline.models.attention import self_attention
 from pipeline.models.conv import Conv2d
 from pipeline.models.norm import GroupNorm
 from pipeline.ranges import check_ranges
@@ -241,8 +242,7 @@ class Attention(nn.Module):
         h = self.group_norm(x).flatten(2).transpose(1, 2)
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
         bias = torch.cat([self.to_q.bias, self.to_k.bias, self.to_v.bias])
-        qkv = F.linear(h, weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2).flatten(2)
+        h = self_attention(F.linear(h, weight, bias), self.heads)
         h = self.to_out[0](h).transpose(1, 2).reshape(n, channels, height, width)
         return x + h
 
