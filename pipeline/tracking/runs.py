@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from pipeline.tracking.address import tracking_uri
 T = TypeVar("T")
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
+OPENING = "ray_ddpm.opening"  # tag: a run was opened by this call
 # A call of a server that is away fails after minutes by default. Callers try again themselves, and say so.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 # Error codes by which a server says that the same call will never do.
@@ -123,6 +125,29 @@ def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = ""
     experiment_id = _raced(lambda: _experiment_id(client, experiment))
     run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
     return Run(run.info.run_id)
+
+
+def open_run(experiment: str, name: str, tags: dict[str, str], seconds: float, parent: str = "") -> Run:
+    """Opens a new run, and waits so long for MLflow. It is the only one, also where MLflow's answers got lost.
+
+    Args:
+        parent: see `start_run`.
+
+    Raises:
+        InputError: see `wait_for_mlflow`.
+    """
+    opening = uuid.uuid4().hex
+
+    def open_it() -> Run:
+        run = start_run(experiment, name, tags | {OPENING: opening}, parent)
+        client = open_client()
+        where = [client.get_run(run.id).info.experiment_id]
+        for other in client.search_runs(where, f"tags.`{OPENING}` = '{opening}'"):
+            if other.info.run_id != run.id:
+                client.delete_run(other.info.run_id)
+        return run
+
+    return wait_for_mlflow(open_it, seconds)
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:

@@ -60,9 +60,7 @@ def open_run(
             if run := run or runs.reopen_later(before["run_id"], CURVES):
                 return run, False
     tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output}
-    run = run or runs.wait_for_mlflow(
-        lambda: runs.start_run(config.experiment, config.run_name, tags), config.tracking_patience
-    )
+    run = run or runs.open_run(config.experiment, config.run_name, tags, config.tracking_patience)
     write_claim(
         output,
         RUN_FILE,

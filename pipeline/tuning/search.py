@@ -225,7 +225,7 @@ def _open(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.Run, b
         if run := runs.reopen_later(before["run_id"], config.metrics):
             return run, False
     tags = {"ray_ddpm.search": config.output}
-    run = runs.wait_for_mlflow(lambda: runs.start_run(config.experiment, "search", tags), PATIENCE)
+    run = runs.open_run(config.experiment, "search", tags, PATIENCE)
     write_claim(config.output, SEARCH_FILE, fixed, run_id=run.id)
     return run, True
 

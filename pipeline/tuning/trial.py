@@ -177,11 +177,12 @@ class TrainTrial(Trial):
         run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
         if is_new := run is None:
             tags = {"ray_ddpm.output": config.output}
-            run = runs.wait_for_mlflow(
-                lambda: runs.start_run(
-                    config.experiment, config.run_name, tags, parent=self.settings["parent_run"]
-                ),
+            run = runs.open_run(
+                config.experiment,
+                config.run_name,
+                tags,
                 config.tracking_patience,
+                self.settings["parent_run"],
             )
             self.keep(run_id=run.id)
         self._tracker = Tracker(

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,6 +16,7 @@ from pipeline.data.sources.cells import ELSEWHERE, name_beside
 from pipeline.data.sources.parquet import is_parquet, list_parquet
 from pipeline.data.sources.parts import Item, Request, SourceListing
 from pipeline.data.sources.tree import open_tree
+from pipeline.storage import StorageError
 from tests.data.tables import (
     COUNT,
     IMAGE,
@@ -27,6 +29,7 @@ from tests.data.tables import (
     listing,
     write,
 )
+from tests.data.weather import Weather
 
 NAMES = [f"images/{word}/{i:02d}.img" for i, word in enumerate(WORDS)]
 
@@ -99,6 +102,24 @@ def test_a_file_that_is_given_alone_finds_its_images(tmp_path: Path) -> None:
         (root / f"1.{suffix}").write_bytes(IMAGES[0])
         write(root / "a.parquet", {"path": [f"1.{suffix}"], "label": [1]})
         assert [item.data for item in items(listing(root / "a.parquet"))] == [IMAGES[0]]
+
+
+def test_a_storage_that_can_not_say_is_no_answer(bucket: str, weather: Weather, tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"path": ["1.png"], "label": [1]})
+    filesystem, path = fsspec.core.url_to_fs(bucket)
+    filesystem.put(str(tmp_path / "a.parquet"), f"{path}/a.parquet")
+    filesystem.pipe(f"{path}/1.png", IMAGES[0])
+    weather.storm("expired", 60.0, lambda method, path: "1.png" in path)
+    with pytest.raises(StorageError, match="can't be read"):
+        listing(f"{bucket}/a.parquet")
+    weather.calm()
+    assert [item.data for item in items(listing(f"{bucket}/a.parquet"))] == [IMAGES[0]]
+
+
+@pytest.mark.parametrize("text", ["a\0b.png", "a cat " * 60 + ".png"])
+def test_text_that_ends_like_a_file_leads_to_none(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "a.parquet", {"image": [IMAGES[0]], "text": [text]})
+    assert [item.data for item in items(listing(tmp_path / "a.parquet"))] == [IMAGES[0]]
 
 
 def test_some_rows_hold_bytes_and_others_paths(tmp_path: Path) -> None:

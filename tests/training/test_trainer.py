@@ -111,12 +111,14 @@ def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops
     storage.remove(f"{output}/lock.json")
     (run,) = runs.open_client().search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
     assert run.info.status == "RUNNING"  # the other driver's
-    end = newest(output)[0].step // 4 * 4 + 8
+    taken_over = newest(output)[0].step
+    end = taken_over // 4 * 4 + 8
     trained = train(dataclasses.replace(config, steps=end))
     assert trained.run.id == run.info.run_id
-    assert list(curve(trained, "loss")) == list(range(4, end + 1, 4))
-    shared = {step: loss for step, loss in straight.losses.items() if step <= min(end, 16)}
-    assert curve(trained, "loss").items() >= shared.items()
+    losses = curve(trained, "loss")
+    # What the first driver learned after it was taken over it may tell nobody.
+    assert {*range(4, end + 1, 4)} - losses.keys() <= {*range(8, taken_over + 1, 4)}
+    assert all(losses[step] == straight.losses[step] for step in losses if step <= min(end, 16))
     # Snapshots outlive checkpoints, of which two are left.
     snapshots = map(parse_snapshot, map(storage.name, storage.list_files(f"{output}/snapshots")))
     assert {one.step for one in snapshots if one and one.sigma_rel == 0.1} >= {*range(3, end + 1, 3), end}

@@ -14,6 +14,7 @@ from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE, Request
 from pipeline.data.sources.splits import splits_of_files
 from pipeline.errors import InputError
 from pipeline.redact import printable
+from pipeline.storage import StorageError
 
 _IMAGES = ("image", "img", "picture", "photo", "pic", "jpg", "jpeg", "png", "webp")
 _PLURAL = ("images", "imgs", "pictures", "photos", "pics")
@@ -67,6 +68,8 @@ def says_more(look: Look, images: list[str]) -> bool:
         return False
     try:
         return bool(label_column(look, images[0]) or splits_of_files([look.name])[look.name])
+    except StorageError:
+        raise
     except InputError:
         return True
 
@@ -163,6 +166,8 @@ def by_schema(looks: list[Look]) -> tuple[dict[str, list[str]], dict[str, str]]:
         try:
             known[key] = image_columns(look)
             tried[key] += 1
+        except StorageError:
+            raise
         except InputError as error:
             failed[look.name] = str(error).removeprefix(f"{printable(look.name)}: ")
     bad = {name: reason for name, reason in failed.items() if not known.get(keys[name])}

@@ -14,6 +14,7 @@ from pipeline.data.sources.cells import images_of, name_beside
 from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
 from pipeline.redact import printable
+from pipeline.storage import StorageError
 
 _ROWS = 4  # looked at for images
 # No images, however they are called.
@@ -21,6 +22,7 @@ _NO_IMAGES = (
     ".parquet", ".parq", ".pq", ".arrow", ".feather", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml",
     ".py", ".tar",
 )  # fmt: skip
+_LONGEST_NAME = 255  # bytes of a file's name, on every file system
 _EMPTY = 4096  # rows without any, until a column counts as empty
 
 
@@ -58,6 +60,8 @@ class Look:
             return any(self.groups)
         try:
             return any(len(array) for field in self.fields[:1] for array in self.read(field.name, _ROWS))
+        except StorageError:
+            raise
         except InputError:  # whoever reads the rows will say so
             return True
 
@@ -85,17 +89,20 @@ class Look:
 
 
 def lies_beside(tree: Tree, file: str, path: str) -> bool:
-    """Whether a path, from the folder of a file in the tree, leads to a file."""
+    """Whether a path, from the folder of a file in the tree, leads to a file.
+
+    Raises:
+        StorageError: the storage can't say.
+    """
     if (name := name_beside(file, path)) is None:
         return False
     if name in tree.files:
         return True
-    # The tree may be one file, or some.
-    suffix = posixpath.splitext(name)[1].lower()
-    try:
-        return suffix in Image.registered_extensions() and storage.exists(tree.uri(name))
-    except InputError:
+    # The tree may be one file, or some. And text that is no path can end like one.
+    if "\0" in name or any(len(part.encode()) > _LONGEST_NAME for part in name.split("/")):
         return False
+    suffix = posixpath.splitext(name)[1].lower()
+    return suffix in Image.registered_extensions() and storage.exists(tree.uri(name))
 
 
 def files_beside(tree: Tree) -> bool:

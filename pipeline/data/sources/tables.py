@@ -12,6 +12,7 @@ from pipeline.data.sources.look import Look
 from pipeline.data.sources.loose import outweigh_images
 from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
+from pipeline.storage import StorageError
 
 _FIRST = 32  # files to look into before all others
 
@@ -53,6 +54,8 @@ def are_source(tree: Tree, names: list[str], look_at: Callable[[str], Look | str
 def _names_files(look: Look, image: str) -> bool:
     try:
         return any(data is None and path and look.beside(path) for data, path in look.first(image))
+    except StorageError:
+        raise
     except InputError:  # whoever reads the rows will say so
         return False
 
