@@ -54,10 +54,8 @@ class _Attention(torch.autograd.Function):
         heads = logsumexp.shape[1]
         q, k, v = (part.flatten(0, 1) for part in _parts(qkv, heads))
         scale = q.shape[2] ** -0.5
-        d_out = d_out.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
-        delta = (d_out * out.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)).sum(
-            2, keepdim=True, dtype=torch.float32
-        )
+        d_out, out = (x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for x in (d_out, out))
+        delta = (d_out * out).sum(2, keepdim=True, dtype=torch.float32)
         # Products are rounded to bf16. So what P and dS need beside them is subtracted before that, by two more columns.
         # And P is computed times the root of the tokens: its exponents are then smaller, and so is what rounding costs.
         middle = math.log(tokens) / 2
@@ -91,6 +89,6 @@ def _parts(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _two(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers in bf16 whose sum is a float32 number."""
+    """float32 numbers as sums of two in bf16: the rounded number, and what rounding left."""
     first = values.bfloat16()
     return first, (values - first.float()).bfloat16()

@@ -16,7 +16,7 @@ from pipeline.gpu import available
 
 # From here on torch's forward kernel, which takes one group after the other, is the faster one.
 MANY_PIXELS = 1024
-CACHED_ELEMENTS = 2**19
+CACHED_ELEMENTS = 2**19  # of which a copy in fp32 stays in the cache
 
 
 class GroupNorm(nn.GroupNorm):

@@ -32,7 +32,7 @@ from pipeline.tracking.address import tracking_uri
 T = TypeVar("T")
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
-OPENING = "ray_ddpm.opening"  # tag: a run was opened by this call
+OPENING = "ray_ddpm.opening"  # tag: the call that opened a run
 # A call of a server that is away fails after minutes by default. Callers try again themselves, and say so.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 # Error codes by which a server says that the same call will never do.
@@ -110,11 +110,12 @@ def wait_for_mlflow(
         raise InputError(f"MLflow at {redact(tracking_uri())}: {one_line(error)}") from None
 
 
-def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = "") -> Run:
+def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = "", opening: str = "") -> Run:
     """Opens a new run.
 
     Args:
         parent: id of the run that this one is shown under.
+        opening: marks all tries of one opening: what an earlier try left is deleted.
 
     Raises:
         MlflowException: or whatever the database raises; see `wait_for_mlflow`.
@@ -123,31 +124,27 @@ def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = ""
     shown = {key: redact(value) for key, value in tags.items()}
     nested = {"mlflow.parentRunId": parent} if parent else {}
     experiment_id = _raced(lambda: _experiment_id(client, experiment))
-    run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested)
+    marks = {OPENING: opening} if opening else {}
+    run = client.create_run(experiment_id, run_name=name or None, tags=shown | nested | marks)
+    if opening:
+        for other in client.search_runs([experiment_id], f"tags.`{OPENING}` = '{opening}'"):
+            if other.info.run_id != run.info.run_id:
+                client.delete_run(other.info.run_id)
     return Run(run.info.run_id)
 
 
 def open_run(experiment: str, name: str, tags: dict[str, str], seconds: float, parent: str = "") -> Run:
-    """Opens a new run, and waits so long for MLflow. It is the only one, also where MLflow's answers got lost.
+    """Opens a new run, just one even where MLflow's answers get lost, and waits while MLflow is away.
 
     Args:
+        seconds: how long it waits.
         parent: see `start_run`.
 
     Raises:
         InputError: see `wait_for_mlflow`.
     """
     opening = uuid.uuid4().hex
-
-    def open_it() -> Run:
-        run = start_run(experiment, name, tags | {OPENING: opening}, parent)
-        client = open_client()
-        where = [client.get_run(run.id).info.experiment_id]
-        for other in client.search_runs(where, f"tags.`{OPENING}` = '{opening}'"):
-            if other.info.run_id != run.id:
-                client.delete_run(other.info.run_id)
-        return run
-
-    return wait_for_mlflow(open_it, seconds)
+    return wait_for_mlflow(lambda: start_run(experiment, name, tags, parent, opening), seconds)
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:

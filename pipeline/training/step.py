@@ -120,8 +120,8 @@ def backward(
                 loss = training_loss(
                     process, spec.diffusion, model, data.x_0[part], data.t[part], data.noise[part], labels
                 )
-            # Divided by the global batch, so that uneven parts count right; times the workers of a mean, which is
-            # then the sum.
+            # Divided by the global batch, so that uneven parts count right. Multiplied by the workers over which DDP
+            # averages, so that its mean is the sum.
             ((loss * data.weights[part]).sum() * (averaged / config.batch_size)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)

@@ -35,7 +35,6 @@ from pipeline.data.sources.tables import are_source, look_at_all, names_beside
 from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
 from pipeline.redact import printable
-from pipeline.storage import StorageError
 
 SUFFIXES = (".arrow", ".feather")
 _STATE, _ABOUT, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -155,8 +154,6 @@ def is_arrow(tree: Tree) -> bool:
         return False
     try:
         found = _find(tree)
-    except StorageError:
-        raise
     except InputError:
         return True
     return are_source(tree, list(found.data), partial(_look_at, tree, found))
@@ -206,8 +203,6 @@ def _look_at(tree: Tree, found: _Found, name: str) -> Look | str:
         schema = schema_of(uri)
     except OSError as error:
         return fault_of_file(error, uri)
-    except StorageError:
-        raise
     except InputError as error:
         return str(error).removeprefix(f"{uri}: ")
 
@@ -227,8 +222,6 @@ def _batches(tree: Tree, look: Look, columns: Columns, bad: dict[str, str]) -> t
         if not storage.is_local(uri) and (stored := stored_batches(uri, where, smallest)):
             return stored[-1].first + stored[-1].rows, stored
         return sum(batch.num_rows for batch in walk(uri, where, (smallest,))), []
-    except StorageError:
-        raise
     except InputError as error:
         bad[look.name] = str(error).removeprefix(f"{where}: ")
         return 0, []

@@ -68,8 +68,6 @@ def says_more(look: Look, images: list[str]) -> bool:
         return False
     try:
         return bool(label_column(look, images[0]) or splits_of_files([look.name])[look.name])
-    except StorageError:
-        raise
     except InputError:
         return True
 

@@ -14,7 +14,6 @@ from pipeline.data.sources.cells import images_of, name_beside
 from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
 from pipeline.redact import printable
-from pipeline.storage import StorageError
 
 _ROWS = 4  # looked at for images
 # No images, however they are called.
@@ -60,8 +59,6 @@ class Look:
             return any(self.groups)
         try:
             return any(len(array) for field in self.fields[:1] for array in self.read(field.name, _ROWS))
-        except StorageError:
-            raise
         except InputError:  # whoever reads the rows will say so
             return True
 

@@ -27,7 +27,6 @@ from pipeline.data.sources.tables import are_source, look_at_all, names_beside
 from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
 from pipeline.redact import printable
-from pipeline.storage import StorageError
 
 __all__ = ["ParquetPart", "is_parquet", "list_parquet", "open_parquet", "read_row_group", "row_counts"]
 SUFFIXES = (".parquet", ".parq", ".pq")
@@ -80,8 +79,6 @@ def _look_at(tree: Tree, name: str) -> Look | str:
         file = open_parquet(uri)
     except OSError as error:
         return fault_of_file(error, uri)
-    except StorageError:
-        raise
     except InputError as error:
         if tree.head(name).startswith(_POINTER):
             return "no Parquet file: a pointer to one, which `git lfs pull` fetches"
