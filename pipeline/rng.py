@@ -24,7 +24,10 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for: streams of different purposes never overlap."""
+    """What a number is drawn for: streams of different purposes never overlap.
+
+    Each is drawn in one place, so that no number serves two ends: what chooses an image must not be its noise.
+    """
 
     NOISE = 0
     TIMESTEP = 1
@@ -32,7 +35,23 @@ class Purpose(IntEnum):
     FLIP = 3
     SAMPLING = 6
     LABEL = 7
-    EVALUATION = 8
+    BOUND = 8
+    BOUND_TERMS = 9
+    IMAGES = 10
+    CLASSIFIER_BATCH = 11
+    KERNEL_SUBSETS = 12
+    PICTURE = 13
+    DROPOUT = 14
+    CLASSIFIER_WEIGHTS = 15
+
+
+class Choice(IntEnum):
+    """What images are chosen for: the epochs of `Purpose.IMAGES`."""
+
+    BOUND = 0
+    CLASSIFIER = 1
+    CLASSIFIER_TEST = 2
+    FEATURES = 3
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Sequence[int]) -> tuple[Tensor, ...]:
@@ -103,6 +122,12 @@ def normal(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, shape:
     radius, angle = (-2.0 * u[:, :pairs].log()).sqrt(), (2.0 * math.pi) * u[:, pairs:]
     pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return pair[:, :count].float().reshape(ids.shape[0], *shape)
+
+
+def generator_seed(seed: int, epoch: int, number: int, purpose: Purpose) -> int:
+    """A seed in [0, 2^64) for a generator of torch's, where only such a one will do."""
+    low, high = bits(seed, epoch, torch.tensor([number]), purpose, 2)[0].tolist()
+    return int(high << 32 | low)
 
 
 def _words(seed: int, epoch: int | Tensor, ids: Tensor, purposes: tuple[Purpose, ...], count: int) -> Tensor:

@@ -24,9 +24,6 @@ from pipeline.models.sampling import from_pixels
 from pipeline.models.unet import UNet
 from pipeline.rng import Purpose, normal, uniform
 
-# Where the choice of terms is drawn from: an epoch that is no timestep.
-_CHOICE = 2**24 - 1
-
 
 @dataclass(frozen=True)
 class BitsPerDim:
@@ -88,7 +85,7 @@ class BitsWork:
         self, model: UNet, process: Process, x_0: Tensor, labels: Tensor | None, ids: Tensor
     ) -> dict[str, Tensor]:
         def noise(t: int | Tensor) -> Tensor:
-            return normal(self.seed, t, ids, Purpose.EVALUATION, tuple(x_0.shape[1:]))
+            return normal(self.seed, t, ids, Purpose.BOUND, tuple(x_0.shape[1:]))
 
         if not self.terms:
             terms, prior = vlb_terms(process, model, x_0, noise, labels)
@@ -98,7 +95,7 @@ class BitsWork:
             return {
                 "total": total, "variance": variance, "prior": prior, "decoder": terms[:, 0], "terms": terms.sum(dim=0)
             }  # fmt: skip
-        u = uniform(self.seed, _CHOICE, ids, Purpose.EVALUATION, self.terms)
+        u = uniform(self.seed, 0, ids, Purpose.BOUND_TERMS, self.terms)
         total, variance = stratified_vlb(process, model, x_0, noise, u, labels)
         first = torch.zeros_like(ids)
         x_1 = q_sample(process, x_0, first, noise(0))

@@ -25,7 +25,7 @@ from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import Partial, choose
 from pipeline.models.sampling import from_pixels
 from pipeline.redact import one_line
-from pipeline.rng import Purpose, uniform
+from pipeline.rng import Choice, Purpose, generator_seed, uniform
 
 FEATURES = 64
 FIRST_WIDTH, WIDTH = 32, 64
@@ -89,7 +89,7 @@ def fit(
         seed: of the first weights and of the order of the data.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(generator_seed(seed, 0, 0, Purpose.CLASSIFIER_WEIGHTS))
         net = Classifier(image).to(images.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -106,7 +106,7 @@ def fit(
 def _batch(seed: int, step: int, rows: int, size: int) -> Tensor:
     """Which rows are seen at a step: drawn with replacement."""
     ids = torch.arange(step * size, (step + 1) * size)
-    return (uniform(seed, 1, ids, Purpose.EVALUATION)[:, 0] * rows).long()
+    return (uniform(seed, 0, ids, Purpose.CLASSIFIER_BATCH)[:, 0] * rows).long()
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ class ClassifierWork:
         def do(ids: np.ndarray) -> Partial:
             images, labels = (part.to(device) for part in read_images(self.index, ids))
             net = fit(self.index.image, images, labels, seed=self.seed, steps=self.steps)
-            some = choose(self.held_out.rows, HELD_OUT_IMAGES, self.seed)
+            some = choose(self.held_out.rows, HELD_OUT_IMAGES, self.seed, Choice.CLASSIFIER_TEST)
             score = accuracy(net, *(part.to(device) for part in read_images(self.held_out, some)))
             weights = {name: value.cpu().numpy() for name, value in net.state_dict().items()}
             return weights | {"accuracy": np.array([score])}
@@ -158,7 +158,7 @@ def train_classifier(
             f"--data {index.uri}: no labels to train a classifier on: give --features FILE (TorchScript)"
         )
     work = ClassifierWork(index, held_out, seed, steps)
-    (result,) = pool(work, [choose(index.rows, TRAINING_IMAGES, seed)], "classifier")
+    (result,) = pool(work, [choose(index.rows, TRAINING_IMAGES, seed, Choice.CLASSIFIER)], "classifier")
     score = float(result.pop("accuracy")[0])
     net = Classifier(index.image)
     net.load_state_dict({name: torch.from_numpy(value) for name, value in result.items()})

@@ -29,6 +29,7 @@ from pipeline.models.snapshots import posthoc_ema
 from pipeline.models.unet import UNet
 from pipeline.output import check_apart
 from pipeline.pictures import draw
+from pipeline.rng import Choice
 
 
 def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[str, float]:
@@ -68,7 +69,7 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
 def _bits(
     config: EvaluateConfig, model: UNet, spec: ModelSpec, held_out: DatasetIndex, pool: Pool
 ) -> dict[str, float]:
-    ids = choose(held_out.rows, config.max_images, config.seed)
+    ids = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
     averages = posthoc_ema(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
 
     def bound() -> BitsPerDim:

@@ -21,6 +21,7 @@ from pipeline.evaluation.frechet import Moments, merge_moments, moments_of
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import Partial, choose, cut
 from pipeline.redact import one_line
+from pipeline.rng import Choice
 
 IMAGES_PER_TASK = 2048
 IMAGES_PER_PASS = 64
@@ -180,7 +181,10 @@ def measure(
         cut(np.arange(first, first + index.rows), IMAGES_PER_TASK)
         for first, index in zip(firsts, indexes, strict=True)
     ]
-    kept = [first + choose(index.rows, keep, seed) for first, index in zip(firsts, indexes, strict=True)]
+    kept = [
+        first + choose(index.rows, keep, seed, Choice.FEATURES)
+        for first, index in zip(firsts, indexes, strict=True)
+    ]
     results = pool(
         FeatureWork(joined, extractor, np.concatenate(kept)),
         [ids for mine in tasks for ids in mine],

@@ -67,6 +67,6 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _shuffled(count: int, seed: int, side: int) -> np.ndarray:
-    draws = uniform(seed, side, torch.arange(count), Purpose.EVALUATION)[:, 0]
+    draws = uniform(seed, side, torch.arange(count), Purpose.KERNEL_SUBSETS)[:, 0]
     order: np.ndarray = draws.argsort(stable=True).numpy()
     return order

@@ -7,16 +7,16 @@ tasks' order. So the merged result is the same for any pool.
 import numpy as np
 import torch
 
-from pipeline.rng import Purpose, uniform
+from pipeline.rng import Choice, Purpose, uniform
 
 Partial = dict[str, np.ndarray]
 
 
-def choose(rows: int, limit: int, seed: int) -> np.ndarray:
-    """`limit` of the ids 0..rows-1 (all where `limit` is 0), a function of (seed, rows): int64, ascending."""
+def choose(rows: int, limit: int, seed: int, use: Choice) -> np.ndarray:
+    """`limit` of the ids 0..rows-1 (all where `limit` is 0), a function of (seed, rows, use): int64, ascending."""
     if not 0 < limit < rows:
         return np.arange(rows)
-    draws = uniform(seed, 0, torch.arange(rows), Purpose.EVALUATION)[:, 0]
+    draws = uniform(seed, use, torch.arange(rows), Purpose.IMAGES)[:, 0]
     return np.sort(draws.argsort(stable=True)[:limit].numpy())
 
 

@@ -97,13 +97,18 @@ def reconstruction_weights(
         step, sigma_rel: of the average that is wanted.
 
     Returns:
-        one weight for each stored average: the least-squares fit of the wanted profile.
+        one weight for each stored average: of those that sum to one, the least-squares fit of the wanted profile.
+        Averages have a sum of one, so without it few snapshots would give a network that is scaled as a whole.
     """
-    stored = [(float(s), power_gamma(r)) for s, r in zip(steps, sigma_rels, strict=True)]
-    wanted = (float(step), power_gamma(sigma_rel))
+    # In units of `step`, so that the inner products and the ones of the constraint are of one size.
+    stored = [(s / step, power_gamma(r)) for s, r in zip(steps, sigma_rels, strict=True)]
+    wanted = (1.0, power_gamma(sigma_rel))
+    ones = np.ones((len(stored), 1))
     gram = np.array([[_inner(a, b) for b in stored] for a in stored])
-    solution, *_ = np.linalg.lstsq(gram, np.array([_inner(a, wanted) for a in stored]), rcond=None)
-    return [float(w) for w in solution]
+    # The last unknown is the constraint's Lagrange multiplier.
+    system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])
+    solution, *_ = np.linalg.lstsq(system, np.array([*(_inner(a, wanted) for a in stored), 1.0]), rcond=None)
+    return [float(w) for w in solution[:-1]]
 
 
 def _inner(a: tuple[float, float], b: tuple[float, float]) -> float:

@@ -100,7 +100,7 @@ def bound_terms(
     terms = []
     for step in steps:
         t = torch.full((len(ids),), step - 1)
-        x_t = q_sample(process, x_0, t, normal(seed, step - 1, ids, Purpose.EVALUATION, tuple(x_0.shape[1:])))
+        x_t = q_sample(process, x_0, t, normal(seed, step - 1, ids, Purpose.PICTURE, tuple(x_0.shape[1:])))
         with torch.inference_mode():
             terms.append(vlb_term(process, model(x_t, t, labels), x_0, x_t, t, clip=True).mean().item())
     draw.save_bound_terms(np.array(terms), path, np.array(steps))

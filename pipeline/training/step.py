@@ -24,7 +24,7 @@ from pipeline.diffusion.process import Process, make_process
 from pipeline.gpu.graph import Graphed
 from pipeline.models import ema
 from pipeline.models.sampling import from_pixels
-from pipeline.rng import Purpose, normal, uniforms
+from pipeline.rng import Purpose, generator_seed, normal, uniforms
 from pipeline.training.network import uses_bf16
 from pipeline.training.state import TrainState
 
@@ -190,7 +190,7 @@ def train_step(
     options = config.optimizer
     if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
         rank = dist.get_rank() if world_size > 1 else 0
-        torch.manual_seed(((config.seed * 1_000_003 + state.step) * 4096 + rank) % 2**64)
+        torch.manual_seed(generator_seed(config.seed, 0, state.step << 32 | rank, Purpose.DROPOUT))
     data = prepare(config, spec, state.timestep_table(device), batch, device)
     losses = run_backward(data)
     limit = options.clip_norm or math.inf

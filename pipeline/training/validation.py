@@ -27,6 +27,7 @@ from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.work import choose
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
+from pipeline.rng import Choice
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint_manager import CHECKPOINTS
 
@@ -99,7 +100,7 @@ class Validator:
             model,
             self.spec,
             self.held_out,
-            choose(self.held_out.rows, config.validation_images, config.seed),
+            choose(self.held_out.rows, config.validation_images, config.seed, Choice.BOUND),
             terms=min(config.validation_terms, self.spec.diffusion.timesteps),
             seed=config.seed,
             pool=lambda work, tasks, title="": map(work.start(str(device)), tasks),

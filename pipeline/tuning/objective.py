@@ -27,6 +27,7 @@ from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments
 from pipeline.evaluation.work import Partial, choose, cut
 from pipeline.models.sampling import preview
 from pipeline.models.unet import UNet
+from pipeline.rng import Choice
 from pipeline.tuning.config import TuneConfig
 
 IMAGES_PER_TASK = 64
@@ -137,7 +138,7 @@ def make_objective(config: TuneConfig, splits: Splits) -> Objective:
     parts: list[Objective] = []
     if BITS_PER_DIM in config.metrics:
         held_out = splits["validation"]
-        ids = choose(held_out.rows, config.max_images, config.seed)
+        ids = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
         if len(ids) < 2:
             raise InputError(f"--data {config.data}: fewer than two held-out images")
         parts.append(HeldOutBits(held_out, ids, config.terms, config.seed))

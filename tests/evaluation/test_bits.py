@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import choose
-from pipeline.rng import Purpose, normal
+from pipeline.rng import Choice, Purpose, normal
 from tests.evaluation.common import small_model
 
 SEED = 3
@@ -29,7 +29,7 @@ def bits_by_hand(index: DatasetIndex, ids: np.ndarray) -> tuple[np.ndarray, floa
     alpha_bar = np.cumprod(1 - beta)
     terms = []
     for t in range(len(beta)):
-        noise = normal(SEED, t, torch.from_numpy(ids), Purpose.EVALUATION, (1, 8, 8)).double()
+        noise = normal(SEED, t, torch.from_numpy(ids), Purpose.BOUND, (1, 8, 8)).double()
         x_t = math.sqrt(alpha_bar[t]) * x_0 + math.sqrt(1 - alpha_bar[t]) * noise
         eps = model(x_t.float(), torch.full((len(ids),), t), labels).double()
         guess = ((x_t - math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(alpha_bar[t])).clamp(-1, 1)
@@ -52,7 +52,7 @@ def bits_by_hand(index: DatasetIndex, ids: np.ndarray) -> tuple[np.ndarray, floa
 
 
 def test_bound_is_that_of_the_papers_formulas(held_out: DatasetIndex) -> None:
-    ids = choose(held_out.rows, 12, seed=1)
+    ids = choose(held_out.rows, 12, 1, Choice.BOUND)
     expected, prior = bits_by_hand(held_out, ids)
     assert np.isfinite(expected).all()
     bits = held_out_bits(*small_model(), held_out, ids, seed=SEED, batch_size=5)
@@ -88,7 +88,7 @@ def test_the_estimate_from_some_terms_lies_within_its_error_of_the_exact_bound(
 
 def test_actors_measure_what_one_process_measures(cluster: None, held_out: DatasetIndex) -> None:
     model, spec = small_model()
-    ids = choose(held_out.rows, 24, seed=0)
+    ids = choose(held_out.rows, 24, 0, Choice.BOUND)
     here = held_out_bits(model, spec, held_out, ids, batch_size=8)
     one, two = (
         held_out_bits(model, spec, held_out, ids, batch_size=8, pool=ActorPool(actors)) for actors in (1, 2)
@@ -128,10 +128,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(held_out: DatasetIndex) 
 
 
 def test_chosen_images_are_a_function_of_the_seed() -> None:
-    chosen = choose(1000, 50, seed=4)
+    chosen = choose(1000, 50, 4, Choice.BOUND)
     assert len(set(chosen)) == 50
     assert (np.diff(chosen) > 0).all()
-    np.testing.assert_array_equal(chosen, choose(1000, 50, seed=4))
-    assert (chosen != choose(1000, 50, seed=5)).any()
-    np.testing.assert_array_equal(choose(7, 0, seed=4), np.arange(7))
-    np.testing.assert_array_equal(choose(7, 9, seed=4), np.arange(7))
+    np.testing.assert_array_equal(chosen, choose(1000, 50, 4, Choice.BOUND))
+    assert (chosen != choose(1000, 50, 5, Choice.BOUND)).any()
+    np.testing.assert_array_equal(choose(7, 0, 4, Choice.BOUND), np.arange(7))
+    np.testing.assert_array_equal(choose(7, 9, 4, Choice.BOUND), np.arange(7))

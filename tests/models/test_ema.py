@@ -62,6 +62,31 @@ def test_another_length_is_reconstructed_from_snapshots() -> None:
     assert sum(weights) == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("count", [3, 4, 8, 16])
+@pytest.mark.parametrize(("lengths", "wanted"), [((0.1,), 0.03), ((0.1,), 0.2), ((0.05, 0.1), 0.03), ((0.05, 0.1), 0.2)])
+def test_few_snapshots_give_the_average_that_was_tracked_beside_them(
+    lengths: tuple[float, ...], wanted: float, count: int
+) -> None:
+    """Weights that go from zero to some place with noise on the way, as in a training."""
+    generator, steps = torch.Generator().manual_seed(0), 480
+    place, weights = torch.randn(64, generator=generator), torch.zeros(64)
+    averages = ema.init([weights], len(lengths) + 1)
+    stored: dict[snapshots.Snapshot, dict[str, Tensor]] = {}
+    for step in range(1, steps + 1):
+        weights = weights + 3 / steps * (place - weights) + 0.01 * torch.randn(64, generator=generator)
+        ema.update_(averages, [weights], [ema.power_decay(r, step) for r in (*lengths, wanted)])
+        if step % (steps // count) == 0:
+            for length, (average,) in zip(lengths, averages, strict=False):
+                stored[snapshots.Snapshot(step, length)] = {"a": average.clone()}
+    at, of = [s.step for s in stored], [s.sigma_rel for s in stored]
+    assert sum(ema.reconstruction_weights(at, of, steps, wanted)) == pytest.approx(1, abs=1e-9)
+    (made,) = snapshots.mix_snapshots(list(stored), stored.__getitem__, [wanted])
+    tracked = averages[-1][0]
+    # Without the constraint 0.5 at three snapshots of one length and still 0.05 at sixteen.
+    most = 0.08 / count if len(lengths) == 2 else 0.25 / count
+    assert (made["a"] - tracked).norm() < most * tracked.norm()
+
+
 def test_a_snapshot_length_is_reconstructed_as_it_was_stored() -> None:
     weights = ema.reconstruction_weights([100, 200, 200], [0.1, 0.1, 0.05], 200, 0.05)
     assert weights == pytest.approx([0, 0, 1], abs=1e-9)

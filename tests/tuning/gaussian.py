@@ -84,7 +84,7 @@ def measured_bound(diffusion: DiffusionConfig, images: int = IMAGES, seed: int =
     """Bits/dim of each of some images, by the pipeline's losses, with the best model in the network's place."""
     process = make_process(diffusion)
     ids = torch.arange(images)
-    x = MEAN + STD * normal(seed, 2**20, ids, Purpose.EVALUATION, PIXELS).double()
+    x = MEAN + STD * normal(seed, 2**20, ids, Purpose.PICTURE, PIXELS).double()
     x_0 = ((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
 
     def model(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ def measured_bound(diffusion: DiffusionConfig, images: int = IMAGES, seed: int =
         return (1 - bar).sqrt() / (bar * STD**2 + 1 - bar) * (x_t - bar.sqrt() * MEAN)
 
     terms, prior = vlb_terms(
-        process, model, x_0, lambda t: normal(seed, t, ids, Purpose.EVALUATION, PIXELS).double()
+        process, model, x_0, lambda t: normal(seed, t, ids, Purpose.BOUND, PIXELS).double()
     )
     return (terms.sum(dim=1) + prior).numpy()
 
