@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config import ImageConfig, Reading
+from pipeline.data.generated import files_of
 from pipeline.data.groups import Group, Groups, PackedGroups, pack, row_groups
 from pipeline.data.labels import class_numbers, unknown_label
 from pipeline.data.manifest import FORMAT, MANIFEST, SAMPLES, SAMPLES_FORMAT, SPLITS, UNFINISHED
@@ -182,6 +183,7 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
         manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
         check_readable(manifest.get("versions"), f"--data {uri}")
         if manifest["format"] == SAMPLES_FORMAT:
+            files_of(uri, manifest, "--data")
             return _open_source(storage.join(uri, SAMPLES), image_size, AS_FOUND, ())
         if manifest["format"] != FORMAT:
             raise InputError(f"--data {uri}: {MANIFEST} is not one of jobs/prepare.py or jobs/generate.py")

@@ -127,9 +127,11 @@ def prior_bits_per_dim(process: Process, x_0: Tensor) -> Tensor:
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, variance1) || N(mean2, variance2)) of every element, in nats."""
+    """KL(N(mean1, variance1) || N(mean2, variance2)) of every element, in nats; inf where the dtype can't hold it."""
     difference = log_variance1 - log_variance2
-    return 0.5 * (difference.expm1() - difference + (mean1 - mean2).square() * (-log_variance2).exp())
+    # Scaled before it is squared, by a finite number: equal means are 0 apart, however small the variance.
+    distance = (mean1 - mean2) * (-log_variance2 / 2).clamp(max=_largest_exponent(mean1.dtype)).exp()
+    return 0.5 * (difference.expm1() - difference + distance.square())
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -138,8 +140,10 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     Args:
         x: 8-bit pixels scaled to [-1, 1]: bins are 2/255 wide, and those of -1 and 1 open outwards.
     """
-    upper = (x + 1 / 255 - mean) * (-log_scale).exp()
-    lower = (x - 1 / 255 - mean) * (-log_scale).exp()
+    narrowness = (-log_scale).clamp(max=_largest_exponent(x.dtype)).exp()
+    # No edge is so far that its square is infinite: the difference of two would not be a number.
+    farthest = math.sqrt(torch.finfo(x.dtype).max)
+    upper, lower = (((x + side / 255 - mean) * narrowness).clamp(-farthest, farthest) for side in (1, -1))
     # Where the bin lies above the mean, its mirror image: both tails are then the small, exact one.
     mirrored = lower + upper > 0
     high, low = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
@@ -149,6 +153,11 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     inside = log_high + (-torch.expm1(-gap)).log()
     lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
     return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside))
+
+
+def _largest_exponent(dtype: torch.dtype) -> float:
+    """The exponential of it is finite, and a little larger would not be."""
+    return math.floor(math.log(torch.finfo(dtype).max))
 
 
 @torch.no_grad()

@@ -142,6 +142,19 @@ class ClassifierWork:
         return do
 
 
+def check_labels(index: DatasetIndex) -> None:
+    """Whether there are classes to tell apart.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    if (found := len(index.image.classes)) < 2:
+        has = "one class" if found else "no labels"
+        raise InputError(
+            f"--data {index.uri}: {has}, no classifier can be trained: give --features FILE (TorchScript)"
+        )
+
+
 def train_classifier(
     index: DatasetIndex, held_out: DatasetIndex, *, seed: int = 0, steps: int = 500, pool: Pool = in_process
 ) -> tuple[Classifier, float]:
@@ -151,12 +164,9 @@ def train_classifier(
         it, on the CPU, and its accuracy on `held_out`.
 
     Raises:
-        InputError: the data has no labels.
+        InputError: see `check_labels`.
     """
-    if len(index.image.classes) < 2:
-        raise InputError(
-            f"--data {index.uri}: no labels to train a classifier on: give --features FILE (TorchScript)"
-        )
+    check_labels(index)
     work = ClassifierWork(index, held_out, seed, steps)
     (result,) = pool(work, [choose(index.rows, TRAINING_IMAGES, seed, Choice.CLASSIFIER)], "classifier")
     score = float(result.pop("accuracy")[0])

@@ -4,8 +4,9 @@ import csv
 import dataclasses
 import io
 import json
+import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
-from pipeline.evaluation.classifier import save_classifier, train_classifier
+from pipeline.evaluation.classifier import check_labels, save_classifier, train_classifier
 from pipeline.evaluation.config import EvaluateConfig, Metric, check
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
 from pipeline.evaluation.frechet import frechet_distance
@@ -24,7 +25,7 @@ from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
 from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
 from pipeline.evaluation.reading import open_samples
 from pipeline.evaluation.work import choose
-from pipeline.models.export import Packed, load_model, save_model
+from pipeline.models.export import Packed, load_model, model_fingerprint, save_model
 from pipeline.models.snapshots import posthoc_ema
 from pipeline.models.unet import UNet
 from pipeline.output import check_apart
@@ -57,11 +58,16 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
     wanted = ("all",) if "test" in (config.split, config.reference_split) else ()
     splits = open_splits(config.data, loaded[1].image.size if loaded else 0, config.reading, wanted)
     held_out = splits[config.split]
+    # All that may be wrong with the samples is looked at before anything is measured.
+    model = model_fingerprint(model_folder) if model_folder else ""
+    compared = (
+        _open_compared(config, splits, model) if set(config.metrics) - {"bits"} and config.samples else None
+    )
     metrics: dict[str, float] = {}
     if loaded and "bits" in config.metrics:
         metrics |= _bits(config, *loaded, held_out, pool)
-    if config.samples and set(config.metrics) - {"bits"}:
-        metrics |= _quality(config, splits, pool)
+    if compared:
+        metrics |= _quality(config, compared, pool)
     _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
@@ -103,17 +109,58 @@ def _bits(
     }
 
 
-def _quality(config: EvaluateConfig, splits: Splits, pool: Pool) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Compared:
+    """What is compared, opened and found fit for it.
+
+    Attributes:
+        extractor: None = the classifier, which is yet to be trained.
+        about: figures of the extractor.
+    """
+
+    reference: DatasetIndex
+    samples: DatasetIndex
+    held_out: DatasetIndex
+    extractor: Extractor | None
+    about: dict[str, float]
+
+    @property
+    def sets(self) -> list[DatasetIndex]:
+        """The held-out images stand last, where they are not themselves the reference."""
+        one = self.reference.split == self.held_out.split
+        return [self.reference, self.samples] + [self.held_out] * (not one)
+
+
+def _open_compared(config: EvaluateConfig, splits: Splits, model: str) -> _Compared:
     held_out, reference = splits[config.split], splits[config.reference_split]
-    samples = open_samples(config.samples, reference.image)
-    sets = [reference, samples] + [held_out] * (config.split != config.reference_split)
-    _check_counts(config, sets)
-    extractor, metrics = _extractor(config, reference, held_out, pool)
-    real, fake, *others = measure(sets, extractor, keep=config.max_features, seed=config.seed, pool=pool)
-    metrics |= {"samples": samples.rows} | _compare(config, real, fake)
+    samples = open_samples(config.samples, reference.image, model)
+    extractor, about = None, dict[str, float]()
+    if config.features == "classifier":
+        check_labels(reference)
+    else:
+        extractor, about = open_extractor(config.features, reference.image)
+    compared = _Compared(reference, samples, held_out, extractor, about)
+    _check_counts(config, compared.sets)
+    return compared
+
+
+def _quality(config: EvaluateConfig, compared: _Compared, pool: Pool) -> dict[str, float]:
+    extractor, metrics = compared.extractor, dict(compared.about)
+    if extractor is None:
+        net, accuracy = train_classifier(
+            compared.reference, compared.held_out, seed=config.seed, steps=config.classifier_steps, pool=pool
+        )
+        extractor, metrics = ClassifierExtractor(net), {"classifier_accuracy": accuracy}
+        if config.output:
+            folder = storage.join(config.output, "classifier")
+            save_classifier(folder, net, compared.reference.image, accuracy)
+    real, fake, *others = measure(
+        compared.sets, extractor, keep=config.max_features, seed=config.seed, pool=pool
+    )
+    metrics |= {"samples": compared.samples.rows} | _compare(config, real, fake)
     for other in others:
         yardstick = _compare(config, real, other)
-        metrics |= {"samples_real": held_out.rows} | {
+        metrics |= {"samples_real": compared.held_out.rows} | {
             f"{name}_real": value for name, value in yardstick.items()
         }
     return metrics
@@ -138,37 +185,31 @@ def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
 
 
 def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:
+    """The figures by name; `*_images`: how many of `fake` a figure covers, where that may not be all."""
     metrics: dict[str, float] = {}
     if "frechet" in config.metrics:
         metrics["frechet_distance"] = frechet_distance(real.moments, fake.moments)
     if "kernel" in config.metrics:
-        metrics["kernel_distance"], metrics["kernel_distance_stderr"] = kernel_distance(
+        found = kernel_distance(
             real.features, fake.features, subset_size=config.kernel_subset_size, seed=config.seed
+        )
+        metrics["kernel_distance"], metrics["kernel_distance_stderr"], metrics["kernel_distance_images"] = (
+            found
         )
     if "precision_recall" in config.metrics:
         metrics["precision"], metrics["recall"] = precision_recall(
             real.features, fake.features, config.precision_recall_neighbours
         )
-    if "knn" in config.metrics and min(real.labels.min(), fake.labels.min()) >= 0:
-        metrics["knn_label_accuracy"] = knn_label_accuracy(
-            real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
-        )
+        metrics["precision_recall_images"] = len(fake.features)
+    if "knn" in config.metrics:
+        if min(real.labels.min(), fake.labels.min()) >= 0:
+            metrics["knn_label_accuracy"] = knn_label_accuracy(
+                real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
+            )
+            metrics["knn_label_accuracy_images"] = len(fake.labels)
+        else:
+            print("evaluate: --metrics knn is left out: not all images have a label", file=sys.stderr)
     return metrics
-
-
-def _extractor(
-    config: EvaluateConfig, reference: DatasetIndex, held_out: DatasetIndex, pool: Pool
-) -> tuple[Extractor, dict[str, float]]:
-    """The extractor, and what is to be said of it."""
-    if config.features == "classifier":
-        net, accuracy = train_classifier(
-            reference, held_out, seed=config.seed, steps=config.classifier_steps, pool=pool
-        )
-        if config.output:
-            save_classifier(storage.join(config.output, "classifier"), net, reference.image, accuracy)
-    else:
-        return open_extractor(config.features, reference.image)
-    return ClassifierExtractor(net), {"classifier_accuracy": accuracy}
 
 
 def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:

@@ -12,8 +12,8 @@ LEAST_IMAGES = 2 * LEAST_SUBSETS
 
 def kernel_distance(
     real: np.ndarray, fake: np.ndarray, *, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """KID and its standard error.
+) -> tuple[float, float, int]:
+    """KID, its standard error, and how many images of a side it covers.
 
     Both sides are shuffled and cut into disjoint subsets, each gives one `squared_mmd`, and the mean of those is
     the distance. Disjoint subsets are independent, so the standard error of that mean is that of the distance
@@ -25,8 +25,8 @@ def kernel_distance(
         seed: of the shuffle; which vectors share a subset is a function of (seed, N, M).
 
     Returns:
-        the mean over the subsets, and its standard error. The distance of equal distributions is 0, and its
-        estimate may be negative.
+        the mean over the subsets, its standard error, and the images of a side in them: all but what does not fill a
+        subset. The distance of equal distributions is 0, and its estimate may be negative.
 
     Raises:
         InputError: features of different lengths, or fewer than twenty vectors on a side.
@@ -44,7 +44,8 @@ def kernel_distance(
         squared_mmd(real[real_order[start : start + size]], fake[fake_order[start : start + size]])
         for start in range(0, least - size + 1, size)
     ]
-    return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / np.sqrt(len(estimates)))
+    stderr = np.std(estimates, ddof=1) / np.sqrt(len(estimates))
+    return float(np.mean(estimates)), float(stderr), size * len(estimates)
 
 
 def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:

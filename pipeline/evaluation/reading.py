@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import ImageConfig
+from pipeline.data.generated import files_of, read_manifest
 from pipeline.data.groups import read_rows, row_groups
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex
@@ -39,16 +40,29 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
-def open_samples(uri: str, image: ImageConfig) -> DatasetIndex:
+def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
     """A folder of Parquet files with the columns `image` (struct of bytes and path) and `label`.
+
+    Of a folder that jobs/generate.py wrote the files are those of its manifest.
 
     Args:
         image: what the images are compared with; they are brought to its size and channels.
+        model: fingerprint of the model that must have made them; "" = any.
 
     Raises:
-        InputError: no such folder, no Parquet file in it, one that is damaged, or other columns.
+        InputError: no such folder, no Parquet file in it, one that is damaged, other columns, or another model's.
     """
-    files = storage.list_files(storage.absolute(uri), (".parquet",))
+    uri = storage.absolute(uri)
+    manifest = read_manifest(uri, "--samples")
+    if manifest is None:
+        files = storage.list_files(uri, (".parquet",))
+    else:
+        if model not in ("", manifest["settings"]["model_fingerprint"]):
+            raise InputError(
+                f"--samples {uri}: made by another model than --model: by {manifest['model']}: name that one, or "
+                "generate anew"
+            )
+        files = [file for file in files_of(uri, manifest, "--samples") if file.endswith(".parquet")]
     if not files:
         raise InputError(f"--samples {uri}: no Parquet files there: generate with --format parquet")
     groups = row_groups((file, row_counts(file)) for file in files)

@@ -200,6 +200,25 @@ def test_the_divergence_of_normals_is_that_of_torch() -> None:
     torch.testing.assert_close(normal_kl(mean1, log1, mean2, log2), torch.distributions.kl_divergence(p, q))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergence_and_decoder_are_numbers_at_every_variance(dtype: torch.dtype) -> None:
+    means = torch.tensor([0.0, 1e-30, 1e-3, 1.0, -1.0, 1e4], dtype=dtype)
+    logs = torch.tensor([-1500.0, -250.0, -180.0, -90.0, -20.0, 0.0, 20.0, 90.0], dtype=dtype)
+    grids = torch.meshgrid(means, means, logs, logs, indexing="ij")
+    mean1, mean2, log1, log2 = (grid.flatten() for grid in grids)
+    kl = normal_kl(mean1, log1, mean2, log2)
+    assert not kl.isnan().any()
+    assert (kl >= 0).all()
+    assert (kl[(mean1 == mean2) & (log1 == log2)] == 0).all()
+    level, mean, scale = (
+        grid.flatten() for grid in torch.meshgrid(means[[0, 3, 4]], means, logs, indexing="ij")
+    )
+    for offset in (0.0, 1 / 255, -1 / 255):  # on the edges of a bin too
+        likelihood = discretized_gaussian_log_likelihood(level, mean + offset, scale)
+        assert not likelihood.isnan().any()
+        assert (likelihood <= 0).all()
+
+
 PMF = np.zeros(256)
 PMF[[20, 21, 90, 100, 180, 181, 182, 240]] = [0.3, 0.05, 0.1, 0.2, 0.05, 0.15, 0.05, 0.1]
 

@@ -24,7 +24,7 @@ def test_distance_of_equal_distributions_is_zero_within_its_error_which_is_calib
     generator = np.random.default_rng(1)
     scores = []
     for _ in range(200):
-        distance, error = kernel_distance(*generator.normal(size=(2, 400, 4)), subset_size=20)
+        distance, error, _ = kernel_distance(*generator.normal(size=(2, 400, 4)), subset_size=20)
         scores.append(distance / error)
     # Mean 0 tells a biased estimate; spread 1 tells an error that is too small or too large.
     assert abs(np.mean(scores)) < 4 / np.sqrt(len(scores))
@@ -37,7 +37,8 @@ def test_distance_of_shifted_gaussians_is_the_closed_form_within_its_error() -> 
     # In one dimension the kernel is sum of C(3, i) (x y)^i, so MMD^2 is sum of C(3, i) (E x^i - E y^i)^2:
     # moments 0, 1, 0 of N(0, 1) and 1, 2, 4 of N(1, 1).
     expected = 3 * (0 - 1) ** 2 + 3 * (1 - 2) ** 2 + (0 - 4) ** 2
-    distance, error = kernel_distance(real, fake, subset_size=200)
+    distance, error, covered = kernel_distance(real, fake, subset_size=350)
+    assert covered == 17 * 350
     assert abs(distance - expected) < 4 * error
     assert error < 0.1 * expected
 
@@ -47,10 +48,10 @@ def test_order_of_the_data_is_shuffled_away_by_a_function_of_the_seed() -> None:
     # Sorted by class: unshuffled subsets would compare class with class and never see the whole.
     real = np.sort(generator.normal(size=(2000, 1)), axis=0)
     fake = np.sort(generator.normal(size=(2000, 1)), axis=0)[::-1]
-    distance, error = kernel_distance(real, fake, subset_size=100, seed=7)
+    distance, error, covered = kernel_distance(real, fake, subset_size=100, seed=7)
     assert abs(distance) < 4 * error
-    assert (distance, error) == kernel_distance(real, fake, subset_size=100, seed=7)
-    assert (distance, error) != kernel_distance(real, fake, subset_size=100, seed=8)
+    assert (distance, error, covered) == kernel_distance(real, fake, subset_size=100, seed=7)
+    assert (distance, error, covered) != kernel_distance(real, fake, subset_size=100, seed=8)
 
 
 def test_too_few_images_or_other_features_are_refused() -> None:

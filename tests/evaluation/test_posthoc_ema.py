@@ -57,7 +57,9 @@ def test_a_runs_snapshots_are_swept_over_lengths(
     assert spec.provenance["ema_length"] == 0.1
     for length in ("0.05", "0.1"):
         model, spec = load_model(output / f"ema-{length}")
-        alone = held_out_bits(model, spec, held_out, choose(held_out.rows, 4, 0, Choice.BOUND), terms=4).bits_per_dim
+        alone = held_out_bits(
+            model, spec, held_out, choose(held_out.rows, 4, 0, Choice.BOUND), terms=4
+        ).bits_per_dim
         assert metrics[f"bits_per_dim_ema_{length}"] == pytest.approx(alone, rel=1e-5)
     assert metrics["bits_per_dim_ema_0.05"] != pytest.approx(metrics["bits_per_dim_ema_0.1"], rel=1e-6)
 

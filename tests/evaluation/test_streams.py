@@ -4,7 +4,6 @@ import ast
 import re
 import sys
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from pipeline.generation.sampler import sample_labels
 from pipeline.models.export import save_model
 from pipeline.models.sampling import preview
 from pipeline.pictures import make
-from pipeline.rng import Choice, Purpose, normal, uniform
+from pipeline.rng import Choice, Purpose, normal
 from tests.evaluation.common import small_model, write_samples
 from tests.training.runs import undisturbed
 
@@ -112,7 +111,9 @@ def test_each_purpose_is_drawn_in_one_module_and_no_generator_stands_beside() ->
         "np.random.Generator": {"data/order.py"},
         "np.random.Philox": {"data/order.py"},
         "torch.random.fork_rng": {"evaluation/classifier.py", "training/state.py"},
-        "random.choice": {"generation/verify.py"},  # which files are looked at is anybody's guess, and meant so
+        "random.choice": {
+            "generation/verify.py"
+        },  # which files are looked at is anybody's guess, and meant so
         "random.random": {"generation/verify.py"},
         "torch.manual_seed": {"evaluation/classifier.py", "training/state.py", "training/step.py"},
     }

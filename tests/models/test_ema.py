@@ -63,7 +63,9 @@ def test_another_length_is_reconstructed_from_snapshots() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4, 8, 16])
-@pytest.mark.parametrize(("lengths", "wanted"), [((0.1,), 0.03), ((0.1,), 0.2), ((0.05, 0.1), 0.03), ((0.05, 0.1), 0.2)])
+@pytest.mark.parametrize(
+    ("lengths", "wanted"), [((0.1,), 0.03), ((0.1,), 0.2), ((0.05, 0.1), 0.03), ((0.05, 0.1), 0.2)]
+)
 def test_few_snapshots_give_the_average_that_was_tracked_beside_them(
     lengths: tuple[float, ...], wanted: float, count: int
 ) -> None:
