@@ -81,6 +81,8 @@ def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
         "variance_type": _VARIANCE[spec.diffusion.variance],
         "clip_sample": True,
         "prediction_type": "epsilon",
+        # Fewer steps than T begin at the last one, as ours do.
+        "timestep_spacing": "trailing",
     }
 
 

@@ -53,6 +53,9 @@ def preview(
 ) -> Tensor:
     """Draws the samples numbered `first` to `first + count` with DDIM: quick, and good enough to look at.
 
+    With DDIM's full noise (eta 1): without it a cosine schedule's first steps saturate the images of a model that is
+    not trained long, which would be taken for the model's fault.
+
     Args:
         steps: model evaluations a sample; T where that is fewer.
         classes: the class of sample i is i modulo so many; 0 = all of a class-conditional model's.
@@ -66,6 +69,7 @@ def preview(
         spec,
         ids,
         sampler="ddim",
+        eta=1.0,
         sampling_steps=min(steps, spec.diffusion.timesteps),
         labels=ids % (classes or len(spec.image.classes)) if spec.model.class_conditional else None,
         seed=seed,

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
+from pipeline.diffusion.process import make_process
+from pipeline.diffusion.samplers import sample
 from pipeline.errors import InputError
 from pipeline.models.diffusers import export_diffusers, unet_config
 from pipeline.models.unet import UNet, Upsample, build, check_model
@@ -119,6 +121,24 @@ def test_diffusers_pipeline_samples_from_the_export(tmp_path: Path) -> None:
     images = pipeline(batch_size=2, num_inference_steps=10, output_type="np").images
     assert images.shape == (2, 8, 8, 3)
     assert torch.allclose(pipeline.scheduler.betas.double(), _betas(spec), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 100])
+def test_diffusers_ddim_pipeline_gives_our_images_from_the_export(steps: int, tmp_path: Path) -> None:
+    spec = ModelSpec(SMALL, ImageConfig(8, 3), DiffusionConfig(schedule="cosine", timesteps=100))
+    model = randomised(spec)
+    export_diffusers(model, spec, tmp_path)
+    pipeline = DDIMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        4, torch.Generator().manual_seed(5), num_inference_steps=steps, use_clipped_model_output=True,
+        output_type="np",
+    ).images  # fmt: skip
+    x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    ours = sample(make_process(spec.diffusion), model, x_T, lambda step: x_T, "ddim", steps)
+    ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+    # diffusers keeps alpha_bar in float32, ours is float64.
+    torch.testing.assert_close(ours, torch.from_numpy(theirs), atol=1e-3, rtol=0)
 
 
 def _betas(spec: ModelSpec) -> torch.Tensor:
