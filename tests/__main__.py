@@ -1,15 +1,21 @@
 """Every test but the soak tests, in two processes at once, of about equal length.
 
-`python -m tests` shows what the first prints as it comes, and what the second printed when both have ended.
+`python -m tests` shows what the first prints as it comes, and what the second printed when both have ended. Where they
+take far too long, or somebody ends them, it shows where each stands before it ends them itself.
 """
 
 import contextlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
 PYTEST = [sys.executable, "-m", "pytest"]
+MOST_SECONDS = 70 * 60
+SECONDS_TO_CLEAR_UP = 60
 
 
 def with_system_tests() -> list[str]:
@@ -20,18 +26,45 @@ def with_system_tests() -> list[str]:
 
 def run() -> int:
     """The exit code: the larger of the two."""
+    signal.signal(signal.SIGTERM, _terminated)
     with tempfile.TemporaryFile() as log:
         first = subprocess.Popen([*PYTEST, "-m", "system and not served and not soak", *with_system_tests()])
         rest = ["-m", "(not system or served) and not soak", "-p", "no:cacheprovider"]
         second = subprocess.Popen([*PYTEST, *rest], stdout=log, stderr=log)
-        started = (first, second)
-        for process in (*started, *started):
-            with contextlib.suppress(KeyboardInterrupt):  # which they got as well: they clear up and end
-                process.wait()
-        log.seek(0)
-        sys.stdout.buffer.write(log.read())
-        sys.stdout.flush()
-        return max(abs(process.wait()) for process in started)
+        started, deadline = (first, second), time.monotonic() + MOST_SECONDS
+        try:
+            for process in started:
+                process.wait(deadline - time.monotonic())
+        except (subprocess.TimeoutExpired, TimeoutError, KeyboardInterrupt) as why:
+            _end(started, ask=not isinstance(why, KeyboardInterrupt))  # which they got as well
+            _show(log)
+            print(f"tests: ended before they were done (at most {MOST_SECONDS} s)", file=sys.stderr)
+            return 1
+        _show(log)
+        return max(abs(process.returncode) for process in started)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise TimeoutError
+
+
+def _end(started: tuple[subprocess.Popen[bytes], ...], ask: bool) -> None:
+    """Each says what all its threads do (tests/conftest.py), and ends what it has started."""
+    for process in started:
+        if ask and process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+    for process in started:
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(SECONDS_TO_CLEAR_UP)
+        process.kill()
+
+
+def _show(log: IO[bytes]) -> None:
+    log.seek(0)
+    sys.stdout.buffer.write(log.read())
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ The order of the tests makes it cheap: those without any cluster first, then tho
 then those that start clusters and jobs of their own.
 """
 
+import faulthandler
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,6 +34,11 @@ os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 # Without a GPU Triton's kernels are interpreted (tests/gpu); Triton looks at this when it is imported.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure() -> None:
+    """SIGUSR1 shows what every thread does, past what captures the output: see tests/__main__.py."""
+    faulthandler.register(signal.SIGUSR1, os.fdopen(os.dup(2), "w"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
