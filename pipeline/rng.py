@@ -40,9 +40,8 @@ class Purpose(IntEnum):
     IMAGES = 10
     CLASSIFIER_BATCH = 11
     KERNEL_SUBSETS = 12
-    PICTURE = 13
-    DROPOUT = 14
-    CLASSIFIER_WEIGHTS = 15
+    DROPOUT = 13
+    CLASSIFIER_WEIGHTS = 14
 
 
 class Choice(IntEnum):

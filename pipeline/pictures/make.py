@@ -1,5 +1,8 @@
 """What to draw: from a model and its data to the arrays that draw.py puts on paper."""
 
+import contextlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.diffusion.losses import vlb_term
 from pipeline.diffusion.process import make_process, q_sample, snr
 from pipeline.diffusion.samplers import sample
+from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.models.sampling import from_pixels, preview, to_pixels
 from pipeline.models.unet import UNet
@@ -100,7 +104,7 @@ def bound_terms(
     terms = []
     for step in steps:
         t = torch.full((len(ids),), step - 1)
-        x_t = q_sample(process, x_0, t, normal(seed, step - 1, ids, Purpose.PICTURE, tuple(x_0.shape[1:])))
+        x_t = q_sample(process, x_0, t, normal(seed, step - 1, ids, Purpose.BOUND, tuple(x_0.shape[1:])))
         with torch.inference_mode():
             terms.append(vlb_term(process, model(x_t, t, labels), x_0, x_t, t, clip=True).mean().item())
     draw.save_bound_terms(np.array(terms), path, np.array(steps))
@@ -112,9 +116,19 @@ def nearest_neighbours(
 ) -> Path:
     """Samples above the training images closest to them in pixels: copies would show."""
     images = preview(model, spec, count, seed=seed)
-    real, _ = real_images(index, spec, 10_000)
-    distance = torch.cdist(images.flatten(1).float(), real.flatten(1).float())
-    draw.save_nearest(as_pixels(images), as_pixels(real[distance.argmin(1)]), path)
+    flat = images.flatten(1).float()
+    nearest, least = images.clone(), torch.full((count,), math.inf)
+    with Display("nearest", index.rows, "images") as display:
+        seen = 0
+        for real, _ in _chunks(index, spec):
+            distance, found = torch.cdist(flat, real.flatten(1).float()).min(1)
+            nearer = distance < least
+            nearest[nearer], least[nearer] = real[found[nearer]], distance[nearer]
+            seen += len(real)
+            display.update(seen, "")
+    if not seen:
+        raise _none_can_be_decoded(index)
+    draw.save_nearest(as_pixels(images), as_pixels(nearest), path)
     return path
 
 
@@ -128,24 +142,36 @@ def real_images(index: DatasetIndex, spec: ModelSpec, count: int) -> tuple[Tenso
     Raises:
         InputError: none can be decoded.
     """
+    chunks, held = list[tuple[Tensor, Tensor]](), 0
+    for chunk in _chunks(index, spec):
+        chunks.append(chunk)
+        held += len(chunk[0])
+        if held >= count:
+            break
+    if not chunks:
+        raise _none_can_be_decoded(index)
+    images, labels = (torch.cat(parts)[:count] for parts in zip(*chunks, strict=True))
+    return images, labels if spec.model.class_conditional else None
+
+
+def _chunks(index: DatasetIndex, spec: ModelSpec) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images that can be decoded, some at a time, and their labels: see `real_images`."""
     numbers = {name: number for number, name in enumerate(spec.image.classes)}
     known = {label: numbers.get(name, len(numbers)) for label, name in enumerate(index.image.classes)}
-    images, labels = list[np.ndarray](), list[int]()
-    spans = ((g, n) for g in index.groups for n in range(0, g.rows, ROWS_AT_A_TIME))
-    for group, start in spans:
-        if len(images) >= count:
-            break
-        table = read_rows(group, np.arange(start, min(start + ROWS_AT_A_TIME, group.rows)))
-        for data, label in zip(table["bytes"].to_pylist(), table["label"].to_pylist(), strict=True):
-            try:
-                images.append(decode(data, spec.image.size, spec.image.channels))
-            except DecodeError:
-                continue
-            labels.append(known.get(label, len(numbers)))
-    if not images:
-        raise InputError(f"--data {index.uri}: none of the images in its {index.split} can be decoded")
-    pixels = torch.from_numpy(np.stack(images[:count])).permute(0, 3, 1, 2)
-    return pixels, torch.tensor(labels[:count]) if spec.model.class_conditional else None
+    for group in index.groups:
+        for start in range(0, group.rows, ROWS_AT_A_TIME):
+            table = read_rows(group, np.arange(start, min(start + ROWS_AT_A_TIME, group.rows)))
+            images, labels = list[np.ndarray](), list[int]()
+            for data, label in zip(table["bytes"].to_pylist(), table["label"].to_pylist(), strict=True):
+                with contextlib.suppress(DecodeError):
+                    images.append(decode(data, spec.image.size, spec.image.channels))
+                    labels.append(known.get(label, len(numbers)))
+            if images:
+                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def _none_can_be_decoded(index: DatasetIndex) -> InputError:
+    return InputError(f"--data {index.uri}: none of the images in its {index.split} can be decoded")
 
 
 def as_pixels(images: Tensor) -> np.ndarray:

@@ -27,7 +27,9 @@ class ExportedModel(mlflow.pyfunc.PythonModel):
         # Without type hints: MLflow takes them for a schema of the input.
         from pipeline import sample_images
 
-        options = {"sampler": "ddim", "eta": 1.0, "sampling_steps": 50, "seed": 0, "guidance": 1.0} | (params or {})
+        options = {"sampler": "ddim", "eta": 1.0, "sampling_steps": 50, "seed": 0, "guidance": 1.0} | (
+            params or {}
+        )
         rows = len(model_input)
         labels = (
             torch.as_tensor(np.asarray(model_input["label"], np.int64)) if "label" in model_input else None

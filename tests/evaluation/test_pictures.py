@@ -12,9 +12,10 @@ from scipy.spatial.distance import cdist
 from pipeline.data.index import DatasetIndex
 from pipeline.diffusion.process import make_process
 from pipeline.evaluation.bits import held_out_bits
-from pipeline.models.sampling import sample_images
+from pipeline.evaluation.reading import open_samples
+from pipeline.models.sampling import preview, sample_images
 from pipeline.pictures import draw, make
-from tests.evaluation.common import small_model
+from tests.evaluation.common import DIGITS, small_model, write_samples
 
 
 @pytest.fixture
@@ -86,3 +87,15 @@ def test_beside_each_sample_is_the_training_image_nearest_to_it(
     distance = cdist(samples.reshape(16, -1), real)
     found = np.linalg.norm(samples.reshape(16, -1).astype(float) - nearest.reshape(16, -1), axis=1)
     np.testing.assert_allclose(found, distance.min(axis=1), rtol=1e-6)
+
+
+def test_a_copy_of_the_last_of_many_training_images_is_found(
+    tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    model, spec = small_model()
+    copy = make.as_pixels(preview(model, spec, 3))[2]
+    others = np.random.default_rng(0).integers(0, 256, (10_100, 8, 8, 1), dtype=np.uint8)
+    folder = write_samples(tmp_path / "data", np.concatenate([others, copy[None]]), None)
+    make.nearest_neighbours(model, spec, open_samples(str(folder), DIGITS), tmp_path / "out.png", count=3)
+    _, nearest, _ = drawn["save_nearest"]
+    np.testing.assert_array_equal(nearest[2], copy)

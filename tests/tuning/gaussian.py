@@ -84,7 +84,7 @@ def measured_bound(diffusion: DiffusionConfig, images: int = IMAGES, seed: int =
     """Bits/dim of each of some images, by the pipeline's losses, with the best model in the network's place."""
     process = make_process(diffusion)
     ids = torch.arange(images)
-    x = MEAN + STD * normal(seed, 2**20, ids, Purpose.PICTURE, PIXELS).double()
+    x = MEAN + STD * normal(seed, 2**20, ids, Purpose.NOISE, PIXELS).double()
     x_0 = ((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
 
     def model(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
