@@ -10,7 +10,7 @@ from pipeline.errors import InputError
 
 VERSIONS = {
     "order": 3,  # which samples form global batch k
-    "noise": 1,  # which random numbers a sample gets
+    "noise": 2,  # which random numbers a sample gets
     "kernels": 3,  # how the network's arithmetic is done, to the bit
     "format": 2,  # how files are laid out
 }

@@ -28,8 +28,8 @@ def run() -> int:
     """The exit code: the larger of the two."""
     signal.signal(signal.SIGTERM, _terminated)
     with tempfile.TemporaryFile() as log:
-        first = subprocess.Popen([*PYTEST, "-m", "system and not served and not soak", *with_system_tests()])
-        rest = ["-m", "(not system or served) and not soak", "-p", "no:cacheprovider"]
+        first = subprocess.Popen([*PYTEST, "-m", "system and not soak", *with_system_tests()])
+        rest = ["-m", "not system and not soak", "-p", "no:cacheprovider"]
         second = subprocess.Popen([*PYTEST, *rest], stdout=log, stderr=log)
         started, deadline = (first, second), time.monotonic() + MOST_SECONDS
         try:

@@ -56,6 +56,7 @@ def describe(
         "versions": VERSIONS,
         "code": {"ray-ddpm": __version__, "commit": _commit(), "torch": torch.__version__},
         **about,
+        "arithmetic": sorted({record.arithmetic for record in whole.values()} - {""}),
         "trained_on": spec.provenance,
         "count": sum(record.rows for record in whole.values()),
         "blank": sum(record.blank for record in whole.values()),

@@ -48,6 +48,8 @@ class GenerateConfig:
     """One GPU for each actor."""
     precision: Precision = "fp32"
     """Arithmetic of the network; auto = bf16 on GPU."""
+    mixed_arithmetic: bool = False
+    """Let CPUs and GPUs of several kinds make one dataset: each rounds otherwise, so some pixels differ a little."""
     compile: bool = False
     """Run the network through torch.compile (needs a C++ compiler where the actors run)."""
     format: Format = "parquet"

@@ -9,7 +9,7 @@ from pipeline import storage
 from pipeline.cluster.pool import MOST_BLOCKS, ActorPool, Pool
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.generation import ledger
+from pipeline.generation import arithmetic, ledger
 from pipeline.generation.card import describe
 from pipeline.generation.chunks import Chunk, gaps, tasks
 from pipeline.generation.config import GenerateConfig, check, identity
@@ -63,6 +63,8 @@ def generate(
             whole = ledger.finished(output, config.format, setup.settings)
             if config.verify:
                 return _result(config, whole, verify(setup, whole, pool))
+            if not whole:
+                arithmetic.forget(output)
             metrics = _make(setup, whole, pool)
             whole = ledger.finished(output, config.format, setup.settings)
             _finish(config, output, whole)

@@ -38,6 +38,7 @@ class ChunkRecord(NamedTuple):
         blank: images of one colour.
         nonfinite: images in which the sampler's numbers were not finite.
         settings: digest of the settings it was made with.
+        arithmetic: what it was computed by; "" where it was made before that was written down.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class ChunkRecord(NamedTuple):
     blank: int
     nonfinite: int
     settings: str
+    arithmetic: str = ""
 
 
 def digest(wanted: dict[str, Any]) -> str:

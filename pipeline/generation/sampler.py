@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.config import ModelSpec
 from pipeline.data.images import encode_png
 from pipeline.errors import InputError
-from pipeline.generation import ledger, writers
+from pipeline.generation import arithmetic, ledger, writers
 from pipeline.generation.chunks import Chunk, batches, cut_into_chunks
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
@@ -65,9 +65,11 @@ class Renderer:
         # One thread, whatever the number of actors and the machine: sums come out the same.
         torch.set_num_threads(1)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.config, self.device = setup.config, torch.device(device)
         if self.config.gpu and self.config.bf16 and not torch.cuda.is_bf16_supported():
             raise InputError("--precision bf16: this GPU does not compute in bfloat16, use fp32")
+        self.arithmetic = arithmetic.arithmetic(self.device, self.config.bf16)
         network, self.spec = load_model(setup.model)
         self.model: Any = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.compile:
@@ -148,8 +150,17 @@ class SampleWork:
     setup: Setup
 
     def start(self, device: str) -> Callable[[Chunk], Made]:
-        """Loads the model; raises InputError as `Renderer`, and where the output can't be written."""
-        return partial(_make_span, self.setup, Renderer(self.setup, device))
+        """Loads the model.
+
+        Raises:
+            InputError: as `Renderer` and `arithmetic.claim`; the output can't be written.
+        """
+        renderer, output = Renderer(self.setup, device), self.setup.output
+        try:
+            arithmetic.claim(output, renderer.arithmetic, self.setup.config.mixed_arithmetic)
+        except OSError as error:
+            raise InputError(unwritable(output, error)) from None
+        return partial(_make_span, self.setup, renderer)
 
 
 def _make_span(setup: Setup, renderer: Renderer, span: Chunk) -> Made:
@@ -179,7 +190,9 @@ def _make(setup: Setup, renderer: Renderer, chunk: Chunk) -> ChunkRecord:
     blank = int(((flat.amin(1) == flat.amax(1)) & samples.finite).sum())
     nonfinite = int((~samples.finite).sum())
     rows = chunk.stop - chunk.start
-    record = ChunkRecord(rows, length, digest.hexdigest(), blank, nonfinite, setup.settings)
+    record = ChunkRecord(
+        rows, length, digest.hexdigest(), blank, nonfinite, setup.settings, renderer.arithmetic
+    )
     ledger.write_record(setup.output, chunk, setup.config.format, record)
     return record
 

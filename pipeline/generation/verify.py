@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.cluster.pool import Pool
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.generation import ledger
+from pipeline.generation import arithmetic, ledger
 from pipeline.generation.chunks import Chunk, file_name, gaps
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
@@ -19,7 +19,7 @@ from pipeline.generation.sampler import Renderer, Setup
 from pipeline.generation.writers import SUFFIX
 
 NAMED = 5
-DAMAGED, DIFFERENT = "damaged", "sound, but made again with other bytes"
+DAMAGED, DIFFERENT = "damaged", "intact, but regenerating it gave different bytes"
 
 
 def verify(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str, float]:
@@ -83,8 +83,10 @@ class VerifyWork:
     setup: Setup
 
     def start(self, device: str) -> Callable[[Sealed], tuple[Chunk, str]]:
-        """Loads the model; raises InputError as `Renderer`."""
-        return partial(_check, self.setup.output, Renderer(self.setup, device))
+        """Loads the model; raises InputError as `Renderer` and `arithmetic.check`."""
+        renderer, output = Renderer(self.setup, device), self.setup.output
+        arithmetic.check(output, renderer.arithmetic, self.setup.config.mixed_arithmetic)
+        return partial(_check, output, renderer)
 
 
 def _check(output: str, renderer: Renderer, task: Sealed) -> tuple[Chunk, str]:

@@ -24,10 +24,11 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 
 def prepare_device(config: TrainConfig, device: torch.device) -> None:
-    """TF32 on a GPU, and the fastest convolutions; on a CPU as many threads as the worker has reserved."""
+    """TF32 on a GPU beside bf16, and the fastest convolutions; on a CPU as many threads as the worker has reserved."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        # Who asks for fp32 gets no rounder products.
+        rounder = uses_bf16(config, device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounder
         torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
     else:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))

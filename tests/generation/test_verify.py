@@ -72,7 +72,7 @@ def test_samples_that_do_not_come_out_again_are_named(model: Path, whole: Path, 
     place.write_bytes(data)
     content = note.read_text().replace(true, digests(other)[place.name])
     note.write_text(content.replace(f'"bytes": {size}', f'"bytes": {len(data)}'))
-    with pytest.raises(InputError, match=f"1 sound, but made again with other bytes: {place.name}"):
+    with pytest.raises(InputError, match=f"1 intact, but regenerating it gave different bytes: {place.name}"):
         make(config(other, verify=True, verify_share=1.0), model)
 
 

@@ -1,0 +1,58 @@
+"""Datasets that jobs/generate.py wrote, as their manifest says: its files, all of them and no others."""
+
+import json
+from typing import Any
+
+from pipeline import storage
+from pipeline.data.manifest import MANIFEST, SAMPLES, SAMPLES_FORMAT
+from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
+from pipeline.data.sources.tree import is_hidden
+from pipeline.errors import InputError
+
+_PNG, _UNFINISHED = ".png", ".partial"
+
+
+def read_manifest(uri: str, flag: str) -> dict[str, Any] | None:
+    """The manifest of a generated dataset; None where the folder is none.
+
+    Args:
+        flag: the one that names the folder, for errors.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    try:
+        manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        return dict(manifest) if manifest["format"] == SAMPLES_FORMAT else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{flag} {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
+
+
+def files_of(uri: str, manifest: dict[str, Any], flag: str) -> list[str]:
+    """URIs of the files of samples, in order; of a set of single PNGs, which the manifest does not name, none.
+
+    Raises:
+        InputError: a file is lost, cut short, or there beside those of the manifest.
+    """
+    again = f"run jobs/generate.py with its command again, or let it end: {flag} {uri}"
+    folder = storage.join(uri, SAMPLES)
+    sizes = {file[len(folder) :].lstrip("/"): size for file, size in storage.sizes(folder).items()}
+    if manifest["settings"].get("format") == "png":
+        found = sum(name.endswith(_PNG) for name in sizes)
+        if found != manifest["count"]:
+            raise InputError(f"{again} holds {found} images, its {MANIFEST} says {manifest['count']}")
+        return []
+    named = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
+    for name, length in named.items():
+        if sizes.get(name) != length:
+            state = "cut short or changed" if name in sizes else "lost"
+            raise InputError(f"{again}: {SAMPLES}/{name} is {state}")
+    listed = {*named, IMAGE_FOLDER_TABLE}
+    strange = {
+        name for name in sizes.keys() - listed if not is_hidden(name) and not name.endswith(_UNFINISHED)
+    }
+    if strange:
+        raise InputError(f"{again} holds {SAMPLES}/{min(strange)}, which its {MANIFEST} does not name")
+    return [storage.join(folder, name) for name in named]
