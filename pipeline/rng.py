@@ -51,6 +51,7 @@ class Choice(IntEnum):
     CLASSIFIER = 1
     CLASSIFIER_TEST = 2
     FEATURES = 3
+    CODES = 4
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Sequence[int]) -> tuple[Tensor, ...]:

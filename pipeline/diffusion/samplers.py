@@ -83,6 +83,7 @@ def sample(
     guidance: float = 1.0,
     null_label: int | None = None,
     clip: bool = True,
+    least_alpha_bar: float = 0.0,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images from the noise x_T, one model call a step.
@@ -98,14 +99,17 @@ def sample(
             are computed as one doubled batch; a learned variance is that of the conditional half.
         null_label: the label that stands for no label; needed for guidance.
         clip: limit the predicted x_0 to [-1, 1] at each step.
+        least_alpha_bar: the first step is the last one whose alpha_bar is at least that; 0 = that of T. What lies
+            beyond it is next to noise alone, and a small error of epsilon there is a large one of x_0: without it
+            solvers without noise start a cosine schedule where alpha_bar is 2e-9 (Lu et al. 2022, appendix D.1).
         on_step: called with (step, x) after each step.
 
     Returns:
         x_0, of x_T's shape and dtype.
 
     Raises:
-        InputError: `steps` is outside 1 to T, `eta` outside 0 to 1, an unknown sampler, or guidance without
-            labels.
+        InputError: `steps` is outside 1 to T (to the first step, where that is another), `eta` outside 0 to 1, an
+            unknown sampler, no step of such an alpha_bar, or guidance without labels.
     """
     if sampler not in ("ancestral", "ddim", "dpm_solver"):
         raise InputError(f"sampler: {sampler!r} is not one of ancestral, ddim, dpm_solver")
@@ -113,7 +117,10 @@ def sample(
         raise InputError(f"eta: {eta} is outside 0 to 1")
     if guidance != 1 and (labels is None or null_label is None):
         raise InputError("guidance: needs labels and a class-conditional model; leave it at 1")
-    process = respace(process, spaced_timesteps(len(process), steps)).to(x_T.device)
+    usable = int((process.alpha_bar >= least_alpha_bar).sum())
+    if not usable:
+        raise InputError(f"least alpha_bar: {least_alpha_bar:g} is more than that of every step")
+    process = respace(process, spaced_timesteps(usable, steps)).to(x_T.device)
     x, previous_x_0 = x_T, None
     for step, index in enumerate(reversed(range(steps))):
         t = torch.full((x.shape[0],), index, device=x.device)

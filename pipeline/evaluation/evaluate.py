@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,12 @@ from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool
 from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex, Splits, open_splits
-from pipeline.errors import InputError
+from pipeline.diffusion.process import make_process
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
-from pipeline.evaluation.classifier import check_labels, save_classifier, train_classifier
+from pipeline.evaluation.codes import MOST_BYTES, trivial_codes
+from pipeline.evaluation.compare import measure_quality, open_compared
 from pipeline.evaluation.config import EvaluateConfig, Metric, check
-from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
-from pipeline.evaluation.frechet import frechet_distance
-from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
-from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
-from pipeline.evaluation.reading import open_samples
+from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import choose
 from pipeline.models.export import Packed, load_model, model_fingerprint, save_model
 from pipeline.models.snapshots import posthoc_ema
@@ -58,16 +55,18 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
     wanted = ("all",) if "test" in (config.split, config.reference_split) else ()
     splits = open_splits(config.data, loaded[1].image.size if loaded else 0, config.reading, wanted)
     held_out = splits[config.split]
-    # All that may be wrong with the samples is looked at before anything is measured.
     model = model_fingerprint(model_folder) if model_folder else ""
     compared = (
-        _open_compared(config, splits, model) if set(config.metrics) - {"bits"} and config.samples else None
+        open_compared(config, splits, model) if set(config.metrics) - {"bits"} and config.samples else None
     )
     metrics: dict[str, float] = {}
     if loaded and "bits" in config.metrics:
         metrics |= _bits(config, *loaded, held_out, pool)
+        codes = _codes(config, splits)
+        metrics |= {f"bits_per_dim_{name}": value for name, value in codes.items()}
+        print(_in_words(metrics, codes), file=sys.stderr)
     if compared:
-        metrics |= _quality(config, compared, pool)
+        metrics |= measure_quality(config, compared, pool)
     _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
 
@@ -99,117 +98,55 @@ def _bits(
         if config.output:
             about = replace(spec, provenance=spec.provenance | {"ema_length": length})
             save_model(storage.join(config.output, f"ema-{length:g}"), weights, about)
-    return sweep | {
-        "bits_per_dim": bits.bits_per_dim,
-        "bits_per_dim_stderr": bits.stderr,
-        "bits_per_dim_terms_stderr": bits.terms_stderr,
-        "bits_per_dim_images": bits.images,
-        "L_T": bits.prior,
-        "L_0": bits.decoder,
-    }
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """What is compared, opened and found fit for it.
-
-    Attributes:
-        extractor: None = the classifier, which is yet to be trained.
-        about: figures of the extractor.
-    """
-
-    reference: DatasetIndex
-    samples: DatasetIndex
-    held_out: DatasetIndex
-    extractor: Extractor | None
-    about: dict[str, float]
-
-    @property
-    def sets(self) -> list[DatasetIndex]:
-        """The held-out images stand last, where they are not themselves the reference."""
-        one = self.reference.split == self.held_out.split
-        return [self.reference, self.samples] + [self.held_out] * (not one)
-
-
-def _open_compared(config: EvaluateConfig, splits: Splits, model: str) -> _Compared:
-    held_out, reference = splits[config.split], splits[config.reference_split]
-    samples = open_samples(config.samples, reference.image, model)
-    extractor, about = None, dict[str, float]()
-    if config.features == "classifier":
-        check_labels(reference)
-    else:
-        extractor, about = open_extractor(config.features, reference.image)
-    compared = _Compared(reference, samples, held_out, extractor, about)
-    _check_counts(config, compared.sets)
-    return compared
-
-
-def _quality(config: EvaluateConfig, compared: _Compared, pool: Pool) -> dict[str, float]:
-    extractor, metrics = compared.extractor, dict(compared.about)
-    if extractor is None:
-        net, accuracy = train_classifier(
-            compared.reference, compared.held_out, seed=config.seed, steps=config.classifier_steps, pool=pool
-        )
-        extractor, metrics = ClassifierExtractor(net), {"classifier_accuracy": accuracy}
-        if config.output:
-            folder = storage.join(config.output, "classifier")
-            save_classifier(folder, net, compared.reference.image, accuracy)
-    real, fake, *others = measure(
-        compared.sets, extractor, keep=config.max_features, seed=config.seed, pool=pool
-    )
-    metrics |= {"samples": compared.samples.rows} | _compare(config, real, fake)
-    for other in others:
-        yardstick = _compare(config, real, other)
-        metrics |= {"samples_real": compared.held_out.rows} | {
-            f"{name}_real": value for name, value in yardstick.items()
+    return (
+        sweep
+        | {
+            "bits_per_dim": bits.bits_per_dim,
+            "bits_per_dim_stderr": bits.stderr,
+            "bits_per_dim_terms_stderr": bits.terms_stderr,
+            "bits_per_dim_images": bits.images,
+            "L_T": bits.prior,
+            "L_0": bits.decoder,
         }
-    return metrics
+        | _shares(bits, spec)
+    )
 
 
-def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
-    """Before the work, not after it."""
-    least = {
-        "frechet": 2,
-        "kernel": LEAST_IMAGES,
-        "precision_recall": config.precision_recall_neighbours + 1,
-        "knn": config.knn_neighbours,
-    }
-    for index in sets:
-        rows = min(index.rows, config.max_features or index.rows)
-        for metric in config.metrics:
-            if rows < least.get(metric, 0):
-                raise InputError(
-                    f"--metrics {metric} needs at least {least[metric]} images a side, the {index.split} of "
-                    f"{index.uri} give {rows}: give more, or leave it out"
-                )
+def _shares(bits: BitsPerDim, spec: ModelSpec) -> dict[str, float]:
+    """L_1 to L_{T-1}, where each was measured: those before noise is as strong as the image, and those from there on."""
+    if not bits.terms:
+        return {}
+    low = int((make_process(spec.diffusion).alpha_bar > 0.5).sum())
+    return {"L_low_noise": sum(bits.terms[1:low]), "L_high_noise": sum(bits.terms[max(1, low) :])}
 
 
-def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:
-    """The figures by name; `*_images`: how many of `fake` a figure covers, where that may not be all."""
-    metrics: dict[str, float] = {}
-    if "frechet" in config.metrics:
-        metrics["frechet_distance"] = frechet_distance(real.moments, fake.moments)
-    if "kernel" in config.metrics:
-        found = kernel_distance(
-            real.features, fake.features, subset_size=config.kernel_subset_size, seed=config.seed
-        )
-        metrics["kernel_distance"], metrics["kernel_distance_stderr"], metrics["kernel_distance_images"] = (
-            found
-        )
-    if "precision_recall" in config.metrics:
-        metrics["precision"], metrics["recall"] = precision_recall(
-            real.features, fake.features, config.precision_recall_neighbours
-        )
-        metrics["precision_recall_images"] = len(fake.features)
-    if "knn" in config.metrics:
-        if min(real.labels.min(), fake.labels.min()) >= 0:
-            metrics["knn_label_accuracy"] = knn_label_accuracy(
-                real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
-            )
-            metrics["knn_label_accuracy_images"] = len(fake.labels)
-        else:
-            print("evaluate: --metrics knn is left out: not all images have a label", file=sys.stderr)
-    return metrics
+def _codes(config: EvaluateConfig, splits: Splits) -> dict[str, float]:
+    """What the images that the bound is measured on cost by `trivial_codes`."""
+    held_out, reference = (
+        splits[config.split],
+        splits.indexes.get(config.reference_split, splits[config.split]),
+    )
+    most = max(1, MOST_BYTES // (held_out.image.size**2 * held_out.image.channels))
+    ids = choose(reference.rows, min(config.max_features or most, most), config.seed, Choice.CODES)
+    measured = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
+    train, images = (
+        read_images(index, some)[0].permute(0, 2, 3, 1).numpy()
+        for index, some in ((reference, ids), (held_out, measured[:most]))
+    )
+    return trivial_codes(train, images)
+
+
+def _in_words(metrics: dict[str, float], codes: dict[str, float]) -> str:
+    parts = ", ".join(
+        f"{name} {metrics[name]:.3f}"
+        for name in ("L_0", "L_low_noise", "L_high_noise", "L_T")
+        if name in metrics
+    )
+    others = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in codes.items())
+    return (
+        f"evaluate: {metrics['bits_per_dim']:.3f} bits/dim ({parts}); "
+        f"the same images by codes without a network: {others}"
+    )
 
 
 def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:

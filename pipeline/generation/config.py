@@ -30,6 +30,8 @@ class GenerateConfig:
     """Steps of the sampler; 0 = the model's T."""
     eta: Share = 0.0
     """Noise of DDIM: 0 deterministic, 1 as ancestral."""
+    least_alpha_bar: Share = 0.0
+    """alpha_bar of the first step is at least that, for ddim and dpm_solver on a cosine schedule; 0 = start at T."""
     guidance: Finite = 1.0
     """Classifier-free guidance; 1 = none (class-conditional models only)."""
     labels: tuple[Natural, ...] = ()
@@ -73,6 +75,8 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     Raises:
         InputError: in one line, what to change.
     """
+    from pipeline.diffusion.process import make_process  # torch, which parsing flags does without
+
     check_ranges(config)
     if config.rows_per_file % config.batch_size:
         raise InputError(
@@ -81,6 +85,12 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     T = spec.diffusion.timesteps
     if config.sampling_steps > T:
         raise InputError(f"--sampling-steps {config.sampling_steps} is outside 1 to the model's T = {T}")
+    usable = int((make_process(spec.diffusion).alpha_bar >= config.least_alpha_bar).sum())
+    if usable < max(1, config.sampling_steps):
+        raise InputError(
+            f"--least-alpha-bar {config.least_alpha_bar:g} leaves {usable} of the model's {T} steps, fewer than "
+            "--sampling-steps: lower it"
+        )
     _check_actors(config)
     _check_labels(config, spec)
 
@@ -118,6 +128,7 @@ def identity(config: GenerateConfig, spec: ModelSpec, fingerprint: str) -> dict[
         "sampler": config.sampler,
         "sampling_steps": config.sampling_steps or spec.diffusion.timesteps,
         "eta": config.eta,
+        "least_alpha_bar": config.least_alpha_bar,
         "guidance": config.guidance,
         "labels": list(config.labels),
         "label_weights": list(config.label_weights),

@@ -102,6 +102,7 @@ class Renderer:
                 sampler=config.sampler,
                 sampling_steps=config.sampling_steps,
                 eta=config.eta,
+                least_alpha_bar=config.least_alpha_bar,
                 guidance=config.guidance,
                 labels=labels,
                 seed=config.seed,

@@ -22,6 +22,7 @@ class SamplerSettings(TypedDict, total=False):
         guidance: 1 = none.
         labels: class of each sample, int64 [N]; None = unconditional.
         seed: any integer.
+        least_alpha_bar: of the first step; see `samplers.sample`.
     """
 
     sampler: SamplerName
@@ -30,6 +31,7 @@ class SamplerSettings(TypedDict, total=False):
     guidance: float
     labels: Tensor | None
     seed: int
+    least_alpha_bar: float
 
 
 def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack[SamplerSettings]) -> Tensor:
@@ -80,18 +82,20 @@ def preview(
 def sample_floats(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack[SamplerSettings]) -> Tensor:
     """As `sample_images`, but x_0 as the sampler leaves it: float32, in [-1, 1] and a little beyond."""
     image, seed = spec.image, settings.get("seed", 0)
-    shape = (image.channels, image.size, image.size)
+    shape, process = (image.channels, image.size, image.size), make_process(spec.diffusion)
+    least = settings.get("least_alpha_bar", 0.0)
     return sample(
-        make_process(spec.diffusion),
+        process,
         model,
         normal(seed, 0, ids, Purpose.SAMPLING, shape),
         lambda step: normal(seed, step + 1, ids, Purpose.SAMPLING, shape),
         settings.get("sampler", "ancestral"),
-        settings.get("sampling_steps", 0) or spec.diffusion.timesteps,
+        settings.get("sampling_steps", 0) or int((process.alpha_bar >= least).sum()),
         eta=settings.get("eta", 0.0),
         labels=settings.get("labels"),
         guidance=settings.get("guidance", 1.0),
         null_label=len(image.classes),
+        least_alpha_bar=least,
     )
 
 

@@ -180,6 +180,48 @@ def sampled(model: Model, **options: object) -> Tensor:
     return sample(process_of(T), model, x_T, lambda s: x_T, "ddim", 5, labels=labels, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpm_solver"])
+def test_the_first_step_is_the_last_one_of_enough_alpha_bar(sampler: SamplerName) -> None:
+    process, seen = process_of(1000, schedule="cosine"), list[int]()
+
+    def model(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        seen.append(int(t[0]))
+        return x_t
+
+    x_T = image(sigma_points(2))
+    for least in (0.0, 1e-3, 0.02, 0.5):
+        seen.clear()
+        sample(process, model, x_T, lambda step: x_T, sampler, 10, least_alpha_bar=least)
+        assert (len(seen), seen) == (10, sorted(seen, reverse=True))
+        assert process.alpha_bar[seen[0]] >= least
+        assert seen[0] == 999 or process.alpha_bar[seen[0] + 1] < least
+    with pytest.raises(InputError, match="more than that of every step"):
+        sample(process, model, x_T, lambda step: x_T, sampler, 10, least_alpha_bar=1.0)
+
+
+def test_a_small_error_of_epsilon_does_less_where_the_first_step_has_enough_alpha_bar() -> None:
+    """The best model for N(0.1, 0.3^2), and the same off by 0.03, as one that learns still is; x_0 is clipped."""
+    process = process_of(1000, schedule="cosine")
+
+    def model(error: float) -> Model:
+        def eps(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            bar = process.alpha_bar[t][:, None, None, None]
+            return (1 - bar).sqrt() / (bar * 0.09 + 1 - bar) * (x_t - bar.sqrt() * 0.1) + error
+
+        return eps
+
+    x_T = torch.randn(256, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def shift(least: float) -> float:
+        exact, off = (
+            sample(process, model(error), x_T, lambda step: x_T, "ddim", 25, least_alpha_bar=least)
+            for error in (0.0, 0.03)
+        )
+        return (exact - off).mean().abs().item()
+
+    assert shift(5e-3) < 0.75 * shift(0.0)
+
+
 def test_guidance_extrapolates_from_the_model_without_label_to_that_with_it() -> None:
     """eps = eps_uncond + w (eps_cond - eps_uncond), each sample by its own label."""
 

@@ -71,3 +71,14 @@ def test_bad_images_are_counted_and_refused_over_the_limit(
     assert allowed["metrics"][named] == 40
     assert manifest(tmp_path / "out")[named] == 40
     assert len(digests(tmp_path / "out")) == 5
+
+
+def test_the_first_steps_alpha_bar_is_a_setting_of_the_samples(model: Path, tmp_path: Path) -> None:
+    settings = {"sampler": "ddim", "sampling_steps": 3, "count": 8}
+    make(config(tmp_path / "plain", **settings), model)
+    make(config(tmp_path / "cut", **settings, least_alpha_bar=0.1), model)
+    assert digests(tmp_path / "plain") != digests(tmp_path / "cut")
+    with pytest.raises(InputError, match=r"least_alpha_bar = 0\.1, now it is 0"):
+        make(config(tmp_path / "cut", **settings), model)
+    with pytest.raises(InputError, match=r"--least-alpha-bar 1 leaves 0 of the model's \d+ steps"):
+        make(config(tmp_path / "none", **settings, least_alpha_bar=1.0), model)

@@ -1,0 +1,128 @@
+"""Samples beside real images: what is compared, and by which figures."""
+
+import sys
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.cluster.pool import Pool
+from pipeline.data.index import DatasetIndex, Splits
+from pipeline.errors import InputError
+from pipeline.evaluation.classifier import check_labels, save_classifier, train_classifier
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
+from pipeline.evaluation.frechet import frechet_distance
+from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
+from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
+from pipeline.evaluation.reading import open_samples
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared, opened and found fit for it.
+
+    Attributes:
+        extractor: None = the classifier, which is yet to be trained.
+        about: figures of the extractor.
+    """
+
+    reference: DatasetIndex
+    samples: DatasetIndex
+    held_out: DatasetIndex
+    extractor: Extractor | None
+    about: dict[str, float]
+
+    @property
+    def sets(self) -> list[DatasetIndex]:
+        """The held-out images stand last, where they are not themselves the reference."""
+        one = self.reference.split == self.held_out.split
+        return [self.reference, self.samples] + [self.held_out] * (not one)
+
+
+def open_compared(config: EvaluateConfig, splits: Splits, model: str) -> Compared:
+    """Opens the samples, and looks at all that may be wrong with them before anything is measured.
+
+    Args:
+        model: fingerprint of the model that must have made them; "" = any.
+
+    Raises:
+        InputError: samples, data or features that can't be used, or too few images.
+    """
+    held_out, reference = splits[config.split], splits[config.reference_split]
+    samples = open_samples(config.samples, reference.image, model)
+    extractor, about = None, dict[str, float]()
+    if config.features == "classifier":
+        check_labels(reference)
+    else:
+        extractor, about = open_extractor(config.features, reference.image)
+    compared = Compared(reference, samples, held_out, extractor, about)
+    _check_counts(config, compared.sets)
+    return compared
+
+
+def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
+    """The figures of samples by name; `*_real`: what the held-out images get in their place."""
+    extractor, metrics = compared.extractor, dict(compared.about)
+    if extractor is None:
+        net, accuracy = train_classifier(
+            compared.reference, compared.held_out, seed=config.seed, steps=config.classifier_steps, pool=pool
+        )
+        extractor, metrics = ClassifierExtractor(net), {"classifier_accuracy": accuracy}
+        if config.output:
+            folder = storage.join(config.output, "classifier")
+            save_classifier(folder, net, compared.reference.image, accuracy)
+    real, fake, *others = measure(
+        compared.sets, extractor, keep=config.max_features, seed=config.seed, pool=pool
+    )
+    metrics |= {"samples": compared.samples.rows} | _compare(config, real, fake)
+    for other in others:
+        yardstick = _compare(config, real, other)
+        metrics |= {"samples_real": compared.held_out.rows} | {
+            f"{name}_real": value for name, value in yardstick.items()
+        }
+    return metrics
+
+
+def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
+    """Before the work, not after it."""
+    least = {
+        "frechet": 2,
+        "kernel": LEAST_IMAGES,
+        "precision_recall": config.precision_recall_neighbours + 1,
+        "knn": config.knn_neighbours,
+    }
+    for index in sets:
+        rows = min(index.rows, config.max_features or index.rows)
+        for metric in config.metrics:
+            if rows < least.get(metric, 0):
+                raise InputError(
+                    f"--metrics {metric} needs at least {least[metric]} images a side, the {index.split} of "
+                    f"{index.uri} give {rows}: give more, or leave it out"
+                )
+
+
+def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:
+    """The figures by name; `*_images`: how many of `fake` a figure covers, where that may not be all."""
+    metrics: dict[str, float] = {}
+    if "frechet" in config.metrics:
+        metrics["frechet_distance"] = frechet_distance(real.moments, fake.moments)
+    if "kernel" in config.metrics:
+        found = kernel_distance(
+            real.features, fake.features, subset_size=config.kernel_subset_size, seed=config.seed
+        )
+        metrics["kernel_distance"], metrics["kernel_distance_stderr"], metrics["kernel_distance_images"] = (
+            found
+        )
+    if "precision_recall" in config.metrics:
+        metrics["precision"], metrics["recall"] = precision_recall(
+            real.features, fake.features, config.precision_recall_neighbours
+        )
+        metrics["precision_recall_images"] = len(fake.features)
+    if "knn" in config.metrics:
+        if min(real.labels.min(), fake.labels.min()) >= 0:
+            metrics["knn_label_accuracy"] = knn_label_accuracy(
+                real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
+            )
+            metrics["knn_label_accuracy_images"] = len(fake.labels)
+        else:
+            print("evaluate: --metrics knn is left out: not all images have a label", file=sys.stderr)
+    return metrics
