@@ -38,15 +38,15 @@ SOURCES = {
     "mnist": ("idx", str(SHARED / "mnist"), 16),
     "cifar10": ("parquet", str(SHARED / "cifar10"), 16),
 }
-STAGES = (150, 600, 2400)
+STAGES = (100, 400, 1600)
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral": {"sampler": "ancestral"},
     "ddim, eta 1": {"sampler": "ddim", "eta": 1.0},
     "ddim": {"sampler": "ddim"},
     "dpm_solver": {"sampler": "dpm_solver"},
 }
-LEAST = (0.0, 1e-4, 1e-3, 5e-3, 2e-2)
-STEPS, BATCH, SAMPLES, REAL = 25, 64, 1000, 10_000
+LEAST = (0.0, 1e-3, 5e-3, 2e-2)
+STEPS, BATCH, SAMPLES, REAL = 25, 32, 500, 10_000
 
 
 def batches(index: DatasetIndex, images: Tensor, labels: Tensor, steps: range, seed: int) -> Iterator[Batch]:
