@@ -133,6 +133,8 @@ class ClassifierWork:
 
         def do(ids: np.ndarray) -> Partial:
             images, labels = (part.to(device) for part in read_images(self.index, ids))
+            if labels.min() < 0:
+                raise InputError(f"{self.index.uri}: no classifier can be trained: an image has no label")
             net = fit(self.index.image, images, labels, seed=self.seed, steps=self.steps)
             some = choose(self.held_out.rows, HELD_OUT_IMAGES, self.seed, Choice.CLASSIFIER_TEST)
             score = accuracy(net, *(part.to(device) for part in read_images(self.held_out, some)))
@@ -156,9 +158,18 @@ def check_labels(index: DatasetIndex) -> None:
 
 
 def train_classifier(
-    index: DatasetIndex, held_out: DatasetIndex, *, seed: int = 0, steps: int = 500, pool: Pool = in_process
+    index: DatasetIndex,
+    held_out: DatasetIndex,
+    *,
+    seed: int = 0,
+    steps: int = 500,
+    most: int = TRAINING_IMAGES,
+    pool: Pool = in_process,
 ) -> tuple[Classifier, float]:
     """Trains a classifier on labelled data.
+
+    Args:
+        most: images that it is trained on, chosen by the seed.
 
     Returns:
         it, on the CPU, and its accuracy on `held_out`.
@@ -168,7 +179,7 @@ def train_classifier(
     """
     check_labels(index)
     work = ClassifierWork(index, held_out, seed, steps)
-    (result,) = pool(work, [choose(index.rows, TRAINING_IMAGES, seed, Choice.CLASSIFIER)], "classifier")
+    (result,) = pool(work, [choose(index.rows, most, seed, Choice.CLASSIFIER)], "classifier")
     score = float(result.pop("accuracy")[0])
     net = Classifier(index.image)
     net.load_state_dict({name: torch.from_numpy(value) for name, value in result.items()})

@@ -1,19 +1,30 @@
 """Samples beside real images: what is compared, and by which figures."""
 
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
 
 from pipeline import storage
 from pipeline.cluster.pool import Pool
 from pipeline.data.index import DatasetIndex, Splits
 from pipeline.errors import InputError
-from pipeline.evaluation.classifier import check_labels, save_classifier, train_classifier
+from pipeline.evaluation.classifier import TRAINING_IMAGES, check_labels, save_classifier, train_classifier
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
 from pipeline.evaluation.frechet import frechet_distance
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
+from pipeline.evaluation.memorisation import memorised, nearest_images, spread_out
 from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
-from pipeline.evaluation.reading import open_samples
+from pipeline.evaluation.reading import open_samples, read_images
+from pipeline.evaluation.work import choose
+from pipeline.pictures import draw
+from pipeline.rng import Choice
+
+SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,52 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
         metrics |= {"samples_real": compared.held_out.rows} | {
             f"{name}_real": value for name, value in yardstick.items()
         }
+        if "memorisation" in config.metrics:
+            metrics |= _memorisation(config, compared, fake, other, pool)
+    if "cas" in config.metrics and fake.labels.min() >= 0 and len(compared.reference.image.classes) > 1:
+        metrics |= _classification_accuracy(config, compared, pool)
     return metrics
+
+
+def _classification_accuracy(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
+    """The accuracy on held-out images of a classifier that saw samples alone (Ravuri & Vinyals 2019).
+
+    Beside it that of one trained on as many real images, in as many steps.
+    """
+    most = min(compared.samples.rows, compared.reference.rows, TRAINING_IMAGES)
+    scores = [
+        train_classifier(
+            index, compared.held_out, seed=config.seed, steps=config.classifier_steps, most=most, pool=pool
+        )[1]
+        for index in (compared.samples, compared.reference)
+    ]
+    return {
+        "classification_accuracy_score": scores[0],
+        "classification_accuracy_score_real": scores[1],
+        "classification_accuracy_score_images": most,
+    }
+
+
+def _memorisation(
+    config: EvaluateConfig, compared: Compared, fake: FeatureSet, held_out: FeatureSet, pool: Pool
+) -> dict[str, float]:
+    """The figures, and a picture of the samples that are nearest to a training image."""
+    places, others = spread_out(len(fake.thumbnails)), spread_out(len(held_out.thumbnails))
+    queries = np.concatenate([fake.thumbnails[places], held_out.thumbnails[others]])
+    distances, ids = nearest_images(compared.reference, queries, pool)
+    mine = distances[: len(places)]
+    if config.output:
+        first = np.sort(mine.argsort(kind="stable")[:SHOWN])
+        kept = choose(compared.samples.rows, config.max_features, config.seed, Choice.FEATURES)[places]
+        shown, copied = (
+            torch.cat([read_images(index, np.array([one]))[0] for one in some]).permute(0, 2, 3, 1).numpy()
+            for index, some in ((compared.samples, kept[first]), (compared.reference, ids[first]))
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            picture = Path(folder) / "nearest.png"
+            draw.save_nearest(shown, copied, picture)
+            storage.write_atomic(storage.join(config.output, "nearest.png"), picture.read_bytes())
+    return memorised(mine, distances[len(places) :])
 
 
 def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
@@ -117,12 +173,12 @@ def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict
             real.features, fake.features, config.precision_recall_neighbours
         )
         metrics["precision_recall_images"] = len(fake.features)
-    if "knn" in config.metrics:
-        if min(real.labels.min(), fake.labels.min()) >= 0:
-            metrics["knn_label_accuracy"] = knn_label_accuracy(
-                real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
-            )
-            metrics["knn_label_accuracy_images"] = len(fake.labels)
-        else:
-            print("evaluate: --metrics knn is left out: not all images have a label", file=sys.stderr)
+    unlabelled = min(real.labels.min(), fake.labels.min()) < 0
+    if "knn" in config.metrics and not unlabelled:
+        metrics["knn_label_accuracy"] = knn_label_accuracy(
+            real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
+        )
+        metrics["knn_label_accuracy_images"] = len(fake.labels)
+    if unlabelled and {"knn", "cas"} & set(config.metrics):
+        print("evaluate: knn and cas are left out: not all images have a label", file=sys.stderr)
     return metrics

@@ -8,7 +8,7 @@ from pipeline.errors import InputError
 from pipeline.ranges import Natural, Positive, Range, Seed, check_ranges
 
 # "manifold" is what 0.1.0 called precision_recall.
-Metric = Literal["bits", "frechet", "kernel", "precision_recall", "knn", "manifold"]
+Metric = Literal["bits", "frechet", "kernel", "precision_recall", "knn", "cas", "memorisation", "manifold"]
 BITS_PER_DIM, FRECHET = "bits_per_dim", "frechet_distance"
 """Names of figures, by which runs and trials are compared."""
 
@@ -25,8 +25,16 @@ class EvaluateConfig:
     """Samples to compare with the data: a folder that jobs/generate.py wrote with --format parquet (URI)."""
     output: str = ""
     """Folder for metrics.json, the terms of the bound, their plot and the classifier (URI); empty = not written."""
-    metrics: tuple[Metric, ...] = ("bits", "frechet", "kernel", "precision_recall", "knn")
-    """What to measure; all but bits need --samples."""
+    metrics: tuple[Metric, ...] = (
+        "bits",
+        "frechet",
+        "kernel",
+        "precision_recall",
+        "knn",
+        "cas",
+        "memorisation",
+    )
+    """What to measure; all but bits need --samples, knn and cas also labels, memorisation two splits."""
     split: str = "validation"
     """Held-out split: bits/dim is measured on it, and it is the real yardstick beside the samples."""
     reference_split: str = "train"
@@ -44,7 +52,7 @@ class EvaluateConfig:
     features: str = "classifier"
     """classifier (trained on the data), the folder of one, or a TorchScript file: a program, so only one you trust."""
     classifier_steps: Positive = 500
-    """Optimizer steps of the classifier."""
+    """Optimizer steps of each classifier: for features, and for cas of the samples and of as many real images."""
     max_features: Natural = 10_000
     """Images a side for all but the Fréchet distance, which takes every one; chosen by the seed, 0 = all."""
     kernel_subset_size: Annotated[int, Range(ge=2)] = 1000

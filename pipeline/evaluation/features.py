@@ -154,7 +154,7 @@ class FeatureWork:
                 "m2": moments.m2,
                 "features": features[kept],
                 "labels": labels.numpy()[kept],
-                "thumbnails": _thumbnails(images[torch.from_numpy(kept)]),
+                "thumbnails": thumbnails(images[torch.from_numpy(kept)]),
             }
 
         return do
@@ -206,7 +206,8 @@ def _merge(parts: Iterable[Partial]) -> FeatureSet:
     return FeatureSet(moments, **{name: np.concatenate(values) for name, values in columns.items()})
 
 
-def _thumbnails(images: Tensor) -> np.ndarray:
+def thumbnails(images: Tensor) -> np.ndarray:
+    """uint8 [N, C, H, W] to pixels in [0, 1], averaged down to at most 32x32: float32 [N, P]."""
     pixels = images.float() / 255
     if len(images) and images.shape[-1] > LARGEST_THUMBNAIL:
         pixels = F.adaptive_avg_pool2d(pixels, LARGEST_THUMBNAIL)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.spatial.distance import cdist
 
 from pipeline.cluster.pool import in_process
 from pipeline.data.images import encode_png
@@ -20,6 +21,7 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.reading import open_samples, read_images
 from pipeline.models.export import model_fingerprint, save_model
+from pipeline.pictures import draw
 from pipeline.versions import VERSIONS
 from tests.evaluation.common import DIGITS, small_model, write_samples
 
@@ -217,3 +219,54 @@ def test_figures_say_how_many_samples_they_cover(digits: Path, noise: Path) -> N
     assert metrics["precision_recall_images"] == metrics["knn_label_accuracy_images"] == 70
     assert metrics["samples_real"] == 177
     assert metrics["knn_label_accuracy_images_real"] == 70
+
+
+@pytest.mark.usefixtures("evaluated_here")
+def test_samples_teach_a_classifier_as_far_as_they_show_their_class(
+    digits: Path, train: DatasetIndex, tmp_path: Path
+) -> None:
+    """Training images as samples are worth what real images are, the same with labels at random nothing."""
+    images, labels = (part.numpy() for part in read_images(train, np.arange(600)))
+    pixels, scores = images.transpose(0, 2, 3, 1), list[dict[str, float]]()
+    for name, given in (("true", labels), ("random", np.random.default_rng(0).permutation(labels))):
+        samples = write_samples(tmp_path / name, pixels, given)
+        config = EvaluateConfig(
+            model="", data=str(digits), samples=str(samples), metrics=("cas",), classifier_steps=150
+        )
+        scores.append(evaluate(config, ""))
+    true, random = scores
+    assert true["classification_accuracy_score"] > 0.85
+    assert true["classification_accuracy_score"] == pytest.approx(
+        true["classification_accuracy_score_real"], abs=0.08
+    )
+    assert random["classification_accuracy_score"] < 0.3
+    assert random["classification_accuracy_score_real"] == true["classification_accuracy_score_real"]
+    assert true["classification_accuracy_score_images"] == 600
+
+
+@pytest.mark.usefixtures("evaluated_here")
+def test_copies_of_training_images_are_counted_and_shown(
+    digits: Path, train: DatasetIndex, held_out: DatasetIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, _ = read_images(train, np.arange(0, train.rows, 27))
+    others, _ = read_images(held_out, np.arange(held_out.rows))
+    pixels = np.concatenate([copies.numpy(), others.numpy()]).transpose(0, 2, 3, 1)
+    samples = write_samples(tmp_path / "samples", pixels, None)
+    drawn = list[np.ndarray]()
+    monkeypatch.setattr(draw, "save_nearest", lambda a, b, path: drawn.extend((a, b)) or path.touch())
+    metrics = evaluate(
+        EvaluateConfig(
+            model="", data=str(digits), samples=str(samples), metrics=("memorisation",), classifier_steps=2,
+            output=str(tmp_path / "out"),
+        ),
+        "",
+    )  # fmt: skip
+    # Every copy, and the few held-out images under their own hundredth.
+    assert metrics["memorised"] == pytest.approx(len(copies) / len(pixels), abs=0.02)
+    assert metrics["memorised_images"] == len(pixels)
+    real = read_images(train, np.arange(train.rows))[0].flatten(1).numpy() / 255
+    distances = cdist(others.flatten(1).numpy() / 255, real).min(axis=1) / 8
+    assert metrics["nearest_training_distance_real"] == pytest.approx(np.median(distances), rel=1e-5)
+    assert metrics["nearest_training_distance"] < metrics["nearest_training_distance_real"]
+    shown, nearest = drawn
+    np.testing.assert_array_equal(shown[:20], nearest[:20])
