@@ -36,7 +36,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 SOURCES = {
     "digits": ("digits", "", 8),
     "mnist": ("idx", str(SHARED / "mnist"), 16),
-    "cifar10": ("parquet", str(SHARED / "cifar10"), 16),
+    "cifar10": ("auto", str(SHARED / "cifar10"), 16),
 }
 STAGES = (100, 400, 1600)
 SAMPLERS: dict[str, dict[str, Any]] = {

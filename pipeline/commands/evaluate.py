@@ -7,12 +7,14 @@ from pipeline.evaluation.config import EvaluateConfig
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    """Resolves the model once, then measures it over the cluster."""
-    from pipeline.evaluation.evaluate import evaluate
+    """Resolves the model once, then measures it over the cluster; a registered one's figures go to MLflow too."""
+    from pipeline.evaluation.evaluate import evaluate, pictures
     from pipeline.tracking import registry
 
     model, pinned = registry.resolve_model(config.model)
-    return {"output": config.output, "model": pinned, "metrics": evaluate(config, model)}
+    metrics = evaluate(config, model)
+    registry.log_figures(pinned, metrics, pictures(config))
+    return {"output": config.output, "model": pinned, "metrics": metrics}
 
 
 def main(arguments: list[str]) -> int:

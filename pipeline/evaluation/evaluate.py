@@ -29,6 +29,8 @@ from pipeline.output import check_apart
 from pipeline.pictures import draw
 from pipeline.rng import Choice
 
+PICTURES = ("terms.png", "nearest.png")
+
 
 def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[str, float]:
     """Measures a model over the cluster.
@@ -69,6 +71,14 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
         metrics |= measure_quality(config, compared, pool)
     _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
     return metrics
+
+
+def pictures(config: EvaluateConfig) -> list[str]:
+    """URIs of the pictures that an evaluation has written."""
+    if not config.output:
+        return []
+    written = (storage.join(config.output, name) for name in PICTURES)
+    return [uri for uri in written if storage.exists(uri)]
 
 
 def _bits(

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -107,6 +108,38 @@ def resolve_model(model: str) -> tuple[Packed, str]:
         return pack_model(model), model
     except InputError as error:
         raise InputError(f"--model {error}") from None
+
+
+def log_figures(model: str, figures: dict[str, float], pictures: list[str]) -> None:
+    """Figures of a registered model go to the run that trained it, as `evaluate/NAME`, and onto the version as tags.
+
+    Where MLflow is away or does not allow it a line on stderr says so: the caller has the figures.
+
+    Args:
+        model: `models:/NAME/VERSION`; of any other model nothing is logged.
+        pictures: URIs of files that go beside them.
+    """
+    if not (match := re.fullmatch(r"models:/([^/@]+)/(\d+)", model)):
+        return
+    name, version = match[1], match[2]
+
+    def log() -> None:
+        client = runs.open_client()
+        run = client.get_model_version(name, version).run_id
+        for figure, value in figures.items():
+            client.set_model_version_tag(name, version, figure, f"{value:.6g}")
+            if run:
+                client.log_metric(run, f"evaluate/{figure}", value)
+        for uri in pictures if run else ():
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / storage.name(uri)
+                copy.write_bytes(storage.read_bytes(uri))
+                client.log_artifact(run, str(copy), "evaluate")
+
+    try:
+        runs.wait_for_mlflow(log, PATIENCE)
+    except InputError as error:
+        print(f"evaluate: the figures are not in MLflow: {error}", file=sys.stderr)
 
 
 def _download(model: str) -> tuple[Packed, str]:

@@ -113,8 +113,16 @@ def test_no_job_leaves_anything_in_the_temporary_folder(
         model, out, count=2, batch_size=2, rows_per_file=2, sampling_steps=2, actors=1, max_blank_fraction=1.0
     )
     assert leaves_nothing(generate, made)["count"] == 2
-    bits = EvaluateConfig(model, data, metrics=("bits",), max_images=2, terms=2, actors=1)
-    assert leaves_nothing(evaluate, bits)["metrics"]["bits_per_dim"] > 0
+    bits = EvaluateConfig(
+        model, data, output=str(home / "figures"), metrics=("bits",), max_images=2, actors=1
+    )
+    measured = leaves_nothing(evaluate, bits)["metrics"]
+    assert measured["bits_per_dim"] > 0
+    client, version = runs.open_client(), runs.open_client().get_model_version("digits", "1")
+    logged = client.get_run(version.run_id).data.metrics
+    assert {name: logged[f"evaluate/{name}"] for name in measured} == pytest.approx(measured, rel=1e-6)
+    assert float(version.tags["bits_per_dim"]) == pytest.approx(measured["bits_per_dim"], rel=1e-5)
+    assert [file.path for file in client.list_artifacts(version.run_id, "evaluate")] == ["evaluate/terms.png"]
     assert leaves_nothing(plot, plot.PlotConfig(model, data, str(home / "pictures")))["count"] == 5
     for job, config in (
         (generate, GenerateConfig(model, out, count=0)),
@@ -123,3 +131,16 @@ def test_no_job_leaves_anything_in_the_temporary_folder(
     ):
         with pytest.raises(InputError):
             leaves_nothing(job, config)
+
+
+def test_figures_of_a_model_stay_with_who_measured_it_where_mlflow_does_not_take_them(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry.log_figures("runs/model", {"bits_per_dim": 1.0}, [])
+    assert not capsys.readouterr().err
+    registry.log_figures("models:/nobody/3", {"bits_per_dim": 1.0}, [])
+    assert "the figures are not in MLflow" in capsys.readouterr().err
+    monkeypatch.setattr(registry, "PATIENCE", 0.5)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    registry.log_figures("models:/digits/1", {"bits_per_dim": 1.0}, [])
+    assert "the figures are not in MLflow: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
