@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.classifier import TRAINING_IMAGES, check_labels, save_classifier, train_classifier
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
-from pipeline.evaluation.frechet import frechet_distance
+from pipeline.evaluation.frechet import Moments, frechet_distance, read_statistics, write_statistics
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
 from pipeline.evaluation.memorisation import memorised, nearest_images, spread_out
 from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
@@ -34,6 +34,7 @@ class Compared:
     Attributes:
         extractor: None = the classifier, which is yet to be trained.
         about: figures of the extractor.
+        statistics: published ones of the same features.
     """
 
     reference: DatasetIndex
@@ -41,6 +42,7 @@ class Compared:
     held_out: DatasetIndex
     extractor: Extractor | None
     about: dict[str, float]
+    statistics: Moments | None
 
     @property
     def sets(self) -> list[DatasetIndex]:
@@ -65,9 +67,28 @@ def open_compared(config: EvaluateConfig, splits: Splits, model: str) -> Compare
         check_labels(reference)
     else:
         extractor, about = open_extractor(config.features, reference.image)
-    compared = Compared(reference, samples, held_out, extractor, about)
+    statistics = _open_statistics(config, extractor, reference)
+    compared = Compared(reference, samples, held_out, extractor, about, statistics)
     _check_counts(config, compared.sets)
     return compared
+
+
+def _open_statistics(
+    config: EvaluateConfig, extractor: Extractor | None, reference: DatasetIndex
+) -> Moments | None:
+    if not config.reference_statistics or extractor is None:
+        return None
+    statistics = read_statistics(config.reference_statistics)
+    image = torch.zeros(
+        1, reference.image.channels, reference.image.size, reference.image.size, dtype=torch.uint8
+    )
+    numbers = extractor.load("cpu")(image).shape[1]
+    if numbers != len(statistics.mean):
+        raise InputError(
+            f"--reference-statistics {config.reference_statistics}: of {len(statistics.mean)} features, --features "
+            f"{config.features} gives {numbers}: they are of another network"
+        )
+    return statistics
 
 
 def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
@@ -85,6 +106,10 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
         compared.sets, extractor, keep=config.max_features, seed=config.seed, pool=pool
     )
     metrics |= {"samples": compared.samples.rows} | _compare(config, real, fake)
+    if compared.statistics:
+        metrics["frechet_distance_to_statistics"] = frechet_distance(compared.statistics, fake.moments)
+    if config.output:
+        write_statistics(storage.join(config.output, "statistics.npz"), real.moments)
     for other in others:
         yardstick = _compare(config, real, other)
         metrics |= {"samples_real": compared.held_out.rows} | {

@@ -51,6 +51,8 @@ class EvaluateConfig:
     """Images per forward pass of the bound."""
     features: str = "classifier"
     """classifier (trained on the data), the folder of one, or a TorchScript file: a program, so only one you trust."""
+    reference_statistics: str = ""
+    """npz file with mu and sigma of these features, as the field publishes them: the Fréchet distance to those, too."""
     classifier_steps: Positive = 500
     """Optimizer steps of each classifier: for features, and for cas of the samples and of as many real images."""
     max_features: Natural = 10_000
@@ -81,5 +83,9 @@ def check(config: EvaluateConfig) -> None:
         raise InputError("--ema-lengths and --snapshots go together: give both, or neither")
     if config.ema_lengths and "bits" not in config.metrics:
         raise InputError("--ema-lengths are compared by bits/dim: add bits to --metrics")
+    if config.reference_statistics and (config.features == "classifier" or not config.samples):
+        raise InputError(
+            "--reference-statistics need --samples, and --features FILE: the network that they are of"
+        )
     if not config.samples and "bits" not in config.metrics:
         raise InputError(f"--metrics {' '.join(config.metrics)}: nothing to measure without --samples")

@@ -3,13 +3,17 @@
 Moments of parts merge into the moments of the whole, so no process ever holds all features.
 """
 
+import io
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 
+from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.redact import one_line
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,42 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(
-            f"features of {len(a.mean)} and {len(b.mean)} numbers: use one extractor for both sides"
+            f"features of {len(a.mean)} and {len(b.mean)} numbers: use one extractor (--features) for both sides"
         )
     covariance_a, covariance_b = a.covariance(), b.covariance()
     roots = _symmetric_sqrt(covariance_a) @ _symmetric_sqrt(covariance_b)
     cross = np.linalg.svd(roots, compute_uv=False).sum()
     distance = ((a.mean - b.mean) ** 2).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross
     return float(max(distance, 0.0))
+
+
+def read_statistics(uri: str) -> Moments:
+    """Mean and covariance of features as published: an npz file with `mu` [D] and `sigma` [D, D].
+
+    Those of pytorch-fid and EDM hold no more, guided-diffusion's batches images and spatial features beside them.
+
+    Raises:
+        InputError: can't be read, or no such file.
+    """
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
+            mean, covariance = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+    except OSError as error:
+        raise InputError(f"--reference-statistics {uri}: can't be read: {one_line(error)}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"--reference-statistics {uri}: no npz file with mu and sigma: {one_line(error)}"
+        ) from None
+    if mean.ndim != 1 or covariance.shape != (len(mean),) * 2 or not np.isfinite(covariance).all():
+        raise InputError(f"--reference-statistics {uri}: mu must be [D] and sigma [D, D], of finite numbers")
+    return Moments(2, mean, covariance)  # whose covariance is m2 / 1
+
+
+def write_statistics(uri: str, moments: Moments) -> None:
+    """What `read_statistics` reads."""
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=moments.mean, sigma=moments.covariance())
+    storage.write_atomic(uri, buffer.getvalue())
 
 
 def _symmetric_sqrt(matrix: np.ndarray) -> np.ndarray:

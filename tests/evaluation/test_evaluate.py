@@ -4,11 +4,13 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scipy.spatial.distance import cdist
 
 from pipeline.cluster.pool import in_process
@@ -270,3 +272,27 @@ def test_copies_of_training_images_are_counted_and_shown(
     assert metrics["nearest_training_distance"] < metrics["nearest_training_distance_real"]
     shown, nearest = drawn
     np.testing.assert_array_equal(shown[:20], nearest[:20])
+
+
+@pytest.mark.usefixtures("evaluated_here")
+def test_the_distance_to_published_statistics_is_that_to_the_images_that_they_are_of(
+    digits: Path, train: DatasetIndex, noise: Path, tmp_path: Path
+) -> None:
+    class Means(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(images, 4)
+
+    torch.jit.script(Means()).save(tmp_path / "means.pt")
+    given: dict[str, Any] = {
+        "model": "", "data": str(digits), "samples": str(noise), "metrics": ("frechet",),
+        "features": str(tmp_path / "means.pt"),
+    }  # fmt: skip
+    first = evaluate(EvaluateConfig(**given, output=str(tmp_path / "out")), "")
+    statistics = str(tmp_path / "out" / "statistics.npz")
+    second = evaluate(EvaluateConfig(**given, reference_statistics=statistics), "")
+    assert second["frechet_distance_to_statistics"] == pytest.approx(first["frechet_distance"], rel=1e-9)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(InputError, match=r"of 7 features, --features .*means.pt gives 12: .*another network"):
+        evaluate(EvaluateConfig(**given, reference_statistics=str(tmp_path / "other.npz")), "")
+    with pytest.raises(InputError, match="--reference-statistics need --samples, and --features FILE"):
+        evaluate(EvaluateConfig(**given | {"features": "classifier"}, reference_statistics=statistics), "")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
@@ -8,6 +10,8 @@ from pipeline.evaluation.frechet import (
     frechet_distance,
     merge_moments,
     moments_of,
+    read_statistics,
+    write_statistics,
 )
 
 
@@ -64,3 +68,40 @@ def test_sides_that_cannot_be_compared_are_refused() -> None:
         frechet_distance(moments_of(x), moments_of(x[:, :3]))
     with pytest.raises(InputError, match="at least two"):
         frechet_distance(moments_of(x), moments_of(x[:1]))
+
+
+def test_published_statistics_are_read_as_they_are_written_by_anybody(tmp_path: Path) -> None:
+    generator = np.random.default_rng(5)
+    x, y = generator.normal(size=(60, 5)), generator.normal(size=(60, 5)) + 1
+    mean, covariance = x.mean(axis=0), np.cov(x, rowvar=False)
+    # pytorch-fid and EDM; guided-diffusion, with images and spatial features beside.
+    np.savez(tmp_path / "fid.npz", mu=mean, sigma=covariance)
+    np.savez(tmp_path / "batch.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=mean.astype(np.float32),
+             sigma=covariance, mu_s=np.zeros(3), sigma_s=np.eye(3))  # fmt: skip
+    write_statistics(str(tmp_path / "ours.npz"), moments_of(x))
+    expected = frechet_distance(moments_of(x), moments_of(y))
+    for name in ("fid", "batch", "ours"):
+        read = read_statistics(str(tmp_path / f"{name}.npz"))
+        assert frechet_distance(read, moments_of(y)) == pytest.approx(expected, rel=1e-5)
+    with np.load(tmp_path / "ours.npz") as file:
+        np.testing.assert_allclose(file["sigma"], covariance, rtol=1e-12)
+
+
+def test_files_that_hold_no_statistics_are_refused_in_one_line(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros(3))
+    np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.eye(4))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    np.savez(tmp_path / "pickled.npz", mu=np.array([{}]), sigma=np.eye(1))
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in (
+        "images.npz",
+        "shapes.npz",
+        "nan.npz",
+        "pickled.npz",
+        "plain.npy",
+        "text.npz",
+        "nowhere.npz",
+    ):
+        with pytest.raises(InputError, match=f"--reference-statistics .*{name}: [^\n]*$"):
+            read_statistics(str(tmp_path / name))
