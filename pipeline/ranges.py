@@ -56,7 +56,7 @@ class Range:
 
 Natural = Annotated[int, Range(ge=0)]
 Positive = Annotated[int, Range(ge=1)]
-Seed = Annotated[int, Range(ge=-(2**63), le=2**63 - 1)]
+Seed = Annotated[int, Range(ge=-(2**63), le=2**64 - 1)]
 Finite = Annotated[float, Range()]
 NotNegative = Annotated[float, Range(ge=0)]
 MoreThanZero = Annotated[float, Range(gt=0)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config import ImageConfig
+from pipeline.data.card import SplitSize, front_matter
 from pipeline.data.manifest import (
     FORMAT,
     IGNORED,
@@ -109,11 +110,20 @@ def make_manifest(
 
 def _card(manifest: Manifest) -> str:
     """A dataset card, by which `datasets` knows the splits."""
-    files = "".join(f"  - split: {name}\n    path: data/{name}-*.parquet\n" for name in manifest.splits)
+    matter = front_matter(
+        manifest.fingerprint,
+        tuple(manifest.image["classes"]),
+        {"source_sha256": "binary"},
+        {name: [f"data/{name}-*.parquet"] for name in manifest.splits},
+        {
+            name: SplitSize(split.rows, sum(shard.bytes for shard in split.shards))
+            for name, split in manifest.splits.items()
+        },
+    )
     counts = ", ".join(f"{split.rows:,} in {name}" for name, split in manifest.splits.items())
     size = manifest.image["size"]
     return (
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n# Images of {size}x{size} pixels\n\n"
+        f"{matter}\n# Images of {size}x{size} pixels\n\n"
         f"{counts}. Written by ray-ddpm; fingerprint `{manifest.fingerprint}`.\n"
     )
 

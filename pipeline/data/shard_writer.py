@@ -47,22 +47,22 @@ class ShardWriter:
 
 
 def huggingface_schema(
-    classes: tuple[str, ...], first: pa.Field = IMAGE, integers: tuple[str, ...] = ()
+    classes: tuple[str, ...], first: pa.Field = IMAGE, integers: dict[str, pa.DataType] | None = None
 ) -> pa.Schema:
     """The columns image {bytes, path} and label, and what makes `datasets` give PIL images and class names of them.
 
     Args:
         classes: names of the labels, where they have any.
         first: what stands in place of the images.
-        integers: names of columns that follow.
+        integers: columns that follow.
     """
-    integer = {"dtype": "int64", "_type": "Value"}
+    integer, more = {"dtype": "int64", "_type": "Value"}, integers or {}
     features: dict[str, Any] = {
         first.name: {"_type": "Image"} if first is IMAGE else {"dtype": str(first.type), "_type": "Value"},
         "label": {"names": list(classes), "_type": "ClassLabel"} if classes else integer,
-        **dict.fromkeys(integers, integer),
+        **{name: {"dtype": str(kind), "_type": "Value"} for name, kind in more.items()},
     }
-    fields = [first, *(pa.field(name, pa.int64()) for name in ("label", *integers))]
+    fields = [first, *(pa.field(name, kind) for name, kind in ({"label": pa.int64()} | more).items())]
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 

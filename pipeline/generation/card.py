@@ -1,11 +1,13 @@
 """What lies beside the samples: manifest, dataset card, contact sheet."""
 
+import contextlib
 import hashlib
 import io
 import json
 import posixpath
 import subprocess
 import tarfile
+import uuid
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -19,6 +21,7 @@ from PIL import Image
 from pipeline import __version__, storage
 from pipeline.cluster.session import checkout
 from pipeline.config import ImageConfig, ModelSpec
+from pipeline.data.card import SplitSize, front_matter, plain, table
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
 from pipeline.errors import InputError
@@ -49,7 +52,7 @@ def describe(
         about: the settings, the model and how it was asked for.
     """
     if config.format == "png":
-        data = _png_metadata(config, spec, whole)
+        data = png_metadata(config, spec, whole)
         storage.write_atomic(storage.join(output, ledger.DATA, ledger.PNG_METADATA), data)
     head = {
         "format": SAMPLES_FORMAT,
@@ -58,11 +61,7 @@ def describe(
         **about,
         "arithmetic": sorted({record.arithmetic for record in whole.values()} - {""}),
         "trained_on": spec.provenance,
-        "count": sum(record.rows for record in whole.values()),
-        "blank": sum(record.blank for record in whole.values()),
-        "nonfinite": sum(record.nonfinite for record in whole.values()),
-        # Of the files' digests, in order: one number to compare two datasets by.
-        "sha256": hashlib.sha256("".join(record.sha256 for record in whole.values()).encode()).hexdigest(),
+        **totals(whole),
     }
     suffix = writers.SUFFIX[config.format]
     files = (
@@ -84,25 +83,62 @@ def describe(
     storage.write_atomic(storage.join(output, ledger.CARD), card(head, spec, config).encode())
 
 
-def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig) -> str:
-    """The README.md, with the front matter by which `datasets.load_dataset` opens the folder."""
+def totals(whole: dict[Chunk, ChunkRecord]) -> dict[str, Any]:
+    """What the manifest says of all files together."""
+    return {
+        "count": sum(record.rows for record in whole.values()),
+        "bytes": sum(record.bytes for record in whole.values()),
+        "blank": sum(record.blank for record in whole.values()),
+        "nonfinite": sum(record.nonfinite for record in whole.values()),
+        # Of the files' digests, in order: one number to compare two datasets by.
+        "sha256": hashlib.sha256("".join(record.sha256 for record in whole.values()).encode()).hexdigest(),
+    }
+
+
+def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, growing: str = "") -> str:
+    """The README.md, with the front matter by which `datasets.load_dataset` opens the folder.
+
+    Args:
+        growing: random text, if files are being added: the card then gives no sizes.
+    """
     files = {
         "parquet": ["data/train-*.parquet"],
         "webdataset": ["data/train-*.tar"],
         "png": ["data/**/*.png", "data/metadata.parquet"],
     }[config.format]
-    paths = "".join(f"    - {path}\n" for path in files)
-    size, rows = spec.image.size, {**manifest["settings"], **manifest["trained_on"]}
-    table = "".join(f"| {key} | {str(value).replace('|', '/')} |\n" for key, value in rows.items())
-    return (
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path:\n{paths}"
-        "tags: [synthetic, ddpm]\n---\n\n"
-        f"# {manifest['count']:,} generated images of {size}x{size} pixels\n\n"
-        f"![The first of them]({SHEET})\n\n"
-        f"Sampled by ray-ddpm {manifest['code']['ray-ddpm']} from `{manifest['model']}`. Sample *i* is a function of "
-        "the settings below and of *i*; checksums are in manifest.json.\n\n"
-        f"| setting | |\n| --- | --- |\n{table}"
+    size, classes, settings = spec.image.size, spec.image.classes, dict(manifest["settings"])
+    columns = {name: str(kind) for name, kind in writers.integers(config.seed).items()}
+    # Readers of tars make their own columns.
+    described = config.format != "webdataset"
+    matter = front_matter(
+        growing or manifest["sha256"],
+        classes,
+        columns,
+        {"train": files},
+        {} if growing else {"train": SplitSize(manifest["count"], manifest["bytes"])},
+        ("synthetic", "ddpm"),
+        described,
     )
+    labels = [f"{number} ({classes[number]})" for number in settings["labels"]]
+    shown = settings | {"labels": ", ".join(labels) or "all" if spec.model.class_conditional else "none"}
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(classes))
+    return (
+        f"{matter}\n# {manifest['count']:,} generated images of {size}x{size} pixels\n\n"
+        f"![The first of them]({SHEET})\n\n"
+        f"Sampled by ray-ddpm {plain(manifest['code']['ray-ddpm'])} from {plain(manifest['model'])}. Sample *i* is a "
+        "function of the settings below and of *i*; checksums are in manifest.json.\n\n"
+        + (f"Classes: {plain(names)}.\n\n" if classes else "")
+        + f"{table('generation', shown)}\n{table('the model was trained on', manifest['trained_on'])}"
+    )
+
+
+def mark_growing(output: str, spec: ModelSpec, config: GenerateConfig) -> None:
+    """Takes the sizes out of a finished dataset's card before files are added to it."""
+    uri = storage.join(output, MANIFEST)
+    if storage.exists(uri):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one will be written anew
+            text = card(json.loads(storage.read_bytes(uri)), spec, config, f"growing {uuid.uuid4().hex}")
+            storage.write_atomic(storage.join(output, ledger.CARD), text.encode())
 
 
 def first_images(
@@ -121,8 +157,8 @@ def first_images(
         return [decode(data, image.size, image.channels) for data in encoded]
     except (DecodeError, pa.ArrowInvalid, tarfile.TarError) as error:
         raise InputError(
-            f"--output {output}: a file is damaged ({one_line(error, 100)}): run the same command with "
-            "--verify, then as before"
+            f"--output {output}: a file is damaged ({one_line(error, 100)}): run --verify, which names "
+            "each: remove them, then run the same command again"
         ) from None
 
 
@@ -133,7 +169,8 @@ def _encoded_images(output: str, form: str, chunks: list[Chunk], count: int) -> 
         return
     for chunk in chunks:
         with open_file(
-            ledger.data_uri(output, chunk, form), ahead=0 if form == "parquet" else _TAR_BLOCK
+            storage.join(output, ledger.DATA, file_name(chunk, writers.SUFFIX[form])),
+            ahead=0 if form == "parquet" else _TAR_BLOCK,
         ) as file:
             if form == "parquet":
                 for batch in pq.ParquetFile(file).iter_batches(count, columns=["image"]):
@@ -160,10 +197,10 @@ def _sheet(images: list[np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _png_metadata(config: GenerateConfig, spec: ModelSpec, whole: dict[Chunk, ChunkRecord]) -> bytes:
+def png_metadata(config: GenerateConfig, spec: ModelSpec, whole: dict[Chunk, ChunkRecord]) -> bytes:
     """Rows for every image: label, index and seed are arithmetic, so nothing has to be read."""
     buffer, classes = io.BytesIO(), spec.image.classes
-    with pq.ParquetWriter(buffer, writers.png_metadata([], [], 0, classes).schema) as writer:
+    with pq.ParquetWriter(buffer, writers.png_metadata([], [], config.seed, classes).schema) as writer:
         for span in _spans(whole):
             ids = torch.arange(span.start, span.stop)
             labels = sample_labels(config, spec, ids)

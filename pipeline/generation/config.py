@@ -7,6 +7,7 @@ from pipeline.config import ModelSpec, Precision, SamplerName
 from pipeline.errors import InputError
 from pipeline.ranges import Finite, Natural, NotNegative, Positive, Range, Seed, Share, check_ranges
 
+MOST_PNGS = 1_000_000
 Format = Literal["parquet", "webdataset", "png"]
 
 
@@ -14,9 +15,9 @@ Format = Literal["parquet", "webdataset", "png"]
 class GenerateConfig:
     """What to sample from which model, and where it goes."""
 
-    model: str
+    model: str = ""
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS (pinned when the output is begun)."""
-    output: str
+    output: str = ""
     """Folder for the dataset (URI; all nodes must see it)."""
     count: Positive = 64
     """Samples in all; raised later, it only adds."""
@@ -34,8 +35,8 @@ class GenerateConfig:
     """alpha_bar of the first step is at least that, for ddim and dpm_solver on a cosine schedule; 0 = start at T."""
     guidance: Finite = 1.0
     """Classifier-free guidance; 1 = none (class-conditional models only)."""
-    labels: tuple[Natural, ...] = ()
-    """Classes to sample; empty = all (class-conditional models only)."""
+    labels: tuple[str, ...] = ()
+    """Classes to sample, by name or number; empty = all (class-conditional models only)."""
     label_weights: tuple[NotNegative, ...] = ()
     """How often, relative to each other, those classes are drawn; empty = equally often."""
     seed: Seed = 0
@@ -59,7 +60,8 @@ class GenerateConfig:
     max_blank_fraction: Share = 0.01
     """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
     verify: bool = False
-    """Generate nothing: check every file of --output, and that a random share of them comes out the same again."""
+    """Write nothing: check all that a reader of --output would open, and that a share of it comes out the same again.
+    Settings and model are those of --output."""
     verify_share: Share = 0.05
     """The share of files that --verify generates again; at least one is."""
 
@@ -81,6 +83,11 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
     if config.rows_per_file % config.batch_size:
         raise InputError(
             f"--rows-per-file {config.rows_per_file} is not a multiple of --batch-size {config.batch_size}"
+        )
+    if config.format == "png" and config.count > MOST_PNGS:
+        raise InputError(
+            f"--count {config.count} --format png: more than {MOST_PNGS:,} single files, which file systems and readers "
+            "are slow with: use --format parquet or webdataset"
         )
     T = spec.diffusion.timesteps
     if config.sampling_steps > T:
@@ -112,13 +119,30 @@ def _check_labels(config: GenerateConfig, spec: ModelSpec) -> None:
                 "--labels, --label-weights and --guidance need a class-conditional model, which this one is not"
             )
         return
-    if unknown := [label for label in config.labels if label >= classes]:
-        raise InputError(f"--labels {unknown[0]}: the model has classes 0 to {classes - 1}")
+    label_numbers(config, spec)
     weights, wanted = config.label_weights, len(config.labels) or classes
     if weights and len(weights) != wanted:
         raise InputError(f"--label-weights gives {len(weights)} weights for {wanted} classes")
     if weights and not 0 < sum(weights) < float("inf"):
         raise InputError("--label-weights: their sum must be a finite number, and not 0")
+
+
+def label_numbers(config: GenerateConfig, spec: ModelSpec) -> list[int]:
+    """The classes to sample; none = all.
+
+    Raises:
+        InputError: the model has no such class.
+    """
+    names, numbers = spec.image.classes, list[int]()
+    for label in map(str, config.labels):
+        if label in names:
+            numbers.append(names.index(label))
+        elif label.isdecimal() and int(label) < len(names):
+            numbers.append(int(label))
+        else:
+            some = ", ".join(names[:5]) + ", …" * (len(names) > 5)
+            raise InputError(f"--labels {label}: the model has classes 0 to {len(names) - 1}: {some}")
+    return numbers
 
 
 def identity(config: GenerateConfig, spec: ModelSpec, fingerprint: str) -> dict[str, Any]:
@@ -130,7 +154,7 @@ def identity(config: GenerateConfig, spec: ModelSpec, fingerprint: str) -> dict[
         "eta": config.eta,
         "least_alpha_bar": config.least_alpha_bar,
         "guidance": config.guidance,
-        "labels": list(config.labels),
+        "labels": label_numbers(config, spec),
         "label_weights": list(config.label_weights),
         "seed": config.seed,
         "batch_size": config.batch_size,

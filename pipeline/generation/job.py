@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,26 @@ from pipeline.cluster.pool import MOST_BLOCKS, ActorPool, Pool
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.generation import arithmetic, ledger
-from pipeline.generation.card import describe
+from pipeline.generation.card import describe, mark_growing
 from pipeline.generation.chunks import Chunk, gaps, tasks
 from pipeline.generation.config import GenerateConfig, check, identity
 from pipeline.generation.ledger import ChunkRecord
-from pipeline.generation.sampler import SampleWork, Setup, unwritable
-from pipeline.generation.verify import verify
+from pipeline.generation.sampler import SampleWork, Setup, places_of, unwritable
+from pipeline.generation.verify import as_written, verify
 from pipeline.lock import locked
 from pipeline.models.export import Packed, model_fingerprint, pack_model, read_spec
 
 
 def model_to_use(config: GenerateConfig) -> str:
     """The model to resolve: an alias that an output was begun with goes on meaning the version that it meant then."""
+    if not config.output:
+        raise InputError("--output is missing: the folder of the dataset")
     before = ledger.saved_settings(storage.absolute(config.output)) or {}
-    if config.model.startswith("models:/") and before.get("model_asked") == config.model:
-        return str(before["model"])
-    return config.model
+    asked = str(before.get("model_asked", ""))
+    model = config.model or (asked if config.verify else "")
+    if not model:
+        raise InputError("--model is missing: the exported model to sample from")
+    return str(before["model"]) if model.startswith("models:/") and model == asked else model
 
 
 def actor_pool(config: GenerateConfig) -> ActorPool:
@@ -50,24 +55,25 @@ def generate(
     """
     packed = pack_model(model_folder)
     spec = read_spec(packed)
+    if config.verify:
+        made = as_written(config, spec)
+        return verify(made, packed, spec, pool or actor_pool(made))
     check(config, spec)
     storage.check_writable(config.output)
     output = storage.absolute(config.output)
     wanted = identity(config, spec, model_fingerprint(packed))
     model = {"model": model_name, "model_asked": config.model}
     setup = Setup(packed, config, output, ledger.digest(wanted))
-    pool = pool or actor_pool(config)
+    places, pool = partial(places_of, config, spec), pool or actor_pool(config)
     try:
         with locked(output):
             ledger.claim(output, wanted, model)
-            whole = ledger.finished(output, config.format, setup.settings)
-            if config.verify:
-                return _result(config, whole, verify(setup, whole, pool))
+            whole = ledger.finished(output, config.format, setup.settings, places)
             if not whole:
                 arithmetic.forget(output)
             metrics = _make(setup, whole, pool)
-            whole = ledger.finished(output, config.format, setup.settings)
-            _finish(config, output, whole)
+            whole = ledger.finished(output, config.format, setup.settings, places)
+            _finish(config, output, whole, places)
             saved = ledger.saved_settings(output) or model
             about = {key: saved[key] for key in model} | {"settings": wanted}
             describe(config, output, spec, about, whole)
@@ -100,6 +106,7 @@ def _make(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str
     done, made, began = 0, 0, time.monotonic()
     _refuse_bad(bad, kept + total, config)
     if spans:
+        mark_growing(setup.output, read_spec(setup.model), config)
         with Display("generate", total, "images") as display:
             for span in pool(SampleWork(setup), tasks(spans, config.rows_per_file, MOST_BLOCKS)):
                 done, made, bad = done + span.rows, made + span.made, bad + span.bad
@@ -122,14 +129,16 @@ def _refuse_bad(bad: int, total: int, config: GenerateConfig) -> None:
         )
 
 
-def _finish(config: GenerateConfig, output: str, whole: dict[Chunk, ChunkRecord]) -> None:
+def _finish(
+    config: GenerateConfig, output: str, whole: dict[Chunk, ChunkRecord], places: ledger.Places
+) -> None:
     """Whether all is there now; what is not of this dataset is moved aside, so that nobody reads it as samples."""
     if gap := next(gaps(config.count, whole), None):
         raise InputError(
             f"--output {output}: samples {gap.start} to {gap.stop - 1} were lost again while the job ran: does "
             "something else write there? Run the same command again"
         )
-    if moved := ledger.set_aside(output, config.format, whole):
+    if moved := ledger.set_aside(output, whole, places):
         print(
             f"generate: {moved} files that are not of this dataset are now in {output}/foreign",
             file=sys.stderr,

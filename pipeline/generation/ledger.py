@@ -4,29 +4,31 @@ A file is finished when it is there whole and its record, written after it, says
 the settings that its file was made with, so that no damage to other files lets samples of two settings mix.
 """
 
-import bisect
 import contextlib
 import hashlib
 import json
 import posixpath
-import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST, SAMPLES
 from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
+from pipeline.data.sources.tree import is_hidden
 from pipeline.errors import InputError
 from pipeline.generation.chunks import Chunk, file_name, parse_name
-from pipeline.generation.writers import SUFFIX, png_name
+from pipeline.generation.writers import SUFFIX
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.versions import SAMPLING
 
 SETTINGS = "settings.json"
 CARD = "README.md"
 DATA, RECORDS, FOREIGN = SAMPLES, "notes", "foreign"
-PNG_METADATA = IMAGE_FOLDER_TABLE
+PNG_METADATA, PARTIAL = IMAGE_FOLDER_TABLE, ".partial"
+
+Places = Callable[[Chunk], list[str]]
+"""Paths of a chunk's files in the data folder: one, or one for each image."""
 
 
 class ChunkRecord(NamedTuple):
@@ -58,11 +60,6 @@ def digest(wanted: dict[str, Any]) -> str:
 def record_uri(output: str, chunk: Chunk, form: str) -> str:
     """Where the record of a chunk is."""
     return storage.join(output, RECORDS, f"{file_name(chunk, SUFFIX[form])}.json")
-
-
-def data_uri(output: str, chunk: Chunk, form: str) -> str:
-    """Where the file of a chunk is (not for single PNGs)."""
-    return storage.join(output, DATA, file_name(chunk, SUFFIX[form]))
 
 
 def write_record(output: str, chunk: Chunk, form: str, record: ChunkRecord) -> None:
@@ -132,38 +129,56 @@ def _other_settings(record: bytes, settings: str) -> bool:
     return False
 
 
-def finished(output: str, form: str, settings: str) -> dict[Chunk, ChunkRecord]:
-    """The finished chunks, in order. Records whose file is lost, cut short or covered by another are removed."""
-    records = _records(output, form, settings)
-    owner, lengths = _owners(form, records), dict[Chunk, int]()
-    for uri, size in storage.sizes(storage.join(output, DATA)).items():
-        if chunk := owner(posixpath.basename(uri)):
-            lengths[chunk] = lengths.get(chunk, 0) + size
-    whole, position = dict[Chunk, ChunkRecord](), 0
-    for chunk, record in records.items():
+def written(
+    output: str, form: str, settings: str, places: Places
+) -> tuple[dict[Chunk, ChunkRecord], dict[Chunk, ChunkRecord]]:
+    """The finished chunks, in order, and those whose file is lost, cut short or covered by another. Only reads."""
+    lengths = sizes(output)
+    whole, broken, position = dict[Chunk, ChunkRecord](), dict[Chunk, ChunkRecord](), 0
+    for chunk, record in _records(output, form, settings).items():
+        found = [lengths.get(place) for place in places(chunk)]
         # Two drivers of different --count, one of them killed, may leave chunks that overlap.
-        if lengths.get(chunk) == record.bytes and chunk.start >= position:
+        if None not in found and sum(filter(None, found)) == record.bytes and chunk.start >= position:
             whole[chunk], position = record, chunk.stop
         else:
-            storage.remove(record_uri(output, chunk, form))
+            broken[chunk] = record
+    return whole, broken
+
+
+def finished(output: str, form: str, settings: str, places: Places) -> dict[Chunk, ChunkRecord]:
+    """The finished chunks, in order. Records of the others are removed."""
+    whole, broken = written(output, form, settings, places)
+    for chunk in broken:
+        storage.remove(record_uri(output, chunk, form))
     return whole
 
 
-def set_aside(output: str, form: str, whole: dict[Chunk, ChunkRecord]) -> int:
+def sizes(output: str) -> dict[str, int]:
+    """Bytes of the files in the data folder, by their path in it."""
+    folder = storage.absolute(storage.join(output, DATA))
+    return {uri[len(folder) :].lstrip("/"): size for uri, size in storage.sizes(folder).items()}
+
+
+def foreign(output: str, places: Iterable[str]) -> list[str]:
+    """Paths in the data folder that a reader would open, and that are none of `places`."""
+    strange = sizes(output).keys() - {*places, PNG_METADATA}
+    return sorted(path for path in strange if not path.endswith(PARTIAL) and not is_hidden(path))
+
+
+def set_aside(output: str, whole: Iterable[Chunk], places: Places) -> int:
     """Moves what a reader would take for data, and is not, out of the way; returns how many files.
 
     To be called when nothing is being written any more: a file that has no record yet is one of them.
     """
-    owner, moved = _owners(form, whole), 0
     for folder in (DATA, RECORDS):
         for uri in storage.sizes(storage.join(output, folder)):
-            name = posixpath.basename(uri)
-            if name.endswith(".partial"):
+            if uri.endswith(PARTIAL):
                 storage.remove(uri)
-            elif folder == DATA and name != PNG_METADATA and not owner(name):
-                storage.move(uri, storage.join(output, FOREIGN, f"{uuid.uuid4().hex[:8]}-{name}"))
-                moved += 1
-    return moved
+    moved = foreign(output, (place for chunk in whole for place in places(chunk)))
+    for path in moved:
+        to = f"{uuid.uuid4().hex[:8]}-{posixpath.basename(path)}"
+        storage.move(storage.join(output, DATA, path), storage.join(output, FOREIGN, to))
+    return len(moved)
 
 
 def _records(output: str, form: str, settings: str) -> dict[Chunk, ChunkRecord]:
@@ -176,21 +191,3 @@ def _records(output: str, form: str, settings: str) -> dict[Chunk, ChunkRecord]:
         if chunk and record and name == file_name(chunk, SUFFIX[form]):
             records[chunk] = record
     return dict(sorted(records.items(), key=lambda item: (item[0].start, -item[0].stop)))
-
-
-def _owners(form: str, chunks: dict[Chunk, ChunkRecord]) -> Callable[[str], Chunk | None]:
-    """Says which of the chunks a file in the data folder belongs to, by its name."""
-    ordered = sorted(chunks)
-
-    def of_image(name: str) -> Chunk | None:
-        index = name.removesuffix(".png")
-        if not index.isdecimal() or name != png_name(int(index)):
-            return None
-        place = bisect.bisect_right(ordered, (int(index), sys.maxsize)) - 1
-        return ordered[place] if place >= 0 and int(index) < ordered[place].stop else None
-
-    def of_file(name: str) -> Chunk | None:
-        chunk = parse_name(name)
-        return chunk if chunk in chunks and name == file_name(chunk, SUFFIX[form]) else None
-
-    return of_image if form == "png" else of_file

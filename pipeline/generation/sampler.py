@@ -14,8 +14,8 @@ from pipeline.config import ModelSpec
 from pipeline.data.images import encode_png
 from pipeline.errors import InputError
 from pipeline.generation import arithmetic, ledger, writers
-from pipeline.generation.chunks import Chunk, batches, cut_into_chunks
-from pipeline.generation.config import GenerateConfig
+from pipeline.generation.chunks import Chunk, batches, cut_into_chunks, file_name
+from pipeline.generation.config import GenerateConfig, label_numbers
 from pipeline.generation.ledger import ChunkRecord
 from pipeline.gpu.graph import Graphed
 from pipeline.models.export import Packed, load_model
@@ -109,18 +109,6 @@ class Renderer:
             )
         return to_pixels(x_0), labels, x_0.isfinite().flatten(1).all(1)
 
-    def places(self, output: str, chunk: Chunk) -> list[str]:
-        """Where a chunk's files are: one, or one for each image."""
-        form = self.config.format
-        if form != "png":
-            return [ledger.data_uri(output, chunk, form)]
-        names, folders = range(chunk.start, chunk.stop), writers.class_folders(self.spec.image.classes)
-        labels = sample_labels(self.config, self.spec, torch.arange(chunk.start, chunk.stop))
-        return [
-            storage.join(output, ledger.DATA, writers.png_place(index, label, folders))
-            for index, label in zip(names, labels_or_none(labels, len(names)), strict=True)
-        ]
-
     def contents(self, chunk: Chunk, samples: Rendered) -> list[bytes]:
         """The bytes of those files."""
         pixels = samples.images.permute(0, 2, 3, 1).cpu().numpy()
@@ -183,7 +171,7 @@ def _make(setup: Setup, renderer: Renderer, chunk: Chunk) -> ChunkRecord:
     samples = renderer.render(chunk)
     length, digest = 0, hashlib.sha256()
     contents = renderer.contents(chunk, samples)
-    for uri, data in zip(renderer.places(setup.output, chunk), contents, strict=True):
+    for uri, data in zip(uris_of(setup.config, renderer.spec, setup.output, chunk), contents, strict=True):
         storage.write_atomic(uri, data)
         length += len(data)
         digest.update(data)
@@ -198,11 +186,28 @@ def _make(setup: Setup, renderer: Renderer, chunk: Chunk) -> ChunkRecord:
     return record
 
 
+def places_of(config: GenerateConfig, spec: ModelSpec, chunk: Chunk) -> list[str]:
+    """See `ledger.Places`."""
+    if config.format != "png":
+        return [file_name(chunk, writers.SUFFIX[config.format])]
+    names, folders = range(chunk.start, chunk.stop), writers.class_folders(spec.image.classes)
+    labels = sample_labels(config, spec, torch.arange(chunk.start, chunk.stop))
+    return [
+        writers.png_place(index, label, folders)
+        for index, label in zip(names, labels_or_none(labels, len(names)), strict=True)
+    ]
+
+
+def uris_of(config: GenerateConfig, spec: ModelSpec, output: str, chunk: Chunk) -> list[str]:
+    """Where a chunk's files are."""
+    return [storage.join(output, ledger.DATA, place) for place in places_of(config, spec, chunk)]
+
+
 def sample_labels(config: GenerateConfig, spec: ModelSpec, ids: Tensor) -> Tensor | None:
     """The class of each sample, a function of (seed, index); None for an unconditional model."""
     if not spec.model.class_conditional:
         return None
-    choices = torch.tensor(config.labels or range(len(spec.image.classes)), device=ids.device)
+    choices = torch.tensor(label_numbers(config, spec) or range(len(spec.image.classes)), device=ids.device)
     weights = torch.tensor(config.label_weights or [1.0] * len(choices), dtype=torch.float64)
     # The inverse of the cumulative distribution; a class of weight 0 has an empty interval.
     ends = (weights.cumsum(0) / weights.sum()).to(ids.device)

@@ -1,71 +1,184 @@
-"""Whether a dataset is still what it was written as, and whether it can be made again."""
+"""Whether a dataset is what its manifest says, all of it and nothing more, and whether it can be made again.
+
+Only reads: nothing is locked, claimed, mended or removed.
+"""
 
 import hashlib
+import json
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.cluster.pool import Pool
+from pipeline.config import ModelSpec
+from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.generation import arithmetic, ledger
-from pipeline.generation.chunks import Chunk, file_name, gaps
-from pipeline.generation.config import GenerateConfig
+from pipeline.generation import arithmetic, card, ledger
+from pipeline.generation.chunks import Chunk, file_name, gaps, parse_name
+from pipeline.generation.config import GenerateConfig, check, identity
 from pipeline.generation.ledger import ChunkRecord
-from pipeline.generation.sampler import Renderer, Setup
+from pipeline.generation.sampler import Renderer, Setup, places_of, uris_of
 from pipeline.generation.writers import SUFFIX
+from pipeline.models.export import Packed, model_fingerprint
+from pipeline.output import check_claim, read_claim
+from pipeline.ranges import check_ranges
+from pipeline.redact import one_line
+from pipeline.versions import SAMPLING
 
-NAMED = 5
+NAMED = 20
 DAMAGED, DIFFERENT = "damaged", "intact, but regenerating it gave different bytes"
 
 
-def verify(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str, float]:
-    """Reads every file, and makes a random share of them again.
-
-    Args:
-        whole: the chunks whose files have the right length.
-
-    Returns:
-        how many files were checked, and how many of them made again.
+def as_written(config: GenerateConfig, spec: ModelSpec) -> GenerateConfig:
+    """The settings of the dataset in `config.output`; those that are about the check itself stay.
 
     Raises:
-        InputError: something is missing, damaged, or comes out otherwise; names it.
+        InputError: no dataset of jobs/generate.py is there, or a flag says otherwise than it was made with.
     """
-    config = setup.config
-    if gap := next(gaps(config.count, whole), None):
+    check_ranges(config)
+    output = storage.absolute(config.output)
+    claim, manifest = read_claim(output, ledger.SETTINGS), _read_manifest(output)
+    if claim is None:
         raise InputError(
-            f"--output {config.output}: samples {gap.start} to {gap.stop - 1} are missing or their file is cut short: "
-            "run the same command without --verify"
+            f"--output {config.output}: {ledger.SETTINGS} is lost: run its command without --verify"
         )
-    again = {chunk for chunk in whole if random.random() < config.verify_share}
-    again |= {random.choice(list(whole))}
-    tasks = [Sealed(chunk, record.sha256, chunk in again) for chunk, record in whole.items()]
-    checked, wrong = 0, dict[str, list[Chunk]]()
+    fixed, names = claim["fixed"], spec.image.classes
+    made: dict[str, Any] = {
+        key: fixed[key] for key in fixed if key in {field.name for field in fields(config)}
+    }
+    made |= {"labels": tuple(names[label] if label < len(names) else str(label) for label in fixed["labels"])}
+    made |= {"label_weights": tuple(fixed["label_weights"]), "gpu": fixed["device"] == "gpu"}
+    made |= {"count": manifest["count"]}
+    defaults = GenerateConfig()
+    for key, value in made.items():
+        given = getattr(config, key)
+        if given not in (getattr(defaults, key), value) and key not in ("labels", "sampling_steps"):
+            flag = "--" + key.replace("_", "-")
+            raise InputError(
+                f"--output {config.output}: made with {flag} {value}, not {given}: leave the flag out"
+            )
+    return replace(config, **made)
+
+
+def verify(config: GenerateConfig, packed: Packed, spec: ModelSpec, pool: Pool) -> dict[str, Any]:
+    """Reads all that a reader of the dataset would open, and makes a random share of the files again.
+
+    Args:
+        config: what `as_written` gives.
+
+    Returns:
+        the result of the job: how many files were checked, and how many of them made again.
+
+    Raises:
+        InputError: it is not what its manifest says; names every difference.
+    """
+    check(config, spec)
+    output = storage.absolute(config.output)
+    wanted, claim = (
+        identity(config, spec, model_fingerprint(packed)),
+        read_claim(output, ledger.SETTINGS) or {},
+    )
+    hints = {"model_fingerprint": f" ({claim.get('model')})"}
+    check_claim(config.output, claim, wanted, hints=hints, of=SAMPLING)
+    setup, manifest = Setup(packed, config, output, ledger.digest(wanted)), _read_manifest(output)
+    listed = _listed(manifest, config)
+    different = [*_of_manifest(setup, spec, manifest, listed)]
+    again = {chunk for chunk in listed if random.random() < config.verify_share}
+    again |= {random.choice(list(listed))} if listed else set()
+    tasks = [Sealed(chunk, str(entry["sha256"]), chunk in again) for chunk, entry in listed.items()]
+    checked = 0
     with Display("verify", len(tasks), "files") as display:
         for chunk, how in pool(VerifyWork(setup), tasks):
             checked += 1
             if how:
-                wrong.setdefault(how, []).append(chunk)
-            display.update(checked, f"{sum(map(len, wrong.values()))} wrong")
-    for chunk in wrong.get(DAMAGED, []):
-        storage.remove(ledger.record_uri(setup.output, chunk, config.format))
-    if wrong:
+                different.append(f"{file_name(chunk, SUFFIX[config.format])} is {how}")
+            display.update(checked, f"{len(different)} differences")
+    if different:
         named = "; ".join(
-            f"{len(found)} {how}: {_names(found, config)}" for how, found in sorted(wrong.items())
+            different[:NAMED] + [f"and {len(different) - NAMED} more"] * (len(different) > NAMED)
         )
         raise InputError(
-            f"--output {config.output}: of {checked} files {named}. The same command without --verify makes damaged "
-            "files again"
+            f"--output {config.output}: {named}. Remove what is damaged, then run its command without --verify: it makes "
+            "again what is missing, and moves aside what is not of this dataset"
         )
-    return {"verified": checked, "regenerated": len(again)}
+    return {
+        "output": config.output,
+        "count": manifest["count"],
+        "metrics": {"verified": checked, "regenerated": len(again)},
+    }
 
 
-def _names(chunks: list[Chunk], config: GenerateConfig) -> str:
-    names = [file_name(chunk, SUFFIX[config.format]) for chunk in sorted(chunks)]
-    return ", ".join(names[:NAMED] + ["and so on"] * (len(names) > NAMED))
+def _read_manifest(output: str) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(storage.join(output, MANIFEST)))
+        if manifest["format"] == SAMPLES_FORMAT and isinstance(manifest["count"], int):
+            return manifest
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"--output {output}: no {MANIFEST} there: jobs/generate.py has not finished a dataset in it"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--output {output}: {MANIFEST} is damaged: {one_line(error)}") from None
+    raise InputError(f"--output {output}: {MANIFEST} is not one of jobs/generate.py")
+
+
+def _listed(manifest: dict[str, Any], config: GenerateConfig) -> dict[Chunk, dict[str, Any]]:
+    """The files of the manifest, by their chunks.
+
+    Raises:
+        InputError: what stands there are no files.
+    """
+    try:
+        entries = {parse_name(entry["file"]): entry for entry in manifest["files"]}
+        if None in entries or any(entry.keys() < {"rows", "bytes", "sha256"} for entry in entries.values()):
+            raise ValueError("a file that is none of a dataset")
+        return {chunk: entry for chunk, entry in sorted(entries.items()) if chunk}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"--output {config.output}: {MANIFEST} is damaged: {one_line(error)}") from None
+
+
+def _of_manifest(
+    setup: Setup, spec: ModelSpec, manifest: dict[str, Any], listed: dict[Chunk, dict[str, Any]]
+) -> Iterator[str]:
+    """What does not fit together, but for the contents of the files."""
+    config, output = setup.config, setup.output
+    places = partial(places_of, config, spec)
+    for gap in gaps(config.count, listed):
+        yield f"samples {gap.start} to {gap.stop - 1} are missing"
+    records, broken = ledger.written(output, config.format, setup.settings, places)
+    for chunk in broken:
+        yield f"{file_name(chunk, SUFFIX[config.format])} is lost, cut short or covered by another"
+    for chunk, entry in listed.items():
+        record = records.get(chunk)
+        name = file_name(chunk, SUFFIX[config.format])
+        if record is None and chunk not in broken:
+            yield f"{name} has no record in {ledger.RECORDS}"
+        elif record and any(entry[key] != getattr(record, key) for key in ("rows", "bytes", "sha256")):
+            yield f"{MANIFEST} says of {name} what its record doesn't"
+    for path in ledger.foreign(output, (place for chunk in listed for place in places(chunk))):
+        yield f"{ledger.DATA}/{path} is not of this dataset"
+    yield from _of_what_is_beside(setup, spec, manifest, records)
+
+
+def _of_what_is_beside(
+    setup: Setup, spec: ModelSpec, manifest: dict[str, Any], records: dict[Chunk, ChunkRecord]
+) -> Iterator[str]:
+    head = card.totals(records)
+    for key, value in head.items():
+        if manifest.get(key) != value:
+            yield f"{MANIFEST} says {key} = {manifest.get(key)}, its files {value}"
+    expected = {ledger.CARD: card.card(manifest, spec, setup.config).encode()}
+    if setup.config.format == "png":
+        table = card.png_metadata(setup.config, spec, records)
+        expected[f"{ledger.DATA}/{ledger.PNG_METADATA}"] = table
+    for name, content in expected.items():
+        uri = storage.join(setup.output, name)
+        if not storage.exists(uri) or storage.read_bytes(uri) != content:
+            yield f"{name} is not what was written"
 
 
 class Sealed(NamedTuple):
@@ -92,7 +205,7 @@ class VerifyWork:
 def _check(output: str, renderer: Renderer, task: Sealed) -> tuple[Chunk, str]:
     chunk = task.chunk
     try:
-        stored = _sha256(map(storage.read_bytes, renderer.places(output, chunk)))
+        stored = _sha256(map(storage.read_bytes, uris_of(renderer.config, renderer.spec, output, chunk)))
     except FileNotFoundError:
         stored = ""
     if stored != task.sha256:

@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from pipeline.data.shard_writer import ShardWriter, huggingface_schema
 
-_INTEGERS = ("index", "seed")
 SUFFIX = {"parquet": "parquet", "webdataset": "tar", "png": "png"}
 
 
@@ -24,9 +23,15 @@ class Row:
     seed: int
 
 
+def integers(seed: int) -> dict[str, pa.DataType]:
+    """The columns beside image and label; a seed that int64 does not hold is unsigned."""
+    return {"index": pa.int64(), "seed": pa.int64() if seed < 2**63 else pa.uint64()}
+
+
 def parquet(rows: list[Row], classes: tuple[str, ...]) -> bytes:
     """A Parquet file in the Hugging Face image convention, with the columns index and seed beside it."""
-    writer = ShardWriter(huggingface_schema(classes, integers=_INTEGERS), max(1, len(rows)))
+    seed = rows[0].seed if rows else 0
+    writer = ShardWriter(huggingface_schema(classes, integers=integers(seed)), max(1, len(rows)))
     for row in rows:
         writer.add(row.png, png_name(row.index), label=row.label, index=row.index, seed=row.seed)
     return writer.close()
@@ -81,4 +86,4 @@ def png_metadata(
         "index": indices,
         "seed": [seed] * len(indices),
     }
-    return pa.table(columns, huggingface_schema(classes, pa.field("file_name", pa.string()), _INTEGERS))
+    return pa.table(columns, huggingface_schema(classes, pa.field("file_name", pa.string()), integers(seed)))
