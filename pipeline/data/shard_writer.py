@@ -27,7 +27,7 @@ class ShardWriter:
     def rows(self) -> int:
         return sum(self.row_groups) + len(self._rows)
 
-    def add(self, data: bytes, path: str, **columns: int | bytes | None) -> None:
+    def add(self, data: bytes, path: str, **columns: int | str | bytes | None) -> None:
         self._rows.append({"image": {"bytes": data, "path": path}, **columns})
         if len(self._rows) == self._limit:
             self._flush()
@@ -47,16 +47,16 @@ class ShardWriter:
 
 
 def huggingface_schema(
-    classes: tuple[str, ...], first: pa.Field = IMAGE, integers: dict[str, pa.DataType] | None = None
+    classes: tuple[str, ...], first: pa.Field = IMAGE, more: dict[str, pa.DataType] | None = None
 ) -> pa.Schema:
     """The columns image {bytes, path} and label, and what makes `datasets` give PIL images and class names of them.
 
     Args:
         classes: names of the labels, where they have any.
         first: what stands in place of the images.
-        integers: columns that follow.
+        more: columns that follow.
     """
-    integer, more = {"dtype": "int64", "_type": "Value"}, integers or {}
+    integer, more = {"dtype": "int64", "_type": "Value"}, more or {}
     features: dict[str, Any] = {
         first.name: {"_type": "Image"} if first is IMAGE else {"dtype": str(first.type), "_type": "Value"},
         "label": {"names": list(classes), "_type": "ClassLabel"} if classes else integer,

@@ -107,7 +107,7 @@ def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, grow
         "png": ["data/**/*.png", "data/metadata.parquet"],
     }[config.format]
     size, classes, settings = spec.image.size, spec.image.classes, dict(manifest["settings"])
-    columns = {name: str(kind) for name, kind in writers.integers(config.seed).items()}
+    columns = {name: str(kind) for name, kind in writers.columns_beside(config.seed).items()}
     # Readers of tars make their own columns.
     described = config.format != "webdataset"
     matter = front_matter(

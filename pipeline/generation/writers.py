@@ -23,17 +23,21 @@ class Row:
     seed: int
 
 
-def integers(seed: int) -> dict[str, pa.DataType]:
-    """The columns beside image and label; a seed that int64 does not hold is unsigned."""
-    return {"index": pa.int64(), "seed": pa.int64() if seed < 2**63 else pa.uint64()}
+def columns_beside(seed: int) -> dict[str, pa.DataType]:
+    """The columns beside image and label; a seed that int64 does not hold is text, since some readers know no uint64."""
+    return {"index": pa.int64(), "seed": pa.int64() if seed < 2**63 else pa.string()}
+
+
+def _written(seed: int) -> int | str:
+    return seed if seed < 2**63 else str(seed)
 
 
 def parquet(rows: list[Row], classes: tuple[str, ...]) -> bytes:
     """A Parquet file in the Hugging Face image convention, with the columns index and seed beside it."""
     seed = rows[0].seed if rows else 0
-    writer = ShardWriter(huggingface_schema(classes, integers=integers(seed)), max(1, len(rows)))
+    writer = ShardWriter(huggingface_schema(classes, more=columns_beside(seed)), max(1, len(rows)))
     for row in rows:
-        writer.add(row.png, png_name(row.index), label=row.label, index=row.index, seed=row.seed)
+        writer.add(row.png, png_name(row.index), label=row.label, index=row.index, seed=_written(row.seed))
     return writer.close()
 
 
@@ -84,6 +88,8 @@ def png_metadata(
         "file_name": [png_place(*pair, folders) for pair in pairs],
         "label": labels,
         "index": indices,
-        "seed": [seed] * len(indices),
+        "seed": [_written(seed)] * len(indices),
     }
-    return pa.table(columns, huggingface_schema(classes, pa.field("file_name", pa.string()), integers(seed)))
+    return pa.table(
+        columns, huggingface_schema(classes, pa.field("file_name", pa.string()), columns_beside(seed))
+    )
