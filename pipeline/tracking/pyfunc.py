@@ -4,9 +4,11 @@
     images = model.predict(pandas.DataFrame({"label": [3, 1, 4]}), params={"sampling_steps": 50})
 
 Each row asks for one image: column `label` (class index, optional), column `index` (which sample of the
-seed, optional; the row number by default). The answer is uint8 [N, H, W, C].
+seed, optional; the row number by default). The answer is uint8 [N, H, W, C]. Parameters are in `DEFAULTS`.
+The package that computes travels with the model, as a zip file.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +16,56 @@ import mlflow
 import numpy as np
 import torch
 
+DEFAULTS: dict[str, Any] = {
+    "sampler": "ddim",
+    "sampling_steps": 50,
+    "eta": 1.0,
+    "guidance": 1.0,
+    "least_alpha_bar": 0.0,
+    "seed": 0,
+}
+
 
 class ExportedModel(mlflow.pyfunc.PythonModel):
     """Draws samples from an exported model folder."""
 
     def load_context(self, context: Any) -> None:
+        """Loads the model with the package that it was logged with, unless the process has one already."""
+        if "pipeline" not in sys.modules and (code := context.artifacts.get("code")):
+            sys.path.insert(0, code)
         from pipeline import load_model
 
         self.model, self.spec = load_model(Path(context.artifacts["model"]))
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """See the module. Raises ValueError in one line for rows that ask for no image."""
         # Without type hints: MLflow takes them for a schema of the input.
         from pipeline import sample_images
 
-        options = {"sampler": "ddim", "eta": 1.0, "sampling_steps": 50, "seed": 0, "guidance": 1.0} | (
-            params or {}
-        )
-        rows = len(model_input)
-        labels = (
-            torch.as_tensor(np.asarray(model_input["label"], np.int64)) if "label" in model_input else None
-        )
-        ids = torch.as_tensor(
-            np.asarray(model_input["index"], np.int64) if "index" in model_input else np.arange(rows)
-        )
+        if not hasattr(model_input, "columns") or not len(model_input):
+            raise ValueError("input: give a DataFrame with one row for each image")
+        options = DEFAULTS | (params or {})
+        options["sampling_steps"] = min(options["sampling_steps"], self.spec.diffusion.timesteps)
+        ids = _whole_numbers(model_input, "index", 2**63)
+        labels = _whole_numbers(model_input, "label", len(self.spec.image.classes))
+        if ids is None:
+            ids = torch.arange(len(model_input))
         images = sample_images(self.model, self.spec, ids, labels=labels, **options)
         return images.permute(0, 2, 3, 1).numpy()
+
+
+def _whole_numbers(model_input, column, end):  # type: ignore[no-untyped-def]
+    """A column as int64 [N]; None where there is none."""
+    if column not in model_input:
+        return None
+    try:
+        values = np.asarray(model_input[column].astype("int64"))
+        exact = (values == np.asarray(model_input[column], np.float64)).all()
+    except (TypeError, ValueError, OverflowError):
+        exact = False
+    if not exact or (values < 0).any() or (values >= end).any():
+        raise ValueError(f"input: column {column!r} must hold whole numbers from 0 to {end - 1}")
+    return torch.as_tensor(values)
 
 
 mlflow.models.set_model(ExportedModel())

@@ -6,18 +6,28 @@ import re
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import yaml
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
+import pipeline
 from pipeline import storage
+from pipeline.config import ModelSpec
 from pipeline.errors import InputError
-from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, model_fingerprint, pack_model
+from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, model_fingerprint, pack_model, read_spec
 from pipeline.tracking import runs  # also for its settings of MLflow
+from pipeline.tracking.pyfunc import DEFAULTS
 
 MODEL_FOLDER = "model"
+# What `from pipeline import load_model, sample_images` imports, and what MLflow's servers do.
+SERVED_WITH = ("mlflow", "torch", "numpy", "pandas", "safetensors", "fsspec", "PyYAML")
 # Seconds for which a registry that does not answer is asked again.
 PATIENCE = 60.0
 
@@ -56,18 +66,48 @@ def _log(run: runs.Run, folder: str | Path) -> str:
         with (
             warnings.catch_warnings(action="ignore"),  # of this model, which declares no schema of its input
             _on_this_machine(str(folder)) as here,
+            tempfile.TemporaryDirectory() as temporary,
             mlflow.start_run(run_id=run.id, log_system_metrics=False),
         ):
             info = mlflow.pyfunc.log_model(
                 name="model",
                 # A script, not a pickled object: nothing is unpickled when the model is loaded.
                 python_model=str(Path(__file__).with_name("pyfunc.py")),
-                artifacts={MODEL_FOLDER: here},
-                pip_requirements=["ray-ddpm"],
+                artifacts={MODEL_FOLDER: here, "code": str(_packed_code(Path(temporary)))},
+                pip_requirements=requirements(),
+                signature=_signature(read_spec(here)),
             )
     finally:
         client.update_run(run.id, status=status)  # start_run's exit closes the run; the caller does that
     return str(info.model_uri)
+
+
+def requirements() -> list[str]:
+    """What a served model needs, all of it in public indexes; ray-ddpm itself travels with the model."""
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in SERVED_WITH]
+
+
+def _packed_code(folder: Path) -> Path:
+    """The package as a zip file that Python imports from."""
+    package, packed = Path(pipeline.__file__).parent, folder / "ray-ddpm.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for source in sorted(package.rglob("*.py")):
+            entry = zipfile.ZipInfo(
+                str(source.relative_to(package.parent))
+            )  # of no time: equal code, equal bytes
+            file.writestr(entry, source.read_bytes(), zipfile.ZIP_DEFLATED)
+    return packed
+
+
+def _signature(spec: ModelSpec) -> ModelSignature:
+    """Without one MLflow drops every parameter."""
+    kinds: dict[type, DataType] = {str: DataType.string, int: DataType.long, float: DataType.double}
+    image = spec.image
+    return ModelSignature(
+        Schema([ColSpec(DataType.long, name, required=False) for name in ("label", "index")]),
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, image.size, image.size, image.channels))]),
+        ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in DEFAULTS.items()]),
+    )
 
 
 @contextlib.contextmanager
