@@ -60,8 +60,8 @@ def check_fits(need: Need) -> None:
     Raises:
         InputError: says what there is.
     """
-    limit, nodes = state.get_max_resources_from_cluster_config(), _nodes()
-    wanted, room, lack = _wanted(need), _fitting(nodes, need), ""
+    limit, nodes = state.get_max_resources_from_cluster_config(), nodes_now()
+    wanted, room, lack = _wanted(need), fitting(nodes, need), ""
     missing = next((name for name, amount in _sums(nodes, need).items() if not amount), "")
     if limit:  # Ray Train would fail for the same reason
         if any(limit.get(name, 0) < need.count * amount for name, amount in need.each.items()):
@@ -81,8 +81,8 @@ def check_fits(need: Need) -> None:
 def shortage(need: Need) -> str:
     """What the work waits for, and what there is, in a line; empty where there is room for it."""
     free = list(state.available_resources_per_node().values())
-    for nodes, what in ((_nodes(), ""), (free, " free")):
-        if (room := _fitting(nodes, need)) < need.count:
+    for nodes, what in ((nodes_now(), ""), (free, " free")):
+        if (room := fitting(nodes, need)) < need.count:
             there = _sums(nodes, need)
             # Enough in all, on too many nodes.
             if all(there[name] >= need.count * amount for name, amount in need.each.items()):
@@ -122,20 +122,28 @@ def has_workers(actor: str) -> bool:
     )
 
 
-def _nodes() -> list[dict[str, float]]:
+def nodes_now() -> list[dict[str, float]]:
     """What each node has, in use or not."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _fitting(nodes: list[dict[str, float]], need: Need) -> int:
-    """How many of the workers find room on these nodes."""
+def fitting(nodes: list[dict[str, float]], need: Need) -> int:
+    """How many of the workers find room on nodes with these resources."""
     return sum(
         min(
-            (int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.each.items()),
+            (_places(name, node.get(name, 0.0), amount) for name, amount in need.each.items()),
             default=need.count,
         )
         for node in nodes
     )
+
+
+def _places(name: str, there: float, amount: float) -> int:
+    """How often an amount can be taken of a node's resource; no process has parts of two GPUs."""
+    if name == "GPU" and amount < 1:
+        part = there - int(there)  # what is left of one that others use
+        return int(there) * int(1 / amount + 1e-6) + int(part / amount + 1e-6)
+    return int(there / amount + 1e-6)
 
 
 def _sums(nodes: list[dict[str, float]], need: Need) -> dict[str, float]:

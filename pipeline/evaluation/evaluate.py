@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from pipeline.evaluation.work import choose
 from pipeline.models.export import Packed, load_model, save_model
 from pipeline.models.snapshots import posthoc_ema
 from pipeline.models.unet import UNet
-from pipeline.output import check_apart
+from pipeline.output import check_apart, to_json
 from pipeline.pictures import draw
 
 
@@ -61,7 +60,7 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
         metrics |= _bits(config, *loaded, held_out, pool)
     if config.samples and set(config.metrics) - {"bits"}:
         metrics |= _quality(config, splits, pool)
-    _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
+    _write(config, "metrics.json", to_json(metrics, indent=1).encode())
     return metrics
 
 
@@ -171,7 +170,7 @@ def _extractor(
 
 
 def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:
-    _write(config, "bits_per_dim.json", json.dumps(dataclasses.asdict(bits), indent=1).encode())
+    _write(config, "bits_per_dim.json", to_json(dataclasses.asdict(bits), indent=1).encode())
     if not bits.terms:
         return
     table = io.StringIO()
