@@ -60,8 +60,8 @@ def check_fits(need: Need) -> None:
     Raises:
         InputError: says what there is.
     """
-    limit, nodes = state.get_max_resources_from_cluster_config(), nodes_now()
-    wanted, room, lack = _wanted(need), fitting(nodes, need), ""
+    limit, nodes = state.get_max_resources_from_cluster_config(), _nodes()
+    wanted, room, lack = _wanted(need), _fitting(nodes, need), ""
     missing = next((name for name, amount in _sums(nodes, need).items() if not amount), "")
     if limit:  # Ray Train would fail for the same reason
         if any(limit.get(name, 0) < need.count * amount for name, amount in need.each.items()):
@@ -78,11 +78,16 @@ def check_fits(need: Need) -> None:
         raise InputError(f"{need.flags}: {lack}")
 
 
+def places(need: Need) -> int:
+    """How many of the workers the nodes that have joined can hold, in use or not."""
+    return _fitting(_nodes(), need)
+
+
 def shortage(need: Need) -> str:
     """What the work waits for, and what there is, in a line; empty where there is room for it."""
     free = list(state.available_resources_per_node().values())
-    for nodes, what in ((nodes_now(), ""), (free, " free")):
-        if (room := fitting(nodes, need)) < need.count:
+    for nodes, what in ((_nodes(), ""), (free, " free")):
+        if (room := _fitting(nodes, need)) < need.count:
             there = _sums(nodes, need)
             # Enough in all, on too many nodes.
             if all(there[name] >= need.count * amount for name, amount in need.each.items()):
@@ -122,12 +127,12 @@ def has_workers(actor: str) -> bool:
     )
 
 
-def nodes_now() -> list[dict[str, float]]:
+def _nodes() -> list[dict[str, float]]:
     """What each node has, in use or not."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def fitting(nodes: list[dict[str, float]], need: Need) -> int:
+def _fitting(nodes: list[dict[str, float]], need: Need) -> int:
     """How many of the workers find room on nodes with these resources."""
     return sum(
         min(

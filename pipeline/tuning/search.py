@@ -20,7 +20,7 @@ from ray.util import get_node_ip_address
 
 from pipeline import storage
 from pipeline.cluster.ray_internals import ENV_VARS_TO_PROPAGATE
-from pipeline.cluster.room import Need, announced, check_fits, fitting, nodes_now
+from pipeline.cluster.room import Need, announced, check_fits, places
 from pipeline.config import to_dict
 from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
@@ -248,7 +248,7 @@ def _concurrent(config: TuneConfig, space: Space) -> int:
         InputError: not one will ever fit the cluster.
     """
     check_fits(need := _room(config, space))
-    fit = fitting(nodes_now(), need) // need.count
+    fit = places(need) // need.count
     return min(config.concurrent, max(fit, 1), config.trials)
 
 
