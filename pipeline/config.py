@@ -7,6 +7,7 @@ torch or Ray: a configuration can be read, checked and written anywhere.
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,7 +15,18 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 
 from pipeline.errors import InputError
-from pipeline.ranges import Cpus, Finite, MoreThanZero, Natural, NotNegative, Positive, Range, Seed, Share
+from pipeline.ranges import (
+    Cpus,
+    Finite,
+    GpuShare,
+    MoreThanZero,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+)
 
 Variance = Literal["fixed_large", "fixed_small", "learned_range"]
 LossKind = Literal["simple", "weighted", "vlb", "hybrid", "min_snr"]
@@ -188,6 +200,8 @@ class TrainConfig:
     """Train on GPUs; left out = when the cluster has one for every worker."""
     cpus_per_worker: Cpus = 1.0
     """CPUs (and CPU threads) that each worker reserves."""
+    gpus_per_worker: GpuShare = 1.0
+    """GPUs that a worker reserves where it trains on GPUs; with a fraction several runs share one (one worker each)."""
     peak_tflops: NotNegative = 0.0
     """TFLOP/s of a worker's device that the MFU curve is a share of; 0 = its matrix product, measured at the start."""
     log_every: Positive = 50
@@ -300,10 +314,21 @@ def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1, but that a number may have an exponent without a point, as JSON and YAML 1.2 have it: 1e-3."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII),
+    list("-+.0123456789"),
+)
+
+
 def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     """A YAML (or JSON) file as a dict; raises InputError when it can't be read or isn't a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _Yaml)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{flag} {path}: {reason}") from None

@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class BadSettings(InputError):
+    """Settings with which the work fails however often it is tried: no network can be built, or training diverges."""
+
+
 class Outage(InputError):
     """Something did not answer for as long as it was waited for: the same input may do later."""
 

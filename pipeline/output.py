@@ -1,12 +1,26 @@
 """Whose an output folder is: one set of settings, from its first file on."""
 
 import json
+import math
 import os
 from typing import Any
 
 from pipeline import __version__, storage
 from pipeline.errors import InputError
 from pipeline.versions import OF_0_1_0, TRAINING, VERSIONS, check_same
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no word for a number that is not finite: null stands for it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def read_claim(output: str, name: str) -> dict[str, Any] | None:

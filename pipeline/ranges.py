@@ -63,6 +63,7 @@ MoreThanZero = Annotated[float, Range(gt=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
 # Ray counts ten-thousandths of a CPU, in 64 bits.
 Cpus = Annotated[float, Range(ge=0.0001, le=1_000_000)]
+GpuShare = Annotated[float, Range(ge=0.0001, le=1)]
 
 
 def check_ranges(config: Any) -> None:

@@ -78,6 +78,11 @@ def check_fits(need: Need) -> None:
         raise InputError(f"{need.flags}: {lack}")
 
 
+def places(need: Need) -> int:
+    """How many of the workers the nodes that have joined can hold, in use or not."""
+    return _fitting(_nodes(), need)
+
+
 def shortage(need: Need) -> str:
     """What the work waits for, and what there is, in a line; empty where there is room for it."""
     free = list(state.available_resources_per_node().values())
@@ -128,14 +133,22 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _fitting(nodes: list[dict[str, float]], need: Need) -> int:
-    """How many of the workers find room on these nodes."""
+    """How many of the workers find room on nodes with these resources."""
     return sum(
         min(
-            (int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.each.items()),
+            (_places(name, node.get(name, 0.0), amount) for name, amount in need.each.items()),
             default=need.count,
         )
         for node in nodes
     )
+
+
+def _places(name: str, there: float, amount: float) -> int:
+    """How often an amount can be taken of a node's resource; no process has parts of two GPUs."""
+    if name == "GPU" and amount < 1:
+        part = there - int(there)  # what is left of one that others use
+        return int(there) * int(1 / amount + 1e-6) + int(part / amount + 1e-6)
+    return int(there / amount + 1e-6)
 
 
 def _sums(nodes: list[dict[str, float]], need: Need) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from pipeline.cluster.session import connect, disconnect
 from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
+from pipeline.output import to_json
 from pipeline.ranges import check_ranges, range_of
 from pipeline.redact import one_line, printable, redact, refuse_secrets
 from pipeline.tracking import address
@@ -161,7 +161,7 @@ def main(
             if ray:
                 connect(verbose, {**address.environment(), **environment(config)}, workers)
             result = execute(config, *checked)
-            print(json.dumps(result), file=stream, flush=True)
+            print(to_json(result), file=stream, flush=True)
             if ray:
                 # While stdout still leads to stderr: what Ray's core says as it goes must not follow the result.
                 disconnect()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline import storage
 from pipeline.commands import cli, generate, plot, prepare, train
 from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, Steps, TrainConfig
 from pipeline.data.shards import PrepareConfig
@@ -34,7 +35,9 @@ class DemoConfig:
 
 def execute(config: DemoConfig) -> dict[str, Any]:
     """Runs the jobs one after the other in one Ray, as a user would run them by hand."""
-    root = Path(config.output).absolute()
+    if not storage.is_local(config.output):
+        raise InputError(f"--output {config.output}: the demo needs a folder of this machine")
+    root = Path(storage.absolute(config.output))
     if root.exists() and any(root.iterdir()):
         raise InputError(f"--output {config.output} is not empty: remove it, or choose another folder")
     data, samples, pictures = root / "digits", root / "samples", root / "pictures"

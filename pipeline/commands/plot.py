@@ -1,12 +1,13 @@
 """Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images."""
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import storage
 from pipeline.commands import cli
 from pipeline.config import Reading
-from pipeline.errors import InputError
 from pipeline.output import check_apart
 from pipeline.ranges import Seed
 
@@ -20,7 +21,7 @@ class PlotConfig:
     data: str
     """The dataset that the model was trained on (URI)."""
     output: str
-    """Folder for the pictures."""
+    """Folder for the pictures (URI)."""
     seed: Seed = 0
     """Seed of the samples drawn."""
     reading: Reading = field(default_factory=Reading)
@@ -38,18 +39,18 @@ def execute(config: PlotConfig) -> dict[str, Any]:
     check_apart(config.output, "--data", config.data)
     splits = open_splits(config.data, spec.image.size, config.reading)
     train, held_out = splits["train"], splits["validation" if "validation" in splits else "train"]
-    output = Path(config.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {config.output}: can't be written: {error.strerror}") from None
-    paths = [
-        make.draw_samples(model, spec, output / "samples.png", seed=config.seed),
-        make.process_strip(model, spec, train, output / "process.png", seed=config.seed),
-        make.schedule_curves(spec, output / "schedules.png"),
-        make.bound_terms(model, spec, held_out, output / "bound.png", seed=config.seed),
-        make.nearest_neighbours(model, spec, train, output / "nearest.png", seed=config.seed),
-    ]
+    storage.check_writable(config.output)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        paths = [
+            make.draw_samples(model, spec, place / "samples.png", seed=config.seed),
+            make.process_strip(model, spec, train, place / "process.png", seed=config.seed),
+            make.schedule_curves(spec, place / "schedules.png"),
+            make.bound_terms(model, spec, held_out, place / "bound.png", seed=config.seed),
+            make.nearest_neighbours(model, spec, train, place / "nearest.png", seed=config.seed),
+        ]
+        for path in paths:
+            storage.write_atomic(storage.join(config.output, path.name), path.read_bytes())
     return {"output": config.output, "model": pinned, "count": len(paths)}
 
 

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -25,7 +24,7 @@ from pipeline.evaluation.work import choose
 from pipeline.models.export import Packed, load_model, model_fingerprint, save_model
 from pipeline.models.snapshots import posthoc_ema
 from pipeline.models.unet import UNet
-from pipeline.output import check_apart
+from pipeline.output import check_apart, to_json
 from pipeline.pictures import draw
 from pipeline.rng import Choice
 
@@ -69,7 +68,7 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
         print(_in_words(metrics, codes), file=sys.stderr)
     if compared:
         metrics |= measure_quality(config, compared, pool)
-    _write(config, "metrics.json", json.dumps(metrics, indent=1).encode())
+    _write(config, "metrics.json", to_json(metrics, indent=1).encode())
     return metrics
 
 
@@ -160,7 +159,7 @@ def _in_words(metrics: dict[str, float], codes: dict[str, float]) -> str:
 
 
 def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:
-    _write(config, "bits_per_dim.json", json.dumps(dataclasses.asdict(bits), indent=1).encode())
+    _write(config, "bits_per_dim.json", to_json(dataclasses.asdict(bits), indent=1).encode())
     if not bits.terms:
         return
     table = io.StringIO()

@@ -18,7 +18,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.classifier import CONFIG, Classifier, load_classifier
 from pipeline.evaluation.frechet import Moments, merge_moments, moments_of
-from pipeline.evaluation.reading import read_images
+from pipeline.evaluation.reading import image_names, read_images
 from pipeline.evaluation.work import Partial, choose, cut
 from pipeline.redact import one_line
 from pipeline.rng import Choice
@@ -26,6 +26,7 @@ from pipeline.rng import Choice
 IMAGES_PER_TASK = 2048
 IMAGES_PER_PASS = 64
 LARGEST_THUMBNAIL = 32
+NAMED = 5
 
 Embed = Callable[[Tensor], Tensor]
 """uint8 [N, C, H, W] on the device -> floats [N, D]."""
@@ -147,6 +148,9 @@ class FeatureWork:
             features = np.concatenate(
                 [embed(part.to(device)).cpu().numpy() for part in images.split(IMAGES_PER_PASS)]
             )
+            if len(bad := ids[~np.isfinite(features).all(axis=1)]):
+                some = ", ".join(image_names(self.index, bad[:NAMED])) + ", …" * (len(bad) > NAMED)
+                raise InputError(f"--features: not finite for {len(bad)} images: {some}")
             moments, kept = moments_of(features), np.isin(ids, self.kept)
             return {
                 "count": np.array([moments.count]),

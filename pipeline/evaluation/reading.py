@@ -1,13 +1,16 @@
 """Images by sample id, from a prepared dataset or from a generated one."""
 
+from collections.abc import Iterator
+
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import ImageConfig
 from pipeline.data.generated import files_of, read_manifest
-from pipeline.data.groups import read_rows, row_groups
+from pipeline.data.groups import Group, read_rows, row_groups
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.sources.parquet import row_counts
@@ -24,11 +27,7 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         InputError: an image can't be decoded.
     """
     image, pixels, labels = index.image, list[np.ndarray](), list[int]()
-    ends = index.first[1:]
-    owners = np.searchsorted(ends, ids, side="right")
-    for number in np.unique(owners):
-        group = index.groups[number]
-        table = read_rows(group, ids[owners == number] - (ends[number] - group.rows))
+    for group, table in _tables(index, ids):
         labels += table["label"].to_pylist()
         for data, path in zip(table["bytes"], table["path"], strict=True):
             try:
@@ -38,6 +37,24 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
                     f"{group.part.uri}: image {path.as_py()}: {error}: leave it out of the data"
                 ) from None
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def image_names(index: DatasetIndex, ids: np.ndarray) -> list[str]:
+    """The files and paths of the images of ascending sample ids, for messages."""
+    return [
+        f"{group.part.uri}: image {path.as_py()}"
+        for group, table in _tables(index, ids)
+        for path in table["path"]
+    ]
+
+
+def _tables(index: DatasetIndex, ids: np.ndarray) -> Iterator[tuple[Group, pa.Table]]:
+    """The rows of ascending sample ids, by the groups that hold them."""
+    ends = index.first[1:]
+    owners = np.searchsorted(ends, ids, side="right")
+    for number in np.unique(owners):
+        group = index.groups[number]
+        yield group, read_rows(group, ids[owners == number] - (ends[number] - group.rows))
 
 
 def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:

@@ -53,6 +53,20 @@ def preview(
     seed: int = 0,
     classes: int = 0,
 ) -> Tensor:
+    """As `preview_floats`, but uint8 [N, C, H, W]."""
+    return to_pixels(preview_floats(model, spec, count, first=first, steps=steps, seed=seed, classes=classes))
+
+
+def preview_floats(
+    model: nn.Module,
+    spec: ModelSpec,
+    count: int,
+    *,
+    first: int = 0,
+    steps: int = 25,
+    seed: int = 0,
+    classes: int = 0,
+) -> Tensor:
     """Draws the samples numbered `first` to `first + count` with DDIM: quick, and good enough to look at.
 
     With DDIM's full noise (eta 1): without it a cosine schedule's first steps saturate the images of a model that is
@@ -63,10 +77,10 @@ def preview(
         classes: the class of sample i is i modulo so many; 0 = all of a class-conditional model's.
 
     Returns:
-        uint8 [N, C, H, W], on the model's device.
+        as `sample_floats`, on the model's device.
     """
     ids = torch.arange(first, first + count, device=next(model.parameters()).device)
-    return sample_images(
+    return sample_floats(
         model,
         spec,
         ids,

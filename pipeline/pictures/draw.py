@@ -13,6 +13,9 @@ import matplotlib.pyplot as plt
 
 BORDER = 1
 LEAST_TILE_PIXELS = 32
+LIGHT = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}  # behind a label that lines cross
+# Trials that a legend names; of more, the best.
+NAMED = 16
 
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
@@ -126,13 +129,19 @@ def save_parallel_coordinates(columns: dict[str, list[Any]], path: Path) -> None
         axis.axvline(place, color="0.8", lw=1, zorder=0)
         for height, label in ticks:
             axis.annotate(
-                label, (place, height), (4, 2), textcoords="offset points", fontsize=7, color="0.35", zorder=3
+                label,
+                (place, height),
+                (4, 2),
+                textcoords="offset points",
+                fontsize=7,
+                color="0.35",
+                zorder=3,
+                bbox=LIGHT,
             )
         axis.text(place, 1.07, name, ha="center", fontsize=9)
     for rank in reversed(range(trials)):
         line = [here[rank] for here in heights]
-        best = rank == 0
-        axis.plot(range(count), line, color=_rank_colour(rank, trials), lw=2.5 if best else 1.2, alpha=0.9)
+        axis.plot(range(count), line, color=_rank_colour(rank, trials), lw=_width(rank), alpha=0.9)
     axis.set(xlim=(-0.3, count - 0.3), ylim=(-0.05, 1.15))
     axis.axis("off")
     _finish(figure, path)
@@ -157,21 +166,21 @@ def save_objective(
 ) -> None:
     """The objective over images seen; `curves` maps a trial to (images, values, standard errors), best first."""
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    for rank, (name, (images, values, errors)) in enumerate(curves.items()):
-        colour = _rank_colour(rank, len(curves))
+    for rank, (name, (images, values, errors)) in reversed(list(enumerate(curves.items()))):
+        named = rank < NAMED
         axis.errorbar(
             images,
             values,
-            errors,
-            color=colour,
-            marker="o",
+            errors if named else None,
+            color=_rank_colour(rank, len(curves)),
+            marker="o" if named else ".",
             ms=4,
-            lw=2 if rank == 0 else 1,
+            lw=_width(rank),
             capsize=2,
-            label=name,
+            label=name if named else None,
         )
     axis.set(xscale="log", xlabel="images seen in training", ylabel=metric)
-    axis.legend(fontsize=7, ncols=1 + len(curves) // 16, loc="center left", bbox_to_anchor=(1, 0.5))
+    _rank_legend(axis, len(curves))
     _finish(figure, path)
 
 
@@ -180,20 +189,20 @@ def save_ranked_schedules(curves: dict[str, np.ndarray], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5))
     for rank, (name, alpha_bar) in reversed(list(enumerate(curves.items()))):
         time = (np.arange(len(alpha_bar)) + 1) / len(alpha_bar)
-        colour = _rank_colour(rank, len(curves))
-        axis.plot(time, alpha_bar, color=colour, lw=2.5 if rank == 0 else 1, label=name)
+        colour, label = _rank_colour(rank, len(curves)), name if rank < NAMED else None
+        axis.plot(time, alpha_bar, color=colour, lw=_width(rank), label=label)
     axis.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$")
-    handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _rank_legend(axis, len(curves))
     _finish(figure, path)
 
 
 def save_pareto(points: dict[str, tuple[float, float, bool]], names: tuple[str, str], path: Path) -> None:
     """Trials by two objectives, both minimised; `points` maps a trial to (x, y, on the front)."""
     figure, axis = plt.subplots(figsize=(6, 4.5))
-    for name, (x, y, front) in points.items():
-        axis.plot(x, y, "o", color="C0" if front else "0.7")
-        axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    for name, (x, y, front) in sorted(points.items(), key=lambda item: item[1][2]):
+        axis.plot(x, y, "o", ms=4, color="C0" if front else "0.8")
+        if front or len(points) <= NAMED:
+            axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7)
     front_points = sorted((x, y) for x, y, front in points.values() if front)
     axis.step([x for x, _ in front_points], [y for _, y in front_points], where="post", color="C0", lw=1)
     axis.set(xlabel=names[0], ylabel=names[1])
@@ -208,6 +217,23 @@ def save_side_by_side(grids: dict[str, np.ndarray], path: Path) -> None:
         axis.set_title(name, fontsize=9)
         axis.axis("off")
     _finish(figure, path)
+
+
+def _rank_legend(axis: plt.Axes, count: int) -> None:
+    """The best trials by name, the winner first; lines were drawn from the worst to the best."""
+    handles, labels = axis.get_legend_handles_labels()
+    title = f"the best {NAMED} of {count}" if count > NAMED else None
+    style: dict[str, Any] = {
+        "fontsize": 7,
+        "title_fontsize": 7,
+        "loc": "center left",
+        "bbox_to_anchor": (1, 0.5),
+    }
+    axis.legend(handles[::-1], labels[::-1], title=title, **style)
+
+
+def _width(rank: int) -> float:
+    return 2.5 if rank == 0 else 1.2 if rank < NAMED else 0.5
 
 
 def _rank_colour(rank: int, count: int) -> Any:

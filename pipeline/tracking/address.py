@@ -1,6 +1,7 @@
 """Where MLflow is. Imports nothing of MLflow, which takes seconds: most jobs end or start Ray before they need it."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,22 +10,35 @@ from pipeline.errors import InputError
 from pipeline.redact import redact
 
 is_quiet = False
+# A database file, or the folder of a file store: after the slashes of sqlite:/// a path is relative.
+_FILE = re.compile(
+    r"(?P<scheme>sqlite(\+\w+)?:///|file:(?=[^/]))?(?P<path>(?!databricks|\w[\w+.-]*:)[^?]+)(?P<query>\?.*)?"
+)
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory.
+    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory; no relative path.
+
+    Processes elsewhere, whose working directory is another one, get it from `environment`.
 
     Raises:
         InputError: that directory is a submitted job's own, which goes away.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
+        return _absolute(uri)
     if "working_dir" in submitted_settings():
         raise InputError(
             "MLFLOW_TRACKING_URI is not set on the cluster: set it where its nodes are started, or submit with "
             "--forward MLFLOW_TRACKING_URI"
         )
     return f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def _absolute(uri: str) -> str:
+    """An address with the file or folder that it names, if it does, as seen from any working directory."""
+    if (found := _FILE.fullmatch(uri)) and not found["path"].startswith(":memory:"):
+        return f"{found['scheme'] or ''}{Path(found['path']).absolute()}{found['query'] or ''}"
+    return uri
 
 
 def environment() -> dict[str, str]:

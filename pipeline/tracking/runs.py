@@ -133,17 +133,20 @@ def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = ""
     return Run(run.info.run_id)
 
 
-def open_run(experiment: str, name: str, tags: dict[str, str], seconds: float, parent: str = "") -> Run:
+def open_run(
+    experiment: str, name: str, tags: dict[str, str], seconds: float, parent: str = "", opening: str = ""
+) -> Run:
     """Opens a new run, just one even where MLflow's answers get lost, and waits while MLflow is away.
 
     Args:
         seconds: how long it waits.
         parent: see `start_run`.
+        opening: see `start_run`; a mark of its own where it is left out.
 
     Raises:
         InputError: see `wait_for_mlflow`.
     """
-    opening = uuid.uuid4().hex
+    opening = opening or uuid.uuid4().hex
     return wait_for_mlflow(lambda: start_run(experiment, name, tags, parent, opening), seconds)
 
 
@@ -206,17 +209,6 @@ def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
     if reason:
         open_client().set_tag(run.id, "ray_ddpm.reason", redact(reason))
     open_client().set_terminated(run.id, status)
-
-
-def delete_children(run: Run, keep: set[str]) -> None:
-    """Deletes the nested runs of a run other than those with the ids to keep."""
-    client = open_client()
-    experiment = client.get_run(run.id).info.experiment_id
-    for child in client.search_runs(
-        [experiment], f"tags.`mlflow.parentRunId` = '{run.id}'", max_results=50_000
-    ):
-        if child.info.run_id not in keep:
-            client.delete_run(child.info.run_id)
 
 
 def log_params(run: Run, params: dict[str, Any]) -> None:

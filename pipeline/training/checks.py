@@ -65,6 +65,11 @@ def check_settings(config: TrainConfig) -> None:
             f"--batch-size {config.batch_size} is the global batch and is split over --workers {config.workers}: "
             "it must be at least as large"
         )
+    if config.gpus_per_worker < 1 and config.workers > 1:
+        raise InputError(
+            f"--gpus-per-worker {config.gpus_per_worker:g} with --workers {config.workers}: NCCL joins no two workers on "
+            "one GPU: give 1, or --workers 1"
+        )
     if not config.optimizer.ema_decays:
         raise InputError(
             "--ema-decays needs at least one value: the first average is the model that is exported"

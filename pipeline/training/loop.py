@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.batch import Batch
-from pipeline.errors import InputError
+from pipeline.errors import BadSettings
 from pipeline.training.meter import Meter
 from pipeline.training.state import TrainState
 from pipeline.training.step import Outcome, gather_by_id, learning_rate, make_backward, train_step
@@ -62,7 +62,7 @@ def train(
 
     Raises:
         NonFinite: unless `skip_nonfinite`.
-        InputError: `max_skipped_in_a_row` steps were skipped one after the other.
+        BadSettings: `max_skipped_in_a_row` steps were skipped one after the other.
     """
     run_backward = make_backward(config, spec, model, meter.device, meter.world_size)
     lag = 1 if meter.device.type == "cuda" else 0
@@ -81,7 +81,7 @@ def train(
             observer.skipped(error)
             meter.skipped_in_a_row += 1
             if meter.skipped_in_a_row >= config.max_skipped_in_a_row:
-                raise InputError(
+                raise BadSettings(
                     f"{error}: {meter.skipped_in_a_row} steps in a row were skipped, as many as --max-skipped-in-a-row "
                     "allows, and the weights are those before them: resume with a smaller --learning-rate"
                 )

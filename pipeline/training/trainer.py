@@ -236,7 +236,7 @@ def _trainer(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
             use_gpu=gpu,
             elastic_resize_monitor_interval_s=config.resize_seconds,
-            resources_per_worker={"CPU": config.cpus_per_worker, "GPU": int(gpu)},
+            resources_per_worker={"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker * gpu},
         ),
         run_config=RunConfig(
             name=CHECKPOINTS,
@@ -256,9 +256,10 @@ def _trainer(
 def room_needed(config: TrainConfig) -> Need:
     """The least with which a run goes on."""
     least = config.min_workers or config.workers
-    each = {"CPU": config.cpus_per_worker, "GPU": float(_use_gpu(config))}
+    each = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker * _use_gpu(config)}
     count = f"--min-workers {least}" if config.min_workers else f"--workers {least}"
-    flags = f"{count} --cpus-per-worker {config.cpus_per_worker:g}{' --gpu' * _use_gpu(config)}"
+    share = "" if config.gpus_per_worker == 1 else f" --gpus-per-worker {config.gpus_per_worker:g}"
+    flags = f"{count} --cpus-per-worker {config.cpus_per_worker:g}{f' --gpu{share}' * _use_gpu(config)}"
     reserved = {name: amount for name, amount in each.items() if amount}
     return Need(least, reserved, TRAIN_WORKERS, flags)
 
@@ -266,4 +267,5 @@ def room_needed(config: TrainConfig) -> Need:
 def _use_gpu(config: TrainConfig) -> bool:
     if config.gpu is not None:
         return config.gpu
-    return bool(ray.cluster_resources().get("GPU", 0) >= (config.min_workers or config.workers))
+    least = (config.min_workers or config.workers) * config.gpus_per_worker
+    return bool(ray.cluster_resources().get("GPU", 0) >= least)

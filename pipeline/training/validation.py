@@ -48,7 +48,7 @@ class SpareResources(Mapping[str, Any]):
         if name == "num_cpus":
             return self._spare("CPU", self.config.cpus_per_worker)
         if name == "num_gpus":
-            return self._spare("GPU", 1) if self.gpu else 0
+            return self._spare("GPU", self.config.gpus_per_worker) if self.gpu else 0
         # An environment of its own gives it processes of its own, whose low priority no other task inherits.
         return {"env_vars": {"OMP_NUM_THREADS": "1"}}
 

@@ -15,7 +15,7 @@ from safetensors.torch import save as pack
 
 from pipeline import storage
 from pipeline.config import ModelSpec, TrainConfig
-from pipeline.errors import InputError
+from pipeline.errors import BadSettings, InputError
 from pipeline.models.snapshots import Snapshot
 from pipeline.tracking import Point
 from pipeline.training import checkpoint, flops, loop, network
@@ -83,7 +83,7 @@ def train_loop_per_worker(settings: dict[str, Task]) -> None:
     except loop.NonFinite as error:
         reason = f"{error}; their ids are in {_nonfinite_file(error)} of the output, and the last checkpoint is good"
         advice = "resume with a smaller --learning-rate, or pass --skip-nonfinite"
-        ray.get(task.channel.give_up.remote(InputError(f"{reason}: {advice}")))
+        ray.get(task.channel.give_up.remote(BadSettings(f"{reason}: {advice}")))
         raise
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pipeline.config import Reading, TrainConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
-from pipeline.ranges import Cpus, Natural, Positive, Range, Seed, check_ranges
+from pipeline.ranges import Cpus, GpuShare, Natural, Positive, Range, Seed, check_ranges
 
 Scheduler = Literal["asha", "none"]
 Searcher = Literal["tpe", "random"]
@@ -47,6 +47,8 @@ class TuneConfig:
     """Training workers of each trial."""
     cpus_per_worker: Cpus = 1.0
     """CPUs that each worker reserves; fractions let more trials run at a time."""
+    gpus_per_worker: GpuShare = 1.0
+    """GPUs that each worker reserves where trials train on GPUs; with a fraction several trials share one."""
     terms: Natural = 32
     """Terms of the bound evaluated for each held-out image, stratified over t; an even number; 0 = all T."""
     max_images: Natural = 256
@@ -105,10 +107,18 @@ def rung_images(config: TuneConfig) -> list[int]:
 
 
 def rung_steps(config: TuneConfig, batch_size: int) -> dict[int, int]:
-    """From optimizer steps to the rung's images, for a batch size; every one a multiple of the first."""
-    rungs = rung_images(config)
-    first = -(-rungs[0] // batch_size)
-    return {first * config.reduction**k: images for k, images in enumerate(rungs)}
+    """From optimizer steps to the rung's images, for a batch size: each rung is brought to the nearest whole batch.
+
+    Raises:
+        InputError: two rungs are the same number of batches.
+    """
+    steps = {max(1, round(images / batch_size)): images for images in rung_images(config)}
+    if len(steps) < config.rungs:
+        raise InputError(
+            f"--batch-size {batch_size} is too large to tell the rungs at {', '.join(map(str, rung_images(config)))} "
+            "images apart: give more --images, or fewer --rungs"
+        )
+    return steps
 
 
 def base(config: TuneConfig) -> TrainConfig:
@@ -120,6 +130,7 @@ def base(config: TuneConfig) -> TrainConfig:
         split=config.split,
         workers=config.workers,
         cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
         seed=config.seed,
         resume=True,
         keep_checkpoints=2,

@@ -4,8 +4,10 @@ Nothing in it is an absolute path, so a search can be moved or copied. A trial's
 at all: by the driver when the trial is proposed, then by the trial, and by the driver again if the trial dies.
 """
 
+import itertools
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +25,11 @@ class Rung:
     """A measurement.
 
     Attributes:
-        images: images seen in training.
+        images: of the rung, by which trials are compared.
         time: seconds since 1970.
         metrics: by name; lower is better for what is searched.
         per_image: bits/dim of each held-out image, in the order that all trials share; empty if not measured.
+        seen: images seen in training: those of the rung in whole batches; 0 where an older release did not write it.
     """
 
     images: int
@@ -34,6 +37,12 @@ class Rung:
     time: float
     metrics: dict[str, float]
     per_image: tuple[float, ...] = ()
+    seen: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every figure is a number that others can be compared with."""
+        return all(map(math.isfinite, (*self.metrics.values(), *self.per_image)))
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Record:
         reason: why it failed or was interrupted.
         incarnation: number of its training run's folder; 0, but for population based training in 0.1.0.
         run_id: nested MLflow run.
+        opening: marks the attempts to open that run, also where a kill came before its id was written here.
     """
 
     number: int
@@ -57,6 +67,7 @@ class Record:
     rungs: tuple[Rung, ...] = field(default=())
     incarnation: int = 0
     run_id: str = ""
+    opening: str = ""
 
     @property
     def name(self) -> str:
@@ -75,8 +86,13 @@ class Record:
 
     @property
     def images(self) -> int:
-        """Images seen at its last measurement."""
+        """Of the rung at which it was last measured."""
         return self.rungs[-1].images if self.rungs else 0
+
+    @property
+    def seen(self) -> int:
+        """Images seen in training at its last measurement."""
+        return (self.rungs[-1].seen or self.images) if self.rungs else 0
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -97,11 +113,11 @@ def run_folder(output: str, record: Record) -> Path:
 def write(output: str, record: Record) -> None:
     """Writes a trial's file."""
     uri = str(folder(output, record.name) / RECORD)
-    storage.write_atomic(uri, json.dumps(to_dict(record), indent=1).encode())
+    storage.write_atomic(uri, json.dumps(to_dict(record), indent=1, allow_nan=False).encode())
 
 
 def read(output: str, name: str) -> Record:
-    """Reads a trial's file.
+    """Reads a trial's file; a measurement in it that is not finite is a failure of the trial.
 
     Raises:
         InputError: something else wrote it.
@@ -109,7 +125,12 @@ def read(output: str, name: str) -> Record:
     path = folder(output, name) / RECORD
     values = json.loads(path.read_text())
     values.pop("history", None)  # 0.1.0: what population based training did
-    return from_dict(Record, values, str(path))
+    record = from_dict(Record, values, str(path))
+    if all(rung.is_finite for rung in record.rungs):
+        return record
+    rungs = tuple(itertools.takewhile(lambda rung: rung.is_finite, record.rungs))
+    reason = f"a figure is not finite after {record.rungs[len(rungs)].images} images"
+    return replace(record, status="failed", reason=reason, rungs=rungs)
 
 
 def read_all(output: str) -> list[Record]:
@@ -131,8 +152,9 @@ def pareto_front(records: list[Record], metrics: tuple[str, ...]) -> list[Record
         key=lambda record: [record.metrics[name] for name in metrics],
     )
     values = np.array([[record.metrics[name] for name in metrics] for record in done])
-    return [
-        record
-        for record, mine in zip(done, values, strict=True)
-        if not ((values <= mine).all(axis=1) & (values < mine).any(axis=1)).any()
-    ]
+    return [record for record, mine in zip(done, values, strict=True) if not dominating(values, mine).any()]
+
+
+def dominating(values: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """Which rows are at least as good as `mine` in all columns and better in one: bool [N] of [N, M], lower is better."""
+    return np.logical_and((values <= mine).all(axis=1), (values < mine).any(axis=1))

@@ -5,6 +5,7 @@ drawn with the same number of model evaluations. All trials meet the same images
 random numbers), so a difference between two of them is known better than either figure.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +21,18 @@ from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex, Splits
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsWork
-from pipeline.evaluation.classifier import CONFIG, load_classifier, save_classifier, train_classifier
+from pipeline.evaluation.classifier import CONFIG, WEIGHTS, save_classifier, train_classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
-from pipeline.evaluation.features import ClassifierExtractor, Extractor, measure, read_torchscript
+from pipeline.evaluation.features import Extractor, measure, open_extractor
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
 from pipeline.evaluation.work import Partial, choose, cut
-from pipeline.models.sampling import preview
+from pipeline.models.sampling import preview_floats, to_pixels
 from pipeline.models.unet import UNet
 from pipeline.rng import Choice
 from pipeline.tuning.config import TuneConfig
 
 IMAGES_PER_TASK = 64
+CLASSIFIER = "classifier"  # --features, and a folder of the search
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class SampleFrechet:
             Moments(int(part["count"][0]), part["mean"], part["m2"])
             for part in pool(work, cut(np.arange(self.samples), IMAGES_PER_TASK))
         ]
-        return Measured({FRECHET: frechet_distance(self.reference, merge_moments(parts))})
+        merged = merge_moments(parts)
+        finite = np.isfinite(merged.mean).all() and np.isfinite(merged.m2).all()
+        return Measured({FRECHET: frechet_distance(self.reference, merged) if finite else math.nan})
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,11 @@ class _SampleWork:
         @torch.no_grad()
         def do(ids: np.ndarray) -> Partial:
             first, count = int(ids[0]), len(ids)
-            images = preview(model, self.spec, count, first=first, steps=self.steps, seed=self.seed)
-            moments = moments_of(embed(images).cpu().numpy())
+            samples = preview_floats(model, self.spec, count, first=first, steps=self.steps, seed=self.seed)
+            # What is not a number has a pixel, but no distance.
+            numbers = samples.isfinite().flatten(1).all(dim=1, keepdim=True)
+            features = embed(to_pixels(samples)).where(numbers, math.nan)
+            moments = moments_of(features.cpu().numpy())
             return {"count": np.array([moments.count]), "mean": moments.mean, "m2": moments.m2}
 
         return do
@@ -151,22 +158,25 @@ def make_objective(config: TuneConfig, splits: Splits) -> Objective:
     return parts[0] if len(parts) == 1 else Both(tuple(parts))
 
 
+def features_digest(features: str) -> str:
+    """What --features names, by its content; the built-in classifier is kept with the search."""
+    if features == CLASSIFIER:
+        return features
+    place = storage.join(features, WEIGHTS) if storage.exists(storage.join(features, CONFIG)) else features
+    return hashlib.sha256(storage.read_bytes(place)).hexdigest()
+
+
 def _extractor(config: TuneConfig, splits: Splits) -> Extractor:
     """The features that a search keeps: those of its first start, also after a resume."""
-    kept = storage.join(config.output, "classifier")
+    kept = storage.join(config.output, CLASSIFIER)
     features = config.features
-    if features == "classifier":
+    if features == CLASSIFIER:
         if not storage.exists(storage.join(kept, CONFIG)):
             train = splits["train"]
             net, score = train_classifier(train, splits["validation"], seed=config.seed, pool=ActorPool(1))
             save_classifier(kept, net, train.image, score)
         features = kept
-    if storage.exists(storage.join(features, CONFIG)):
-        net, image, _ = load_classifier(features)
-        if image != splits["train"].image:
-            raise InputError(f"--features {features}: trained on images of another size or other classes")
-        return ClassifierExtractor(net)
-    return read_torchscript(features)
+    return open_extractor(features, splits["train"].image)[0]
 
 
 def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:

@@ -1,6 +1,5 @@
 """Which trials a search runs, and which of them it stops early, also after it was killed: the ledger decides both."""
 
-from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from ray.tune.search import Searcher
 
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.ledger import Record
+from pipeline.tuning.ledger import Record, dominating
 from pipeline.tuning.space import Space
 from pipeline.tuning.trial import FAILED, IMAGES
 
@@ -30,7 +29,7 @@ class Proposals(Searcher):
         self.names: dict[str, str] = {}
         self._config, self._space = config, space
         self._unfinished = [record for record in records if not record.over]
-        self._taken = [record.parameters for record in records]
+        self._taken = {_key(record.parameters) for record in records}
         self._next = max((record.number for record in records), default=-1) + 1
         self._asked: dict[str, optuna.trial.Trial] = {}
         # Seeded anew after a resume: the same random start would propose the first trials again.
@@ -51,7 +50,7 @@ class Proposals(Searcher):
             asked = new
             record = Record(self._next, asked.params, self._space.decode(asked.params))
             self._next += 1
-            self._taken.append(asked.params)
+            self._taken.add(_key(asked.params))
             ledger.write(self._config.output, record)
         else:
             return Searcher.FINISHED
@@ -63,10 +62,10 @@ class Proposals(Searcher):
 
         TPE proposes the best it knows of again and again; then a random choice stands in for it.
         """
-        for sampler in chain([self._sampler], repeat(self._chance, ATTEMPTS)):
+        for sampler in (self._sampler, *[self._chance] * ATTEMPTS):
             self.study.sampler = sampler
             asked = self.study.ask(self._space.entries)
-            if asked.params not in self._taken:
+            if _key(asked.params) not in self._taken:
                 return asked
             self.study.tell(asked, state=TrialState.FAIL)
         return None
@@ -92,7 +91,9 @@ class Halving(Stopper):
     """Asynchronous successive halving (Li et al. 2020, algorithm 2; one bracket, trials stopped instead of paused).
 
     A trial goes on if it is among the best 1/`reduction` of those that were measured at its rung before it, whenever
-    that was; the first one always does. Asked again about a trial, it answers the same again.
+    that was; the first one always does. By two metrics it goes on unless more than 1/`reduction` of them dominate it, are
+    at least as good in both and better in one (Fonseca & Fleming 1993): neither end of the Pareto front is ever stopped.
+    Asked again about a trial, it answers the same again.
 
     Args:
         records: the ledger at the start of the search.
@@ -100,25 +101,33 @@ class Halving(Stopper):
     """
 
     def __init__(self, config: TuneConfig, records: list[Record], names: dict[str, str]) -> None:
-        self._metric, self._reduction, self._names = config.metrics[0], config.reduction, names
-        # By images seen, then by the trial's name, in the order of the measurements.
-        self._rungs: dict[int, dict[str, float]] = {}
+        self._metrics, self._reduction, self._names = config.metrics, config.reduction, names
+        # By the rung's images, then by the trial's name, in the order of the measurements.
+        self._rungs: dict[int, dict[str, list[float]]] = {}
         measured = ((rung.time, record.name, rung) for record in records for rung in record.rungs)
         for _, name, rung in sorted(measured, key=lambda item: item[:2]):
-            self._rungs.setdefault(rung.images, {})[name] = rung.metrics[self._metric]
+            self._rungs.setdefault(rung.images, {})[name] = [rung.metrics[one] for one in self._metrics]
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether a trial ends at the rung that it was just measured at (see Ray Tune's Stopper)."""
         if result["done"]:
             return False
         name, rung = self._names[trial_id], self._rungs.setdefault(result[IMAGES], {})
-        rung.setdefault(name, result[self._metric])
-        before = list(rung.values())[: list(rung).index(name)]
-        return bool(before) and rung[name] > float(np.percentile(before, 100 / self._reduction))
+        rung.setdefault(name, [result[one] for one in self._metrics])
+        *before, mine = list(rung.values())[: list(rung).index(name) + 1]
+        if not before:
+            return False
+        if len(mine) == 1:
+            return mine[0] > float(np.percentile(before, 100 / self._reduction))
+        return bool(dominating(np.array(before), np.array(mine)).mean() > 1 / self._reduction)
 
     def stop_all(self) -> bool:
         """Never: see Ray Tune's Stopper."""
         return False
+
+
+def _key(parameters: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    return frozenset(parameters.items())
 
 
 def _sampler(config: TuneConfig, seed: int) -> optuna.samplers.BaseSampler:

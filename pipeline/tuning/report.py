@@ -63,7 +63,7 @@ def table_rows(config: TuneConfig, records: list[Record]) -> list[Row]:
             "rank": str(rank) if record in best else "",
             "trial": record.name,
             "status": record.status,
-            "images": str(record.images),
+            "images": str(record.seen),
         }
         for metric in config.metrics:
             value, error = record.metrics.get(metric), record.metrics.get(f"{metric}_stderr")
@@ -85,6 +85,22 @@ def table(config: TuneConfig, records: list[Record]) -> str:
     lines = ["  ".join(name.ljust(widths[name]) for name in names)]
     lines += ["  ".join(row[name].ljust(widths[name]) for name in names) for row in rows]
     return "\n".join(text.rstrip() for text in lines)
+
+
+def unequal(records: list[Record]) -> str:
+    """Where trials are compared that have not seen equally many images, since batches are whole; "" where nowhere."""
+    seen: dict[int, set[int]] = {}
+    for record in records:
+        for rung in record.rungs:
+            seen.setdefault(rung.images, set()).add(rung.seen or rung.images)
+    places = [
+        f"{min(some)} to {max(some)} at the rung of {images}"
+        for images, some in sorted(seen.items())
+        if len(some) > 1
+    ]
+    return f"batches are whole, so trials have seen different numbers of images: {', '.join(places)}" * bool(
+        places
+    )
 
 
 def varied_flags(records: list[Record]) -> list[str]:
@@ -114,7 +130,7 @@ def _draw(config: TuneConfig, records: list[Record], folder: Path) -> list[tuple
     draw.save_parallel_coordinates(columns, pictures[-1][0])
     curves = {
         name: (
-            [rung.images for rung in record.rungs],
+            [rung.seen or rung.images for rung in record.rungs],
             [rung.metrics[metric] for rung in record.rungs],
             [rung.metrics.get(f"{metric}_stderr", 0.0) for rung in record.rungs],
         )
@@ -179,6 +195,7 @@ def _page(
         if any(record.status == status for record in records)
     )
     best = ledger.ranked(records, config.metrics[0])[0]
+    note = f" Note: {text}." if (text := unequal(records)) else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Search</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222 }}
@@ -191,7 +208,7 @@ pre {{ background: #f4f4f4; padding: .8rem; white-space: pre-wrap }}
 </style></head><body>
 <h1>Search by {escape(" and ".join(config.metrics))}</h1>
 <p>{len(records)} trials: {escape(counts)}. Lower is better. All trials are measured on the same held-out images with
-the same noise; “worse than the winner by” is the paired difference with its standard error.</p>
+the same noise; “worse than the winner by” is the paired difference with its standard error.{escape(note)}</p>
 <p>The winner, trial {escape(best.name)}, trains again with</p><pre>{escape(command)}</pre>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table></div>

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import torch
 from ray.train.collective import broadcast_from_rank_zero
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import ModelSpec
 from pipeline.models.unet import UNet
@@ -20,11 +21,12 @@ from pipeline.tuning.ledger import Rung
 from pipeline.tuning.objective import Objective, over_ranks
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Exchange:
     """Between a trial's rank 0, which asks whether to go on, and the trial, which answers.
 
-    A worker that was restarted asks again about the same rung and gets the same answer.
+    A worker that was restarted asks again about the same rung and gets the same answer. A new process of this actor
+    knows of nothing: Ray repeats the question that waits for an answer, and the trial answers as often as it is asked.
     """
 
     def __init__(self) -> None:
@@ -34,20 +36,30 @@ class Exchange:
     async def ask(self, rung: Rung) -> bool:
         """Waits for the answer."""
         if rung.step not in self._answers:
-            self._answers[rung.step] = asyncio.get_running_loop().create_future()
             self._asked.put_nowait(rung)
-        return await asyncio.shield(self._answers[rung.step])
+        return await asyncio.shield(self._answer_to(rung.step))
 
     async def next(self, timeout: float) -> Rung | None:
-        """The next rung that is asked about; None if there is none for so many seconds."""
+        """The next rung that is asked about and has no answer; None if there is none for so many seconds."""
         try:
-            return await asyncio.wait_for(self._asked.get(), timeout)
+            rung = await asyncio.wait_for(self._asked.get(), timeout)
         except TimeoutError:
             return None
+        return None if self._answer_to(rung.step).done() else rung
 
     async def answer(self, step: int, go_on: bool) -> None:
-        """Lets the workers go on, or ends the run."""
-        self._answers[step].set_result(go_on)
+        """Lets the workers go on, or ends the run; the first answer counts."""
+        if not (answer := self._answer_to(step)).done():
+            answer.set_result(go_on)
+
+    def _answer_to(self, step: int) -> asyncio.Future[bool]:
+        return self._answers.setdefault(step, asyncio.get_running_loop().create_future())
+
+
+def open_exchange() -> Any:
+    """An exchange on the trial's own node: it lives as long as the trial, whatever happens to other nodes."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Exchange.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,14 @@ class RungWatch:
     """A `training.worker.Watch` that measures the averaged weights at the rungs.
 
     Attributes:
-        rungs: from optimizer steps to images seen.
+        rungs: from optimizer steps to the rung's images.
+        batch_size: images a step.
         known: by step, what was measured before the trial was interrupted; it is asked about again, since the
             answer may have been lost, but not measured again.
     """
 
     rungs: dict[int, int]
+    batch_size: int
     known: dict[int, Rung]
     spec: ModelSpec
     objective: Objective
@@ -74,7 +88,14 @@ class RungWatch:
         if rung is None:
             device = next(state.model.parameters()).device
             found = self.objective(averaged_model(state), self.spec, over_ranks(device, rank, world_size))
-            rung = Rung(self.rungs[state.step], state.step, time.time(), found.metrics, found.per_image)
+            rung = Rung(
+                images=self.rungs[state.step],
+                seen=state.step * self.batch_size,
+                step=state.step,
+                time=time.time(),
+                metrics=found.metrics,
+                per_image=found.per_image,
+            )
         go_on = rank != 0 or ray.get(self.exchange.ask.remote(rung))
         if world_size > 1:
             go_on = broadcast_from_rank_zero(go_on)

@@ -4,6 +4,7 @@ The state of a search is its ledger (see ledger.py): a resume needs none of Ray 
 absolute paths and pickled objects.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -12,39 +13,39 @@ import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import ray
 from ray import tune
+from ray.util import get_node_ip_address
 
 from pipeline import storage
 from pipeline.cluster.ray_internals import ENV_VARS_TO_PROPAGATE
-from pipeline.cluster.room import announced, check_fits
+from pipeline.cluster.room import Need, announced, check_fits, places
 from pipeline.config import to_dict
 from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
 from pipeline.errors import InputError
+from pipeline.evaluation.config import FRECHET
+from pipeline.evaluation.features import open_extractor
 from pipeline.lock import locked
-from pipeline.output import check_apart, check_claim, read_claim, write_claim
+from pipeline.output import check_apart
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import HURRIED, Tracker
 from pipeline.training.trainer import room_needed
 from pipeline.tuning import ledger, report
 from pipeline.tuning.choices import check_choices
-from pipeline.tuning.config import Scheduler, TuneConfig, base, check
-from pipeline.tuning.objective import make_objective
+from pipeline.tuning.config import TuneConfig, base, check
+from pipeline.tuning.identity import PATIENCE, SEARCH_FILE, open_search
+from pipeline.tuning.objective import CLASSIFIER, make_objective
 from pipeline.tuning.proposals import Halving, Proposals
-from pipeline.tuning.space import Space, load_space, train_command
-from pipeline.tuning.trial import CURVES, TrainTrial, Trial, reason_of, training
+from pipeline.tuning.space import Space, apply, load_space, train_command
+from pipeline.tuning.trial import CURVES, SEEN, TrainTrial, Trial, reason_of, training
 
-SEARCH_FILE = "search.json"
 SESSION = "ray-"
 SECRETS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"
 # Starts of a trial whose own process died; training within it has restarts of its own.
 RESTARTS = 2
-# Seconds that the search waits for MLflow at its start and at its end.
-PATIENCE = 60.0
 
 
 def check_search(config: TuneConfig) -> tuple[Space, Splits]:
@@ -58,14 +59,20 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
     """
     check(config)
     space = load_space(config.space)
+    if not storage.is_local(config.output):
+        raise InputError(
+            f"--output {config.output}: the trials share files: give a folder that all nodes see"
+        )
     storage.check_writable(config.output)
-    if (Path(config.output) / SEARCH_FILE).exists() and not config.resume:
+    if storage.exists(storage.join(config.output, SEARCH_FILE)) and not config.resume:
         raise InputError(f"--output {config.output} already holds a search: pass --resume, or another folder")
     check_apart(config.output, "--data", config.data)
     size = int(space.fixed.get("image_size", 0))
     splits = open_splits(config.data, size, config.reading, config.split, config.output)
     _ = splits["validation"]
-    check_choices(config, space, splits["train"].rows)
+    check_choices(config, space, splits)
+    if FRECHET in config.metrics and config.features != CLASSIFIER:
+        open_extractor(config.features, splits["train"].image)
     return space, splits
 
 
@@ -85,17 +92,17 @@ def search(
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
-        run, is_new = _open(config, space, splits)
+        run, is_new = open_search(config, space, splits)
         splits = splits.keep(config.output)
         with Tracker(run, config.output, config.metrics, PATIENCE, _say, lost) as tracker:
             if is_new:
-                tracker.log_params(to_dict(config) | {"search": _fixed(config, space, splits)["space"]})
+                tracker.log_params(to_dict(config) | {"search": space.shown})
             status = "FAILED"
             try:
-                at_a_time, objective = _concurrent(config), make_objective(config, splits)
+                at_a_time, objective = _concurrent(config, space), make_objective(config, splits)
                 settings = {"job": config, "objective": objective, "splits": splits, "parent_run": run.id}
                 trainable = tune.with_parameters(trial, **settings)
-                _run(config, space, trainable, at_a_time, run)
+                _run(config, space, trainable, at_a_time)
                 result = _conclude(config, tracker)
                 status = "FINISHED"
                 return result
@@ -104,18 +111,13 @@ def search(
                 raise
             finally:
                 tracker.end(status)
+                if not lost.is_set():
+                    _end_runs(config)
 
 
-def _run(
-    config: TuneConfig, space: Space, trainable: type[tune.Trainable], at_a_time: int, parent: runs.Run
-) -> None:
+def _run(config: TuneConfig, space: Space, trainable: type[tune.Trainable], at_a_time: int) -> None:
     """Runs the trials that are left with Ray Tune."""
     records = ledger.read_all(config.output)
-    try:  # a trial that was killed before it knew its run will open another
-        runs.delete_children(parent, keep={record.run_id for record in records})
-    except Exception as error:
-        if not runs.may_pass(error):
-            raise
     over = sum(record.over for record in records)
     if over >= config.trials:
         return
@@ -128,7 +130,8 @@ def _run(
     proposals = Proposals(config, space, records)
     names = proposals.names
     # A trial only waits for its workers and asks for no CPU: nothing they need can be held by what waits for them.
-    nothing = tune.PlacementGroupFactory([{"memory": 1024 * 1024}])
+    # It does so beside the driver: nodes that come and go take workers with them, and no trial.
+    nothing = tune.PlacementGroupFactory([{"memory": 1024 * 1024, f"node:{get_node_ip_address()}": 0.0001}])
     session = f"{SESSION}{uuid.uuid4().hex[:8]}"
     progress = _Progress(config, over)
     tuner = tune.Tuner(
@@ -152,7 +155,7 @@ def _run(
             callbacks=[progress],
         ),
     )
-    with announced(room_needed(base(config)), progress.note):
+    with announced(_room(config, space), progress.note):
         results = tuner.fit()
     for result in results:
         name = Path(result.path).name
@@ -167,6 +170,21 @@ def _run(
     # Also those of starts that were killed.
     for folder in Path(config.output).glob(f"{SESSION}*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_runs(config: TuneConfig) -> None:
+    """Ends the MLflow runs of trials that no process trains any more; a resume opens them again."""
+
+    def end() -> None:
+        with contextlib.suppress(Exception):
+            for record in ledger.read_all(config.output):
+                if record.run_id and not record.over and record.status != "interrupted":
+                    runs.end_run(runs.Run(record.run_id, None), "KILLED")
+
+    # MLflow may be away, and whoever sent a signal does not wait for long.
+    thread = threading.Thread(target=end, daemon=True, name="mlflow")
+    thread.start()
+    thread.join(HURRIED)
 
 
 def _tracker(config: TuneConfig, record: ledger.Record, seconds: float = PATIENCE) -> Tracker:
@@ -201,6 +219,8 @@ def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
             tracker.end()
         model = tracker.model or model
     print(report.table(config, records), file=sys.stderr)
+    if note := report.unequal(records):
+        _say(note)
     print(f"winner's training again:\n  {command}", file=sys.stderr)
     if again := sum(record.status == "interrupted" for record in records):
         print(f"interrupted trials: {again}; --resume makes another attempt", file=sys.stderr)
@@ -216,39 +236,19 @@ def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
     }
 
 
-def _open(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.Run, bool]:
-    """One parent run for one search, and whether it is new."""
-    fixed = _fixed(config, space, splits)
-    if before := read_claim(config.output, SEARCH_FILE):
-        gone = before["fixed"].get("scheduler") not in get_args(Scheduler)
-        check_claim(config.output, before, fixed, hints={"scheduler": ", which is no more" if gone else ""})
-        if run := runs.reopen_later(before["run_id"], config.metrics):
-            return run, False
-    tags = {"ray_ddpm.search": config.output}
-    run = runs.open_run(config.experiment, "search", tags, PATIENCE)
-    write_claim(config.output, SEARCH_FILE, fixed, run_id=run.id)
-    return run, True
+def _room(config: TuneConfig, space: Space) -> Need:
+    """What a trial needs to train."""
+    return room_needed(apply(base(config), space.fixed))
 
 
-def _fixed(config: TuneConfig, space: Space, splits: Splits) -> dict[str, Any]:
-    names = "objective scheduler images rungs reduction terms max_images samples sampling_steps seed"
-    entries = {name: str(entry) for name, entry in space.entries.items()}
-    return {
-        "data": splits["train"].fingerprint,
-        "space": space.fixed | entries,
-        **{name: getattr(config, name) for name in names.split()},
-    }
-
-
-def _concurrent(config: TuneConfig) -> int:
+def _concurrent(config: TuneConfig, space: Space) -> int:
     """How many trials run at a time, where there is room for one.
 
     Raises:
         InputError: not one will ever fit the cluster.
     """
-    check_fits(room_needed(base(config)))
-    have = ray.cluster_resources().get("CPU", 1.0)
-    fit = int(have / (config.workers * config.cpus_per_worker) + 1e-6)
+    check_fits(need := _room(config, space))
+    fit = places(need) // need.count
     return min(config.concurrent, max(fit, 1), config.trials)
 
 
@@ -280,4 +280,4 @@ class _Progress(tune.Callback):
         values = "  ".join(
             f"{metric} {result.get(metric, float('nan')):.4f}" for metric in self._config.metrics
         )
-        self._display.update(self._over, f"trial {name} after {result.get('images', 0)} images: {values}")
+        self._display.update(self._over, f"trial {name} after {result.get(SEEN, 0)} images: {values}")

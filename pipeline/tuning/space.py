@@ -20,6 +20,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from pipeline import storage
 from pipeline.config import RENAMED, TrainConfig, from_dict, leaf_fields, load_yaml, to_dict
 from pipeline.errors import InputError
 from pipeline.ranges import check_ranges
@@ -34,6 +35,7 @@ RESERVED = frozenset(
         "workers",
         "min_workers",
         "cpus_per_worker",
+        "gpus_per_worker",
         "steps",
         "resume",
         "experiment",
@@ -74,6 +76,21 @@ class Space:
                 flags[name] = value
         return flags
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return self.fixed | {name: str(entry) for name, entry in self.entries.items()}
+
+    @property
+    def schedule_files(self) -> list[str]:
+        """The files of betas that it names."""
+        some = [self.fixed]
+        for name, entry in self.entries.items():
+            if isinstance(entry, CategoricalDistribution):
+                some += [self.decode({name: choice}) for choice in entry.choices]
+        schedules = {flags.get("diffusion.schedule", "") for flags in some}
+        return sorted(schedule for schedule in schedules if Path(schedule).is_file())
+
 
 def load_space(path: str = "") -> Space:
     """Reads a space file; the default one where `path` is empty.
@@ -101,10 +118,10 @@ def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             groups = []
             for item in value:
-                group = {resolve_flag(str(flag), where): here for flag, here in item.items()}
-                for flag, here in group.items():
+                flags = {resolve_flag(str(flag), where): here for flag, here in item.items()}
+                group = {flag: _checked(flag, here, where) for flag, here in flags.items()}
+                for flag in group:
                     claim(flag, name)
-                    _check_value(flag, here, where)
                 groups.append(json.dumps(group, sort_keys=True))
             together.add(name)
             entries[name] = _choice(groups, name, where)
@@ -114,15 +131,13 @@ def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
         if isinstance(value, dict):
             entries[flag] = _range(flag, value, where)
         elif isinstance(value, list):
-            for item in value:
-                _check_value(flag, item, where)
-            if len(value) == 1:
-                fixed[flag] = value[0]
+            items = [_checked(flag, item, where) for item in value]
+            if len(items) == 1:
+                fixed[flag] = items[0]
             else:
-                entries[flag] = _choice([json.dumps(item) for item in value], flag, where)
+                entries[flag] = _choice([json.dumps(item) for item in items], flag, where)
         else:
-            _check_value(flag, value, where)
-            fixed[flag] = value
+            fixed[flag] = _checked(flag, value, where)
     if "image_size" in owners and "image_size" not in fixed:
         raise InputError(f"{where}: image_size: trials are compared on the same images: give one value")
     if not entries:
@@ -193,11 +208,14 @@ def _defaults(cls: Any) -> dict[str, Any]:
     return defaults
 
 
-def _check_value(flag: str, value: Any, where: str) -> None:
+def _checked(flag: str, value: Any, where: str) -> Any:
+    """A value that the flag can have; a path as the trials need it, which run in other folders."""
     try:
         check_ranges(apply(TrainConfig(data="", output=""), {flag: value}))
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('trial.')}") from None
+    is_path = flag == "cache_dir" or (flag == "diffusion.schedule" and Path(value).is_file())
+    return storage.absolute(value) if is_path and value else value
 
 
 def _choice(values: list[str], name: str, where: str) -> CategoricalDistribution:
@@ -220,12 +238,14 @@ def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
     def number(name: str) -> Any:
         given = value[name]
         cut = kind is int and isinstance(given, float) and not given.is_integer()
-        if isinstance(given, bool) or not math.isfinite(float(given)) or cut:
+        if type(given) not in (int, float) or not math.isfinite(given) or cut:
             raise ValueError(f"{name}: {given!r} is not a finite {'whole ' if kind is int else ''}number")
         return kind(given)
 
     try:
-        low, high, log = number("low"), number("high"), bool(value.get("log", False))
+        low, high, log = number("low"), number("high"), value.get("log", False)
+        if not isinstance(log, bool):
+            raise TypeError(f"log: {log!r} is neither true nor false")
         step = None if value.get("step") is None else number("step")
         if kind is int:
             distribution: BaseDistribution = IntDistribution(
@@ -238,7 +258,7 @@ def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: {flag}: {one_line(error)}") from None
     for end in (low, high):
-        _check_value(flag, end, where)
+        _checked(flag, end, where)
     return distribution
 
 

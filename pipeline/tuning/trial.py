@@ -3,6 +3,7 @@
 import contextlib
 import math
 import threading
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from ray import tune
 
 from pipeline.cluster.session import connect
 from pipeline.config import TrainConfig, to_dict
-from pipeline.errors import InputError, Outage
+from pipeline.errors import BadSettings, InputError
 from pipeline.redact import one_line
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import Tracker
@@ -20,12 +21,15 @@ from pipeline.training import run_channel, trainer
 from pipeline.training.checks import make_spec
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger, space
+from pipeline.tuning.choices import check_trial
 from pipeline.tuning.config import TuneConfig, base, finished, rung_steps
 from pipeline.tuning.ledger import Record, Rung
-from pipeline.tuning.rungs import Exchange, RungWatch
+from pipeline.tuning.rungs import RungWatch, open_exchange
 
 POLL_SECONDS, STOP_SECONDS = 1.0, 60.0
-IMAGES, FAILED = "images", "failed"
+# Seconds that a trial waits, before it is interrupted, for MLflow to open its run.
+OPENING_SECONDS = 600.0
+IMAGES, SEEN, FAILED = "images", "seen", "failed"
 CURVES = (IMAGES, *run_channel.CURVES)
 
 
@@ -43,8 +47,8 @@ def training(config: TuneConfig, record: Record, *, output: str = "") -> TrainCo
 class Trial(tune.Trainable):
     """Keeps a trial's record; what a rung costs is its subclass's matter.
 
-    A failure ends this trial alone. An InputError that is no outage, or a measurement that is not finite, is due to its
-    settings and final; any other failure may be the infrastructure's, and a resume makes another attempt.
+    A failure ends this trial alone. Settings that can't be trained, training that diverges, or a measurement that is
+    not finite: such a failure is final. Any other may be the infrastructure's, and a resume makes another attempt.
 
     Ray Tune calls `step` once for each rung, and `cleanup` when it is told to stop.
     """
@@ -71,8 +75,14 @@ class Trial(tune.Trainable):
                 self.keep(status="finished")
         except Exception as error:  # whatever training raises: Ray Train has retried what can be
             self.fail(error)
-            return {**dict.fromkeys(self.job.metrics, math.nan), IMAGES: 0, FAILED: True, "done": True}
-        return {**rung.metrics, IMAGES: rung.images, FAILED: False, "done": done}
+            return {
+                **dict.fromkeys(self.job.metrics, math.nan),
+                IMAGES: 0,
+                SEEN: 0,
+                FAILED: True,
+                "done": True,
+            }
+        return {**rung.metrics, IMAGES: rung.images, SEEN: self.record.seen, FAILED: False, "done": done}
 
     def cleanup(self) -> None:
         """Ends an unfinished trial at its last rung, if Ray Tune told it to stop."""
@@ -93,8 +103,7 @@ class Trial(tune.Trainable):
 
     def fail(self, error: Exception) -> None:
         """Clears up, and only then is over: a search that is killed meanwhile tries this trial again."""
-        final = isinstance(error, InputError) and not isinstance(error, Outage)
-        status = "failed" if final else "interrupted"
+        status = "failed" if isinstance(error, BadSettings) else "interrupted"
         self.failed(reason := reason_of(error))
         self.keep(status=status, reason=reason)
 
@@ -137,7 +146,7 @@ class TrainTrial(Trial):
             rung: Rung | None = ray.get(self._exchange.next.remote(POLL_SECONDS))
             if rung is not None:
                 self._asked = rung
-                point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.images})
+                point = (int(rung.time * 1000), rung.step, rung.metrics | {IMAGES: rung.seen or rung.images})
                 assert self._tracker is not None
                 self._tracker.log_points([point])
                 return rung
@@ -147,19 +156,14 @@ class TrainTrial(Trial):
 
     def finish(self) -> None:
         """See `Trial`."""
-        self._answer(True)
-        assert self._future is not None
-        future, self._future = self._future, None
-        future.result()
+        self._wait(True)
         self._close()
 
     def stopped_early(self) -> bool:
         """See `Trial`."""
         if self._future is None:
             return False
-        self._answer(False)
-        future, self._future = self._future, None
-        future.result()
+        self._wait(False)
         self._close(reason="stopped by the scheduler")
         return True
 
@@ -167,22 +171,26 @@ class TrainTrial(Trial):
         """See `Trial`."""
         if self._future is not None:  # no workers are left waiting at a rung
             with contextlib.suppress(ray.exceptions.RayError):
-                self._answer(False)
+                self._answer(False, STOP_SECONDS)
             wait([self._future], timeout=STOP_SECONDS)
         self._future, self._asked = None, None
         self._close("FAILED", reason)
 
     def _start(self) -> Future[trainer.Trained]:
+        splits = self.settings["splits"]
+        check_trial(self.job, self.record.flags, splits)
         config = training(self.job, self.record)
         run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
         if is_new := run is None:
-            tags = {"ray_ddpm.output": config.output}
+            # What a killed attempt has opened under this mark is deleted.
+            self.keep(opening=self.record.opening or uuid.uuid4().hex)
             run = runs.open_run(
                 config.experiment,
                 config.run_name,
-                tags,
-                config.tracking_patience,
+                {"ray_ddpm.output": config.output},
+                OPENING_SECONDS,
                 self.settings["parent_run"],
+                self.record.opening,
             )
             self.keep(run_id=run.id)
         self._tracker = Tracker(
@@ -191,19 +199,18 @@ class TrainTrial(Trial):
         if is_new:
             self._tracker.log_params(to_dict(config))
             self._tracker.log_config(to_dict(config))
-        self._exchange = Exchange.remote()  # type: ignore[attr-defined]
+        self._exchange = open_exchange()
         watch = RungWatch(
             rung_steps(self.job, config.batch_size),
+            config.batch_size,
             {rung.step: rung for rung in self.record.rungs},
-            make_spec(config, self.settings["splits"]["train"]),
+            make_spec(config, splits["train"]),
             self.settings["objective"],
             self._exchange,
         )
         hooks = Hooks(watch=watch)
         pool = ThreadPoolExecutor(1, thread_name_prefix="training")
-        future = pool.submit(
-            trainer.train, config, self.settings["splits"], hooks=hooks, tracker=self._tracker
-        )
+        future = pool.submit(trainer.train, config, splits, hooks=hooks, tracker=self._tracker)
         pool.shutdown(wait=False)
         return future
 
@@ -213,10 +220,18 @@ class TrainTrial(Trial):
             tracker.end(status, reason)
             tracker.close()
 
-    def _answer(self, go_on: bool) -> None:
+    def _wait(self, go_on: bool) -> None:
+        """Waits for the end of training; the exchange may be restarted, and lose an answer before a worker has it."""
+        assert self._future is not None
+        while not self._future.done():
+            self._answer(go_on)
+            wait([self._future], timeout=POLL_SECONDS)
+        future, self._future, self._asked = self._future, None, None
+        future.result()
+
+    def _answer(self, go_on: bool, timeout: float | None = None) -> None:
         if self._asked is not None:
-            ray.get(self._exchange.answer.remote(self._asked.step, go_on))
-            self._asked = None
+            ray.get(self._exchange.answer.remote(self._asked.step, go_on), timeout=timeout)
 
 
 def reason_of(error: Exception) -> str:
@@ -229,8 +244,8 @@ def check_finite(rung: Rung) -> None:
     """Refuses what can't be compared.
 
     Raises:
-        InputError: a metric that is not finite.
+        BadSettings: a figure that is not finite.
     """
-    for name, value in rung.metrics.items():
+    for name, value in (*rung.metrics.items(), *(("that of an image", one) for one in rung.per_image)):
         if not math.isfinite(value):
-            raise InputError(f"{name} is {value} after {rung.images} images")
+            raise BadSettings(f"{name} is {value} after {rung.images} images")

@@ -1,5 +1,7 @@
 """What a mistake in a command line gets: one line in words, with the nearest right one."""
 
+import json
+
 import pytest
 
 from pipeline.cluster.submit import SubmitConfig
@@ -46,3 +48,15 @@ def test_a_mistake_is_told_in_one_line(cls: type, words: list[str], says: str) -
     assert says in str(caught.value)
     assert "\n" not in str(caught.value) and "│" not in str(caught.value)
     assert str(caught.value).endswith("(see ray-ddpm train --help)")
+
+
+def test_a_result_is_strict_json(capfd: pytest.CaptureFixture[str]) -> None:
+    values = {"metrics": {"a": float("nan"), "b": [float("inf"), 1.5], "c": None}, "count": 3}
+    words = ["--data", "d", "--output", "o"]
+    assert cli.main("train", "", TrainConfig, lambda config: values, words, ray=False) == 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = json.loads(capfd.readouterr().out, parse_constant=refuse)
+    assert found == {"metrics": {"a": None, "b": [None, 1.5], "c": None}, "count": 3}

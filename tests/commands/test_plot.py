@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import storage
 from pipeline.commands import plot
 from pipeline.config import ImageConfig
 from pipeline.data.images import decode
@@ -127,3 +128,14 @@ def test_the_data_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = save(tmp_path / "model", ImageConfig(12, 3))
     assert drawn(model, flat(tmp_path / "data", COLOUR), tmp_path / "out") == PICTURES
     assert len(calls) == 1
+
+
+def test_pictures_on_an_object_store(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, data = save(tmp_path / "model", ImageConfig(12, 3)), flat(tmp_path / "data", COLOUR)
+    result = plot.execute(plot.PlotConfig(str(model), str(data), f"{bucket}/pictures"))
+    assert result["output"] == f"{bucket}/pictures"
+    found = storage.list_files(f"{bucket}/pictures")
+    assert [storage.name(uri) for uri in found] == PICTURES
+    assert all(storage.read_bytes(uri).startswith(b"\x89PNG") for uri in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "model"]

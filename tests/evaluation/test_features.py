@@ -41,6 +41,13 @@ class Plain(nn.Module):
         return x.mean(dim=3)[:, :1, :, None]
 
 
+class Rooted(nn.Module):
+    """Not a number for images whose first pixel is bright."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (0.5 - x[:, :1, 0, 0]).sqrt()
+
+
 @pytest.fixture
 def inception(tmp_path: Path) -> TorchScriptExtractor:
     torch.jit.script(InceptionLike()).save(tmp_path / "inception.pt")
@@ -159,3 +166,15 @@ def test_data_without_labels_train_no_classifier(train: DatasetIndex) -> None:
     bare = replace(train, image=replace(train.image, classes=()))
     with pytest.raises(InputError, match="--features FILE"):
         train_classifier(bare, bare)
+
+
+def test_images_whose_features_are_not_numbers_are_named(tmp_path: Path) -> None:
+    torch.jit.script(Rooted()).save(tmp_path / "rooted.pt")
+    pixels = np.zeros((120, 8, 8, 1), np.uint8)
+    pixels[[3, 70, 71, 90, 91, 92, 93], 0, 0] = 255
+    index = open_samples(str(write_samples(tmp_path / "samples", pixels, None)), DIGITS)
+    with pytest.raises(InputError) as caught:
+        measure([index], read_torchscript(str(tmp_path / "rooted.pt")), keep=10)
+    assert "--features: not finite for 7 images: " in str(caught.value)
+    assert "part-0.parquet: image 3.png, " in str(caught.value)
+    assert str(caught.value).endswith("part-1.parquet: image 91.png, …")

@@ -16,10 +16,12 @@ from pipeline.cluster.ray_internals import state
 from pipeline.cluster.room import Need, announced, check_fits, shortage
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
+from pipeline.training.checks import check_settings
 from pipeline.training.trainer import room_needed, train
 from pipeline.training.validation import SpareResources
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.search import _concurrent
+from pipeline.tuning.search import _concurrent, _room
+from pipeline.tuning.space import load_space, parse_space
 from tests.training.digit_runs import settings
 
 
@@ -193,13 +195,13 @@ def test_an_elastic_run_needs_its_least_workers_alone(monkeypatch: pytest.Monkey
 def test_a_search_waits_for_a_trials_workers_where_nodes_may_join(
     cpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TuneConfig(data="", output="", workers=cpus + 1, trials=3)
+    config, space = TuneConfig(data="", output="", workers=cpus + 1, trials=3), load_space()
     with pytest.raises(InputError, match=rf"--workers {cpus + 1} .*this machine has {cpus} CPUs"):
-        _concurrent(config)
+        _concurrent(config, space)
     monkeypatch.setattr(room, "is_own_ray", lambda: False)
-    assert _concurrent(config) == 1
+    assert _concurrent(config, space) == 1
     with pytest.raises(InputError, match="no node of the cluster has 99 CPUs"):
-        _concurrent(replace(config, cpus_per_worker=99))
+        _concurrent(replace(config, cpus_per_worker=99), space)
 
 
 def test_a_validation_gets_what_is_left_when_it_starts(cpus: int) -> None:
@@ -211,3 +213,30 @@ def test_a_validation_gets_what_is_left_when_it_starts(cpus: int) -> None:
             time.sleep(0.1)
         assert spare["num_cpus"] == 0
     assert SpareResources(TrainConfig(data="", output="", workers=cpus), gpu=False)["num_cpus"] == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "gpu", "each", "trials"),
+    [
+        (1.0, {}, {"CPU": 0.25, "GPU": 1.0}, 2),
+        (0.5, {}, {"CPU": 0.25, "GPU": 0.5}, 4),
+        (0.3, {}, {"CPU": 0.25, "GPU": 0.3}, 6),  # three on each GPU: none has parts of two
+        (0.5, {"gpu": False}, {"CPU": 0.25}, 16),
+    ],
+)
+def test_trials_are_counted_by_gpus_and_shares_of_them(
+    monkeypatch: pytest.MonkeyPatch, share: float, gpu: dict[str, bool], each: dict[str, float], trials: int
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0}}])
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
+    config = TuneConfig("d", "o", trials=20, cpus_per_worker=0.25, gpus_per_worker=share)
+    space = parse_space({"schedule": ["cosine", "linear"], **gpu})
+    assert _room(config, space).each == each
+    assert _concurrent(config, space) == trials
+
+
+def test_workers_of_one_run_share_no_gpu() -> None:
+    check_settings(TrainConfig("d", "o", gpus_per_worker=0.5))
+    with pytest.raises(InputError, match=r"--gpus-per-worker 0.5 with --workers 2: NCCL joins no two"):
+        check_settings(TrainConfig("d", "o", gpus_per_worker=0.5, workers=2))

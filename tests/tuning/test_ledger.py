@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from pipeline.tuning import ledger
 from pipeline.tuning.ledger import Record, Rung, pareto_front, ranked
 
@@ -59,3 +61,21 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both() -> None:
     ]
     assert [one.number for one in pareto_front(records, ("a", "b"))] == [0, 1, 3]
     assert pareto_front(records[4:], ("a", "b")) == []
+
+
+def test_a_figure_that_is_not_finite_in_an_older_ledger_is_a_failed_trial(tmp_path: Path) -> None:
+    """No such record is written; one that lies there neither wins nor hinders a resume."""
+    output = str(tmp_path)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            ledger.write(output, record(0, 3.0, value))
+    for number, last in enumerate((2.0, "NaN", "-Infinity")):
+        ledger.write(output, record(number, 3.0, 2.0))
+        path = tmp_path / "trials" / f"{number:04d}" / "trial.json"
+        path.write_text(path.read_text().replace('"a": 2.0', f'"a": {last}'))
+    records = ledger.read_all(output)
+    assert [one.status for one in records] == ["finished", "failed", "failed"]
+    assert records[1].reason == "a figure is not finite after 3000 images"
+    assert records[1].rungs == record(1, 3.0).rungs
+    assert [one.number for one in ranked(records, "a")] == [0]
+    assert [one.number for one in pareto_front(records, ("a", "b"))] == [0]

@@ -1,5 +1,7 @@
 """What trials are compared by: common random numbers, and shares of the work over training workers."""
 
+import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.features import ClassifierExtractor, measure
-from pipeline.evaluation.frechet import frechet_distance, moments_of
+from pipeline.evaluation.frechet import Moments, frechet_distance, moments_of
 from pipeline.evaluation.work import choose
 from pipeline.models.sampling import sample_images
 from pipeline.rng import Choice
@@ -64,6 +66,22 @@ def test_the_frechet_distance_is_that_of_the_samples_numbered_from_0(digits: Pat
         frechet_distance(real.moments, moments_of(features)), rel=1e-4
     )
     assert found.per_image == ()
+
+
+def test_samples_or_features_that_are_not_numbers_have_no_distance() -> None:
+    model, spec = small_model(conditional=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = Classifier(DIGITS).eval().requires_grad_(False)
+    width = len(net.features(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))[0])
+    reference = Moments(9, np.zeros(width), np.eye(width))
+    objective = SampleFrechet(ClassifierExtractor(net), reference, samples=96, steps=5, seed=3)
+    assert math.isfinite(objective(model, spec, in_process).metrics[FRECHET])
+    broken = copy.deepcopy(model)
+    next(broken.parameters()).fill_(math.nan)
+    assert math.isnan(objective(broken, spec, in_process).metrics[FRECHET])
+    next(net.parameters()).fill_(math.nan)
+    assert math.isnan(objective(model, spec, in_process).metrics[FRECHET])
 
 
 def test_both_objectives_are_measured_in_one_go(digits: Path, held_out: DatasetIndex) -> None:

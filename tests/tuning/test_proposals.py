@@ -17,6 +17,7 @@ from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig, rung_images
 from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.proposals import Halving, Proposals
+from pipeline.tuning.search import _Progress
 from pipeline.tuning.space import parse_space
 from tests.tuning.gaussian import known_bound
 
@@ -185,3 +186,35 @@ def test_a_trial_that_is_at_its_end_is_not_stopped() -> None:
     halving = Halving(HALVING, in_ledger([("0000", 900, 1.0)]), {"a": "0001"})
     assert not halving("a", {"images": 900, BITS_PER_DIM: 2.0, "done": True})
     assert not halving.stop_all()
+
+
+def test_by_two_metrics_no_end_of_the_front_is_stopped_and_what_many_dominate_is(tmp_path: Path) -> None:
+    config = replace(HALVING, objective="both")
+    names = {f"{number:04d}": f"{number:04d}" for number in range(40)}
+    # A front from (0, 9) to (9, 0), ten times; every other trial lies behind it, the farther the later it comes.
+    points = [(k % 10 + k // 20, 9 - k % 10 + k // 20) for k in range(40)]
+    results = [{"images": 100, BITS_PER_DIM: float(x), FRECHET: float(y), "done": False} for x, y in points]
+    halving = Halving(config, [], names)
+    stopped = [halving(name, result) for name, result in zip(names, results, strict=True)]
+    assert not any(stopped[:20])
+    assert not stopped[20] and not stopped[29]  # the worst by one metric, and nearly the best by the other
+    behind = replace(config, reduction=20)
+    records = [
+        Record(
+            k, {}, {}, "running", rungs=(Rung(100, 1, float(k), {BITS_PER_DIM: float(x), FRECHET: float(y)}),)
+        )
+        for k, (x, y) in enumerate(points[:20])
+    ]
+    resumed = Halving(behind, records, {**names, "a": "0099"})
+    assert [resumed(name, result) for name, result in zip(names, results[:20], strict=False)] == [False] * 20
+    assert resumed("a", {"images": 100, BITS_PER_DIM: 8.0, FRECHET: 8.0, "done": False})
+
+
+def test_counting_trials_reads_no_ledger(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    progress = _Progress(TuneConfig("", str(tmp_path / "nowhere"), trials=2), over=1)
+    result = {BITS_PER_DIM: 3.0, "seen": 1024}
+    progress.on_trial_result(0, [], SimpleNamespace(last_result=result), result)
+    progress.on_trial_complete(0, [], SimpleNamespace(last_result=result))
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("tune: 1/2 trials") and lines[1].startswith("tune: 2/2 trials")
+    assert lines[1].endswith(f"after 1024 images: {BITS_PER_DIM} 3.0000")

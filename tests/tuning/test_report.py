@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.models.export import save_model
+from pipeline.pictures import draw
 from pipeline.tuning import ledger, report
 from pipeline.tuning.config import TuneConfig, rung_images
 from pipeline.tuning.ledger import Record, Rung
@@ -152,3 +154,26 @@ def test_a_search_by_one_objective_needs_no_samples_and_draws_no_front(tmp_path:
         "objective.png",
         "parallel.png",
     ]
+
+
+def test_a_search_of_200_trials_can_still_be_seen(tmp_path: Path) -> None:
+    """The plot takes most of its picture: no legend of 200 lines pushes it aside."""
+    chance = np.random.default_rng(0)
+    names = [f"{rank}. trial {rank:04d}" for rank in range(200)]
+    curves = {name: ([1000, 3000], chance.normal(4, 1, 2).tolist(), [0.1, 0.1]) for name in names}
+    draw.save_objective(curves, "bits_per_dim", tmp_path / "objective.png")
+    draw.save_ranked_schedules({name: np.linspace(1, 0, 20) for name in names}, tmp_path / "alpha_bar.png")
+    for path in tmp_path.iterdir():
+        dark = np.asarray(Image.open(path).convert("L")) < 60
+        height, width = dark.shape
+        assert dark.sum(axis=1).max() > 0.6 * width, path.name  # the frame's longest lines
+        assert dark.sum(axis=0).max() > 0.6 * height, path.name
+
+
+def test_the_images_really_seen_are_shown_and_where_they_differ(tmp_path: Path) -> None:
+    config, records = search(tmp_path)
+    assert report.unequal(records) == ""
+    rungs = tuple(replace(rung, seen=rung.images + 28) for rung in records[0].rungs)
+    records[0] = replace(records[0], rungs=rungs)
+    assert report.table_rows(config, records)[0]["images"] == "928"
+    assert "100 to 128 at the rung of 100, 300 to 328" in report.unequal(records)

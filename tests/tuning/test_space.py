@@ -100,6 +100,9 @@ def test_a_choice_becomes_the_training_run_that_it_names() -> None:
         ({"batch_size": 64}, "nothing to search"),
         ({"image_size": [16, 32]}, "image_size"),
         ({"x": [{"image_size": 16}, {"image_size": 32}]}, "image_size"),
+        ({"learning_rate": {"low": 0.1, "high": 0.2, "log": "false"}}, "'false' is neither true nor false"),
+        ({"learning_rate": {"low": "0.1", "high": 0.2}}, "'0.1' is not a finite number"),
+        ({"learning_rate": [0.1, "0.2"]}, "'0.2'"),
     ],
 )
 def test_a_space_that_cannot_be_is_refused_in_one_line(values: dict[str, object], named: str) -> None:
@@ -112,6 +115,23 @@ def test_a_space_that_cannot_be_is_refused_in_one_line(values: dict[str, object]
 def test_a_file_that_is_no_space_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--space .*none.yaml"):
         load_space(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "low"),
+    [
+        ("learning_rate: {low: 1e-3, high: 1E-2, log: true}", 1e-3),
+        ('{"learning_rate": {"low": 1e-05, "high": 1e-02}}', 1e-5),
+        ("learning_rate: {low: 5.e-4, high: +1e+0}", 5e-4),
+    ],
+)
+def test_numbers_with_an_exponent_are_numbers(text: str, low: float, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(text)
+    entry = load_space(str(tmp_path / "space.yaml")).entries["optimizer.learning_rate"]
+    assert entry.low == low  # type: ignore[attr-defined]
+    (tmp_path / "config.yaml").write_text("optimizer: {learning_rate: 1e-3}")
+    flags = ["--config", str(tmp_path / "config.yaml"), "--data", "d", "--output", "o"]
+    assert cli.parse(TrainConfig, flags, "train", "").optimizer.learning_rate == 1e-3
 
 
 def test_the_printed_command_gives_the_same_configuration_back() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from ray.train import WorkerGroupError
 
-from pipeline.errors import InputError
+from pipeline.errors import BadSettings, InputError, Outage
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.tuning import ledger, trial
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record, Rung
-from pipeline.tuning.trial import FAILED, IMAGES, Trial
+from pipeline.tuning.trial import FAILED, IMAGES, SEEN, Trial
 
 TRACEBACK = (
     'Traceback (most recent call last):\n  File "x.py", line 3\nOSError: s3://user:secret@host is away'
@@ -59,7 +59,7 @@ def test_a_measurement_that_is_not_finite_fails_the_trial_for_good(
     attempt: Attempt, tmp_path: Path, value: float
 ) -> None:
     running = attempt(rung(100), rung(300, value))
-    assert running.step() == {BITS_PER_DIM: 3.0, IMAGES: 100, FAILED: False, "done": False}
+    assert running.step() == {BITS_PER_DIM: 3.0, IMAGES: 100, SEEN: 100, FAILED: False, "done": False}
     ended = running.step()
     assert ended[FAILED] and ended["done"]
     found = record(tmp_path)
@@ -71,7 +71,9 @@ def test_a_measurement_that_is_not_finite_fails_the_trial_for_good(
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [
-        (InputError("--batch-size 7 is odd"), "failed", "--batch-size 7 is odd"),
+        (BadSettings("--batch-size 7 is odd"), "failed", "--batch-size 7 is odd"),
+        (InputError("MLflow at http://h: 403"), "interrupted", "MLflow at http://h: 403"),
+        (Outage("no answer"), "interrupted", "no answer"),
         (OSError("disk\nis full"), "interrupted", "OSError: is full"),
         (WorkerGroupError(TRACEBACK, {}), "interrupted", "WorkerGroupError: OSError: s3://***@host is away"),
     ],

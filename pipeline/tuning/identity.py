@@ -1,0 +1,81 @@
+"""Which search an output folder holds: one MLflow run, its trials' own runs, and what no resume may change."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pipeline import storage
+from pipeline.data.index import Splits
+from pipeline.evaluation.config import FRECHET
+from pipeline.output import check_claim, read_claim, write_claim
+from pipeline.tracking import runs
+from pipeline.tracking.tracker import FOLDER as UNDELIVERED
+from pipeline.tuning import ledger
+from pipeline.tuning.config import Scheduler, TuneConfig
+from pipeline.tuning.objective import features_digest
+from pipeline.tuning.space import Space
+
+SEARCH_FILE = "search.json"
+SETTINGS = (
+    "objective", "scheduler", "images", "rungs", "reduction", "terms", "max_images", "samples", "sampling_steps", "seed"
+)  # fmt: skip
+# Seconds that the search waits for MLflow at its start and at its end.
+PATIENCE = 60.0
+
+
+def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.Run, bool]:
+    """One parent run for one search, whatever number of resumes and wherever it is moved; a copy is another search.
+
+    Returns:
+        the run, and whether it is new.
+
+    Raises:
+        InputError: a resume with settings on which the figures depend and that are others; MLflow does not answer.
+    """
+    output, fixed = config.output, _fixed(config, space, splits)
+    if before := read_claim(output, SEARCH_FILE):
+        gone = before["fixed"].get("scheduler") not in get_args(Scheduler)
+        hints = {"scheduler": ", which is no more" if gone else ""}
+        # Older releases did not write these.
+        defaults = {name: fixed[name] for name in ("held_out", "features", "schedule_files")}
+        check_claim(output, before, fixed, defaults, hints)
+        if _is_copy(output, before):
+            _leave_runs(output)
+        elif run := runs.reopen_later(before["run_id"], config.metrics):
+            write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
+            return run, False
+    run = runs.open_run(config.experiment, "search", {"ray_ddpm.search": output}, PATIENCE)
+    write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
+    return run, True
+
+
+def _is_copy(output: str, claim: dict[str, Any]) -> bool:
+    """Whether the search still lies where it was, with the same run: then this folder was copied, not moved."""
+    place = claim.get("place", output)
+    if place == output or not (Path(place) / SEARCH_FILE).exists():
+        return False
+    there = read_claim(place, SEARCH_FILE)
+    return there is not None and there.get("run_id") == claim["run_id"]
+
+
+def _leave_runs(output: str) -> None:
+    """Unfinished trials of a copy get MLflow runs of their own: those that they had are the other search's."""
+    for record in ledger.read_all(output):
+        if not record.over:
+            ledger.write(output, replace(record, run_id="", opening=""))
+            storage.remove_folder(str(ledger.run_folder(output, record) / UNDELIVERED))
+
+
+def _fixed(config: TuneConfig, space: Space, splits: Splits) -> dict[str, Any]:
+    """All that the figures depend on."""
+    return {
+        "data": splits["train"].fingerprint,
+        "held_out": splits["validation"].order,
+        "features": features_digest(config.features) if FRECHET in config.metrics else "",
+        "schedule_files": {
+            path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in space.schedule_files
+        },
+        "space": space.shown,
+        **{name: getattr(config, name) for name in SETTINGS},
+    }
