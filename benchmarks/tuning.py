@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     if options.smoke:
-        options.trials, options.images, options.seeds = 2, 512, 1
+        options.trials, options.images, options.seeds = 2, 1536, 1
     output = Path(options.output or tempfile.mkdtemp(prefix="ray-ddpm-tuning-")).absolute()
     quieten()
     connect(environment={"MLFLOW_TRACKING_URI": tracking_uri()}, preload="pipeline.training.worker")

@@ -34,9 +34,9 @@ class TuneConfig:
     searcher: Searcher = "tpe"
     """How trials are chosen: Optuna's TPE, or at random."""
     scheduler: Scheduler = "asha"
-    """asha stops weak trials at rungs; none trains every trial to its end."""
+    """asha stops weak trials at rungs, by both figures where there are two; none trains every trial to its end."""
     images: Positive = 40_960
-    """Images that a trial sees in training, if it isn't stopped."""
+    """Images that a trial sees in training, if it isn't stopped; brought to the nearest whole batch, as each rung is."""
     rungs: Annotated[int, Range(ge=1, le=40)] = 3
     """Measurements of a trial, the last one at its end."""
     reduction: Annotated[int, Range(ge=2)] = 3

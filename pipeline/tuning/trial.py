@@ -178,7 +178,6 @@ class TrainTrial(Trial):
 
     def _start(self) -> Future[trainer.Trained]:
         splits = self.settings["splits"]
-        check_trial(self.job, self.record.flags, splits)
         config = training(self.job, self.record)
         run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
         if is_new := run is None:
@@ -199,6 +198,7 @@ class TrainTrial(Trial):
         if is_new:
             self._tracker.log_params(to_dict(config))
             self._tracker.log_config(to_dict(config))
+        check_trial(self.job, self.record.flags, splits)  # the run says why it failed
         self._exchange = open_exchange()
         watch = RungWatch(
             rung_steps(self.job, config.batch_size),

@@ -80,8 +80,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     # Half of this space can't be trained; of the other half, half hardly learns and is stopped early.
     space = {
         "batch_size": 16,
-        "model.model_channels": 16,
-        "model.head_channels": 16,
+        "model.channel_multipliers": [[1]],
         "model.res_blocks": 1,
         "model.attention_resolutions": [[]],
         "diffusion.timesteps": 20,
@@ -89,8 +88,10 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
         "optimizer.warmup_steps": 1,
         "readers": 1,
         "peak_tflops": 1.0,
-        "model.channel_multipliers": [[1], [1, 1, 1, 1, 1]],
-        "optimizer.learning_rate": [1e-8, 2e-8, 3e-3, 4e-3],
+        # A head's channels must divide the model's.
+        "model.model_channels": [16, 24],
+        "model.head_channels": [16, 24],
+        "optimizer.learning_rate": [1e-8, 3e-3],
     }
     small = {"max_images": 16, "terms": 4, "cpus_per_worker": 0.5, "concurrent": 2}
     first = configure(
@@ -140,8 +141,8 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
         else:
             assert after[name].flags == record.flags
             assert after[name].rungs[: len(record.rungs)] == record.rungs
-    bad = [r for r in after.values() if r.flags["model.channel_multipliers"] != [1]]
-    assert all(r.status == "failed" and "16" in r.reason for r in bad)
+    bad = [r for r in after.values() if r.flags["model.model_channels"] != r.flags["model.head_channels"]]
+    assert all(r.status == "failed" and "does not divide" in r.reason for r in bad)
     good = [r for r in after.values() if r not in bad]
     assert len(bad) == len(good) == 4
     best = min(good, key=lambda r: r.metrics[BITS_PER_DIM])
@@ -155,13 +156,17 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     check_tracking(result, after, best)
     check_command(result["command"], best)
 
+    assert search(moved) == result  # nothing is left to do: no run, and no version of the model, is new
+    check_tracking(result, after, best)
+    assert records(moved) == after
+
 
 def check_rungs(output: str, good: list[Record]) -> None:
     """Trials went to their end, or were stopped at a rung where another was better; each left a model."""
     assert {r.status for r in good} == {"finished", "stopped"}
     for record in good:
         images = [rung.images for rung in record.rungs]
-        assert images == [320, 640, 1280][: len(images)]
+        assert images == [rung.seen for rung in record.rungs] == [320, 640, 1280][: len(images)]
         assert (len(images) == 3) == (record.status == "finished")
         if record.status == "stopped":
             at_rung = [r.rungs[len(images) - 1].metrics[BITS_PER_DIM] for r in good if r.images >= images[-1]]
@@ -179,6 +184,7 @@ def check_tracking(result: dict[str, Any], after: dict[str, Record], best: Recor
     )
     by_id = {run.info.run_id: run for run in nested}
     assert set(by_id) == {record.run_id for record in after.values()}
+    assert len(client.search_model_versions("name = 'tuned'")) == 1
     for record in after.values():
         run = by_id[record.run_id]
         assert run.info.status == ("FAILED" if record.status == "failed" else "FINISHED")

@@ -157,14 +157,16 @@ def test_a_search_by_one_objective_needs_no_samples_and_draws_no_front(tmp_path:
 
 
 def test_a_search_of_200_trials_can_still_be_seen(tmp_path: Path) -> None:
-    """The plot takes most of its picture: no legend of 200 lines pushes it aside."""
+    """The plot takes most of its picture, and the legend that names trials is not cut off at an edge."""
     chance = np.random.default_rng(0)
     names = [f"{rank}. trial {rank:04d}" for rank in range(200)]
     curves = {name: ([1000, 3000], chance.normal(4, 1, 2).tolist(), [0.1, 0.1]) for name in names}
     draw.save_objective(curves, "bits_per_dim", tmp_path / "objective.png")
     draw.save_ranked_schedules({name: np.linspace(1, 0, 20) for name in names}, tmp_path / "alpha_bar.png")
     for path in tmp_path.iterdir():
-        dark = np.asarray(Image.open(path).convert("L")) < 60
+        grey = np.asarray(Image.open(path).convert("L"))
+        assert all((edge > 250).all() for edge in (grey[:3], grey[-3:], grey[:, :3], grey[:, -3:])), path.name
+        dark = grey < 60
         height, width = dark.shape
         assert dark.sum(axis=1).max() > 0.6 * width, path.name  # the frame's longest lines
         assert dark.sum(axis=0).max() > 0.6 * height, path.name
