@@ -68,7 +68,7 @@ def trained(
         optimizer=OptimizerConfig(learning_rate=1e-3, ema_decays=(0.99,)),
     )  # fmt: skip
     index, cpu = splits["train"], torch.device("cpu")
-    images, labels = read_images(index, np.arange(min(index.rows, 50_000)))
+    images, labels = read_images(index, np.arange(index.rows))
     spec = make_spec(config, index)
     state, shown = new_state(config, spec, cpu), new_state(config, spec, cpu).model
     for begin, end in zip((0, *stages), stages, strict=False):
