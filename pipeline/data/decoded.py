@@ -6,19 +6,15 @@ reads only what a shard needs.
 """
 
 import hashlib
-import io
-import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from pipeline import storage
 from pipeline.data.images import DecodeError, decode, encode_png, fit, open_image
-from pipeline.data.kept import Chunk, Decoded, record_uri, write_chunk
+from pipeline.data.kept import Decoded, read_chunk, record_uri, write_chunk, write_record
 from pipeline.data.manifest import PARTS
 from pipeline.data.sources.parts import Item, Part
 from pipeline.data.sources.splits import held_out
@@ -98,8 +94,8 @@ def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> in
     waiting, size, labels = list[dict[str, Any]](), 0, Counter[str]()
 
     def flush() -> None:
-        file = f"{PARTS}/{task.key}-{len(done.chunks):03d}.parquet"
-        done.chunks.append(Chunk(file, write_chunk(storage.join(output, file), waiting)))
+        file = f"{PARTS}/{task.key}-{len(done.chunks):03d}.arrow"
+        done.chunks.append(write_chunk(output, file, waiting))
         waiting.clear()
 
     for item in task.part.read():
@@ -130,7 +126,7 @@ def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> in
     if waiting:
         flush()
     done.labels = dict(labels)
-    storage.write_atomic(record_uri(output, task.key), json.dumps(asdict(done)).encode())
+    write_record(record_uri(output, task.key), done)
     return done.rows
 
 
@@ -155,8 +151,7 @@ def _known_rows(output: str, files: tuple[str, ...]) -> dict[bytes, dict[str, An
     known = dict[bytes, dict[str, Any]]()
     for file in files:
         columns = ["digest", "pixels", "count", "sum", "squares", "image"]
-        content = io.BytesIO(storage.read_bytes(storage.join(output, file)))
-        for row in pq.read_table(content, columns=columns).to_pylist():
+        for row in read_chunk(output, file).select(columns).to_pylist():
             known[row.pop("digest")] = row
     return known
 

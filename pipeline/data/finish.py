@@ -12,6 +12,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.config import ImageConfig
 from pipeline.data.card import SplitSize, front_matter
+from pipeline.data.kept import Decoded, record_uri
 from pipeline.data.manifest import (
     FORMAT,
     IGNORED,
@@ -45,7 +46,7 @@ def remove_manifest(output: str) -> None:
 
 def finish(
     output: str,
-    keys: set[str],
+    records: dict[str, Decoded],
     tasks: list[ShardTask],
     manifest: Manifest,
     bad: list[dict[str, str]],
@@ -54,7 +55,7 @@ def finish(
     """Writes the lists, the card and, last, the manifest of shards that are all written; deletes what is left over.
 
     Args:
-        keys: of the decoded parts that stay.
+        records: of the decoded parts that stay, by key.
         bad: path and reason of each image that can't be used.
         ignored: files that are no data, with the reason.
     """
@@ -62,7 +63,7 @@ def finish(
     place = storage.join(output, MANIFEST)
     if storage.exists(place) and storage.read_bytes(place) != content:
         remove_manifest(output)
-    _sweep(output, keys, tasks, manifest)
+    _sweep(output, records, tasks, manifest)
     write_list(storage.join(output, QUARANTINE), bad)
     write_list(storage.join(output, IGNORED), ({"path": k, "reason": v} for k, v in ignored.items()))
     storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
@@ -128,15 +129,16 @@ def _card(manifest: Manifest) -> str:
     )
 
 
-def _sweep(output: str, keys: set[str], tasks: list[ShardTask], manifest: Manifest) -> None:
+def _sweep(output: str, records: dict[str, Decoded], tasks: list[ShardTask], manifest: Manifest) -> None:
     """Deletes what earlier runs on another state of the source left."""
-    shards = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    stay = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    stay += [task.record(output) for task in tasks] + [record_uri(output, key) for key in records]
+    stay += [chunk.file for record in records.values() for chunk in record.chunks]
     # By name: a store may spell a URI otherwise than it was given, such as one that ends in a /.
-    current = {storage.name(file) for file in (*shards, *(task.record(output) for task in tasks))}
+    current = {storage.name(file) for file in stay}
+    ours = re.compile(rf"[0-9a-f]{{40}}(-\d+\.\w+|\.json)|({'|'.join(SPLITS)})-\d{{5,}}\.(parquet|shard)")
     for uri in [file for name in (PARTS, SHARDS) for file in storage.list_files(storage.join(output, name))]:
         name = storage.name(uri)
-        decoded = re.fullmatch(r"([0-9a-f]{40})(-\d{3}\.parquet|\.json)", name)
-        shard = re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{5}}\.(parquet|shard)", name)
         # Also the list of a run that was refused.
-        if (decoded and decoded[1] not in keys) or (shard and name not in current) or name == QUARANTINE:
+        if (ours.fullmatch(name) and name not in current) or name == QUARANTINE:
             storage.remove(uri)

@@ -1,21 +1,22 @@
 """What the first stage of jobs/prepare.py keeps of each part: decoded images in chunks, and a record of them."""
 
-import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.labels import class_numbers, unknown_label
 from pipeline.data.manifest import PARTS
-from pipeline.stretches import open_file
+from pipeline.stretches import read_stretch
 
-ROWS_PER_GROUP = 16  # few: a shard takes some rows of every chunk, and reads whole groups
+# Rows are read by record batches of about so many bytes: few, since a shard takes some rows of every chunk; not fewer,
+# since their keys are held in memory.
+BATCH_BYTES = 2**16
 SCHEMA = pa.schema(
     [
         ("key", pa.uint64()),  # place in the shuffled order
@@ -31,17 +32,20 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
-    """A file of decoded images.
+    """A file of decoded images in the order of their keys: Arrow record batches, one after the other.
 
     Attributes:
         file: its name below the output.
-        keys: the first key of each of its row groups.
+        first, last: the keys of each batch's first and last row, uint64 [batches].
+        ends: the byte at which each batch ends, int64 [batches].
     """
 
     file: str
-    keys: list[int]
+    first: np.ndarray
+    last: np.ndarray
+    ends: np.ndarray
 
 
 @dataclass
@@ -82,38 +86,65 @@ def read_records(output: str) -> dict[str, Decoded]:
     for file, data in storage.read_many(files).items():
         try:
             record = Decoded(**json.loads(data))
+            record.chunks = [_chunk(**chunk) for chunk in record.chunks]  # type: ignore[arg-type]
         except (TypeError, ValueError):
             continue
-        record.chunks = [Chunk(**chunk) for chunk in record.chunks]  # type: ignore[arg-type]
         if all(storage.name(chunk.file) in there for chunk in record.chunks):
             records[storage.name(file)[:40]] = record
     return records
 
 
-def write_chunk(file: str, rows: list[dict[str, Any]]) -> list[int]:
-    """Writes rows in the order of their keys; returns the first key of each row group."""
-    table = pa.Table.from_pylist(sorted(rows, key=lambda row: (row["key"], row["path"])), SCHEMA)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=ROWS_PER_GROUP, compression="none", write_statistics=False)
-    storage.write_atomic(file, buffer.getvalue())
-    return [int(table["key"][i].as_py()) for i in range(0, table.num_rows, ROWS_PER_GROUP)]
+def _chunk(file: str, first: list[int], last: list[int], ends: list[int]) -> Chunk:
+    return Chunk(file, np.array(first, np.uint64), np.array(last, np.uint64), np.array(ends, np.int64))
 
 
-def rows_between(uri: str, keys: list[int], first: int, last: int) -> pa.Table:
-    """Rows of a chunk with keys in [first, last), from the row groups that may hold some.
+def write_record(uri: str, record: Decoded) -> None:
+    """Writes what `read_records` reads."""
+    storage.write_atomic(uri, json.dumps(asdict(record), default=np.ndarray.tolist).encode())
 
-    Args:
-        uri: of the chunk.
-        keys: see `Chunk`.
-    """
-    ends = [*keys[1:], 2**64]
-    groups = [n for n, (low, high) in enumerate(zip(keys, ends, strict=True)) if low < last and high >= first]
-    if not groups:
+
+def write_chunk(output: str, file: str, rows: list[dict[str, Any]]) -> Chunk:
+    """Writes rows in the order of their keys."""
+    content, some, size = bytearray(), list[dict[str, Any]](), 0
+    first, last, ends = list[int](), list[int](), list[int]()
+    rows = sorted(rows, key=lambda row: (row["key"], row["path"]))
+    for place, row in enumerate(rows, start=1):
+        some.append(row)
+        size += len(row["image"])
+        if size >= BATCH_BYTES or place == len(rows):
+            content += pa.RecordBatch.from_pylist(some, SCHEMA).serialize()
+            first.append(some[0]["key"])
+            last.append(row["key"])
+            ends.append(len(content))
+            some, size = [], 0
+    storage.write_atomic(storage.join(output, file), bytes(content))
+    return _chunk(file, first, last, ends)
+
+
+def read_chunk(output: str, file: str) -> pa.Table:
+    """All rows of a chunk."""
+    return _table(storage.read_bytes(storage.join(output, file)))
+
+
+def rows_between(output: str, chunk: Chunk, first: int, last: int) -> pa.Table:
+    """Rows of a chunk with keys in [first, last): one request for the batches that hold some, none where there are none."""
+    begin = int(np.searchsorted(chunk.last, np.uint64(first)))
+    end = int(np.searchsorted(chunk.first, np.uint64(last - 1), side="right"))
+    if begin >= end:
         return SCHEMA.empty_table()
-    with open_file(uri) as file:
-        table = pq.ParquetFile(file, pre_buffer=True).read_row_groups(groups)
+    start = int(chunk.ends[begin - 1]) if begin else 0
+    table = _table(read_stretch(storage.join(output, chunk.file), start, int(chunk.ends[end - 1])))
     there = table["key"].to_numpy()
     return table.filter(pa.array((there >= first) & (there < last)))
+
+
+def _table(content: bytes) -> pa.Table:
+    """Rows of whole record batches."""
+    stream, batches = pa.BufferReader(content), list[pa.RecordBatch]()
+    while stream.tell() < len(content):
+        batches.append(pa.ipc.read_record_batch(pa.ipc.read_message(stream), SCHEMA))
+        batches[-1].validate(full=True)
+    return pa.Table.from_batches(batches, SCHEMA)
 
 
 def labels_of(records: dict[str, Decoded]) -> tuple[str, list[str]]:
@@ -130,7 +161,6 @@ def unknown_labels(
     for record in records.values():
         if unknown := [label for label in record.labels if number_of(label) is None]:
             for chunk in record.chunks:
-                with open_file(storage.join(output, chunk.file)) as file:
-                    table = pq.read_table(file, columns=["path", "label"])
+                table = read_chunk(output, chunk.file).select(["path", "label"])
                 for row in table.filter(pc.field("label").isin(unknown)).to_pylist():
                     yield {"path": row["path"], "reason": unknown_label(row["label"], classes)}

@@ -25,7 +25,7 @@ from pipeline.data.manifest import (
     UNFINISHED,
     Manifest,
 )
-from pipeline.data.shuffle import ShardTask, WriteShards, is_written, shard_tasks
+from pipeline.data.shuffle import ShardTask, WriteShards, is_written, runs_of, shard_tasks
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import Opened, open_source
 from pipeline.data.sources.splits import VALIDATION_FRACTION
@@ -143,7 +143,7 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
     tasks = shard_tasks(list(records.values()), roles, config.rows_per_shard, signature)
     _shuffle(config, records, roles, classes, image, tasks, output)
     manifest = make_manifest(opened, image, classes, tasks, len(bad), settings, output)
-    finish(output, set(records), tasks, manifest, bad, opened.listing.ignored)
+    finish(output, records, tasks, manifest, bad, opened.listing.ignored)
     counts = {name: split.rows for name, split in manifest.splits.items()}
     print(f"prepare: {opened.describe(counts, manifest.image['classes'], bad)}", file=sys.stderr, flush=True)
     return manifest
@@ -212,10 +212,10 @@ def _shuffle(
         chunks, classes, config.validation_fraction, config.rows_per_group, image.channels, output
     )
     size = sum(record.bytes for record in records.values())
+    runs, finished = runs_of(missing, size // len(tasks)), len(tasks) - len(missing)
     with Display("prepare", len(tasks), "shards") as display:
-        pool = _pool(len(missing), small=size < SMALL_BYTES)
-        for finished, _ in enumerate(pool(work, missing), len(tasks) - len(missing) + 1):
-            display.update(finished, "")
+        for written in _pool(len(runs), small=size < SMALL_BYTES)(work, runs):
+            display.update(finished := finished + written, "")
 
 
 def _pool(tasks: int, small: bool) -> Pool:

@@ -7,6 +7,7 @@ the set of images alone, not on the parts or the runs that they were decoded in.
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,9 +20,13 @@ from pipeline.data.kept import Chunk, Decoded, rows_between
 from pipeline.data.labels import class_numbers
 from pipeline.data.manifest import PARTS, SHARDS, Shard
 from pipeline.data.shard_writer import ShardWriter, shard_schema
+from pipeline.data.sources.fetch import in_order
 from pipeline.data.sources.splits import held_out
 
 SHARD_BYTES = 512 * 2**20
+# Shards that are written by one task, from the same requests to all chunks: of so many bytes together where there are
+# more than so many tasks.
+RUN_BYTES, RUNS = 256 * 2**20, 256
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class WriteShards:
-    """Writes shards over the cluster; see `pool.Work`.
+    """Writes runs of neighbouring shards over the cluster, and says how many each has; see `pool.Work`.
 
     Attributes:
         chunks: decoded images, with the role of the split that they belong to ("" = held out by their content).
@@ -68,8 +73,8 @@ class WriteShards:
     channels: int
     output: str
 
-    def start(self, device: str) -> Callable[[ShardTask], None]:
-        return lambda task: _write_shard(task, self)
+    def start(self, device: str) -> Callable[[tuple[ShardTask, ...]], int]:
+        return lambda run: _write_run(run, self)
 
 
 def shard_tasks(
@@ -92,6 +97,24 @@ def shard_tasks(
     return tasks
 
 
+def runs_of(tasks: list[ShardTask], shard_bytes: int) -> list[tuple[ShardTask, ...]]:
+    """Cuts shards into runs of neighbours, each of which is a task.
+
+    Args:
+        shard_bytes: of a shard, about.
+    """
+    most = max(1, min(RUN_BYTES // max(1, shard_bytes), len(tasks) // RUNS))
+    runs = list[tuple[ShardTask, ...]]()
+    for task in tasks:
+        last = runs[-1][-1] if runs else None
+        follows = last and (last.split, last.number + 1) == (task.split, task.number)
+        if follows and len(runs[-1]) < most:
+            runs[-1] = (*runs[-1], task)
+        else:
+            runs.append((task,))
+    return runs
+
+
 def is_written(task: ShardTask, output: str, sizes: dict[str, int]) -> bool:
     """Whether a shard was written whole, by this or an earlier run, and is still there.
 
@@ -107,8 +130,17 @@ def is_written(task: ShardTask, output: str, sizes: dict[str, int]) -> bool:
     return whole and record["signature"] == task.signature and record["of"] == task.of
 
 
-def _write_shard(task: ShardTask, work: WriteShards) -> None:
-    rows = sorted(_rows(task, work), key=lambda row: (row["key"], row["path"]))
+def _write_run(run: tuple[ShardTask, ...], work: WriteShards) -> int:
+    rows = sorted(_rows(run, work), key=lambda row: (row["key"], row["path"]))
+    keys, begin = [row["key"] for row in rows], 0
+    for task in run:
+        end = bisect_left(keys, task.keys[1])
+        _write_shard(task, rows[begin:end], work)
+        begin = end
+    return len(run)
+
+
+def _write_shard(task: ShardTask, rows: list[dict[str, Any]], work: WriteShards) -> None:
     number_of = class_numbers(work.classes)
     writer = ShardWriter(shard_schema(work.classes), work.rows_per_group)
     total, square = np.zeros(work.channels, np.int64), np.zeros(work.channels, np.int64)
@@ -137,13 +169,15 @@ def _write_shard(task: ShardTask, work: WriteShards) -> None:
     storage.write_atomic(task.record(work.output), json.dumps(record).encode())
 
 
-def _rows(task: ShardTask, work: WriteShards) -> Iterator[dict[str, Any]]:
-    first, last = task.keys
-    for role, chunk in work.chunks:
-        if role not in ("", task.split):
-            continue
-        table = rows_between(storage.join(work.output, chunk.file), chunk.keys, first, last)
-        yield from _of_split(table, task.split, role, work.fraction).to_pylist()
+def _rows(run: tuple[ShardTask, ...], work: WriteShards) -> Iterator[dict[str, Any]]:
+    split, first, last = run[0].split, run[0].keys[0], run[-1].keys[1]
+
+    def read(one: tuple[str, Chunk]) -> pa.Table:
+        role, chunk = one
+        return _of_split(rows_between(work.output, chunk, first, last), split, role, work.fraction)
+
+    for table in in_order(read, (one for one in work.chunks if one[0] in ("", split)), work.output):
+        yield from table.to_pylist()
 
 
 def _of_split(table: pa.Table, split: str, role: str, fraction: float) -> pa.Table:

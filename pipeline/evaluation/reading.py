@@ -13,6 +13,7 @@ from pipeline.data.generated import files_of, read_manifest
 from pipeline.data.groups import Group, read_rows, row_groups
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex
+from pipeline.data.sources.fetch import in_order
 from pipeline.data.sources.parquet import row_counts
 from pipeline.errors import InputError
 
@@ -82,7 +83,7 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
         files = [file for file in files_of(uri, manifest, "--samples") if file.endswith(".parquet")]
     if not files:
         raise InputError(f"--samples {uri}: no Parquet files there: generate with --format parquet")
-    groups = row_groups((file, row_counts(file)) for file in files)
+    groups = row_groups(zip(files, in_order(row_counts, files, uri), strict=True))
     if not groups.first[-1]:
         raise InputError(f"--samples {uri}: the Parquet files there are empty")
     return DatasetIndex(uri, "samples", image, groups, fingerprint="")

@@ -52,7 +52,7 @@ def lose_shard(output: Path) -> None:
 
 
 def lose_decoded(output: Path) -> None:
-    for file in (*output.glob("parts/*.shard"), *output.glob("parts/*-000.parquet")):
+    for file in (*output.glob("parts/*.shard"), *output.glob("parts/*-000.arrow")):
         file.unlink()
 
 
