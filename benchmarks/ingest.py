@@ -1,48 +1,54 @@
-"""Images per second into one consumer: this project's stream, other loaders, and the limit of the machine.
+"""Images per second into one consumer: this project's stream, other loaders, and the decoders alone.
 
-    python -m benchmarks.ingest [--smoke]
+    python -m benchmarks.ingest [--smoke] [--peers PYTHON]
 
-JPEG files of 64x64 and 256x256 pixels become shuffled batches of uint8, with the same decoding everywhere but in the
-limit, which is Pillow alone in a loop, in one process for each core. Each loader runs by itself: the seconds to its
-first batch are reported apart, then it is left to settle, then it is counted. The loaders take turns in several
-rounds; medians are compared. PyTorch's DataLoader has its images in memory already; the others read Parquet.
+Files of 64x64 and 256x256 pixels in JPEG and 32x32 in PNG become shuffled batches of uint8, with two reading processes
+everywhere. This project and Hugging Face `datasets` read Parquet, torch's DataLoader a folder of image files,
+mosaicml-streaming and litdata what they make of these files; all of it lies in the page cache. The decoders alone run over
+images in memory, in one process for each core. The loaders take turns in several rounds. Ratios are those of a round, and the
+median of all rounds is given. The seconds to a loader's first batch are reported apart; then it is left to settle.
+
+    python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/peers.txt
+
+makes an environment for `--peers .venv-peers/bin/python`: mosaicml-streaming and litdata need torchvision and other versions
+than this project. What can't be measured is named, with the reason.
 """
 
-import functools
+import argparse
 import io
-import itertools
 import json
-import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from benchmarks.loaders import BATCH, PROCESSES, measure
 from pipeline.cluster.session import connect
 from pipeline.config import ImageConfig
 from pipeline.data.groups import row_groups
-from pipeline.data.images import decode
 from pipeline.data.index import DatasetIndex
 from pipeline.data.sources.parquet import row_counts
 from pipeline.data.stream import RankStream, share
 
-PROCESSES = 2
-BATCH = 128
 ROWS_PER_GROUP = 64
+SETS = (("JPEG", 64, 32_768), ("JPEG", 256, 4096), ("PNG", 32, 65_536))  # images
+HERE, THERE = ("bare", "dataloader", "dataloader_fast", "huggingface"), ("mosaicml", "litdata")
+NO_PEERS = "not measured: no --peers"
+# The least of ours over the DataLoader with Pillow, the fastest of the others, and the decoders alone.
+TO_DATALOADER, TO_BARE, FIRST_BATCH = 1.2, 0.6, 2.0
+TO_FASTEST = {32: 0.8, 64: 0.8, 256: 1.0}
 
 
 @dataclass(frozen=True)
@@ -52,28 +58,30 @@ class Timing:
     rounds: int
 
 
-def jpegs(count: int, size: int) -> list[bytes]:
-    rng, found = np.random.default_rng(0), []
-    for _ in range(count):
-        pixels = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(
-            buffer, "JPEG", quality=90
-        )
-        found.append(buffer.getvalue())
-    return found
+def picture(generator: np.random.Generator, kind: str, size: int) -> bytes:
+    pixels = generator.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
+    buffer, options = io.BytesIO(), {"quality": 90} if kind == "JPEG" else {}
+    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
-def write(folder: Path, images: list[bytes]) -> None:
+def write(folder: Path, kind: str, size: int, count: int) -> None:
+    """The same images as files and in Parquet."""
+    generator = np.random.default_rng(0)
+    images = [picture(generator, kind, size) for _ in range(count)]
+    for name in ("files", "parquet"):
+        (folder / name).mkdir()
+    for i, data in enumerate(images):
+        (folder / "files" / f"{i:06d}.{kind.lower()}").write_bytes(data)
     for number in range(4):
         rows = [{"image": {"bytes": data, "path": None}, "label": 0} for data in images[number::4]]
-        path = folder / f"{number}.parquet"
+        path = folder / "parquet" / f"{number}.parquet"
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=ROWS_PER_GROUP, compression="none")
 
 
 def ours(folder: Path, size: int) -> Iterator[int]:
     """RankStream as a training worker uses it."""
-    files = sorted(map(str, folder.glob("*.parquet")))
+    files = sorted(map(str, (folder / "parquet").iterdir()))
     groups = row_groups((file, row_counts(file)) for file in files)
     held = sum(map(os.path.getsize, files))
     index = DatasetIndex(str(folder), "train", ImageConfig(size, 3), groups, "", bytes=held)
@@ -83,120 +91,112 @@ def ours(folder: Path, size: int) -> Iterator[int]:
             yield len(batch.images)
 
 
-class InMemory(Dataset[np.ndarray]):
-    def __init__(self, images: list[bytes], size: int) -> None:
-        self._images, self._size = images, size
+class Loaders:
+    """The loaders of one Python environment, in a process beside this one: see benchmarks/loaders.py."""
 
-    def __len__(self) -> int:
-        return len(self._images)
+    def __init__(self, python: str, names: tuple[str, ...]) -> None:
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.loaders"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        self.missing: dict[str, str] = self.ask(do="import", names=names)
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        return decode(self._images[i], self._size, 3)
+    def ask(self, **request: Any) -> Any:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
-
-def torch_loader(images: list[bytes], size: int) -> Iterator[int]:
-    """torch.utils.data.DataLoader with worker processes; one endless epoch."""
-    data = InMemory(images, size)
-    sampler = RandomSampler(data, replacement=True, num_samples=10**8)
-    for batch in DataLoader(data, BATCH, sampler=sampler, num_workers=PROCESSES, prefetch_factor=4):
-        yield len(batch)
-
-
-def collate(rows: list[dict[str, Any]], size: int) -> torch.Tensor:
-    return torch.from_numpy(np.stack([decode(row["image"]["bytes"], size, 3) for row in rows]))
-
-
-def hugging_face(folder: Path, size: int) -> Iterator[int]:
-    """datasets, streaming, in a DataLoader with worker processes."""
-    files = sorted(map(str, folder.glob("*.parquet")))
-    stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-    shuffled = stream.shuffle(seed=0, buffer_size=1024).repeat(None)
-    loader = DataLoader(
-        shuffled,
-        BATCH,
-        num_workers=PROCESSES,
-        prefetch_factor=4,
-        collate_fn=functools.partial(collate, size=size),
-    )
-    for batch in loader:
-        yield len(batch)
+    def close(self) -> None:
+        self._process.communicate()  # ends with its input
 
 
-def decode_loop(images: list[bytes], stop: float, done: Any) -> None:
-    count = 0
-    for data in itertools.cycle(images):
-        np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        count += 1
-        if time.time() > stop:
-            break
-    done.put(count)
+def start(python: str, names: tuple[str, ...]) -> tuple[dict[str, Loaders], dict[str, str]]:
+    """The loaders of an environment by name, and why others are not there."""
+    try:
+        loaders = Loaders(python, names)
+    except (OSError, ValueError) as error:
+        return {}, dict.fromkeys(names, f"not measured: {python}: {error}")
+    why = {name: f"not measured: {reason}" for name, reason in loaders.missing.items()}
+    return {name: loaders for name in names if name not in why}, why
 
 
-def limit(images: list[bytes], seconds: float) -> float:
-    """Images per second of Pillow alone."""
-    context = multiprocessing.get_context("fork")
-    done, stop = context.Queue(), time.time() + seconds
-    processes = [context.Process(target=decode_loop, args=(images, stop, done)) for _ in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    total = sum(done.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return total / seconds
-
-
-def measure(counts: Iterator[int], timing: Timing) -> tuple[float, float]:
-    """Images per second after start-up, and the seconds to the first batch."""
-    began = time.perf_counter()
-    with closing(counts):  # type: ignore[type-var]
-        next(counts)
-        started = time.perf_counter()
-        while time.perf_counter() < started + timing.settle:
-            next(counts)
-        counted, seen = time.perf_counter(), 0
-        while (now := time.perf_counter()) < counted + timing.count:
-            seen += next(counts)
-    return seen / (now - counted), started - began
-
-
-def compare(size: int, images: list[bytes], folder: Path, timing: Timing) -> dict[str, Any]:
-    loaders = {
-        "ours": lambda: ours(folder, size),
-        "dataloader": lambda: torch_loader(images, size),
-        "huggingface": lambda: hugging_face(folder, size),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in (*loaders, "limit")}
-    starts: dict[str, list[float]] = {name: [] for name in loaders}
+def compare(
+    kind: str, size: int, folder: Path, timing: Timing, loaders: dict[str, Loaders], why: dict[str, str]
+) -> dict[str, Any]:
+    about = {"folder": str(folder), "kind": kind, "settle": timing.settle, "count": timing.count}
+    why = dict(why)
+    for name in THERE:
+        if name in loaders and (failed := loaders[name].ask(do="write", loader=name, **about).get("failed")):
+            why[name] = f"not measured: writing: {failed}"
+    rounds = list[dict[str, tuple[float, float]]]()
     for _ in range(timing.rounds):
-        for name, make in loaders.items():
-            rate, start = measure(make(), timing)
-            rates[name].append(rate)
-            starts[name].append(start)
-        rates["limit"].append(limit(images, timing.count))
-    rate = {name: statistics.median(values) for name, values in rates.items()}
+        found = {"ours": measure(ours(folder, size), timing.settle, timing.count)}
+        for name in [name for name in loaders if name not in why]:
+            answer = loaders[name].ask(do="measure", loader=name, **about)
+            if "failed" in answer:
+                why[name] = f"not measured: {answer['failed']}"
+            else:
+                found[name] = tuple(answer["answer"])
+        rounds.append(found)
+    return table(size, [{n: v for n, v in found.items() if n not in why} for found in rounds]) | why
+
+
+def table(size: int, rounds: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
+    """Medians of the rounds."""
+    names = list(rounds[0])
+    rate = {name: statistics.median(found[name][0] for found in rounds) for name in names}
+
+    def ratio(name: str) -> float:
+        return round(statistics.median(found["ours"][0] / found[name][0] for found in rounds), 3)
+
+    fastest = max((name for name in names if name not in ("ours", "bare")), key=lambda name: rate[name])
+    first = {name: statistics.median(found[name][1] for found in rounds) for name in names if name != "bare"}
     return {
-        "images_per_second": {name: round(value) for name, value in rate.items()},
-        "startup_seconds": {name: round(statistics.median(v), 2) for name, v in starts.items()},
-        "ratio_to_dataloader": round(rate["ours"] / rate["dataloader"], 3),
-        "ratio_to_huggingface": round(rate["ours"] / rate["huggingface"], 3),
-        "ratio_to_limit": round(rate["ours"] / rate["limit"], 3),
+        "images/s": {name: round(value) for name, value in rate.items()},
+        "first batch, s": {name: round(value, 2) for name, value in first.items()},
+        "ours over": {name: ratio(name) for name in names if name != "ours"},
+        "aims": {
+            "over dataloader": f"{ratio('dataloader')} of {TO_DATALOADER}",
+            f"over the fastest, {fastest}": f"{ratio(fastest)} of {TO_FASTEST[size]}",
+            "over bare": f"{ratio('bare')} of {TO_BARE}",
+            "first batch, s": f"{first['ours']:.2f} of {FIRST_BATCH}",
+        },
     }
 
 
-def main(smoke: bool) -> None:
+def main(arguments: argparse.Namespace) -> None:
     """Prints one JSON line."""
-    timing = Timing(0.2, 0.5, 1) if smoke else Timing(2.0, 5.0, 2)
-    datasets.disable_progress_bars()
+    smoke = arguments.smoke
+    timing = Timing(0.0, 0.2, 1) if smoke else Timing(1.5, 3.0, arguments.rounds)
+    loaders, why = start(sys.executable, HERE)
+    if arguments.peers:
+        peers, missing = start(arguments.peers, THERE)
+        loaders, why = loaders | peers, why | missing
+    else:
+        why |= dict.fromkeys(THERE, NO_PEERS)
     began = time.perf_counter()
     connect()
     result: dict[str, Any] = {"ray_start_seconds": round(time.perf_counter() - began, 2)}
-    for size, count in ((64, 8192), (256, 2048)):
+    for kind, size, count in SETS:
         with tempfile.TemporaryDirectory() as folder:
-            images = jpegs(count // 8 if smoke else count, size)
-            write(Path(folder), images)
-            result[f"{size}x{size}"] = compare(size, images, Path(folder), timing)
+            write(Path(folder), kind, size, 512 if smoke else count)
+            result[f"{kind} {size}x{size}"] = compare(kind, size, Path(folder), timing, loaders, why)
+            result["load"] = [round(load, 1) for load in os.getloadavg()]
+    for process in set(loaders.values()):
+        with suppress(OSError):
+            process.close()
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main("--smoke" in sys.argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
+    parser.add_argument("--peers", metavar="PYTHON", help="of the environment made from benchmarks/peers.txt")
+    parser.add_argument("--rounds", type=int, default=5)
+    main(parser.parse_args())
