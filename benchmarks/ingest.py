@@ -4,14 +4,14 @@
 
 Files of 64x64 and 256x256 pixels in JPEG and 32x32 in PNG become shuffled batches of uint8, with two reading processes
 everywhere. This project and Hugging Face `datasets` read Parquet, torch's DataLoader a folder of image files,
-mosaicml-streaming and litdata what they make of these files; all of it lies in the page cache. The decoders alone run over
-images in memory, in one process for each core. The loaders take turns in several rounds. Ratios are those of a round, and the
-median of all rounds is given. The seconds to a loader's first batch are reported apart; then it is left to settle.
+mosaicml-streaming and litdata what they make of these files. All of it lies in the page cache. The decoders alone run
+over images in memory, in one process for each core. The loaders take turns in several rounds. A ratio is that of a round,
+and the median of all rounds is given. The seconds to a loader's first batch are reported apart; then it is left to settle.
 
     python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/peers.txt
 
-makes an environment for `--peers .venv-peers/bin/python`: mosaicml-streaming and litdata need torchvision and other versions
-than this project. What can't be measured is named, with the reason.
+makes an environment for `--peers .venv-peers/bin/python`: mosaicml-streaming and litdata need torchvision and other
+versions than this project. What can't be measured is named, with the reason.
 """
 
 import argparse

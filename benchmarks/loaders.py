@@ -97,9 +97,7 @@ def huggingface(folder: Path, kind: str) -> Iterator[int]:
         "parquet", data_files=files, split="train", streaming=True, features=features
     )
     shuffled = stream.shuffle(seed=0, buffer_size=BUFFER).repeat(None)
-    for batch in DataLoader(
-        shuffled, BATCH, num_workers=PROCESSES, prefetch_factor=AHEAD, collate_fn=stack
-    ):
+    for batch in DataLoader(shuffled, BATCH, num_workers=PROCESSES, prefetch_factor=AHEAD, collate_fn=stack):
         yield len(batch)
 
 
@@ -118,9 +116,7 @@ def mosaicml(folder: Path, kind: str) -> Iterator[int]:
     from streaming.base.util import clean_stale_shared_memory
 
     clean_stale_shared_memory()
-    data = StreamingDataset(
-        local=str(folder / "mosaicml"), shuffle=True, batch_size=BATCH, epoch_size=EPOCH
-    )
+    data = StreamingDataset(local=str(folder / "mosaicml"), shuffle=True, batch_size=BATCH, epoch_size=EPOCH)
     for batch in DataLoader(
         data, BATCH, num_workers=PROCESSES, prefetch_factor=AHEAD, drop_last=True, collate_fn=stack
     ):
@@ -199,7 +195,9 @@ def bare(folder: Path, seconds: float) -> float:
     return float(total)
 
 
-LOADERS = {loader.__name__: loader for loader in (dataloader, dataloader_fast, huggingface, mosaicml, litdata)}
+LOADERS = {
+    loader.__name__: loader for loader in (dataloader, dataloader_fast, huggingface, mosaicml, litdata)
+}
 WRITERS = {"mosaicml": write_mosaicml, "litdata": write_litdata}
 NEEDED = {"huggingface": ("datasets",), "mosaicml": ("streaming",), "litdata": ("litdata", "torchvision")}
 
