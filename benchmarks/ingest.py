@@ -5,8 +5,8 @@
 Files of 64x64 and 256x256 pixels in JPEG and 32x32 in PNG become shuffled batches of uint8, with two reading processes
 everywhere. This project and Hugging Face `datasets` read Parquet, torch's DataLoader a folder of image files,
 mosaicml-streaming and litdata what they make of these files. All of it lies in the page cache. The decoders alone run
-over images in memory, in one process for each core. The loaders take turns in several rounds. A ratio is that of a round,
-and the median of all rounds is given. The seconds to a loader's first batch are reported apart; then it is left to settle.
+over images in memory, in one process for each core. The loaders take turns in several rounds; a ratio is that of a
+round, and the median of all is given. The seconds to the first batch are reported apart; then a loader is left to settle.
 
     python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/peers.txt
 
