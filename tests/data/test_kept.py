@@ -54,8 +54,4 @@ def test_a_run_of_shards_is_one_task_where_there_are_many() -> None:
     assert len(runs) <= 1.1 * 256
     # Those that are written already cut a run.
     missing = [task for task in many if task.number % 100]
-    assert all(
-        b.number == a.number + 1
-        for run in runs_of(missing, 2**20)
-        for a, b in pairwise(run)
-    )
+    assert all(b.number == a.number + 1 for run in runs_of(missing, 2**20) for a, b in pairwise(run))
