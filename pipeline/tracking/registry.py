@@ -128,7 +128,8 @@ def resolve_model(model: str) -> tuple[Packed, str]:
     """Reads a MODEL.
 
     Args:
-        model: a path or a URI of an exported model folder, `models:/NAME/VERSION`, `models:/NAME@ALIAS`.
+        model: a path or a URI of an exported model folder, `models:/NAME/VERSION`, `models:/NAME/latest`,
+            `models:/NAME@ALIAS`.
 
     Returns:
         the model, for `load_model` and whatever else takes one, and its name with its alias pinned to the version it
@@ -187,6 +188,9 @@ def _download(model: str) -> tuple[Packed, str]:
         client, pinned = runs.open_client(), model
         if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model):
             pinned = f"models:/{match[1]}/{client.get_model_version_by_alias(match[1], match[2]).version}"
+        elif match := re.fullmatch(r"models:/([^/@']+)/latest", model):
+            found = client.search_model_versions(f"name = '{match[1]}'")
+            pinned = f"models:/{match[1]}/{max((int(one.version) for one in found), default='latest')}"
         logged = mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=target)
         return Path(logged).resolve(), pinned
 

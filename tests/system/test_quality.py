@@ -100,8 +100,8 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
         make_process(spec.diffusion),
         net,
         x_0,
-        lambda t: normal(0, t, ids[:64], Purpose.EVALUATION, (1, 8, 8)),
-        uniform(0, 500, ids[:64], Purpose.EVALUATION, 20),
+        lambda t: normal(0, t, ids[:64], Purpose.BOUND, (1, 8, 8)),
+        uniform(0, 0, ids[:64], Purpose.BOUND_TERMS, 20),
         labels[:64],
     )
     print(

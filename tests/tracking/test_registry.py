@@ -43,6 +43,7 @@ def test_a_model_is_logged_from_any_storage_and_comes_back_by_all_its_names(temp
     for name, pinned, folder in (
         ("models:/digits/1", "models:/digits/1", far),
         ("models:/digits@newest", "models:/digits/2", near),
+        ("models:/digits/latest", "models:/digits/2", near),
         (far, far, far),
         (str(near), str(near), near),
     ):
@@ -70,6 +71,7 @@ def test_of_a_logged_folder_with_more_models_in_it_exactly_its_own_is_taken(temp
         ("memory://nowhere/at-all", "no such folder"),
         (".", r"--model \. is not an exported model: no model\.safetensors in it"),
         ("models:/nobody/1", r"MLflow at \S+ .*not found"),
+        ("models:/nobody/latest", r"MLflow at \S+ "),
         ("models:/nobody@newest", r"MLflow at \S+ .*not found"),
     ],
 )  # fmt: skip
