@@ -1,6 +1,6 @@
 """From an exported model to images: sample i is a function of (model, settings, seed, i)."""
 
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,16 @@ from pipeline.diffusion.losses import Model
 from pipeline.diffusion.process import make_process
 from pipeline.diffusion.samplers import sample
 from pipeline.rng import Purpose, normal
+
+SERVED: dict[str, Any] = {
+    "sampler": "ddim",
+    "sampling_steps": 50,
+    "eta": 1.0,
+    "guidance": 1.0,
+    "least_alpha_bar": 0.0,
+    "seed": 0,
+}
+"""What a served model samples with, unless it is told otherwise: the parameters of `tracking/pyfunc.py`."""
 
 
 class SamplerSettings(TypedDict, total=False):

@@ -4,7 +4,8 @@
     images = model.predict(pandas.DataFrame({"label": [3, 1, 4]}), params={"sampling_steps": 50})
 
 Each row asks for one image: column `label` (class index, optional), column `index` (which sample of the
-seed, optional; the row number by default). The answer is uint8 [N, H, W, C]. Parameters are in `DEFAULTS`.
+seed, optional; the row number by default). The answer is uint8 [N, H, W, C]. Parameters and what they are when left
+out: `pipeline.models.sampling.SERVED`.
 The package that computes travels with the model, as a zip file.
 """
 
@@ -15,15 +16,6 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
-
-DEFAULTS: dict[str, Any] = {
-    "sampler": "ddim",
-    "sampling_steps": 50,
-    "eta": 1.0,
-    "guidance": 1.0,
-    "least_alpha_bar": 0.0,
-    "seed": 0,
-}
 
 
 class ExportedModel(mlflow.pyfunc.PythonModel):
@@ -40,11 +32,11 @@ class ExportedModel(mlflow.pyfunc.PythonModel):
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """See the module. Raises ValueError in one line for rows that ask for no image."""
         # Without type hints: MLflow takes them for a schema of the input.
-        from pipeline import sample_images
+        from pipeline.models.sampling import SERVED, sample_images
 
         if not hasattr(model_input, "columns") or not len(model_input):
             raise ValueError("input: give a DataFrame with one row for each image")
-        options = DEFAULTS | (params or {})
+        options = SERVED | (params or {})
         options["sampling_steps"] = min(options["sampling_steps"], self.spec.diffusion.timesteps)
         ids = _whole_numbers(model_input, "index", 2**63)
         labels = _whole_numbers(model_input, "label", len(self.spec.image.classes))

@@ -22,8 +22,8 @@ from pipeline import storage
 from pipeline.config import ModelSpec
 from pipeline.errors import InputError
 from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, model_fingerprint, pack_model, read_spec
+from pipeline.models.sampling import SERVED
 from pipeline.tracking import runs  # also for its settings of MLflow
-from pipeline.tracking.pyfunc import DEFAULTS
 
 MODEL_FOLDER = "model"
 # What `from pipeline import load_model, sample_images` imports, and what MLflow's servers do.
@@ -106,7 +106,7 @@ def _signature(spec: ModelSpec) -> ModelSignature:
     return ModelSignature(
         Schema([ColSpec(DataType.long, name, required=False) for name in ("label", "index")]),
         Schema([TensorSpec(np.dtype(np.uint8), (-1, image.size, image.size, image.channels))]),
-        ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in DEFAULTS.items()]),
+        ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in SERVED.items()]),
     )
 
 
