@@ -58,7 +58,7 @@ def front_matter(
     }
     if tags:
         content["tags"] = list(tags)
-    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)}---\n"
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, width=10_000)}---\n"
 
 
 def table(head: str, rows: dict[str, Any]) -> str:

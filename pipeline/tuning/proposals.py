@@ -33,10 +33,8 @@ class Proposals(Searcher):
         self._next = max((record.number for record in records), default=-1) + 1
         self._asked: dict[str, optuna.trial.Trial] = {}
         # Seeded anew after a resume: the same random start would propose the first trials again.
-        # Two streams for each start of a search.
-        key = np.random.SeedSequence([config.seed % 2**64, len(records)])
-        chance, seed = key.generate_state(2).tolist()
-        self._chance = optuna.samplers.RandomSampler(seed=chance)
+        seed = (config.seed * 100_003 + len(records)) % 2**32
+        self._chance = optuna.samplers.RandomSampler(seed=(seed + 2**31) % 2**32)  # no other start's seed
         self._sampler = _sampler(config, seed)
         directions = ["minimize"] * len(config.metrics)
         self.study = optuna.create_study(sampler=self._sampler, directions=directions)

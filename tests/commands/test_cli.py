@@ -37,7 +37,11 @@ GIVEN = ["--data", "d", "--output", "o"]
             "--variance x: give one of fixed_large, fixed_small, learned_range",
         ),
         (PrepareConfig, ["--output", "o", "--background", "1", "2"], "--background: a value is missing"),
-        (GenerateConfig, ["--model", "m", "--output", "o", "--labels", "a"], "--labels expects"),
+        (
+            GenerateConfig,
+            ["--model", "m", "--output", "o", "--label-weights", "a"],
+            "--label-weights expects",
+        ),
         (SubmitConfig, [], "required and not given: JOB"),
         (SubmitConfig, ["trian"], "JOB trian: give one of prepare, train, "),
     ],

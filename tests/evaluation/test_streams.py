@@ -111,7 +111,7 @@ def test_each_purpose_is_drawn_in_one_module_and_no_generator_stands_beside() ->
     # Each of these has a key of its own: see there.
     others = {name: files for name, files in places.items() if not name.startswith("Purpose.")}
     assert others == {
-        "np.random.SeedSequence": {"data/order.py", "tuning/proposals.py"},
+        "np.random.SeedSequence": {"data/order.py"},
         "random.Random": {"tuning/choices.py"},  # which combinations of a space are checked
         "np.random.Generator": {"data/order.py"},
         "np.random.Philox": {"data/order.py"},
