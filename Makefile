@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
-BENCHMARKS := $(filter-out __init__ common,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHMARKS := $(filter-out __init__ common loaders networks,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 .PHONY: setup demo test test-fast soak lint bench bench-smoke clean
 

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import IO, Any, TypeVar
 
+from fsspec import AbstractFileSystem
+
 from pipeline import disk_cache, storage
 from pipeline.errors import Outage
 from pipeline.patience import may_pass, patiently
@@ -38,7 +40,8 @@ def steadily(do: Callable[[], T], uri: str) -> T:
 
 def version_of(info: dict[str, Any]) -> str:
     """What differs whenever a file's content does, of what the storage says of it."""
-    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("sha256")
+    names = ("ETag", "etag", "md5Hash", "sha256", "blob_id")  # the last one of the Hugging Face hub
+    etag = next(filter(None, map(info.get, names)), None)
     return str(etag or (info["size"], info.get("mtime") or info.get("LastModified")))
 
 
@@ -49,7 +52,10 @@ def read_stretch(uri: str, start: int, stop: int) -> bytes:
             file.seek(start)
             return file.read(stop - start)
     fs, path = storage.open_fs(uri)
-    data: bytes = steadily(lambda: fs.cat_file(path, start=start, end=stop), uri)
+    # fsspec's own `cat_file` (hf://, sftp://) opens a file, see `_open`; those of object stores ask for just the stretch.
+    own = getattr(fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file
+    options = {"cache_type": "none"} if own else {}
+    data: bytes = steadily(lambda: fs.cat_file(path, start=start, end=stop, **options), uri)
     return data
 
 
