@@ -11,7 +11,7 @@ from pipeline.versions import OF_0_1_0, TRAINING, VERSIONS, check_same
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no word for a number that is not finite: null stands for it."""
+    """Strict JSON. Numbers that are not finite become null, since JSON has no word for them."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -45,7 +45,7 @@ class Purpose(IntEnum):
 
 
 class Choice(IntEnum):
-    """What images are chosen for: the epochs of `Purpose.IMAGES`."""
+    """Uses for which images are chosen. Each is an epoch of `Purpose.IMAGES`, so no two share random numbers."""
 
     BOUND = 0
     CLASSIFIER = 1
@@ -125,7 +125,7 @@ def normal(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, shape:
 
 
 def generator_seed(seed: int, epoch: int, number: int, purpose: Purpose) -> int:
-    """A seed in [0, 2^64) for a generator of torch's, where only such a one will do."""
+    """A seed in [0, 2^64) for code that can only draw from a torch generator, as dropout does."""
     low, high = bits(seed, epoch, torch.tensor([number]), purpose, 2)[0].tolist()
     return int(high << 32 | low)
 

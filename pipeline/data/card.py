@@ -62,12 +62,12 @@ def front_matter(
 
 
 def table(head: str, rows: dict[str, Any]) -> str:
-    """A table of two columns in Markdown, whatever is in the values."""
+    """A Markdown table of two columns, with its text escaped."""
     lines = "".join(f"| {plain(key)} | {plain(value)} |\n" for key, value in rows.items())
     return f"| {head} | |\n| --- | --- |\n{lines}"
 
 
 def plain(value: Any) -> str:
-    """Text that Markdown and HTML take for nothing else, in one line."""
+    """Text in one line, escaped for Markdown and HTML."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in text)

@@ -1,6 +1,7 @@
 """Datasets that jobs/generate.py wrote, as their manifest says: its files, all of them and no others."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from pipeline import storage
@@ -9,7 +10,8 @@ from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
 from pipeline.data.sources.tree import is_hidden
 from pipeline.errors import InputError
 
-_PNG, _UNFINISHED = ".png", ".partial"
+PARTIAL = ".partial"
+_PNG = ".png"
 
 
 def read_manifest(uri: str, flag: str) -> dict[str, Any] | None:
@@ -30,6 +32,18 @@ def read_manifest(uri: str, flag: str) -> dict[str, Any] | None:
         raise InputError(f"{flag} {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
 
 
+def sizes(uri: str) -> dict[str, int]:
+    """Bytes of the files in the data folder, by their path in it."""
+    folder = storage.absolute(storage.join(uri, SAMPLES))
+    return {file[len(folder) :].lstrip("/"): size for file, size in storage.sizes(folder).items()}
+
+
+def foreign(paths: Iterable[str], named: Iterable[str]) -> list[str]:
+    """The paths in the data folder that a reader would open, and that are not `named`, in order."""
+    strange = {*paths} - {*named, IMAGE_FOLDER_TABLE}
+    return sorted(path for path in strange if not is_hidden(path) and not path.endswith(PARTIAL))
+
+
 def files_of(uri: str, manifest: dict[str, Any], flag: str) -> list[str]:
     """URIs of the files of samples, in order; of a set of single PNGs, which the manifest does not name, none.
 
@@ -37,22 +51,17 @@ def files_of(uri: str, manifest: dict[str, Any], flag: str) -> list[str]:
         InputError: a file is lost, cut short, or there beside those of the manifest.
     """
     again = f"run jobs/generate.py with its command again, or let it end: {flag} {uri}"
-    folder = storage.join(uri, SAMPLES)
-    sizes = {file[len(folder) :].lstrip("/"): size for file, size in storage.sizes(folder).items()}
+    lengths = sizes(uri)
     if manifest["settings"].get("format") == "png":
-        found = sum(name.endswith(_PNG) for name in sizes)
+        found = sum(name.endswith(_PNG) for name in lengths)
         if found != manifest["count"]:
             raise InputError(f"{again} holds {found} images, its {MANIFEST} says {manifest['count']}")
         return []
     named = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
     for name, length in named.items():
-        if sizes.get(name) != length:
-            state = "cut short or changed" if name in sizes else "lost"
+        if lengths.get(name) != length:
+            state = "cut short or changed" if name in lengths else "lost"
             raise InputError(f"{again}: {SAMPLES}/{name} is {state}")
-    listed = {*named, IMAGE_FOLDER_TABLE}
-    strange = {
-        name for name in sizes.keys() - listed if not is_hidden(name) and not name.endswith(_UNFINISHED)
-    }
-    if strange:
-        raise InputError(f"{again} holds {SAMPLES}/{min(strange)}, which its {MANIFEST} does not name")
-    return [storage.join(folder, name) for name in named]
+    if strange := foreign(lengths, named):
+        raise InputError(f"{again} holds {SAMPLES}/{strange[0]}, which its {MANIFEST} does not name")
+    return [storage.join(uri, SAMPLES, name) for name in named]

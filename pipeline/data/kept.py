@@ -127,7 +127,7 @@ def read_chunk(output: str, file: str) -> pa.Table:
 
 
 def rows_between(output: str, chunk: Chunk, first: int, last: int) -> pa.Table:
-    """Rows of a chunk with keys in [first, last), by one request; by none where it has none."""
+    """Reads the rows of a chunk with keys in [first, last), in one request; makes no request if there are none."""
     begin = int(np.searchsorted(chunk.last, np.uint64(first)))
     end = int(np.searchsorted(chunk.first, np.uint64(last - 1), side="right"))
     if begin >= end:

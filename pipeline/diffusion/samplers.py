@@ -99,9 +99,9 @@ def sample(
             are computed as one doubled batch; a learned variance is that of the conditional half.
         null_label: the label that stands for no label; needed for guidance.
         clip: limit the predicted x_0 to [-1, 1] at each step.
-        least_alpha_bar: the first step is the last one whose alpha_bar is at least that; 0 = that of T. What lies
-            beyond it is next to noise alone, and a small error of epsilon there is a large one of x_0: without it
-            solvers without noise start a cosine schedule where alpha_bar is 2e-9 (Lu et al. 2022, appendix D.1).
+        least_alpha_bar: sampling starts at the noisiest step with at least this alpha_bar; 0 starts at T. Beyond
+            it x_t is almost pure noise, and a small error of epsilon becomes a large error of x_0: a cosine schedule
+            starts at an alpha_bar of 2e-9 (Lu et al. 2022, appendix D.1).
         on_step: called with (step, x) after each step.
 
     Returns:

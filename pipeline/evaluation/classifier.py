@@ -145,7 +145,7 @@ class ClassifierWork:
 
 
 def check_labels(index: DatasetIndex) -> None:
-    """Whether there are classes to tell apart.
+    """Checks that the dataset has classes to tell apart.
 
     Raises:
         InputError: fewer than two.

@@ -1,9 +1,7 @@
 """Samples beside real images: what is compared, and by which figures."""
 
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -144,7 +142,7 @@ def _classification_accuracy(config: EvaluateConfig, compared: Compared, pool: P
 def _memorisation(
     config: EvaluateConfig, compared: Compared, fake: FeatureSet, held_out: FeatureSet, pool: Pool
 ) -> dict[str, float]:
-    """The figures, and a picture of the samples that are nearest to a training image."""
+    """How near samples come to training images. Where there is an output, a picture shows the nearest ones."""
     places, others = spread_out(len(fake.thumbnails)), spread_out(len(held_out.thumbnails))
     queries = np.concatenate([fake.thumbnails[places], held_out.thumbnails[others]])
     distances, ids = nearest_images(compared.reference, queries, pool)
@@ -156,10 +154,8 @@ def _memorisation(
             torch.cat([read_images(index, np.array([one]))[0] for one in some]).permute(0, 2, 3, 1).numpy()
             for index, some in ((compared.samples, kept[first]), (compared.reference, ids[first]))
         )
-        with tempfile.TemporaryDirectory() as folder:
-            picture = Path(folder) / "nearest.png"
-            draw.save_nearest(shown, copied, picture)
-            storage.write_atomic(storage.join(config.output, "nearest.png"), picture.read_bytes())
+        picture = draw.file_of(lambda path: draw.save_nearest(shown, copied, path))
+        storage.write_atomic(storage.join(config.output, "nearest.png"), picture)
     return memorised(mine, distances[len(places) :])
 
 

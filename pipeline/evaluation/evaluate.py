@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,8 +61,9 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
     )
     metrics: dict[str, float] = {}
     if loaded and "bits" in config.metrics:
-        metrics |= _bits(config, *loaded, held_out, pool)
-        codes = _codes(config, splits)
+        ids = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
+        metrics |= _bits(config, *loaded, held_out, ids, pool)
+        codes = _codes(config, splits, ids)
         metrics |= {f"bits_per_dim_{name}": value for name, value in codes.items()}
         print(_in_words(metrics, codes), file=sys.stderr)
     if compared:
@@ -81,9 +81,8 @@ def pictures(config: EvaluateConfig) -> list[str]:
 
 
 def _bits(
-    config: EvaluateConfig, model: UNet, spec: ModelSpec, held_out: DatasetIndex, pool: Pool
+    config: EvaluateConfig, model: UNet, spec: ModelSpec, held_out: DatasetIndex, ids: np.ndarray, pool: Pool
 ) -> dict[str, float]:
-    ids = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
     averages = posthoc_ema(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
 
     def bound() -> BitsPerDim:
@@ -122,22 +121,19 @@ def _bits(
 
 
 def _shares(bits: BitsPerDim, spec: ModelSpec) -> dict[str, float]:
-    """L_1 to L_{T-1}, where each was measured: those before noise is as strong as the image, and those from there on."""
+    """Sums of L_1 to L_{T-1} below and above the step where noise is as strong as the image; needs every term."""
     if not bits.terms:
         return {}
     low = int((make_process(spec.diffusion).alpha_bar > 0.5).sum())
     return {"L_low_noise": sum(bits.terms[1:low]), "L_high_noise": sum(bits.terms[max(1, low) :])}
 
 
-def _codes(config: EvaluateConfig, splits: Splits) -> dict[str, float]:
-    """What the images that the bound is measured on cost by `trivial_codes`."""
-    held_out, reference = (
-        splits[config.split],
-        splits.indexes.get(config.reference_split, splits[config.split]),
-    )
+def _codes(config: EvaluateConfig, splits: Splits, measured: np.ndarray) -> dict[str, float]:
+    """What the images that the bound is `measured` on cost by `trivial_codes`."""
+    held_out = splits[config.split]
+    reference = splits.indexes.get(config.reference_split, held_out)
     most = max(1, MOST_BYTES // (held_out.image.size**2 * held_out.image.channels))
     ids = choose(reference.rows, min(config.max_features or most, most), config.seed, Choice.CODES)
-    measured = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
     train, images = (
         read_images(index, some)[0].permute(0, 2, 3, 1).numpy()
         for index, some in ((reference, ids), (held_out, measured[:most]))
@@ -168,10 +164,8 @@ def _write_bits(config: EvaluateConfig, bits: BitsPerDim) -> None:
     rows.writerows([(f"L_{t}", repr(term)) for t, term in enumerate(bits.terms)])
     rows.writerow([f"L_{len(bits.terms)}", repr(bits.prior)])
     _write(config, "terms.csv", table.getvalue().encode())
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "terms.png"
-        draw.save_bound_terms(np.array(bits.terms), picture)
-        _write(config, "terms.png", picture.read_bytes())
+    terms = np.array(bits.terms)
+    _write(config, "terms.png", draw.file_of(lambda path: draw.save_bound_terms(terms, path)))
 
 
 def _write(config: EvaluateConfig, name: str, data: bytes) -> None:

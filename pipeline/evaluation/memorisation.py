@@ -14,12 +14,12 @@ from pipeline.evaluation.work import Partial, cut
 
 QUERIES = 1000
 NEAR = 0.01
-"""So large a share of the held-out images is as near to a training image as what is called a copy."""
+"""Share of the held-out images that may count as copies: it sets the distance below which a sample counts as one."""
 
 
 @dataclass(frozen=True)
 class NearestWork:
-    """The images of a task that are nearest to the queries.
+    """Finds, among the images of a task, the one nearest to each query.
 
     Attributes:
         queries: thumbnails, float32 [Q, P].
@@ -78,5 +78,5 @@ def memorised(samples: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
 
 
 def spread_out(count: int, most: int = QUERIES) -> np.ndarray:
-    """`most` places of `count` (all where there are fewer) in equal steps: data may be sorted."""
+    """At most `most` places in `range(count)`, evenly spaced, since data may be sorted."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))

@@ -1,4 +1,7 @@
-"""What computes the samples. Another one rounds otherwise, and some pixels come out a little different."""
+"""The hardware and libraries that compute samples.
+
+Different ones round differently, so a few pixels of a sample differ between them.
+"""
 
 import json
 import os
@@ -9,13 +12,13 @@ from pipeline import storage
 from pipeline.errors import InputError
 
 FILE = "arithmetic.json"
-# The best of a CPU's decides how torch multiplies matrices and convolves.
+# torch multiplies matrices and convolves with the best of these that the CPU has.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2", "sve2", "sve", "neon")
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 def arithmetic(device: torch.device, bf16: bool) -> str:
-    """Names it: the GPU or the CPU's maker and instructions, the libraries' versions, the precision."""
+    """Names the GPU, or the CPU's maker and instructions, and the versions of the libraries and the precision."""
     precision = "bf16" if bf16 else "fp32"
     if device.type == "cuda":
         about, libraries = torch.cuda.get_device_properties(device), torch.backends.cudnn.version()
@@ -31,13 +34,13 @@ def arithmetic(device: torch.device, bf16: bool) -> str:
 
 
 def claim(output: str, mine: str, mixed: bool) -> None:
-    """The first process that makes samples of an output says with what; the others must have the same.
+    """Records the arithmetic of the first process that makes samples of an output; later ones must have the same.
 
     Args:
-        mixed: whether they need not.
+        mixed: whether other arithmetic is allowed.
 
     Raises:
-        InputError: another one.
+        InputError: this process computes with another arithmetic.
     """
     if not storage.create(storage.join(output, FILE), json.dumps({"arithmetic": mine}).encode()):
         check(output, mine, mixed)
@@ -57,7 +60,7 @@ def check(output: str, mine: str, mixed: bool) -> None:
 
 
 def forget(output: str) -> None:
-    """For an output that has no samples yet."""
+    """Removes the record from an output that has no samples yet."""
     uri = storage.join(output, FILE)
     if storage.exists(uri):
         storage.remove(uri)

@@ -32,7 +32,7 @@ class GenerateConfig:
     eta: Share = 0.0
     """Noise of DDIM: 0 deterministic, 1 as ancestral."""
     least_alpha_bar: Share = 0.0
-    """alpha_bar of the first step is at least that, for ddim and dpm_solver on a cosine schedule; 0 = start at T."""
+    """Start at the noisiest step with at least this alpha_bar; 0 = at T. For ddim and dpm_solver, cosine schedule."""
     guidance: Finite = 1.0
     """Classifier-free guidance; 1 = none (class-conditional models only)."""
     labels: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cluster.pool import MOST_BLOCKS, ActorPool, Pool
+from pipeline.config import ModelSpec
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.generation import arithmetic, ledger
@@ -56,8 +57,8 @@ def generate(
     packed = pack_model(model_folder)
     spec = read_spec(packed)
     if config.verify:
-        made = as_written(config, spec)
-        return verify(made, packed, spec, pool or actor_pool(made))
+        made, manifest = as_written(config, spec)
+        return verify(made, manifest, packed, spec, pool or actor_pool(made))
     check(config, spec)
     storage.check_writable(config.output)
     output = storage.absolute(config.output)
@@ -71,7 +72,7 @@ def generate(
             whole = ledger.finished(output, config.format, setup.settings, places)
             if not whole:
                 arithmetic.forget(output)
-            metrics = _make(setup, whole, pool)
+            metrics = _make(setup, spec, whole, pool)
             whole = ledger.finished(output, config.format, setup.settings, places)
             _finish(config, output, whole, places)
             saved = ledger.saved_settings(output) or model
@@ -96,7 +97,7 @@ def _result(
     }
 
 
-def _make(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str, float]:
+def _make(setup: Setup, spec: ModelSpec, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str, float]:
     """Runs the pool over what is missing; says what was made."""
     config = setup.config
     kept = sum(record.rows for record in whole.values())
@@ -106,7 +107,7 @@ def _make(setup: Setup, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str
     done, made, began = 0, 0, time.monotonic()
     _refuse_bad(bad, kept + total, config)
     if spans:
-        mark_growing(setup.output, read_spec(setup.model), config)
+        mark_growing(setup.output, spec, config)
         with Display("generate", total, "images") as display:
             for span in pool(SampleWork(setup), tasks(spans, config.rows_per_file, MOST_BLOCKS)):
                 done, made, bad = done + span.rows, made + span.made, bad + span.bad

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from pipeline import storage
+from pipeline.data.generated import PARTIAL, foreign, sizes
 from pipeline.data.manifest import MANIFEST, SAMPLES
 from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
-from pipeline.data.sources.tree import is_hidden
 from pipeline.errors import InputError
 from pipeline.generation.chunks import Chunk, file_name, parse_name
 from pipeline.generation.writers import SUFFIX
@@ -25,7 +25,7 @@ from pipeline.versions import SAMPLING
 SETTINGS = "settings.json"
 CARD = "README.md"
 DATA, RECORDS, FOREIGN = SAMPLES, "notes", "foreign"
-PNG_METADATA, PARTIAL = IMAGE_FOLDER_TABLE, ".partial"
+PNG_METADATA = IMAGE_FOLDER_TABLE
 
 Places = Callable[[Chunk], list[str]]
 """Paths of a chunk's files in the data folder: one, or one for each image."""
@@ -132,7 +132,7 @@ def _other_settings(record: bytes, settings: str) -> bool:
 def written(
     output: str, form: str, settings: str, places: Places
 ) -> tuple[dict[Chunk, ChunkRecord], dict[Chunk, ChunkRecord]]:
-    """The finished chunks, in order, and those whose file is lost, cut short or covered by another. Only reads."""
+    """The finished chunks, in order, and those whose file is lost, cut short or covered by another; changes nothing."""
     lengths = sizes(output)
     whole, broken, position = dict[Chunk, ChunkRecord](), dict[Chunk, ChunkRecord](), 0
     for chunk, record in _records(output, form, settings).items():
@@ -153,18 +153,6 @@ def finished(output: str, form: str, settings: str, places: Places) -> dict[Chun
     return whole
 
 
-def sizes(output: str) -> dict[str, int]:
-    """Bytes of the files in the data folder, by their path in it."""
-    folder = storage.absolute(storage.join(output, DATA))
-    return {uri[len(folder) :].lstrip("/"): size for uri, size in storage.sizes(folder).items()}
-
-
-def foreign(output: str, places: Iterable[str]) -> list[str]:
-    """Paths in the data folder that a reader would open, and that are none of `places`."""
-    strange = sizes(output).keys() - {*places, PNG_METADATA}
-    return sorted(path for path in strange if not path.endswith(PARTIAL) and not is_hidden(path))
-
-
 def set_aside(output: str, whole: Iterable[Chunk], places: Places) -> int:
     """Moves what a reader would take for data, and is not, out of the way; returns how many files.
 
@@ -174,7 +162,7 @@ def set_aside(output: str, whole: Iterable[Chunk], places: Places) -> int:
         for uri in storage.sizes(storage.join(output, folder)):
             if uri.endswith(PARTIAL):
                 storage.remove(uri)
-    moved = foreign(output, (place for chunk in whole for place in places(chunk)))
+    moved = foreign(sizes(output), (place for chunk in whole for place in places(chunk)))
     for path in moved:
         to = f"{uuid.uuid4().hex[:8]}-{posixpath.basename(path)}"
         storage.move(storage.join(output, DATA, path), storage.join(output, FOREIGN, to))

@@ -1,6 +1,6 @@
 """Whether a dataset is what its manifest says, all of it and nothing more, and whether it can be made again.
 
-Only reads: nothing is locked, claimed, mended or removed.
+Verification only reads: it locks, claims, mends and removes nothing.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pipeline import storage
 from pipeline.cluster.pool import Pool
 from pipeline.config import ModelSpec
+from pipeline.data.generated import foreign, sizes
 from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
 from pipeline.display import Display
 from pipeline.errors import InputError
@@ -33,8 +34,8 @@ NAMED = 20
 DAMAGED, DIFFERENT = "damaged", "intact, but regenerating it gave different bytes"
 
 
-def as_written(config: GenerateConfig, spec: ModelSpec) -> GenerateConfig:
-    """The settings of the dataset in `config.output`; those that are about the check itself stay.
+def as_written(config: GenerateConfig, spec: ModelSpec) -> tuple[GenerateConfig, dict[str, Any]]:
+    """The settings of the dataset in `config.output`, with those of the check itself, and its manifest.
 
     Raises:
         InputError: no dataset of jobs/generate.py is there, or a flag says otherwise than it was made with.
@@ -47,9 +48,7 @@ def as_written(config: GenerateConfig, spec: ModelSpec) -> GenerateConfig:
             f"--output {config.output}: {ledger.SETTINGS} is lost: run its command without --verify"
         )
     fixed, names = claim["fixed"], spec.image.classes
-    made: dict[str, Any] = {
-        key: fixed[key] for key in fixed if key in {field.name for field in fields(config)}
-    }
+    made: dict[str, Any] = {field.name: fixed[field.name] for field in fields(config) if field.name in fixed}
     made |= {"labels": tuple(names[label] if label < len(names) else str(label) for label in fixed["labels"])}
     made |= {"label_weights": tuple(fixed["label_weights"]), "gpu": fixed["device"] == "gpu"}
     made |= {"count": manifest["count"]}
@@ -61,14 +60,16 @@ def as_written(config: GenerateConfig, spec: ModelSpec) -> GenerateConfig:
             raise InputError(
                 f"--output {config.output}: made with {flag} {value}, not {given}: leave the flag out"
             )
-    return replace(config, **made)
+    return replace(config, **made), manifest
 
 
-def verify(config: GenerateConfig, packed: Packed, spec: ModelSpec, pool: Pool) -> dict[str, Any]:
+def verify(
+    config: GenerateConfig, manifest: dict[str, Any], packed: Packed, spec: ModelSpec, pool: Pool
+) -> dict[str, Any]:
     """Reads all that a reader of the dataset would open, and makes a random share of the files again.
 
     Args:
-        config: what `as_written` gives.
+        config, manifest: what `as_written` gives.
 
     Returns:
         the result of the job: how many files were checked, and how many of them made again.
@@ -84,9 +85,9 @@ def verify(config: GenerateConfig, packed: Packed, spec: ModelSpec, pool: Pool) 
     )
     hints = {"model_fingerprint": f" ({claim.get('model')})"}
     check_claim(config.output, claim, wanted, hints=hints, of=SAMPLING)
-    setup, manifest = Setup(packed, config, output, ledger.digest(wanted)), _read_manifest(output)
+    setup = Setup(packed, config, output, ledger.digest(wanted))
     listed = _listed(manifest, config)
-    different = [*_of_manifest(setup, spec, manifest, listed)]
+    different = list(_of_manifest(setup, spec, manifest, listed))
     again = {chunk for chunk in listed if random.random() < config.verify_share}
     again |= {random.choice(list(listed))} if listed else set()
     tasks = [Sealed(chunk, str(entry["sha256"]), chunk in again) for chunk, entry in listed.items()]
@@ -130,7 +131,7 @@ def _listed(manifest: dict[str, Any], config: GenerateConfig) -> dict[Chunk, dic
     """The files of the manifest, by their chunks.
 
     Raises:
-        InputError: what stands there are no files.
+        InputError: an entry of the manifest describes no file of a dataset.
     """
     try:
         entries = {parse_name(entry["file"]): entry for entry in manifest["files"]}
@@ -144,7 +145,7 @@ def _listed(manifest: dict[str, Any], config: GenerateConfig) -> dict[Chunk, dic
 def _of_manifest(
     setup: Setup, spec: ModelSpec, manifest: dict[str, Any], listed: dict[Chunk, dict[str, Any]]
 ) -> Iterator[str]:
-    """What does not fit together, but for the contents of the files."""
+    """What does not agree among manifest, records and listing. The contents of the files are checked later."""
     config, output = setup.config, setup.output
     places = partial(places_of, config, spec)
     for gap in gaps(config.count, listed):
@@ -159,7 +160,7 @@ def _of_manifest(
             yield f"{name} has no record in {ledger.RECORDS}"
         elif record and any(entry[key] != getattr(record, key) for key in ("rows", "bytes", "sha256")):
             yield f"{MANIFEST} says of {name} what its record doesn't"
-    for path in ledger.foreign(output, (place for chunk in listed for place in places(chunk))):
+    for path in foreign(sizes(output), (place for chunk in listed for place in places(chunk))):
         yield f"{ledger.DATA}/{path} is not of this dataset"
     yield from _of_what_is_beside(setup, spec, manifest, records)
 

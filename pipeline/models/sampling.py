@@ -53,42 +53,39 @@ def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
     return to_pixels(sample_floats(model, spec, ids, **settings))
 
 
-def preview(
-    model: nn.Module,
-    spec: ModelSpec,
-    count: int,
-    *,
-    first: int = 0,
-    steps: int = 25,
-    seed: int = 0,
-    classes: int = 0,
-) -> Tensor:
+class PreviewSettings(TypedDict, total=False):
+    """Which samples a preview shows.
+
+    Keys:
+        first: number of the first one; 0 if left out.
+        steps: model evaluations a sample; T where that is fewer; 25 if left out.
+        seed: any integer; 0 if left out.
+        classes: the class of sample i is i modulo this number; 0 = all of a class-conditional model's.
+    """
+
+    first: int
+    steps: int
+    seed: int
+    classes: int
+
+
+def preview(model: nn.Module, spec: ModelSpec, count: int, **settings: Unpack[PreviewSettings]) -> Tensor:
     """As `preview_floats`, but uint8 [N, C, H, W]."""
-    return to_pixels(preview_floats(model, spec, count, first=first, steps=steps, seed=seed, classes=classes))
+    return to_pixels(preview_floats(model, spec, count, **settings))
 
 
 def preview_floats(
-    model: nn.Module,
-    spec: ModelSpec,
-    count: int,
-    *,
-    first: int = 0,
-    steps: int = 25,
-    seed: int = 0,
-    classes: int = 0,
+    model: nn.Module, spec: ModelSpec, count: int, **settings: Unpack[PreviewSettings]
 ) -> Tensor:
-    """Draws the samples numbered `first` to `first + count` with DDIM: quick, and good enough to look at.
+    """Draws `count` samples with DDIM: quick, and good enough to look at.
 
-    With DDIM's full noise (eta 1): without it a cosine schedule's first steps saturate the images of a model that is
-    not trained long, which would be taken for the model's fault.
-
-    Args:
-        steps: model evaluations a sample; T where that is fewer.
-        classes: the class of sample i is i modulo so many; 0 = all of a class-conditional model's.
+    DDIM uses its full noise here (eta 1). Without noise, the first steps of a cosine schedule saturate the images of a
+    model that has trained briefly, and the model would be blamed.
 
     Returns:
         as `sample_floats`, on the model's device.
     """
+    first, classes = settings.get("first", 0), settings.get("classes", 0)
     ids = torch.arange(first, first + count, device=next(model.parameters()).device)
     return sample_floats(
         model,
@@ -96,9 +93,9 @@ def preview_floats(
         ids,
         sampler="ddim",
         eta=1.0,
-        sampling_steps=min(steps, spec.diffusion.timesteps),
+        sampling_steps=min(settings.get("steps", 25), spec.diffusion.timesteps),
         labels=ids % (classes or len(spec.image.classes)) if spec.model.class_conditional else None,
-        seed=seed,
+        seed=settings.get("seed", 0),
     )
 
 

@@ -1,6 +1,7 @@
 """The only module that draws: sample grids, the process strip, schedules, the bound over t, what a search found."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def grid(images: np.ndarray, columns: int) -> Image.Image:
 def save_grid(images: np.ndarray, path: Path, columns: int = 0) -> None:
     """Writes `grid` as PNG; as square as it can be where `columns` is 0."""
     grid(images, columns or max(1, int(np.ceil(np.sqrt(len(images)))))).save(path)
+
+
+def file_of(save: Callable[[Path], object]) -> bytes:
+    """The PNG file that one of these functions writes, for storages that have no paths."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(path := Path(folder) / "picture.png")
+        return path.read_bytes()
 
 
 def save_process_strip(

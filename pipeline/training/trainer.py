@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import locked
 from pipeline.models.export import load_model, save_model
 from pipeline.patience import arrow_fs, patiently
+from pipeline.pictures.draw import file_of
 from pipeline.pictures.make import draw_samples
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import Tracker
@@ -141,10 +141,9 @@ def train(
 
 def _draw_samples(config: TrainConfig, output: str) -> None:
     """Draws samples of the exported model into the output."""
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / SAMPLES
-        draw_samples(*load_model(storage.join(output, "model")), picture, seed=config.seed)
-        storage.write_atomic(storage.join(output, SAMPLES), picture.read_bytes())
+    model = load_model(storage.join(output, "model"))
+    picture = file_of(lambda path: draw_samples(*model, path, seed=config.seed))
+    storage.write_atomic(storage.join(output, SAMPLES), picture)
 
 
 def _train(
