@@ -16,7 +16,7 @@ from pipeline.stretches import read_stretch
 
 # Rows are read by record batches of about so many bytes: few, since a shard takes some rows of every chunk; not fewer,
 # since their keys are held in memory.
-BATCH_BYTES = 2**16
+BATCH_BYTES = 2**15
 SCHEMA = pa.schema(
     [
         ("key", pa.uint64()),  # place in the shuffled order
@@ -127,7 +127,7 @@ def read_chunk(output: str, file: str) -> pa.Table:
 
 
 def rows_between(output: str, chunk: Chunk, first: int, last: int) -> pa.Table:
-    """Rows of a chunk with keys in [first, last): one request for the batches that hold some, none where there are none."""
+    """Rows of a chunk with keys in [first, last): one request, or none where no batch holds such rows."""
     begin = int(np.searchsorted(chunk.last, np.uint64(first)))
     end = int(np.searchsorted(chunk.first, np.uint64(last - 1), side="right"))
     if begin >= end:

@@ -25,7 +25,7 @@ from pipeline.data.manifest import (
     UNFINISHED,
     Manifest,
 )
-from pipeline.data.shuffle import ShardTask, WriteShards, is_written, runs_of, shard_tasks
+from pipeline.data.shuffle import ShardTask, WriteShards, missing, runs_of, shard_tasks
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import Opened, open_source
 from pipeline.data.sources.splits import VALIDATION_FRACTION
@@ -202,9 +202,8 @@ def _shuffle(
     output: str,
 ) -> None:
     """The second stage: writes the shards that are not there yet."""
-    sizes = {storage.name(uri): size for uri, size in storage.sizes(storage.join(output, SHARDS)).items()}
-    missing = [task for task in tasks if not is_written(task, output, sizes)]
-    if not missing:
+    left = missing(tasks, output)
+    if not left:
         return
     remove_manifest(output)
     chunks = tuple((roles[record.split], chunk) for record in records.values() for chunk in record.chunks)
@@ -212,7 +211,7 @@ def _shuffle(
         chunks, classes, config.validation_fraction, config.rows_per_group, image.channels, output
     )
     size = sum(record.bytes for record in records.values())
-    runs, finished = runs_of(missing, size // len(tasks)), len(tasks) - len(missing)
+    runs, finished = runs_of(left, size // len(tasks)), len(tasks) - len(left)
     with Display("prepare", len(tasks), "shards") as display:
         for written in _pool(len(runs), small=size < SMALL_BYTES)(work, runs):
             display.update(finished := finished + written, "")

@@ -20,11 +20,14 @@ class Weather:
     Attributes:
         address: of the proxy.
         seen: requests that met a fault.
+        asked: path of each request since `calm`.
         sent: path, and bytes of the content, of each answer to a GET since `calm`.
+        delay: seconds that each request waits.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.seen = 0
+        self.asked = list[str]()
         self.sent = list[tuple[str, int]]()
         self._fault: Callable[[str, str], str]
         self.calm()
@@ -38,6 +41,8 @@ class Weather:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                weather.asked.append(self.path)
+                time.sleep(weather.delay)
                 if fault := weather._fault(self.command, self.path):
                     weather.seen += 1
                     self._fail(fault, body)
@@ -95,8 +100,9 @@ class Weather:
         self._server.server_close()
 
     def calm(self) -> None:
-        """No more faults, and nothing sent so far."""
-        self._fault = lambda method, path: ""
+        """No more faults or delays, and nothing asked so far."""
+        self._fault, self.delay = lambda method, path: "", 0.0
+        self.asked.clear()
         self.sent.clear()
 
     def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
