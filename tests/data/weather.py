@@ -20,14 +20,14 @@ class Weather:
     Attributes:
         address: of the proxy.
         seen: requests that met a fault.
-        asked: path of each request since `calm`.
+        asked: method and path of each request since `calm`.
         sent: path, and bytes of the content, of each answer to a GET since `calm`.
         delay: seconds that each request waits.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.seen = 0
-        self.asked = list[str]()
+        self.asked = list[tuple[str, str]]()
         self.sent = list[tuple[str, int]]()
         self._fault: Callable[[str, str], str]
         self.calm()
@@ -41,7 +41,7 @@ class Weather:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                weather.asked.append(self.path)
+                weather.asked.append((self.command, self.path))
                 time.sleep(weather.delay)
                 if fault := weather._fault(self.command, self.path):
                     weather.seen += 1
