@@ -9,6 +9,7 @@ from pipeline.config import ImageConfig
 from pipeline.data.groups import read_rows, row_groups
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex
+from pipeline.data.sources.fetch import in_order
 from pipeline.data.sources.parquet import row_counts
 from pipeline.errors import InputError
 
@@ -51,7 +52,7 @@ def open_samples(uri: str, image: ImageConfig) -> DatasetIndex:
     files = storage.list_files(storage.absolute(uri), (".parquet",))
     if not files:
         raise InputError(f"--samples {uri}: no Parquet files there: generate with --format parquet")
-    groups = row_groups((file, row_counts(file)) for file in files)
+    groups = row_groups(zip(files, in_order(row_counts, files, uri), strict=True))
     if not groups.first[-1]:
         raise InputError(f"--samples {uri}: the Parquet files there are empty")
     return DatasetIndex(uri, "samples", image, groups, fingerprint="")
