@@ -12,7 +12,7 @@ import ray
 import ray.data
 
 from pipeline.cluster.room import Need, announced, check_fits
-from pipeline.cluster.session import connect
+from pipeline.cluster.session import connect_now
 from pipeline.display import Display
 from pipeline.errors import InputError
 
@@ -68,7 +68,7 @@ class ActorPool:
             InputError: no node is large enough for an actor, or what the work raised as such.
         """
         if not ray.is_initialized():
-            connect()
+            connect_now()
         resources = ray.cluster_resources()
         gpu = resources.get("GPU", 0) >= 1 if self.gpu is None else self.gpu
         each = {"CPU": self.cpus} | ({"GPU": 1.0} if gpu else {})
