@@ -78,7 +78,9 @@ class ActorPool:
         check_fits(need)
         units = int(resources.get("GPU" if gpu else "CPU", 1))
         least, most = self.size(units, len(tasks))
-        dataset = ray.data.range(len(tasks), override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
+        # Items, not `ray.data.range`: its own tasks take a whole CPU each, which the actors may have left none of.
+        numbers = [{"id": number} for number in range(len(tasks))]
+        dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
             _Actor,
             # In a list, since Ray would put a bare reference's value into the actor's own arguments, which a restarted
             # actor can't find again.
