@@ -20,7 +20,7 @@ from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
-_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx", "httpx2")
 _SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _READ_TOGETHER = 32
 # Else botocore opens ten, and threads wait for each other.
