@@ -21,6 +21,7 @@ from pipeline.tracking import Point
 from pipeline.training import checkpoint, flops, loop, network
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoint_manager import CHECKPOINTS, CheckpointManager
+from pipeline.training.gauges import RunGauges
 from pipeline.training.meter import Meter
 from pipeline.training.run_channel import RUN_FILE, Command, PatientOnChannel
 from pipeline.training.state import TrainState, new_state
@@ -126,6 +127,7 @@ class RunObserver(loop.Observer):
         self._task, self._state, self._meter, self._rank = task, state, meter, rank
         self._points: list[Point] = []
         self._saved_step = -1
+        self._gauges = RunGauges(task.run_id) if rank == 0 else None
         self._manager = CheckpointManager(
             storage.join(task.output, CHECKPOINTS),
             rank,
@@ -157,7 +159,8 @@ class RunObserver(loop.Observer):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """See `loop.Observer`."""
-        if self._rank == 0:
+        if self._gauges:
+            self._gauges.logged(step, metrics)
             point = (int(time.time() * 1000), step, metrics | {"workers": self._meter.world_size})
             self._points.append(point)
             self._task.channel.post_points.remote([point])
@@ -168,6 +171,8 @@ class RunObserver(loop.Observer):
         if self._manager.save(self._capture, step, self._facts(), needed=step == self._task.config.steps):
             self._points.clear()
             self._saved_step = step
+            if self._gauges:
+                self._gauges.saved()
 
     def finish(self) -> None:
         """Saves the last step, unless that is done."""
