@@ -1,4 +1,4 @@
-"""Whether the cluster at RAY_ADDRESS can be joined: asked in seconds, before Ray waits there for minutes, deaf to Ctrl-C."""
+"""Whether the cluster at RAY_ADDRESS can be joined: asked in seconds; Ray would wait for minutes, deaf to Ctrl-C."""
 
 import json
 import platform

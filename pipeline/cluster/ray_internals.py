@@ -76,6 +76,13 @@ def no_random_ids() -> Iterator[None]:
         actor.ActorClassID = real  # type: ignore[attr-defined]
 
 
+def ask_job_server(client: Any, path: str) -> Any:
+    """What a job server answers to a GET: its client's public methods ask neither for versions nor for a log's bytes."""
+    answer = client._do_request("GET", path, timeout=60)
+    answer.raise_for_status()
+    return answer
+
+
 def silence_published_errors() -> None:
     """Ray's driver prints every error that a node publishes, with its traceback and whatever its loggers' level.
 

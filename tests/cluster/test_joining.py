@@ -23,7 +23,9 @@ from tests.jobs.common import run_job
 NODE = "ab" * 28
 
 
-class Head(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer, gcs_service_pb2_grpc.InternalKVGcsServiceServicer):
+class Head(
+    gcs_service_pb2_grpc.NodeInfoGcsServiceServicer, gcs_service_pb2_grpc.InternalKVGcsServiceServicer
+):
     """What a driver asks a cluster's head before it joins."""
 
     def __init__(self, version: str, python: str, state: int, token: str) -> None:
@@ -69,9 +71,7 @@ def head(
 @pytest.fixture(autouse=True)
 def a_node_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node runs on this machine; of which cluster, its head says."""
-    monkeypatch.setattr(
-        "pipeline.cluster.ray_internals.find_node_ids", lambda: {NODE}, raising=False
-    )
+    monkeypatch.setattr("pipeline.cluster.ray_internals.find_node_ids", lambda: {NODE}, raising=False)
     monkeypatch.setattr(joining, "SECONDS", 2.0)
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
