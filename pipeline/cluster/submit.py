@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,18 +22,21 @@ import tyro
 from pipeline.cluster.job_server import connect, read_log
 from pipeline.cluster.packing import pack
 from pipeline.cluster.session import PACKAGE, checkout
+from pipeline.config import load_yaml
 from pipeline.errors import InputError, JobFailed
 from pipeline.ranges import Positive, check_ranges
-from pipeline.redact import one_line, redact
+from pipeline.redact import one_line, printable, redact
 
 Job = Literal["prepare", "train", "tune", "generate", "evaluate"]
+# Flags that name data, which is not sent with the tree.
+PLACES = "data", "input", "model", "samples", "output"
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 # Enough of the end of a job's output to hold its result line and its last complaint.
 KEPT_CHARACTERS = 100_000
 LOST_SECONDS = 60.0
 # Of a job that is stopped, between the signal and its end: training saves a checkpoint first.
 STOP_SECONDS = "60"
-_SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential")
+_SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential|connection_string")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class SubmitConfig:
     """Stream the job's output, exit with its exit code and print its result."""
     forward: tuple[str, ...] = ()
     """Environment variables that the job gets from here (MLFLOW_TRACKING_URI, say); never secrets."""
+    include: tuple[str, ...] = ()
+    """Files, folders or patterns of the working tree that are sent beside what git tracks; never secrets."""
     verify: str = "true"
     """Check of an https:// server: true, false, or a file or folder with certificates of trusted authorities."""
     max_megabytes: Positive = 20
@@ -84,14 +90,28 @@ def _check_flags(flags: list[str]) -> None:
             raise InputError(
                 f"{redact(flag)} holds a secret, and flags are logged: credentials belong to the cluster's environment"
             )
-    for name, value in pairwise([*flags, ""]):
-        name, equals, given = name.partition("=")
-        place = given if equals else value
-        if name == "--output" and place and "://" not in place and not place.startswith("/"):
+    for name, value in _values(flags):
+        if name in PLACES and value and not _is_seen_by_nodes(value):
             raise InputError(
-                f"--output {place}: a relative path would lie in the job's own copy of the tree, which goes away; "
-                "give an absolute path that all nodes see, or a URI"
+                f"--{name} {printable(value)}: a relative path would lie in the job's own copy of the tree, which holds "
+                "no data and goes away; give an absolute path that all nodes see, or a URI"
             )
+
+
+def _values(flags: list[str]) -> Iterator[tuple[str, str]]:
+    """Each flag with its first value, also those of a --config file."""
+    for flag, following in pairwise([*flags, ""]):
+        name, equals, value = flag.partition("=")
+        if not name.startswith("--"):
+            continue
+        name, value = name[2:].replace("_", "-"), value if equals else following
+        yield name, value
+        if name == "config" and value:
+            yield from ((key.replace("_", "-"), str(one)) for key, one in load_yaml(value).items() if one)
+
+
+def _is_seen_by_nodes(place: str) -> bool:
+    return "://" in place or place.startswith(("/", "models:/", "--"))
 
 
 def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
@@ -102,7 +122,8 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "tree.zip"
             # An installed package is sent alone: beside it lie all other packages of the environment.
-            pack(checkout() or PACKAGE, package, config.max_megabytes, base=PACKAGE.parent)
+            root = checkout() or PACKAGE
+            pack(root, package, config.max_megabytes, base=PACKAGE.parent, include=config.include)
             runtime_env = {"working_dir": str(package), "env_vars": _environment(config.forward)}
             try:
                 submitted: str = client.submit_job(

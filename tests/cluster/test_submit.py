@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.cluster.submit import SubmitConfig
 from pipeline.errors import InputError, JobFailed
 from tests.cluster.test_job_server import ray_like, server
 
+CONFIG = "a file that says --data runs/digits"
 LOG = "one\ntwo\nthree\n" + '{"output": "s3://b/x", "count": 3}\n'
 
 
@@ -117,15 +119,44 @@ def test_a_job_that_fails_gives_its_own_exit_code(status: str, code: int | None,
         (SubmitConfig("train"), ["--data", "s3://me:planted@b/x"], r"\*\*\*@b/x holds a secret"),
         (SubmitConfig("train"), ["--output", "runs/x"], "--output runs/x: a relative path"),
         (SubmitConfig("train"), ["--output=runs/x"], "--output runs/x: a relative path"),
+        (
+            SubmitConfig("train"),
+            ["--data", "runs/digits", "--output", "/x"],
+            "--data runs/digits: a relative path",
+        ),
+        (SubmitConfig("prepare"), ["--input=~/images"], "--input ~/images: a relative path"),
+        (SubmitConfig("evaluate"), ["--model", "./model"], "--model ./model: a relative path"),
+        (SubmitConfig("evaluate"), ["--samples", "."], r"--samples \.: a relative path"),
+        (SubmitConfig("train"), ["--config", CONFIG], "--data runs/digits: a relative path"),
+        (SubmitConfig("train"), ["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (SubmitConfig("train", id="../x"), [], r"--id \.\./x: letters"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_cluster_is_asked(
-    config: SubmitConfig, flags: list[str], complaint: str
+    config: SubmitConfig, flags: list[str], complaint: str, tmp_path: Path
 ) -> None:
+    saved = tmp_path / "run.yaml"
+    saved.write_text("steps: 5\noutput: /x\ndata: runs/digits\n")
+    flags = [str(saved) if word == CONFIG else word for word in flags]
     with pytest.raises(InputError, match=complaint) as caught:
         submit.submit(config, flags)
     assert "planted" not in str(caught.value)
+
+
+def test_places_that_nodes_see_are_let_through() -> None:
+    submit._check_flags(
+        [
+            "--data",
+            "s3://b/x",
+            "--output=/results/x",
+            "--model",
+            "models:/a/1",
+            "--resume",
+            "--source",
+            "digits",
+        ]
+    )
+    submit._check_flags(["--model", "models:/a@best", "--samples", "", "--data", "hf://datasets/a/b"])
 
 
 def test_only_variables_that_others_may_read_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
