@@ -82,15 +82,17 @@ def tree_files(root: Path, include: Sequence[str] = ()) -> list[Path]:
         InputError: something in `include` is not there, or may never be sent.
     """
     never = GitIgnoreSpec.from_lines([*_SECRET.split(), *_NEEDLESS.split()])
-    listed = _listed(root)
+    allowed, listed = _others_than(never, root), _listed(root)
     if listed is None:
         rules = [(root, _rules(root / ".git" / "info" / "exclude"))]
-        found = tracked = set(_walk(root, rules, (".gitignore", ".rayignore"), _others_than(never, root)))
+        found = tracked = set(_walk(root, rules, (".gitignore", ".rayignore"), allowed))
     else:
         tracked, others = listed
-        allowed, known = _others_than(never, root), tracked | others
-        known |= {folder for path in known for folder in path.parents}
-        wanted = lambda slash, path: path in known and allowed(slash, path)  # noqa: E731
+        known = {place for path in tracked | others for place in (path, *path.parents)}
+
+        def wanted(slash: str, path: Path) -> bool:
+            return path in known and allowed(slash, path)
+
         found = set(_walk(root, [], (".rayignore",), wanted))
     sent = (found & tracked).union(*(_included(root, pattern) for pattern in include))
     secret = GitIgnoreSpec.from_lines(_SECRET.split())
