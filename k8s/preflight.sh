@@ -25,13 +25,9 @@ for kind in rayclusters rayjobs raycronjobs; do
   else lacks "KubeRay's $kind" "install the operator's CRDs (RayCronJob came with 1.6)"; fi
 done
 
-# Helm and kustomize label the operator differently; the network policy knows both.
-operator=""
-for label in app.kubernetes.io/name=kuberay-operator app.kubernetes.io/component=kuberay-operator; do
-  found=$(kubectl get deployments -A -l "$label" --request-timeout=10s \
-    -o jsonpath='{range .items[*]}{.metadata.namespace}{" "}{.spec.template.spec.containers[*].args}{" "}{.spec.template.spec.containers[*].command}{"\n"}{end}' 2> /dev/null)
-  [ -n "$found" ] && operator=$found && break
-done
+# By the label that the network policy looks for: Helm's operator and kustomize's have it.
+operator=$(kubectl get pods -A -l app.kubernetes.io/component=kuberay-operator --request-timeout=10s \
+  -o jsonpath='{range .items[*]}{.metadata.namespace}{" "}{.spec.containers[*].args}{" "}{.spec.containers[*].command}{"\n"}{end}' 2> /dev/null)
 if [ -z "$operator" ]; then lacks "the KubeRay operator" "install it in the namespace kuberay-system"
 else
   space=${operator%% *}

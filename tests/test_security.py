@@ -141,10 +141,16 @@ def test_a_pickle_in_a_parquet_file_is_not_run(tmp_path: Path, mark: Path, colum
         ("https://host/a?sv=1&sig=abc%2F", "https://host/a?sv=1&sig=***"),
         ("http://host/a?X-Amz-Signature=abc&x=1", "http://host/a?X-Amz-Signature=***&x=1"),
         (f"no such user {SECRET}!", "no such user ***!"),
+        ("redis://:0nly-a-password@redis:6379/0", "redis://***@redis:6379/0"),
+        (f"AccountName=a;AccountKey={'aB3+' * 21}aA==;E=x", "AccountName=a;AccountKey=***;E=x"),
+        (f"401 for AI{'za'}{'Sy_-b' * 7}", "401 for ***"),
+        (f"bad token hf{'_'}{'abcdeFGHIJ' * 3}abcd.", "bad token ***."),
+        ("the site says w4ndb-planted", "the site says ***"),
     ],
 )
 def test_secrets_are_masked(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("WANDB_API_KEY", "w4ndb-planted")
     assert redact(text) == shown
 
 
@@ -156,7 +162,11 @@ def test_secrets_are_masked(text: str, shown: str, monkeypatch: pytest.MonkeyPat
         "see http://host:8265 (10:30)", "http://host/a?design=3",
     ],
 )  # fmt: skip
-def test_what_is_no_secret_is_shown_as_it_is(text: str) -> None:
+def test_what_is_no_secret_is_shown_as_it_is(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/tmp/mlflow.db")
+    monkeypatch.setenv("SSH_PUBLIC_KEY", "sqlite:////tmp")
+    monkeypatch.setenv("SORT_KEY", "datasets")
     assert redact(text) == text
 
 

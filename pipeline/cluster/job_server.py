@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,6 +11,9 @@ from pipeline.errors import InputError
 from pipeline.redact import one_line, redact
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+VARIABLES = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"
+# What the code that is sent needs of the cluster, as pyproject.toml says.
+OLDEST = {"Ray": (2, 60), "Python": (3, 11)}
 THIS_MACHINE = "127.0.0.1", "localhost", "::1"
 SECONDS = 15.0
 
@@ -27,19 +31,14 @@ def connect(address: str, verify: str = "true") -> Any:
     Raises:
         InputError: no job server answers there, or not to us.
     """
-    given = (
-        address,
-        os.environ.get("RAY_API_SERVER_ADDRESS"),
-        os.environ.get("RAY_ADDRESS"),
-        DEFAULT_ADDRESS,
-    )
-    address = next(filter(None, given)).rstrip("/")
-    _check_address(address)
+    given = {"--address": address} | {name: os.environ.get(name, "") for name in VARIABLES}
+    source, address = next(((k, v.strip().rstrip("/")) for k, v in given.items() if v), ("", DEFAULT_ADDRESS))
+    _check_address(source, address)
     checked: bool | str = {"true": True, "false": False}.get(verify.lower(), verify)
     if isinstance(checked, str) and not Path(checked).exists():
         raise InputError(f"--verify {verify}: expected true, false, or a file or folder of certificates")
     # Ray's client would let these override the address that it is given.
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+    for name in VARIABLES:
         os.environ.pop(name, None)
 
     from ray.exceptions import AuthenticationError
@@ -58,20 +57,41 @@ def connect(address: str, verify: str = "true") -> Any:
         client.get_job_info("is-the-token-right")
     except AuthenticationError as error:
         raise InputError(_token_line(address, str(error))) from None
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if "404" not in str(error):
             raise InputError(f"the job server at {address}: {one_line(error)}") from None
+    _check_versions(client, address)
     return client
 
 
-def _check_address(address: str) -> None:
+def read_log(client: Any, job_id: str, node: str | None) -> bytes:
+    """All that a job has printed so far; `node` is its driver's, None before it has started."""
+    from pipeline.cluster.ray_internals import ask_job_server
+
+    if node is None:
+        return b""
+    name = f"job-driver-{job_id}.log"
+    return bytes(ask_job_server(client, f"/api/v0/logs/file?node_id={node}&filename={name}&lines=-1").content)
+
+
+def _check_address(source: str, address: str) -> None:
+    """Refuses an address of another kind, and says where it was given."""
     try:
         url = urlsplit(address)
         complete = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        other = urlsplit(address if "://" in address else f"//{address}")
+        host = other.hostname if other.scheme in ("", "ray") and other.port else None
     except ValueError:
-        complete = False
-    if not complete or redact(address) != address:
-        raise InputError(f"--address {redact(address)}: expected http://HOST:8265 or https://HOST")
+        complete, host = False, None
+    if complete and redact(address) == address:
+        return
+    hint = "http://HOST:8265 or https://HOST"
+    if host and "@" not in address:
+        hint = f"the job server of that cluster, http://{host}:8265 unless its head was told otherwise"
+    name = f"--address {redact(address)}" if source == "--address" else f"{source}={redact(address)}"
+    raise InputError(
+        f"{name}: expected {hint}" + ("" if source == "--address" else "; --address goes before it")
+    )
 
 
 def _knock(address: str, verify: bool | str) -> None:
@@ -93,6 +113,24 @@ def _knock(address: str, verify: bool | str) -> None:
         raise InputError(f"no Ray job server answers at {address}: {one_line(error)}") from None
     except (requests.exceptions.RequestException, ValueError, KeyError, TypeError) as error:
         raise InputError(f"what answers at {address} is no Ray job server: {one_line(error)}") from None
+
+
+def _check_versions(client: Any, address: str) -> None:
+    """Refuses a cluster that is too old for the code that is sent, which would end there in a traceback."""
+    from pipeline.cluster.ray_internals import ask_job_server
+
+    needed = " and ".join(f"{name} {'.'.join(map(str, oldest))}" for name, oldest in OLDEST.items())
+    try:
+        there = ask_job_server(client, "/api/v0/cluster_metadata").json()["data"]
+        found = {"Ray": str(there["rayVersion"]), "Python": str(there["pythonVersion"])}
+        parts = {name: tuple(map(int, re.findall(r"\d+", text)[:2])) for name, text in found.items()}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"the cluster at {address} does not say its versions ({one_line(error)}): jobs need {needed} or newer"
+        ) from None
+    if any(parts[name] < oldest for name, oldest in OLDEST.items()):
+        runs = " and ".join(f"{name} {text}" for name, text in found.items())
+        raise InputError(f"the cluster at {address} runs {runs}: jobs need {needed} or newer")
 
 
 def _token_line(address: str, reason: str) -> str:

@@ -20,6 +20,16 @@ INTERNALS = {
     "get_state_from_address": "ray._private.internal_api",
     # The token that `ray start` keeps in the home folder, for this machine's own cluster.
     "maybe_enable_token_auth_if_token_available": "ray._private.authentication.authentication_token_setup",
+    # What a cluster's head answers before this process joins it: whether it is one, its versions, its nodes here.
+    "canonicalize_bootstrap_address_or_die": "ray._private.services",
+    "find_node_ids": "ray._private.services",
+    "init_grpc_channel": "ray._private.grpc_utils",
+    "NodeInfoGcsServiceStub": "ray.core.generated.gcs_service_pb2_grpc",
+    "InternalKVGcsServiceStub": "ray.core.generated.gcs_service_pb2_grpc",
+    "CheckAliveRequest": "ray.core.generated.gcs_service_pb2",
+    "InternalKVGetRequest": "ray.core.generated.gcs_service_pb2",
+    "GetAllNodeInfoRequest": "ray.core.generated.gcs_service_pb2",
+    "GcsNodeInfo": "ray.core.generated.gcs_pb2",
     # What the nodes have and have free, what an autoscaler may add, and the actors of a job.
     "state": "ray._private.state",
     # This process in Ray, with the node that it started or joined.
@@ -66,12 +76,20 @@ def no_random_ids() -> Iterator[None]:
         actor.ActorClassID = real  # type: ignore[attr-defined]
 
 
+<<<<<<< HEAD
 def placement_groups() -> dict[str, Any]:
     """Placement groups that still reserve something, by their ids: as GCS keeps them, with who created each."""
     messages = importlib.import_module("ray.core.generated.gcs_pb2").PlacementGroupTableData
     state = importlib.import_module("ray._private.state").state
     found = map(messages.FromString, state._connect_and_get_accessor().get_placement_group_table())
     return {group.placement_group_id.hex(): group for group in found if group.state != messages.REMOVED}
+=======
+def ask_job_server(client: Any, path: str) -> Any:
+    """What a job server answers to a GET: its client's public methods ask neither for versions nor for a log's bytes."""
+    answer = client._do_request("GET", path, timeout=60)
+    answer.raise_for_status()
+    return answer
+>>>>>>> submit
 
 
 def silence_published_errors() -> None:

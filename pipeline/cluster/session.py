@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.forkserver import forked_workers
+from pipeline.cluster.joining import check_joinable
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError
 from pipeline.redact import one_line
@@ -69,7 +70,7 @@ def connect(
         preload: modules that workers of a Ray that is started here need, separated by commas.
 
     Raises:
-        InputError: RAY_ADDRESS is set and nothing answers there.
+        InputError: no cluster at RAY_ADDRESS can be joined, or no Ray started in the folder for temporary files.
     """
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET).items():
         os.environ.setdefault(name, value)
@@ -82,7 +83,11 @@ def connect(
     from pipeline.cluster.ray_internals import kill_without_asking, silence_published_errors
 
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
+        address = os.environ.get("RAY_ADDRESS", "").strip()
+        if address == "local":  # Ray's own word for one of this process's own
+            address = ""
+        if address:
+            check_joinable(address)
         options: dict[str, Any] = {
             "log_to_driver": verbose,
             "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -100,6 +105,13 @@ def connect(
                 ray.init(**options)
         except ConnectionError as error:
             raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
+        except OSError as error:
+            if address:
+                raise
+            place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+            raise InputError(
+                f"Ray can't start in {place}/ray: {one_line(error)}; RAY_TMPDIR names a folder for it, on a short path"
+            ) from None
         if not address:
             kill_without_asking()
     context = DataContext.get_current()
@@ -180,7 +192,7 @@ def _muted() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, ConnectionError):
+            if not isinstance(error, OSError):
                 kept.seek(0)
                 os.write(real, kept.read())
             raise

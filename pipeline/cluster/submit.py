@@ -1,6 +1,8 @@
 """Jobs sent to a Ray cluster from outside, through Ray's own job API."""
 
 import asyncio
+import codecs
+import contextlib
 import json
 import os
 import re
@@ -8,28 +10,33 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import requests
 import tyro
 
-from pipeline.cluster.job_server import connect
+from pipeline.cluster.job_server import connect, read_log
 from pipeline.cluster.packing import pack
 from pipeline.cluster.session import PACKAGE, checkout
+from pipeline.config import load_yaml
 from pipeline.errors import InputError, JobFailed
 from pipeline.ranges import Positive, check_ranges
-from pipeline.redact import one_line, redact
+from pipeline.redact import one_line, printable, redact
 
 Job = Literal["prepare", "train", "tune", "generate", "evaluate"]
+# Flags that name data, which is not sent with the tree.
+PLACES = "data", "input", "model", "samples", "output"
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 # Enough of the end of a job's output to hold its result line and its last complaint.
 KEPT_CHARACTERS = 100_000
 LOST_SECONDS = 60.0
 # Of a job that is stopped, between the signal and its end: training saves a checkpoint first.
 STOP_SECONDS = "60"
-_SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential")
+_SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential|connection_string")
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class SubmitConfig:
     """Stream the job's output, exit with its exit code and print its result."""
     forward: tuple[str, ...] = ()
     """Environment variables that the job gets from here (MLFLOW_TRACKING_URI, say); never secrets."""
+    include: tuple[str, ...] = ()
+    """Files, folders or patterns of the working tree that are sent beside what git tracks; never secrets."""
     verify: str = "true"
     """Check of an https:// server: true, false, or a file or folder with certificates of trusted authorities."""
     max_megabytes: Positive = 20
@@ -81,14 +90,28 @@ def _check_flags(flags: list[str]) -> None:
             raise InputError(
                 f"{redact(flag)} holds a secret, and flags are logged: credentials belong to the cluster's environment"
             )
-    for name, value in pairwise([*flags, ""]):
-        name, equals, given = name.partition("=")
-        place = given if equals else value
-        if name == "--output" and place and "://" not in place and not place.startswith("/"):
+    for name, value in _values(flags):
+        if name in PLACES and value and not _is_seen_by_nodes(value):
             raise InputError(
-                f"--output {place}: a relative path would lie in the job's own copy of the tree, which goes away; "
-                "give an absolute path that all nodes see, or a URI"
+                f"--{name} {printable(value)}: a relative path would lie in the job's own copy of the tree, which holds "
+                "no data and goes away; give an absolute path that all nodes see, or a URI"
             )
+
+
+def _values(flags: list[str]) -> Iterator[tuple[str, str]]:
+    """Each flag with its first value, also those of a --config file."""
+    for flag, following in pairwise([*flags, ""]):
+        name, equals, value = flag.partition("=")
+        if not name.startswith("--"):
+            continue
+        name, value = name[2:].replace("_", "-"), value if equals else following
+        yield name, value
+        if name == "config" and value:
+            yield from ((key.replace("_", "-"), str(one)) for key, one in load_yaml(value).items() if one)
+
+
+def _is_seen_by_nodes(place: str) -> bool:
+    return "://" in place or place.startswith(("/", "models:/", "--"))
 
 
 def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
@@ -99,7 +122,8 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "tree.zip"
             # An installed package is sent alone: beside it lie all other packages of the environment.
-            pack(checkout() or PACKAGE, package, config.max_megabytes, base=PACKAGE.parent)
+            root = checkout() or PACKAGE
+            pack(root, package, config.max_megabytes, base=PACKAGE.parent, include=config.include)
             runtime_env = {"working_dir": str(package), "env_vars": _environment(config.forward)}
             try:
                 submitted: str = client.submit_job(
@@ -143,13 +167,12 @@ def _find(client: Any, job_id: str) -> Any | None:
 def _follow(client: Any, job_id: str) -> dict[str, Any]:
     """Shows a job's output to its end, and takes over its result or its failure."""
     output = _Output()
-    output.show(client, job_id)
-    job = client.get_job_info(job_id)
+    job = output.show(client, job_id)
     status = job.status.value
     if status == "SUCCEEDED":
         return {**output.result(), "id": job_id, "status": status}
-    reason = output.last_line() or " ".join((job.message or "no output").split())
-    raise JobFailed(f"job {job_id} {status.lower()}: {reason[:300]}", _exit_code(job.driver_exit_code))
+    reason = one_line(output.last_line() or job.message or "no output")
+    raise JobFailed(f"job {job_id} {status.lower()}: {reason}", _exit_code(job.driver_exit_code))
 
 
 def _exit_code(code: int | None) -> int:
@@ -160,41 +183,63 @@ def _exit_code(code: int | None) -> int:
 
 
 class _Output:
-    """What a job prints: shown once, however often the stream is opened anew."""
+    """What a job prints: shown once, however it is asked for."""
 
     def __init__(self) -> None:
         self._shown, self._end = 0, ""
 
-    def show(self, client: Any, job_id: str) -> None:
-        """Shows it on stderr until the job has ended.
+    def show(self, client: Any, job_id: str) -> Any:
+        """Shows it on stderr until the job has ended; returns what the cluster knows of the job.
+
+        Ray's stream of it does not go through HTTP proxies, breaks, and ends early where the job prints bytes that are
+        no UTF-8: what it has left out is asked for.
 
         Raises:
             InputError: the cluster has not answered for a minute.
         """
         lost_at: float | None = None
+        streams, pause = True, 1.0
         while True:
+            before, begun = self._shown, time.monotonic()
+            if streams:
+                with contextlib.suppress(Exception):  # whatever ends it, the rest is asked for
+                    asyncio.run(self._tail(client, job_id))
+                streams = self._shown > before
             try:
-                asyncio.run(self._tail(client, job_id))
-                if client.get_job_info(job_id).status.value in FINISHED:
-                    return
-                lost_at = None
+                job = client.get_job_info(job_id)
+                ended = job.status.value in FINISHED
+                asked = time.monotonic()
+                with contextlib.suppress(requests.HTTPError):  # there is none yet, or its node is gone
+                    self._show_rest(read_log(client, job_id, job.driver_node_id))
+                if ended:
+                    return job
+                # Each time the whole log: not more often than a tenth of the time can be spent on it.
+                lost_at, pause = None, max(1.0, 10 * (time.monotonic() - asked))
             except (RuntimeError, OSError) as error:
-                lost_at = lost_at or time.monotonic()
+                lost_at = lost_at or begun
                 if time.monotonic() - lost_at > LOST_SECONDS:
                     raise InputError(
                         f"the job server is gone ({one_line(error)}); job {job_id} may go on: "
                         "the same command with its --id joins it again"
                     ) from None
-            time.sleep(1.0)
+            time.sleep(pause)
 
     async def _tail(self, client: Any, job_id: str) -> None:
         position = 0
         async for text in client.tail_job_logs(job_id):
             new = text[max(0, self._shown - position) :]
             position += len(text)
-            self._shown = max(self._shown, position)
-            self._end = (self._end + new)[-KEPT_CHARACTERS:]
-            print(new, end="", file=sys.stderr, flush=True)
+            self._print(new)
+
+    def _show_rest(self, log: bytes) -> None:
+        """Shows what is new of a whole log, in the characters that the stream would have counted."""
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(log)
+        self._print(text.replace("\r\n", "\n").replace("\r", "\n")[self._shown :])
+
+    def _print(self, new: str) -> None:
+        self._shown += len(new)
+        self._end = (self._end + new)[-KEPT_CHARACTERS:]
+        print(new, end="", file=sys.stderr, flush=True)
 
     def last_line(self) -> str:
         """The last line that is not empty."""

@@ -49,6 +49,13 @@ def environment() -> dict[str, str]:
     return {"MLFLOW_TRACKING_URI": uri} if redact(uri) == uri else {}
 
 
+def with_secrets() -> dict[str, str]:
+    """All that another process needs to reach MLflow: to be handed over as an argument, which nobody else is shown."""
+    names = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
+    known = {name: os.environ[name] for name in names if name in os.environ}
+    return {"MLFLOW_TRACKING_URI": tracking_uri()} | known
+
+
 def ui_command() -> str:
     """The one command that shows the runs in a browser, on this machine only."""
     return f"mlflow ui --backend-store-uri {redact(tracking_uri())} --host 127.0.0.1"

@@ -29,7 +29,7 @@ from pipeline.evaluation.config import FRECHET
 from pipeline.evaluation.features import open_extractor
 from pipeline.lock import locked
 from pipeline.output import check_apart
-from pipeline.tracking import runs
+from pipeline.tracking import address, runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
 from pipeline.tracking.tracker import HURRIED, Tracker
 from pipeline.training.trainer import room_needed
@@ -101,7 +101,7 @@ def search(
             try:
                 at_a_time, objective = _concurrent(config, space), make_objective(config, splits)
                 settings = {"job": config, "objective": objective, "splits": splits, "parent_run": run.id}
-                trainable = tune.with_parameters(trial, **settings)
+                trainable = tune.with_parameters(trial, tracking=address.with_secrets(), **settings)
                 _run(config, space, trainable, at_a_time)
                 result = _conclude(config, tracker)
                 status = "FINISHED"

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import threading
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -55,8 +56,17 @@ class Trial(tune.Trainable):
 
     _measured = False  # whether this process has measured the trial
 
-    def setup(self, config: dict[str, Any], *, job: TuneConfig, **settings: Any) -> None:
-        """Called by Ray Tune in the trial's own actor; `config` is the trial's flags."""
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        job: TuneConfig,
+        tracking: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Called by Ray Tune in the trial's own actor; `config` is the trial's flags, `tracking` the way to MLflow."""
+        # The driver's MLflow, password and all: its node may know another, or none.
+        os.environ.update(tracking or {})
         connect()
         self.job, self.settings = job, settings
         self.record = ledger.read(job.output, self.trial_name)

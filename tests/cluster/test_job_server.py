@@ -1,15 +1,17 @@
 """Whatever is wrong with the way to a cluster is said in one line, and soon."""
 
+import contextlib
 import datetime
 import ipaddress
+import json
 import os
 import socket
 import ssl
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,11 +23,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pipeline.cluster import job_server
 from pipeline.cluster.job_server import connect
 from pipeline.errors import InputError
+from tests.jobs.common import ROOT
 
 
-@contextmanager
+@contextlib.contextmanager
 def server(
-    answer: Callable[[str], tuple[int, str]],
+    answer: Callable[[str], tuple[int, str | bytes]],
     certificate: tuple[Path, Path] | None = None,
     token: str = "",
     host: str = "127.0.0.1",
@@ -35,10 +38,12 @@ def server(
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = not token or self.headers.get("Authorization") == f"Bearer {token}"
-            status, body = answer(self.path) if known else (401, "no token")
+            # A proxy is asked for whole addresses.
+            path = "/" + self.path.split("/", 3)[3] if "://" in self.path else self.path
+            status, body = answer(path) if known else (401, "no token")
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(body if isinstance(body, bytes) else body.encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -60,9 +65,13 @@ def server(
         thread.join()
 
 
-def ray_like(path: str) -> tuple[int, str]:
+def ray_like(path: str, ray: str = "2.60.0", python: str = "3.11.7") -> tuple[int, str | bytes]:
     """As a cluster without a token answers."""
-    return (200, '{"ray_version": "2.60.0"}') if path == "/api/version" else (404, "no such job")
+    answers = {
+        "/api/version": {"ray_version": ray},
+        "/api/v0/cluster_metadata": {"data": {"rayVersion": ray, "pythonVersion": python}},
+    }
+    return (200, json.dumps(answers[path])) if path in answers else (404, "no such job")
 
 
 @pytest.fixture(autouse=True)
@@ -167,11 +176,66 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
+    ("ray", "python", "complaint"),
+    [
+        (
+            "2.40.0",
+            "3.11.7",
+            "runs Ray 2.40.0 and Python 3.11.7: jobs need Ray 2.60 and Python 3.11 or newer",
+        ),
+        ("2.60.0", "3.9.18", "Python 3.9.18: jobs need"),
+        ("3.0.0", "3.14.1", ""),
+        ("unknown", "3.12", "Invalid version: 'unknown'"),
+    ],
+)
+def test_a_cluster_that_is_too_old_for_the_jobs_is_refused(ray: str, python: str, complaint: str) -> None:
+    refused = pytest.raises(InputError, match=complaint) if complaint else contextlib.nullcontext()
+    with server(lambda path: ray_like(path, ray, python)) as address, refused:
+        connect(address)
+    with (
+        server(lambda path: (404, "") if "metadata" in path else ray_like(path)) as address,
+        pytest.raises(InputError, match=r"does not say its versions.*jobs need Ray 2\.60"),
+    ):
+        connect(address)
+
+
+def test_the_oldest_versions_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ray,) = (line for line in project["dependencies"] if line.startswith("ray["))
+    oldest = {"Ray": ray.partition(">=")[2], "Python": project["requires-python"].removeprefix(">=")}
+    assert {name: tuple(map(int, text.split("."))) for name, text in oldest.items()} == job_server.OLDEST
+
+
+@pytest.mark.parametrize(
+    ("source", "address", "complaint"),
+    [
+        (
+            "RAY_ADDRESS",
+            "10.0.0.1:6379",
+            r"^RAY_ADDRESS=10\.0\.0\.1:6379: expected .* http://10\.0\.0\.1:8265",
+        ),
+        ("RAY_ADDRESS", "auto", r"^RAY_ADDRESS=auto: expected http://HOST:8265"),
+        (
+            "RAY_API_SERVER_ADDRESS",
+            "ray://h:10001",
+            r"^RAY_API_SERVER_ADDRESS=ray://h:10001: .* http://h:8265",
+        ),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(
+    source: str, address: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(source, address)
+    with pytest.raises(InputError, match=complaint):
+        connect("")
+
+
+@pytest.mark.parametrize(
     "address",
     ["10.0.0.1:8265", "ray://head:10001", "http://", "http://head:99999", "http://me:planted@head:8265"],
 )
 def test_an_address_that_cannot_be_is_refused(address: str) -> None:
-    with pytest.raises(InputError, match="expected http://HOST:8265 or https://HOST") as caught:
+    with pytest.raises(InputError, match=r"--address .*: expected .*http://[\w.]+:8265") as caught:
         connect(address)
     assert "planted" not in str(caught.value)
 

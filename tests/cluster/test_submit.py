@@ -1,14 +1,19 @@
 """What submission refuses before it asks a cluster, and how it follows a job over a connection that breaks."""
 
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.cluster import submit
+from pipeline.cluster.job_server import connect
 from pipeline.cluster.submit import SubmitConfig
 from pipeline.errors import InputError, JobFailed
+from tests.cluster.test_job_server import ray_like, server
 
+CONFIG = "a file that says --data runs/digits"
 LOG = "one\ntwo\nthree\n" + '{"output": "s3://b/x", "count": 3}\n'
 
 
@@ -18,7 +23,10 @@ class BreakingClient:
     def __init__(self, status: str = "SUCCEEDED", code: int | None = 0, breaks: int = 3) -> None:
         self.asked, self.breaks = 0, breaks
         self.job = SimpleNamespace(
-            status=SimpleNamespace(value=status), driver_exit_code=code, message="its own message"
+            status=SimpleNamespace(value=status),
+            driver_exit_code=code,
+            message="its own message",
+            driver_node_id="n",
         )
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
@@ -31,7 +39,12 @@ class BreakingClient:
         raise RuntimeError("WebSocket connection closed unexpectedly")
 
     def get_job_info(self, job_id: str) -> SimpleNamespace:
+        if self.asked <= self.breaks:
+            raise RuntimeError("the server is away")
         return self.job
+
+    def _do_request(self, method: str, path: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(content=LOG.encode(), raise_for_status=lambda: None)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +67,42 @@ def test_a_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -
         submit._follow(BreakingClient(breaks=10**9), "a")
 
 
+class Jobs:
+    """A job server that answers plain requests alone, as behind an HTTP proxy; `logs` are what it has at each request."""
+
+    def __init__(self, *logs: bytes) -> None:
+        self.logs, self.asked = logs, 0
+
+    def __call__(self, path: str) -> tuple[int, str | bytes]:
+        if path.startswith("/api/v0/logs/file"):
+            assert "node_id=n1" in path and "filename=job-driver-a.log" in path
+            self.asked += 1
+            return 200, self.logs[self.asked - 1]
+        if path == "/api/jobs/a":
+            status = "SUCCEEDED" if self.asked == len(self.logs) - 1 else "RUNNING"
+            told = {"type": "SUBMISSION", "entrypoint": "x", "status": status, "driver_node_id": "n1"}
+            return 200, json.dumps(told | {"submission_id": "a", "driver_exit_code": 0})
+        return ray_like(path)
+
+
+def test_without_a_stream_what_is_new_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server gives no stream; and what the job prints is no text, breaks a character, and draws a progress bar."""
+    first = b"10%\r20%\r\xff\xfe \xc3"
+    whole = first + b'\xa9\r\n{"output": "/x"}\n'
+    jobs = Jobs(b"", first, whole, whole)
+    with server(jobs) as proxy:
+        # Ray's stream goes straight to a host that only the proxy knows.
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        client = connect("http://ray.invalid:8265")
+        assert submit._follow(client, "a") == {"output": "/x", "id": "a", "status": "SUCCEEDED"}
+    assert jobs.asked == 4
+    assert capsys.readouterr().err == '10%\n20%\n\ufffd\ufffd \u00e9\n{"output": "/x"}\n'
+
+
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [("FAILED", 3, 3), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 1)],
@@ -70,15 +119,44 @@ def test_a_job_that_fails_gives_its_own_exit_code(status: str, code: int | None,
         (SubmitConfig("train"), ["--data", "s3://me:planted@b/x"], r"\*\*\*@b/x holds a secret"),
         (SubmitConfig("train"), ["--output", "runs/x"], "--output runs/x: a relative path"),
         (SubmitConfig("train"), ["--output=runs/x"], "--output runs/x: a relative path"),
+        (
+            SubmitConfig("train"),
+            ["--data", "runs/digits", "--output", "/x"],
+            "--data runs/digits: a relative path",
+        ),
+        (SubmitConfig("prepare"), ["--input=~/images"], "--input ~/images: a relative path"),
+        (SubmitConfig("evaluate"), ["--model", "./model"], "--model ./model: a relative path"),
+        (SubmitConfig("evaluate"), ["--samples", "."], r"--samples \.: a relative path"),
+        (SubmitConfig("train"), ["--config", CONFIG], "--data runs/digits: a relative path"),
+        (SubmitConfig("train"), ["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (SubmitConfig("train", id="../x"), [], r"--id \.\./x: letters"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_cluster_is_asked(
-    config: SubmitConfig, flags: list[str], complaint: str
+    config: SubmitConfig, flags: list[str], complaint: str, tmp_path: Path
 ) -> None:
+    saved = tmp_path / "run.yaml"
+    saved.write_text("steps: 5\noutput: /x\ndata: runs/digits\n")
+    flags = [str(saved) if word == CONFIG else word for word in flags]
     with pytest.raises(InputError, match=complaint) as caught:
         submit.submit(config, flags)
     assert "planted" not in str(caught.value)
+
+
+def test_places_that_nodes_see_are_let_through() -> None:
+    submit._check_flags(
+        [
+            "--data",
+            "s3://b/x",
+            "--output=/results/x",
+            "--model",
+            "models:/a/1",
+            "--resume",
+            "--source",
+            "digits",
+        ]
+    )
+    submit._check_flags(["--model", "models:/a@best", "--samples", "", "--data", "hf://datasets/a/b"])
 
 
 def test_only_variables_that_others_may_read_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def dangling(objects: list[Object], images: set[str]) -> list[str]:
         where = f"{thing['kind']}/{thing['metadata']['name']}"
         for kind, name, key in _named(thing):
             need(where, kind, name, key)
-        for host, port in _addresses(thing):
+        for host, port in addresses(thing):
             need(where, "Service", host)
             service = known.get(("Service", host))
             if service and port not in [p["port"] for p in service["spec"]["ports"]]:
@@ -84,11 +84,11 @@ def _named(node: Any) -> Iterator[tuple[str, str, str | None]]:
         yield from _named(child)
 
 
-def _addresses(node: Any) -> Iterator[tuple[str, int]]:
+def addresses(node: Any) -> Iterator[tuple[str, int]]:
     """HOST:PORT of services in this namespace: host names without a dot."""
     if isinstance(node, list | dict):
         for child in node.values() if isinstance(node, dict) else node:
-            yield from _addresses(child)
+            yield from addresses(child)
     elif isinstance(node, str) and " " not in node and "," not in node:
         url = urlsplit(node if "://" in node else f"//{node}")
         try:
@@ -131,20 +131,20 @@ def labelled_pods(objects: list[Object]) -> list[tuple[dict[str, str], set[Any]]
         spec = thing.get("spec", {})
         if thing["kind"] in ("Deployment", "StatefulSet"):
             template = spec["template"]
-            found.append((template["metadata"]["labels"], _ports(template["spec"])))
+            found.append((template["metadata"]["labels"], ports(template["spec"])))
         if thing["kind"] == "RayCluster":  # KubeRay's labels
             groups = [("head", "headgroup", spec["headGroupSpec"])]
             groups += [("worker", g["groupName"], g) for g in spec["workerGroupSpecs"]]
             for kind, group, settings in groups:
                 labels = {"ray.io/is-ray-node": "yes", "ray.io/node-type": kind, "ray.io/group": group}
                 labels["ray.io/cluster"] = thing["metadata"]["name"]
-                found.append((labels, _ports(settings["template"]["spec"])))
+                found.append((labels, ports(settings["template"]["spec"])))
         if thing["kind"] == "RayJob" and "submitterPodTemplate" in spec:
             found.append((spec["submitterPodTemplate"]["metadata"]["labels"], set()))
     return found
 
 
-def _ports(pod: Object) -> set[Any]:
+def ports(pod: Object) -> set[Any]:
     return {p[k] for c in pod["containers"] for p in c.get("ports", []) for k in ("name", "containerPort")}
 
 

@@ -1,5 +1,6 @@
-"""Objects against the Kubernetes schemas, strictly, and Ray's against KubeRay's published definitions."""
+"""Objects against the Kubernetes schemas, strictly, and Ray's against KubeRay's published definitions, CEL rules too."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from cel_expr_python import cel
 
 from tests.k8s.render import ROOT, Object
 
@@ -24,8 +26,26 @@ def check(thing: Object) -> None:
         kubernetes_validate.validate(thing, KUBERNETES, strict=True)
 
 
+RULES = cel.NewEnv(variables={"self": cel.Type.DYN, "oldSelf": cel.Type.DYN})
+
+
+def keep_rules(validator: Any, rules: list[dict[str, str]], thing: Any, schema: Any) -> Iterator[Any]:
+    """The keyword `x-kubernetes-validations`; a rule of `oldSelf` is about changes alone."""
+    for rule in rules:
+        if (
+            "oldSelf" not in rule["rule"]
+            and RULES.compile(rule["rule"]).eval(data={"self": thing}).value() is not True
+        ):
+            yield jsonschema.ValidationError(rule.get("message") or rule["rule"])
+
+
+Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator, {"x-kubernetes-validations": keep_rules}
+)
+
+
 @lru_cache
-def ray_validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
+def ray_validator(kind: str, version: str) -> Any:
     text = (CRDS / f"ray.io_{kind.lower()}s.yaml").read_text()
     definition = yaml.load(text, yaml.CSafeLoader)["spec"]
     (found,) = [v for v in definition["versions"] if f"ray.io/{v['name']}" == version]
@@ -34,7 +54,7 @@ def ray_validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
     schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}}
     strict = _refuse_unknown(schema)
     strict["properties"]["metadata"] = {"type": "object"}
-    return jsonschema.Draft202012Validator(strict)
+    return Validator(strict)
 
 
 def _refuse_unknown(schema: Any) -> Any:

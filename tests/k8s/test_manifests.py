@@ -15,7 +15,7 @@ from pipeline.commands import cli
 from pipeline.errors import InputError
 from tests.k8s import schemas
 from tests.k8s.references import containers, dangling, pod_templates
-from tests.k8s.render import K8S, ROOT, Object, real_command, render, render_little
+from tests.k8s.render import K8S, ROOT, Object, render
 
 IMAGES = {"ray-ddpm", "ray-ddpm-gpu", "ray-ddpm-mlflow", "redis", "postgres", "minio"}
 ENTRYPOINTS = {"prepare", "train", "tune", "generate", "evaluate"}
@@ -52,21 +52,6 @@ def parse_entrypoint(entrypoint: str) -> object:
     assert python == "python" and job, entrypoint
     module = importlib.import_module(f"pipeline.commands.{job[1]}")
     return cli.parse(get_type_hints(module.execute)["config"], flags, job[1], module.__doc__ or "")
-
-
-def test_the_little_renderer_makes_what_kustomize_makes(overlay: str, standing: list, jobs: list) -> None:
-    if real_command() is None:
-        pytest.skip("neither kustomize nor kubectl is on PATH")
-    for name, real in ((overlay, standing), (f"{overlay}/jobs", jobs)):
-        little = render_little(K8S / "overlays" / name)
-        assert {schemas.path_of(o): o for o in little} == {schemas.path_of(o): o for o in real}
-        assert len(little) == len(real)
-
-
-def test_the_little_renderer_refuses_what_it_does_not_know(tmp_path) -> None:
-    (tmp_path / "kustomization.yaml").write_text("namePrefix: a-\n")
-    with pytest.raises(NotImplementedError, match="namePrefix"):
-        render_little(tmp_path)
 
 
 def test_every_core_object_meets_the_kubernetes_schema(standing: list, secrets: list) -> None:
@@ -192,8 +177,9 @@ def test_prometheus_scrapes_ports_that_exist(standing: list) -> None:
         p["name"]: p["containerPort"]
         for p in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
     }
-    allowed = find(standing, "NetworkPolicy", "ray-metrics")["spec"]["ingress"][0]["ports"]
-    assert {head[name] for name in kept} == {p["port"] for p in allowed}
+    policies = [find(standing, "NetworkPolicy", name) for name in ("ray-metrics", "ray-head-metrics")]
+    allowed = {p["port"] for policy in policies for p in policy["spec"]["ingress"][0]["ports"]}
+    assert {head[name] for name in kept} == allowed
     assert job["kubernetes_sd_configs"][0]["namespaces"]["names"] == ["ray-ddpm"]
 
 
@@ -220,6 +206,28 @@ def test_a_wrong_field_or_type_is_refused(
         node = node[part]
     node[path[-1]] = value
     with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        schemas.check(thing)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "complaint"),
+    [
+        ({"deletionRules": [{"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED"}}]}, ""),
+        ({"onSuccess": {"policy": "DeleteSelf"}}, "requires either BOTH onSuccess and"),
+        (
+            {"deletionRules": [{"policy": "DeleteCluster", "condition": {"ttlSeconds": 5}}]},
+            "requires either the JobStatus",
+        ),
+    ],
+)
+def test_a_rule_of_a_definition_is_kept(strategy: dict, complaint: str, jobs: list) -> None:
+    """Rules in CEL say what no schema can."""
+    thing = copy.deepcopy(find(jobs, "RayJob", "train"))
+    thing["spec"]["deletionStrategy"] = strategy
+    if not complaint:
+        schemas.check(thing)
+        return
+    with pytest.raises(jsonschema.ValidationError, match=complaint):
         schemas.check(thing)
 
 

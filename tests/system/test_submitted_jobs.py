@@ -1,12 +1,14 @@
 """Jobs submitted from outside to a real cluster that asks for a token, with MLflow and S3 beside it."""
 
+import subprocess
+import sys
 from typing import Any
 
 import mlflow
 import pytest
 import requests
 
-from tests.jobs.common import Outcome
+from tests.jobs.common import ROOT, Outcome
 from tests.system.conftest import STEPS, Trained
 from tests.system.served import BUCKET, DATA, PREPARE, RUN, SMALL, Served, wait_for
 
@@ -58,6 +60,25 @@ def test_a_jobs_own_exit_code_and_last_line_come_back(served: Served) -> None:
     last = failed.stderr.splitlines()[-1]
     assert last.startswith("submit: job wrong failed: train: ") and "nowhere" in last
     assert ask(served, "wrong")["status"] == "FAILED"
+
+
+def test_what_is_no_text_is_followed_to_its_end(served: Served) -> None:
+    """Ray's own stream of such a job's output ends early, without a word."""
+    (served.home / "bytes.py").write_text(
+        "import os, time\n"
+        r"os.write(1, b'\xff\xfe 1\r2\n')"
+        '\ntime.sleep(2)\nprint(\'{"output": "/x"}\')\n'
+    )
+    follow = (
+        "import sys; from pipeline.cluster import job_server, submit; client = job_server.connect(sys.argv[1]);"
+        "print(submit._follow(client, client.submit_job(entrypoint=sys.argv[2], submission_id='bytes')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", follow, served.jobs, f"python {served.home}/bytes.py"],
+        env=served.user, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "{'output': '/x', 'id': 'bytes', 'status': 'SUCCEEDED'}\n", done.stderr
+    assert done.stderr.endswith('\ufffd\ufffd 1\n2\n{"output": "/x"}\n')
 
 
 def test_training_outlives_a_node_and_goes_on_after_its_driver_in_one_run_with_one_curve(

@@ -1,14 +1,17 @@
 """A trial's record: what a failure makes of it, and what another attempt finds."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import tune
 from ray.train import WorkerGroupError
 
 from pipeline.errors import BadSettings, InputError, Outage
 from pipeline.evaluation.config import BITS_PER_DIM
+from pipeline.tracking import address
 from pipeline.tuning import ledger, trial
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record, Rung
@@ -107,3 +110,35 @@ def test_a_rung_whose_answer_was_lost_is_asked_about_again_and_kept_once(
     assert (record(tmp_path).status, record(tmp_path).rungs) == ("stopped", (rung(100),))
     again.cleanup()
     assert record(tmp_path).status == "stopped"
+
+
+class Sighted(tune.Trainable):
+    """Says with which MLflow it was set up, and in which files of the search the password lies meanwhile."""
+
+    def setup(self, config: dict[str, Any], *, folder: str, **settings: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trial, "connect", lambda: None)
+            patch.setattr(ledger, "read", lambda *_: None)
+            Trial.setup(self, config, job=TuneConfig("", ""), **settings)  # type: ignore[arg-type]
+        self.folder = Path(folder)
+
+    def step(self) -> dict[str, Any]:
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        seen = [str(path) for path in files if b"pl4nted" in path.read_bytes()]
+        return {"address": os.environ["MLFLOW_TRACKING_URI"], "seen": seen, "files": len(files), "done": True}
+
+
+def test_a_trial_reaches_the_drivers_mlflow_and_its_password_is_in_no_file(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "http://me:pl4nted@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    assert address.environment() == {}  # settings of a cluster's workers can be read by others
+    tuner = tune.Tuner(
+        tune.with_parameters(Sighted, folder=str(tmp_path), tracking=address.with_secrets()),
+        run_config=tune.RunConfig(name="s", storage_path=str(tmp_path), verbose=0),
+    )
+    (result,) = tuner.fit()
+    assert result.metrics["address"] == place
+    assert result.metrics["files"] > 0 and result.metrics["seen"] == []

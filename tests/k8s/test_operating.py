@@ -1,0 +1,152 @@
+"""What operators add: monitoring, queues, and the script that says what a cluster lacks."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.dashboard.modules.metrics import dashboards
+
+from pipeline.training.gauges import GAUGES
+from tests.k8s.references import matches
+from tests.k8s.render import K8S, Object, render
+from tests.k8s.test_manifests import find, job_spec
+
+
+@pytest.fixture(scope="module")
+def monitoring() -> list[Object]:
+    return render(K8S / "monitoring")
+
+
+def exported() -> set[str]:
+    """Names of Ray's metrics, as its own dashboards use them, and of ours."""
+    texts = [path.read_text() for path in Path(dashboards.__file__).parent.glob("*.py")]
+    return set(re.findall(r"\bray_[a-z_]+", " ".join(texts))) | {f"ray_{name}" for name in GAUGES}
+
+
+def metrics(expression: str) -> set[str]:
+    return set(re.findall(r"\bray_[a-z_]+\b(?!\s*[,)=])|\bray_ddpm_[a-z_]+", expression)) - {"ray_io_cluster"}
+
+
+def test_prometheus_finds_every_ray_node_and_ports_that_exist(
+    monitoring: list[Object], standing: list[Object]
+) -> None:
+    monitor = find(monitoring, "PodMonitor", "ray")["spec"]
+    assert matches(monitor["selector"], {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"})
+    spec = find(standing, "RayCluster", "ray-ddpm")["spec"]
+    heads = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    wanted = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
+    assert wanted == {port["name"] for port in heads if "metrics" in port["name"]}
+    policies = [find(standing, "NetworkPolicy", name) for name in ("ray-metrics", "ray-head-metrics")]
+    allowed = {port["port"] for policy in policies for port in policy["spec"]["ingress"][0]["ports"]}
+    assert {port["containerPort"] for port in heads if port["name"] in wanted} == allowed
+
+
+def test_alerts_and_panels_ask_for_metrics_that_are_exported(monitoring: list[Object]) -> None:
+    rules = find(monitoring, "PrometheusRule", "ray-ddpm")["spec"]["groups"][0]["rules"]
+    board = find(monitoring, "ConfigMap", "ray-ddpm-dashboard")
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    panels = json.loads(board["data"]["ray-ddpm.json"])["panels"]
+    expressions = [rule["expr"] for rule in rules]
+    expressions += [target["expr"] for panel in panels for target in panel["targets"]]
+    used = set().union(*map(metrics, expressions))
+    assert used <= exported(), used - exported()
+    assert {f"ray_{name}" for name in GAUGES} <= used
+    assert len({panel["id"] for panel in panels}) == len(panels) >= 8
+    for rule in rules:
+        notes = rule["annotations"]
+        assert len(notes["runbook"]) > 60 and "{{ $labels." in notes["summary"], rule["alert"]
+    assert metrics('sum by (ray_io_cluster) (ray_actors{State="ALIVE"}) > ray_nodes') == {"ray_actors", "ray_nodes"}
+
+
+@pytest.mark.parametrize("overlay", ["local", "gpu"], indirect=True)
+def test_with_kueue_jobs_wait_in_a_queue(overlay: str, jobs: list[Object], tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s", ignore=shutil.ignore_patterns("*.env"))
+    file = tmp_path / "k8s" / "overlays" / overlay / "jobs" / "kustomization.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["components"] = [*settings.get("components", []), "../../../kueue"]
+    file.write_text(yaml.dump(settings))
+    objects = {o["metadata"]["name"]: o for o in yaml.safe_load_all((K8S / "kueue" / "queues.yaml").read_text())}
+    queued = render(file.parent)
+    assert {o["metadata"]["name"] for o in queued} == {o["metadata"]["name"] for o in jobs}
+    for job in (o for o in queued if o["kind"] == "RayJob"):
+        labels = job["metadata"]["labels"]
+        assert job_spec(job)["suspend"] is True
+        assert objects[labels["kueue.x-k8s.io/queue-name"]]
+        priority = objects[labels["kueue.x-k8s.io/priority-class"]]
+        assert priority["kind"] == "WorkloadPriorityClass"
+        assert (priority["value"] > 100) == (job["metadata"]["name"] == "train")
+        assert labels["job"] == job["metadata"]["name"]  # what `--selector` chooses by
+
+
+CLUSTER = """#!/bin/sh
+# Answers as a cluster of which some things are missing.
+case "$*" in
+  *{missing}*) exit 1 ;;
+  version*) exit 0 ;;
+  *kuberay-operator*) echo "{space} [--feature-gates={gates}]" ;;
+  *storageclass*jsonpath*) echo '{{"storageclass.kubernetes.io/is-default-class":"true"}}' ;;
+  *daemonsets*) echo "kube-system nvidia-device-plugin" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "space", "gates", "said"),
+    [
+        ("nothing-at-all", "kuberay-system", "RayCronJob=true", ""),
+        ("raycronjobs", "kuberay-system", "RayCronJob=true", "MISSING  KubeRay's raycronjobs: "),
+        ("nothing-at-all", "default", "RayCronJob=true", "it runs in default: "),
+        ("nothing-at-all", "kuberay-system", "RayJob=true", "--feature-gates=RayCronJob=true"),
+        ("secret postgres", "kuberay-system", "RayCronJob=true", "kubectl apply -k k8s/secrets"),
+        ("namespace ray-ddpm", "kuberay-system", "RayCronJob=true", "kubectl create namespace ray-ddpm"),
+        ("storageclass shared", "kuberay-system", "RayCronJob=true", "MISSING  the storage class shared: "),
+    ],
+)
+def test_what_a_cluster_lacks_is_said(
+    missing: str, space: str, gates: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "kubectl"
+    fake.write_text(CLUSTER.format(missing=missing.replace(" ", "\\ "), space=space, gates=gates))
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    done = subprocess.run([K8S / "preflight.sh", "gpu"], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("MISSING")]
+    assert done.returncode == bool(said), done.stdout
+    assert [said in line for line in lines] == [True] * bool(said), done.stdout
+    assert done.stdout.count("\nok ") + len(lines) >= 7 or "namespace" in said
+
+
+def test_without_a_cluster_the_script_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kubectl").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    done = subprocess.run([K8S / "preflight.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no cluster answers to kubectl" in done.stderr
+
+
+def test_names_are_found_wherever_clusters_answer_for_them(standing: list[Object]) -> None:
+    rules = find(standing, "NetworkPolicy", "dns")["spec"]["egress"]
+    peers = [(peer, {port["port"] for port in rule["ports"]}) for rule in rules for peer in rule["to"]]
+    assert ({"ipBlock": {"cidr": "169.254.20.10/32"}}, {53}) in peers  # NodeLocal DNSCache
+    spaces = {
+        peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]: ports
+        for peer, ports in peers
+        if "namespaceSelector" in peer
+    }
+    assert spaces == {"kube-system": {53}, "openshift-dns": {5353}}
+
+
+def test_whoever_may_leave_by_ipv4_may_by_ipv6_and_to_no_metadata_service(standing: list[Object]) -> None:
+    seen = 0
+    for thing in (o for o in standing if o["kind"] == "NetworkPolicy"):
+        for rule in thing["spec"].get("egress", []):
+            blocks = {p["ipBlock"]["cidr"]: p["ipBlock"] for p in rule["to"] if "ipBlock" in p}
+            if "0.0.0.0/0" in blocks:
+                seen += 1
+                assert "169.254.0.0/16" in blocks["0.0.0.0/0"]["except"]
+                assert "fd00:ec2::254/128" in blocks["::/0"]["except"], thing["metadata"]["name"]
+    assert seen >= 2
