@@ -59,7 +59,10 @@ def test_alerts_and_panels_ask_for_metrics_that_are_exported(monitoring: list[Ob
     for rule in rules:
         notes = rule["annotations"]
         assert len(notes["runbook"]) > 60 and "{{ $labels." in notes["summary"], rule["alert"]
-    assert metrics('sum by (ray_io_cluster) (ray_actors{State="ALIVE"}) > ray_nodes') == {"ray_actors", "ray_nodes"}
+    assert metrics('sum by (ray_io_cluster) (ray_actors{State="ALIVE"}) > ray_nodes') == {
+        "ray_actors",
+        "ray_nodes",
+    }
 
 
 @pytest.mark.parametrize("overlay", ["local", "gpu"], indirect=True)
@@ -69,7 +72,9 @@ def test_with_kueue_jobs_wait_in_a_queue(overlay: str, jobs: list[Object], tmp_p
     settings = yaml.safe_load(file.read_text())
     settings["components"] = [*settings.get("components", []), "../../../kueue"]
     file.write_text(yaml.dump(settings))
-    objects = {o["metadata"]["name"]: o for o in yaml.safe_load_all((K8S / "kueue" / "queues.yaml").read_text())}
+    objects = {
+        o["metadata"]["name"]: o for o in yaml.safe_load_all((K8S / "kueue" / "queues.yaml").read_text())
+    }
     queued = render(file.parent)
     assert {o["metadata"]["name"] for o in queued} == {o["metadata"]["name"] for o in jobs}
     for job in (o for o in queued if o["kind"] == "RayJob"):
