@@ -30,7 +30,7 @@ def front_matter(
     Args:
         classes: names of the labels; empty = numbers.
         columns: what follows image and label, with their types.
-        files: patterns by split.
+        files: patterns by split; none where `datasets` can't read them.
         described: whether readers find these columns.
         sizes: by split; empty for a dataset that is still growing, since `datasets` refuses other numbers.
     """
@@ -47,15 +47,10 @@ def front_matter(
             {"name": name, "num_bytes": size.bytes, "num_examples": size.rows} for name, size in sizes.items()
         ]
         info |= {"download_size": total, "dataset_size": total}
-    content: dict[str, Any] = {
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": name, "path": paths} for name, paths in files.items()],
-            }
-        ],
-        "dataset_info": info,
-    }
+    content: dict[str, Any] = {"dataset_info": info}
+    if files:
+        paths = [{"split": name, "path": paths} for name, paths in files.items()]
+        content = {"configs": [{"config_name": "default", "data_files": paths}], **content}
     if tags:
         content["tags"] = list(tags)
     return f"---\n{yaml.safe_dump(content, sort_keys=False, width=10_000)}---\n"

@@ -22,7 +22,7 @@ class EvaluateConfig:
     data: str
     """Dataset to measure against: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     samples: str = ""
-    """Samples to compare with the data: a folder that jobs/generate.py wrote with --format parquet (URI)."""
+    """Samples to compare with the data: a folder of jobs/generate.py (--format parquet or npz), or an .npz file (URI)."""
     output: str = ""
     """Folder for metrics.json, the terms of the bound, their plot and the classifier (URI); empty = not written."""
     metrics: tuple[Metric, ...] = (

@@ -18,7 +18,7 @@ from pipeline.data.generated import foreign, sizes
 from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.generation import arithmetic, card, ledger
+from pipeline.generation import arithmetic, card, ledger, npz
 from pipeline.generation.chunks import Chunk, file_name, gaps, parse_name
 from pipeline.generation.config import GenerateConfig, check, identity
 from pipeline.generation.ledger import ChunkRecord
@@ -98,6 +98,8 @@ def verify(
             if how:
                 different.append(f"{file_name(chunk, SUFFIX[config.format])} is {how}")
             display.update(checked, f"{len(different)} differences")
+    if config.format == "npz" and not different:
+        different += npz.differences(output, listed, manifest)
     if different:
         named = "; ".join(
             different[:NAMED] + [f"and {len(different) - NAMED} more"] * (len(different) > NAMED)

@@ -25,6 +25,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.work import choose
+from pipeline.gpu.precision import use_tf32
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.rng import Choice
@@ -91,6 +92,7 @@ class Validator:
         if device.type == "cpu":  # only what the training leaves
             os.setpriority(os.PRIO_PROCESS, 0, 19)
             torch.set_num_threads(1)
+        use_tf32(False)
         model = build(self.spec)
         weights, _ = checkpoint.read_model(storage.join(self.output, CHECKPOINTS, name))
         model.load_state_dict(weights)
