@@ -1,19 +1,34 @@
 """Samples beside real images: what is compared, and by which figures."""
 
+import dataclasses
+import hashlib
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pipeline import storage
+from pipeline import __version__, storage
 from pipeline.cluster.pool import Pool
 from pipeline.data.index import DatasetIndex, Splits
 from pipeline.errors import InputError
 from pipeline.evaluation.classifier import TRAINING_IMAGES, check_labels, save_classifier, train_classifier
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
-from pipeline.evaluation.frechet import Moments, frechet_distance, read_statistics, write_statistics
+from pipeline.evaluation.frechet import (
+    Moments,
+    Statistics,
+    frechet_distance,
+    read_statistics,
+    write_statistics,
+)
+from pipeline.evaluation.inception import (
+    OF_INCEPTION,
+    PREPROCESSING,
+    Output,
+    TorchScriptExtractor,
+    inception_score,
+)
 from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
 from pipeline.evaluation.memorisation import memorised, nearest_images, spread_out
 from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
@@ -33,6 +48,7 @@ class Compared:
         extractor: None = the classifier, which is yet to be trained.
         about: figures of the extractor.
         statistics: published ones of the same features.
+        of_inception: the same network's other outputs, which are asked for.
     """
 
     reference: DatasetIndex
@@ -40,7 +56,28 @@ class Compared:
     held_out: DatasetIndex
     extractor: Extractor | None
     about: dict[str, float]
-    statistics: Moments | None
+    statistics: Statistics | None
+    of_inception: dict[Output, Extractor]
+
+    def measured_on(self, config: EvaluateConfig) -> dict[str, str]:
+        """What the figures depend on beside the samples, in words."""
+        held_out, most = self.held_out, config.max_features
+        about = {
+            "data": f"{held_out.uri}, fingerprint {held_out.fingerprint[:16]}",
+            "real images": f"{self.reference.rows:,} of split {self.reference.split}",
+            "held-out images": f"{held_out.rows:,} of split {held_out.split}",
+            "chosen of a side, for all but Fréchet distances": f"at most {most:,}" if most else "all",
+            "features": config.features
+            if self.extractor
+            else f"a classifier trained on the real images in {config.classifier_steps} steps",
+            "images for the features": "uint8 from 0 to 255 in their own size",
+            "seed": str(config.seed),
+            "measured by": f"ray-ddpm {__version__}",
+        }
+        if isinstance(self.extractor, TorchScriptExtractor):
+            about["features"] += f", sha256 {hashlib.sha256(self.extractor.data).hexdigest()[:16]}"
+            about["images for the features"] = self.extractor.preprocessing()
+        return about | {f"images for {OF_INCEPTION[name]}": PREPROCESSING[name] for name in self.of_inception}
 
     @property
     def sets(self) -> list[DatasetIndex]:
@@ -65,28 +102,49 @@ def open_compared(config: EvaluateConfig, splits: Splits, model: str) -> Compare
         check_labels(reference)
     else:
         extractor, about = open_extractor(config.features, reference.image)
-    statistics = _open_statistics(config, extractor, reference)
-    compared = Compared(reference, samples, held_out, extractor, about, statistics)
+    others = _outputs_of_inception(config, extractor, reference)
+    statistics = None
+    if config.reference_statistics and extractor is not None:
+        statistics = read_statistics(config.reference_statistics)
+        _check_length(config, statistics.features, extractor, reference)
+        if statistics.spatial and "spatial" in others:
+            _check_length(config, statistics.spatial, others["spatial"], reference)
+    compared = Compared(reference, samples, held_out, extractor, about, statistics, others)
     _check_counts(config, compared.sets)
     return compared
 
 
-def _open_statistics(
+def _outputs_of_inception(
     config: EvaluateConfig, extractor: Extractor | None, reference: DatasetIndex
-) -> Moments | None:
-    if not config.reference_statistics or extractor is None:
-        return None
-    statistics = read_statistics(config.reference_statistics)
-    image = torch.zeros(
-        1, reference.image.channels, reference.image.size, reference.image.size, dtype=torch.uint8
-    )
-    numbers = extractor.load("cpu")(image).shape[1]
+) -> dict[Output, Extractor]:
+    found = dict[Output, Extractor]()
+    for output, metric in OF_INCEPTION.items():
+        if metric in config.metrics:
+            if not isinstance(extractor, TorchScriptExtractor):
+                raise InputError(
+                    f"--metrics {metric}: --features {config.features} is not Inception's network"
+                )
+            found[output] = dataclasses.replace(extractor, output=output)
+            _embed_one(found[output], reference)
+    return found
+
+
+def _check_length(
+    config: EvaluateConfig, statistics: Moments, extractor: Extractor, reference: DatasetIndex
+) -> None:
+    numbers = _embed_one(extractor, reference)
     if numbers != len(statistics.mean):
         raise InputError(
             f"--reference-statistics {config.reference_statistics}: of {len(statistics.mean)} features, --features "
             f"{config.features} gives {numbers}: they are of another network"
         )
-    return statistics
+
+
+@torch.no_grad()
+def _embed_one(extractor: Extractor, index: DatasetIndex) -> int:
+    """Numbers that an extractor gives for an image."""
+    image = torch.zeros(1, index.image.channels, index.image.size, index.image.size, dtype=torch.uint8)
+    return extractor.load("cpu")(image).shape[1]
 
 
 def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
@@ -105,9 +163,13 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
     )
     metrics |= {"samples": compared.samples.rows} | _compare(config, real, fake)
     if compared.statistics:
-        metrics["frechet_distance_to_statistics"] = frechet_distance(compared.statistics, fake.moments)
+        metrics["frechet_distance_to_statistics"] = frechet_distance(
+            compared.statistics.features, fake.moments
+        )
+    found, spatial = _by_inception(config, compared, pool)
+    metrics |= found
     if config.output:
-        write_statistics(storage.join(config.output, "statistics.npz"), real.moments)
+        write_statistics(storage.join(config.output, "statistics.npz"), Statistics(real.moments, spatial))
     for other in others:
         yardstick = _compare(config, real, other)
         metrics |= {"samples_real": compared.held_out.rows} | {
@@ -118,6 +180,27 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
     if "cas" in config.metrics and fake.labels.min() >= 0 and len(compared.reference.image.classes) > 1:
         metrics |= _classification_accuracy(config, compared, pool)
     return metrics
+
+
+def _by_inception(
+    config: EvaluateConfig, compared: Compared, pool: Pool
+) -> tuple[dict[str, float], Moments | None]:
+    """The figures that are of Inception's network alone, and the moments of its spatial features of real images."""
+    metrics, spatial = dict[str, float](), None
+    if extractor := compared.of_inception.get("spatial"):
+        real, *others = measure(compared.sets, extractor, keep=1, seed=config.seed, pool=pool)
+        spatial = real.moments
+        for suffix, other in zip(("", "_real"), others, strict=False):
+            metrics[f"sfid{suffix}"] = frechet_distance(spatial, other.moments)
+        if compared.statistics and compared.statistics.spatial:
+            metrics["sfid_to_statistics"] = frechet_distance(compared.statistics.spatial, others[0].moments)
+    if extractor := compared.of_inception.get("probabilities"):
+        for suffix, of in zip(
+            ("", "_real"), measure(compared.sets[1:], extractor, keep=0, pool=pool), strict=False
+        ):
+            score, spread = inception_score(of.features)
+            metrics |= {f"inception_score{suffix}": score, f"inception_score_std{suffix}": spread}
+    return metrics, spatial
 
 
 def _classification_accuracy(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
@@ -163,6 +246,7 @@ def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
     """Before the work, not after it."""
     least = {
         "frechet": 2,
+        "sfid": 2,
         "kernel": LEAST_IMAGES,
         "precision_recall": config.precision_recall_neighbours + 1,
         "knn": config.knn_neighbours,

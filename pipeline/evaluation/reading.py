@@ -80,10 +80,11 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
         InputError: no such folder, no such file in it, one that is damaged, other columns, or another model's.
     """
     uri = storage.absolute(uri)
-    manifest = read_manifest(uri, "--samples")
+    manifest, fingerprint = read_manifest(uri, "--samples"), ""
     if manifest is None:
         files = storage.list_files(uri, FORMATS)
     else:
+        fingerprint = str(manifest.get("sha256", ""))
         if model not in ("", manifest["settings"]["model_fingerprint"]):
             raise InputError(
                 f"--samples {uri}: made by another model than --model: by {manifest['model']}: name that one, or "
@@ -101,7 +102,7 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
         groups = _arrays(files)
     if not groups.first[-1]:
         raise InputError(f"--samples {uri}: the files there are empty")
-    return DatasetIndex(uri, "samples", image, groups, fingerprint="")
+    return DatasetIndex(uri, "samples", image, groups, fingerprint)
 
 
 def _arrays(files: list[str]) -> Groups:

@@ -21,9 +21,10 @@ from PIL import Image
 from pipeline import __version__, storage
 from pipeline.cluster.session import checkout
 from pipeline.config import ImageConfig, ModelSpec
+from pipeline.data import figures
 from pipeline.data.card import SplitSize, front_matter, plain, table
 from pipeline.data.images import DecodeError, decode, encode_png
-from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
+from pipeline.data.manifest import CARD, MANIFEST, SAMPLES_FORMAT
 from pipeline.errors import InputError
 from pipeline.generation import ledger, npz, writers
 from pipeline.generation.chunks import Chunk, file_name
@@ -86,7 +87,7 @@ def describe(
     storage.write_atomic(storage.join(output, MANIFEST), manifest.encode())
     images = first_images(output, config.format, list(whole), SHEET_COLUMNS * SHEET_ROWS, spec.image)
     storage.write_atomic(storage.join(output, SHEET), _sheet(images))
-    storage.write_atomic(storage.join(output, ledger.CARD), card(head, spec, config).encode())
+    storage.write_atomic(storage.join(output, CARD), card(head, spec, config).encode())
 
 
 def totals(whole: dict[Chunk, ChunkRecord]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def totals(whole: dict[Chunk, ChunkRecord]) -> dict[str, Any]:
 
 
 def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, growing: str = "") -> str:
-    """The README.md, with the front matter by which `datasets.load_dataset` opens the folder.
+    """The README.md, with the front matter by which `datasets.load_dataset` opens the folder, and figures, if any.
 
     Args:
         growing: random text, if files are being added: the card then gives no sizes.
@@ -137,6 +138,7 @@ def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, grow
         + (_OF_NPZ if config.format == "npz" else "")
         + (f"Classes: {plain(names)}.\n\n" if classes else "")
         + f"{table('generation', shown)}\n{table('the model was trained on', manifest['trained_on'])}"
+        + ("" if growing else figures.section(config.output, manifest["sha256"]))
     )
 
 
@@ -146,7 +148,7 @@ def mark_growing(output: str, spec: ModelSpec, config: GenerateConfig) -> None:
     if storage.exists(uri):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one will be written anew
             text = card(json.loads(storage.read_bytes(uri)), spec, config, f"growing {uuid.uuid4().hex}")
-            storage.write_atomic(storage.join(output, ledger.CARD), text.encode())
+            storage.write_atomic(storage.join(output, CARD), text.encode())
 
 
 def first_images(
