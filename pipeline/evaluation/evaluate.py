@@ -18,7 +18,8 @@ from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.diffusion.process import make_process
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
 from pipeline.evaluation.codes import MOST_BYTES, trivial_codes
-from pipeline.evaluation.compare import measure_quality, open_compared
+from pipeline.evaluation.compare import measure_quality
+from pipeline.evaluation.compared import open_compared
 from pipeline.evaluation.config import EvaluateConfig, Metric, check
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import choose

@@ -46,17 +46,22 @@ class ClassifierExtractor:
         return self.net.to(device).features
 
 
-def open_extractor(uri: str, image: ImageConfig) -> tuple[Extractor, dict[str, float]]:
+def open_extractor(
+    uri: str, image: ImageConfig, flag: str = "--features"
+) -> tuple[Extractor, dict[str, float]]:
     """What --features names: the folder of a classifier, or a TorchScript file; and what is to be said of it.
+
+    Args:
+        flag: the one that names it, for errors.
 
     Raises:
         InputError: it can't be used, or is of other images than `image`.
     """
     if not storage.exists(storage.join(uri, CONFIG)):
-        return read_torchscript(uri), {}
+        return read_torchscript(uri, flag), {}
     net, trained_on, accuracy = load_classifier(uri)
     if trained_on != image:
-        raise InputError(f"--features {uri}: trained on images of another size or other classes")
+        raise InputError(f"{flag} {uri}: trained on images of another size or other classes")
     return ClassifierExtractor(net), {"classifier_accuracy": accuracy}
 
 
@@ -65,7 +70,7 @@ class FeatureSet:
     """What a dataset looks like through an extractor.
 
     Attributes:
-        moments: of the features of all images.
+        moments: of the features of all images that were measured.
         features: of some of the images, float32 [K, D].
         labels: theirs, int64 [K]; -1 for none.
         thumbnails: their pixels in [0, 1], averaged down to at most 32x32, float32 [K, P].
@@ -116,24 +121,26 @@ def measure(
     extractor: Extractor,
     *,
     keep: int,
+    most: int = 0,
     seed: int = 0,
     pool: Pool = in_process,
 ) -> list[FeatureSet]:
-    """The features of datasets: moments of all images, and the vectors of some of each dataset.
+    """The features of datasets: moments, and the vectors of some images of each dataset.
 
     Args:
         indexes: datasets of one image size, measured in one run, since each start of the actors costs seconds.
         keep: images of each dataset whose vectors are kept, chosen by the seed; 0 = all.
+        most: images of each that are measured, those that are kept among them; 0 = all.
     """
     joined = replace(indexes[0], groups=tuple(group for index in indexes for group in index.groups))
     ends = np.cumsum([index.rows for index in indexes])
     firsts = [end - index.rows for end, index in zip(ends, indexes, strict=True)]
     tasks = [
-        cut(np.arange(first, first + index.rows), IMAGES_PER_TASK)
+        cut(first + choose(index.rows, most, seed, Choice.FEATURES), IMAGES_PER_TASK)
         for first, index in zip(firsts, indexes, strict=True)
     ]
     kept = [
-        first + choose(index.rows, keep, seed, Choice.FEATURES)
+        first + choose(index.rows, keep or most, seed, Choice.FEATURES)
         for first, index in zip(firsts, indexes, strict=True)
     ]
     results = pool(

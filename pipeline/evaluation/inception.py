@@ -137,8 +137,8 @@ def _weights(side: int) -> Tensor:
     return weights
 
 
-def read_torchscript(uri: str) -> TorchScriptExtractor:
-    """A TorchScript file that the user named.
+def read_torchscript(uri: str, flag: str = "--features") -> TorchScriptExtractor:
+    """A TorchScript file that the user named by a flag.
 
     Such a file holds a program, which will be run: only a file from a source that is trusted should be named.
 
@@ -148,7 +148,7 @@ def read_torchscript(uri: str) -> TorchScriptExtractor:
     try:
         extractor = TorchScriptExtractor(storage.read_bytes(uri))
     except OSError as error:
-        raise InputError(f"--features {uri}: can't be read: {one_line(error)}") from None
+        raise InputError(f"{flag} {uri}: can't be read: {one_line(error)}") from None
     extractor.load("cpu")
     return extractor
 
