@@ -33,6 +33,7 @@ LossKind = Literal["simple", "weighted", "vlb", "hybrid", "min_snr"]
 TimestepSampler = Literal["uniform", "loss_second_moment"]
 SamplerName = Literal["ancestral", "ddim", "dpm_solver"]
 Precision = Literal["auto", "fp32", "bf16"]
+ValidationMetric = Literal["bits", "frechet", "kernel", "precision_recall", "cas"]
 EmaDevice = Literal["worker", "cpu"]
 Source = Literal[
     "auto", "digits", "idx", "cifar", "npz", "folder", "zip", "webdataset", "huggingface", "arrow"
@@ -216,6 +217,13 @@ class TrainConfig:
     """Held-out images of each validation; 0 = all."""
     validation_terms: Natural = 20
     """Terms of the bound evaluated for each of them, stratified over t; 0 = all T."""
+    validate_metrics: tuple[ValidationMetric, ...] = ("bits",)
+    """Figures of a validation: bits, and of samples frechet, kernel, precision_recall, cas, as jobs/evaluate.py has them;
+    by the same noise and the same real images, at most 10,000, every time."""
+    validation_samples: Annotated[int, Range(ge=20)] = 500
+    """Samples that all but bits are measured on: DDIM, 25 steps."""
+    validation_features: str = "classifier"
+    """classifier (trained on the data at the first validation), the folder of one, or a trusted TorchScript file."""
     storage_patience: NotNegative = 600
     """Seconds for which a storage that can't read or write a checkpoint is asked again before the run ends."""
     tracking_patience: NotNegative = 60

@@ -5,12 +5,13 @@ import errno
 import os
 import posixpath
 import re
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape, has_magic
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -280,15 +281,32 @@ def write_atomic(uri: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
         return
+    with writing(uri) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(uri: str) -> Iterator[IO[bytes]]:
+    """A file to be filled, of any length, that appears whole or not at all.
+
+    For an object store it is filled on this machine's disk first.
+    """
+    fs, path = open_fs(uri)
+    if not isinstance(fs, LocalFileSystem):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            fs.put_file(file.name, path)
+        return
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "wb") as file:  # noqa: PTH123
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)  # noqa: PTH105
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(partial)  # noqa: PTH108
         raise

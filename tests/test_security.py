@@ -26,7 +26,7 @@ from pipeline.data import groups
 from pipeline.data.sources import registry as sources
 from pipeline.data.sources.parts import Request
 from pipeline.errors import InputError
-from pipeline.evaluation.features import read_torchscript
+from pipeline.evaluation.inception import read_torchscript
 from pipeline.models.export import load_model
 from pipeline.redact import redact, refuse_secrets
 from pipeline.tracking import address, registry, runs

@@ -15,6 +15,7 @@ from pipeline.cluster.room import Need, announced, check_fits
 from pipeline.cluster.session import connect_now
 from pipeline.display import Display
 from pipeline.errors import InputError
+from pipeline.gpu.precision import use_tf32
 
 # Ray Data keeps some kilobytes in the driver for every block that there ever was: this bounds them.
 MOST_BLOCKS = 4096
@@ -123,6 +124,7 @@ class _Actor:
             # One thread, whatever the number of actors and the machine: sums come out the same.
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(1)
+            use_tf32(False)  # figures and samples of fp32 are those of fp32
             self._do = work.start(device)
         except InputError as error:
             self._error = str(error)

@@ -8,13 +8,14 @@ from pipeline.evaluation.config import EvaluateConfig
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
     """Resolves the model once, then measures it over the cluster; a registered one's figures go to MLflow too."""
-    from pipeline.evaluation.evaluate import evaluate, pictures
+    from pipeline.evaluation.evaluate import evaluate
     from pipeline.tracking import registry
 
     model, pinned = registry.resolve_model(config.model)
-    metrics = evaluate(config, model)
-    registry.log_figures(pinned, metrics, pictures(config))
-    return {"output": config.output, "model": pinned, "metrics": metrics}
+    metrics, on, pictures = evaluate(config, model)
+    registry.log_figures(pinned, metrics, pictures)
+    result = {"output": config.output, "model": pinned, "metrics": metrics}
+    return result | ({"measured_on": on} if on else {})
 
 
 def main(arguments: list[str]) -> int:

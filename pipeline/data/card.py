@@ -1,6 +1,6 @@
 """The front matter of a dataset card, by which Hugging Face's `datasets` opens a folder and tells it from others."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import yaml
@@ -30,7 +30,7 @@ def front_matter(
     Args:
         classes: names of the labels; empty = numbers.
         columns: what follows image and label, with their types.
-        files: patterns by split.
+        files: patterns by split; none where `datasets` can't read them.
         described: whether readers find these columns.
         sizes: by split; empty for a dataset that is still growing, since `datasets` refuses other numbers.
     """
@@ -47,15 +47,10 @@ def front_matter(
             {"name": name, "num_bytes": size.bytes, "num_examples": size.rows} for name, size in sizes.items()
         ]
         info |= {"download_size": total, "dataset_size": total}
-    content: dict[str, Any] = {
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": name, "path": paths} for name, paths in files.items()],
-            }
-        ],
-        "dataset_info": info,
-    }
+    content: dict[str, Any] = {"dataset_info": info}
+    if files:
+        paths = [{"split": name, "path": paths} for name, paths in files.items()]
+        content = {"configs": [{"config_name": "default", "data_files": paths}], **content}
     if tags:
         content["tags"] = list(tags)
     return f"---\n{yaml.safe_dump(content, sort_keys=False, width=10_000)}---\n"
@@ -65,6 +60,12 @@ def table(head: str, rows: dict[str, Any]) -> str:
     """A Markdown table of two columns, with its text escaped."""
     lines = "".join(f"| {plain(key)} | {plain(value)} |\n" for key, value in rows.items())
     return f"| {head} | |\n| --- | --- |\n{lines}"
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table of any columns, with the text of its rows escaped."""
+    lines = [head, ["---"] * len(head), *([plain(value) for value in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def plain(value: Any) -> str:

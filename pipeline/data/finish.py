@@ -14,6 +14,7 @@ from pipeline.config import ImageConfig
 from pipeline.data.card import SplitSize, front_matter
 from pipeline.data.kept import Decoded, record_uri
 from pipeline.data.manifest import (
+    CARD,
     FORMAT,
     IGNORED,
     MANIFEST,
@@ -66,7 +67,7 @@ def finish(
     _sweep(output, records, tasks, manifest)
     write_list(storage.join(output, QUARANTINE), bad)
     write_list(storage.join(output, IGNORED), ({"path": k, "reason": v} for k, v in ignored.items()))
-    storage.write_atomic(storage.join(output, "README.md"), _card(manifest).encode())
+    storage.write_atomic(storage.join(output, CARD), _card(manifest).encode())
     storage.write_atomic(place, content)
 
 

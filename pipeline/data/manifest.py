@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-MANIFEST = "manifest.json"
+MANIFEST, CARD = "manifest.json", "README.md"
 PARTS = "parts"
 UNFINISHED = f"{PARTS}/settings.json"
 QUARANTINE, IGNORED = "quarantine.jsonl", "ignored.jsonl"

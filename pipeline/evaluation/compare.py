@@ -1,92 +1,27 @@
-"""Samples beside real images: what is compared, and by which figures."""
+"""Samples beside real images, by figures."""
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pipeline import storage
 from pipeline.cluster.pool import Pool
-from pipeline.data.index import DatasetIndex, Splits
-from pipeline.errors import InputError
-from pipeline.evaluation.classifier import TRAINING_IMAGES, check_labels, save_classifier, train_classifier
+from pipeline.evaluation.classifier import TRAINING_IMAGES, save_classifier, train_classifier
+from pipeline.evaluation.compared import Compared
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.features import ClassifierExtractor, Extractor, FeatureSet, measure, open_extractor
-from pipeline.evaluation.frechet import Moments, frechet_distance, read_statistics, write_statistics
-from pipeline.evaluation.kernel import LEAST_IMAGES, kernel_distance
+from pipeline.evaluation.features import ClassifierExtractor, FeatureSet, measure
+from pipeline.evaluation.frechet import Moments, Statistics, frechet_distance, write_statistics
+from pipeline.evaluation.inception import inception_score
+from pipeline.evaluation.kernel import kernel_distance
 from pipeline.evaluation.memorisation import memorised, nearest_images, spread_out
 from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
-from pipeline.evaluation.reading import open_samples, read_images
+from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import choose
 from pipeline.pictures import draw
 from pipeline.rng import Choice
 
 SHOWN = 64
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What is compared, opened and found fit for it.
-
-    Attributes:
-        extractor: None = the classifier, which is yet to be trained.
-        about: figures of the extractor.
-        statistics: published ones of the same features.
-    """
-
-    reference: DatasetIndex
-    samples: DatasetIndex
-    held_out: DatasetIndex
-    extractor: Extractor | None
-    about: dict[str, float]
-    statistics: Moments | None
-
-    @property
-    def sets(self) -> list[DatasetIndex]:
-        """The held-out images stand last, where they are not themselves the reference."""
-        one = self.reference.split == self.held_out.split
-        return [self.reference, self.samples] + [self.held_out] * (not one)
-
-
-def open_compared(config: EvaluateConfig, splits: Splits, model: str) -> Compared:
-    """Opens the samples, and looks at all that may be wrong with them before anything is measured.
-
-    Args:
-        model: fingerprint of the model that must have made them; "" = any.
-
-    Raises:
-        InputError: samples, data or features that can't be used, or too few images.
-    """
-    held_out, reference = splits[config.split], splits[config.reference_split]
-    samples = open_samples(config.samples, reference.image, model)
-    extractor, about = None, dict[str, float]()
-    if config.features == "classifier":
-        check_labels(reference)
-    else:
-        extractor, about = open_extractor(config.features, reference.image)
-    statistics = _open_statistics(config, extractor, reference)
-    compared = Compared(reference, samples, held_out, extractor, about, statistics)
-    _check_counts(config, compared.sets)
-    return compared
-
-
-def _open_statistics(
-    config: EvaluateConfig, extractor: Extractor | None, reference: DatasetIndex
-) -> Moments | None:
-    if not config.reference_statistics or extractor is None:
-        return None
-    statistics = read_statistics(config.reference_statistics)
-    image = torch.zeros(
-        1, reference.image.channels, reference.image.size, reference.image.size, dtype=torch.uint8
-    )
-    numbers = extractor.load("cpu")(image).shape[1]
-    if numbers != len(statistics.mean):
-        raise InputError(
-            f"--reference-statistics {config.reference_statistics}: of {len(statistics.mean)} features, --features "
-            f"{config.features} gives {numbers}: they are of another network"
-        )
-    return statistics
 
 
 def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
@@ -103,13 +38,17 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
     real, fake, *others = measure(
         compared.sets, extractor, keep=config.max_features, seed=config.seed, pool=pool
     )
-    metrics |= {"samples": compared.samples.rows} | _compare(config, real, fake)
+    metrics |= {"samples": compared.samples.rows} | compare_features(config, real, fake)
     if compared.statistics:
-        metrics["frechet_distance_to_statistics"] = frechet_distance(compared.statistics, fake.moments)
+        metrics["frechet_distance_to_statistics"] = frechet_distance(
+            compared.statistics.features, fake.moments
+        )
+    found, spatial = _by_inception(config, compared, pool)
+    metrics |= found
     if config.output:
-        write_statistics(storage.join(config.output, "statistics.npz"), real.moments)
+        write_statistics(storage.join(config.output, "statistics.npz"), Statistics(real.moments, spatial))
     for other in others:
-        yardstick = _compare(config, real, other)
+        yardstick = compare_features(config, real, other)
         metrics |= {"samples_real": compared.held_out.rows} | {
             f"{name}_real": value for name, value in yardstick.items()
         }
@@ -118,6 +57,27 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
     if "cas" in config.metrics and fake.labels.min() >= 0 and len(compared.reference.image.classes) > 1:
         metrics |= _classification_accuracy(config, compared, pool)
     return metrics
+
+
+def _by_inception(
+    config: EvaluateConfig, compared: Compared, pool: Pool
+) -> tuple[dict[str, float], Moments | None]:
+    """The figures that are of Inception's network alone, and the moments of its spatial features of real images."""
+    metrics, spatial = dict[str, float](), None
+    if extractor := compared.of_inception.get("spatial"):
+        real, *others = measure(compared.sets, extractor, keep=1, seed=config.seed, pool=pool)
+        spatial = real.moments
+        for suffix, other in zip(("", "_real"), others, strict=False):
+            metrics[f"sfid{suffix}"] = frechet_distance(spatial, other.moments)
+        if compared.statistics and compared.statistics.spatial:
+            metrics["sfid_to_statistics"] = frechet_distance(compared.statistics.spatial, others[0].moments)
+    if extractor := compared.of_inception.get("probabilities"):
+        for suffix, of in zip(
+            ("", "_real"), measure(compared.sets[1:], extractor, keep=0, pool=pool), strict=False
+        ):
+            score, spread = inception_score(of.features)
+            metrics |= {f"inception_score{suffix}": score, f"inception_score_std{suffix}": spread}
+    return metrics, spatial
 
 
 def _classification_accuracy(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
@@ -159,25 +119,7 @@ def _memorisation(
     return memorised(mine, distances[len(places) :])
 
 
-def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
-    """Before the work, not after it."""
-    least = {
-        "frechet": 2,
-        "kernel": LEAST_IMAGES,
-        "precision_recall": config.precision_recall_neighbours + 1,
-        "knn": config.knn_neighbours,
-    }
-    for index in sets:
-        rows = min(index.rows, config.max_features or index.rows)
-        for metric in config.metrics:
-            if rows < least.get(metric, 0):
-                raise InputError(
-                    f"--metrics {metric} needs at least {least[metric]} images a side, the {index.split} of "
-                    f"{index.uri} give {rows}: give more, or leave it out"
-                )
-
-
-def _compare(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:
+def compare_features(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:
     """The figures by name; `*_images`: how many of `fake` a figure covers, where that may not be all."""
     metrics: dict[str, float] = {}
     if "frechet" in config.metrics:

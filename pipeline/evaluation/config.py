@@ -8,7 +8,9 @@ from pipeline.errors import InputError
 from pipeline.ranges import Natural, Positive, Range, Seed, check_ranges
 
 # "manifold" is what 0.1.0 called precision_recall.
-Metric = Literal["bits", "frechet", "kernel", "precision_recall", "knn", "cas", "memorisation", "manifold"]
+Metric = Literal[
+    "bits", "frechet", "kernel", "precision_recall", "knn", "cas", "memorisation", "sfid", "inception_score", "manifold"
+]  # fmt: skip
 BITS_PER_DIM, FRECHET = "bits_per_dim", "frechet_distance"
 """Names of figures, by which runs and trials are compared."""
 
@@ -22,7 +24,7 @@ class EvaluateConfig:
     data: str
     """Dataset to measure against: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
     samples: str = ""
-    """Samples to compare with the data: a folder that jobs/generate.py wrote with --format parquet (URI)."""
+    """Samples to compare with the data: a folder of jobs/generate.py (--format parquet or npz), or an .npz file (URI)."""
     output: str = ""
     """Folder for metrics.json, the terms of the bound, their plot and the classifier (URI); empty = not written."""
     metrics: tuple[Metric, ...] = (
@@ -34,7 +36,8 @@ class EvaluateConfig:
         "cas",
         "memorisation",
     )
-    """What to measure; all but bits need --samples, knn and cas also labels, memorisation two splits."""
+    """What to measure; all but bits need --samples, knn and cas also labels, memorisation two splits. sfid and
+    inception_score need --features FILE: the Inception network by which they are defined (inception-2015-12-05.pt)."""
     split: str = "validation"
     """Held-out split: bits/dim is measured on it, and it is the real yardstick beside the samples."""
     reference_split: str = "train"
@@ -52,7 +55,8 @@ class EvaluateConfig:
     features: str = "classifier"
     """classifier (trained on the data), the folder of one, or a TorchScript file: a program, so only one you trust."""
     reference_statistics: str = ""
-    """npz file with mu and sigma of these features, as the field publishes them: the Fréchet distance to those, too."""
+    """npz file with mu and sigma of these features, and for sfid mu_s and sigma_s, as the field publishes them: the
+    distance to those, too."""
     classifier_steps: Positive = 500
     """Optimizer steps of each classifier: for features, and for cas of the samples and of as many real images."""
     max_features: Natural = 10_000
@@ -86,6 +90,10 @@ def check(config: EvaluateConfig) -> None:
     if config.reference_statistics and (config.features == "classifier" or not config.samples):
         raise InputError(
             "--reference-statistics need --samples, and --features FILE: the network that they are of"
+        )
+    if config.features == "classifier" and (found := {"sfid", "inception_score"} & set(config.metrics)):
+        raise InputError(
+            f"--metrics {min(found)} needs --features FILE: the Inception network by which it is defined, as TorchScript"
         )
     if not config.samples and "bits" not in config.metrics:
         raise InputError(f"--metrics {' '.join(config.metrics)}: nothing to measure without --samples")

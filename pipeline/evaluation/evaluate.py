@@ -6,17 +6,20 @@ import io
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool
 from pipeline.config import ModelSpec
+from pipeline.data import figures
 from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.diffusion.process import make_process
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
 from pipeline.evaluation.codes import MOST_BYTES, trivial_codes
-from pipeline.evaluation.compare import measure_quality, open_compared
+from pipeline.evaluation.compare import measure_quality
+from pipeline.evaluation.compared import open_compared
 from pipeline.evaluation.config import EvaluateConfig, Metric, check
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import choose
@@ -30,15 +33,26 @@ from pipeline.rng import Choice
 PICTURES = ("terms.png", "nearest.png")
 
 
-def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[str, float]:
-    """Measures a model over the cluster.
+class Evaluation(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        metrics: by name. `*_real` is what the held-out real images get where the samples would stand: no model
+            need be better. Fréchet distances shrink as the images on a side grow: compare equal counts.
+        on: what the figures of samples were measured on, in words; none without samples.
+        pictures: URIs of those that were drawn.
+    """
+
+    metrics: dict[str, float]
+    on: dict[str, str]
+    pictures: list[str]
+
+
+def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> Evaluation:
+    """Measures a model over the cluster, and samples, whose figures also go into their card.
 
     Args:
         model_folder: the model that `config.model` names (path, URI, or packed); "" = none is measured.
-
-    Returns:
-        the metrics by name. `*_real` is what the held-out real images get where the samples would stand: no model
-        need be better. Fréchet distances shrink as the images on a side grow: compare equal counts.
 
     Raises:
         InputError: a setting, model, dataset or file that can't be used.
@@ -59,7 +73,7 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
     compared = (
         open_compared(config, splits, model) if set(config.metrics) - {"bits"} and config.samples else None
     )
-    metrics: dict[str, float] = {}
+    metrics, on = dict[str, float](), dict[str, str]()
     if loaded and "bits" in config.metrics:
         ids = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
         metrics |= _bits(config, *loaded, held_out, ids, pool)
@@ -67,17 +81,14 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> dict[
         metrics |= {f"bits_per_dim_{name}": value for name, value in codes.items()}
         print(_in_words(metrics, codes), file=sys.stderr)
     if compared:
-        metrics |= measure_quality(config, compared, pool)
+        found, on = measure_quality(config, compared, pool), compared.measured_on(config)
+        metrics |= found
+        _write(config, "measured_on.json", to_json(on, indent=1).encode())
+        if compared.samples.fingerprint:  # jobs/generate.py wrote them
+            figures.record(compared.samples.uri, compared.samples.fingerprint, found, on)
     _write(config, "metrics.json", to_json(metrics, indent=1).encode())
-    return metrics
-
-
-def pictures(config: EvaluateConfig) -> list[str]:
-    """URIs of the pictures that an evaluation has written."""
-    if not config.output:
-        return []
-    written = (storage.join(config.output, name) for name in PICTURES)
-    return [uri for uri in written if storage.exists(uri)]
+    written = [storage.join(config.output, name) for name in PICTURES] if config.output else []
+    return Evaluation(metrics, on, [uri for uri in written if storage.exists(uri)])
 
 
 def _bits(

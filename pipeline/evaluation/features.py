@@ -1,6 +1,5 @@
 """Images to feature vectors: any TorchScript network by its file, or the built-in classifier."""
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,18 +17,15 @@ from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.classifier import CONFIG, Classifier, load_classifier
 from pipeline.evaluation.frechet import Moments, merge_moments, moments_of
+from pipeline.evaluation.inception import Embed, read_torchscript
 from pipeline.evaluation.reading import image_names, read_images
 from pipeline.evaluation.work import Partial, choose, cut
-from pipeline.redact import one_line
 from pipeline.rng import Choice
 
 IMAGES_PER_TASK = 2048
 IMAGES_PER_PASS = 64
 LARGEST_THUMBNAIL = 32
 NAMED = 5
-
-Embed = Callable[[Tensor], Tensor]
-"""uint8 [N, C, H, W] on the device -> floats [N, D]."""
 
 
 class Extractor(Protocol):
@@ -50,66 +46,22 @@ class ClassifierExtractor:
         return self.net.to(device).features
 
 
-@dataclass(frozen=True)
-class TorchScriptExtractor:
-    """A TorchScript file's content.
-
-    A network whose forward takes `return_features`, as inception-2015-12-05.pt does, gets colour images as uint8 in
-    0..255 and return_features=True, and resizes them by itself. Any other gets them as float32 in [0, 1].
-    Grey images are repeated into three channels. The answer is flattened to [N, D].
-    """
-
-    data: bytes
-
-    def load(self, device: str) -> Embed:
-        """See `Extractor`.
-
-        Raises:
-            InputError: not a TorchScript file.
-        """
-        try:
-            net = torch.jit.load(io.BytesIO(self.data), map_location=device).eval()
-            inception = any(argument.name == "return_features" for argument in net.forward.schema.arguments)
-        except (RuntimeError, AttributeError) as error:
-            raise InputError(f"--features: not a TorchScript file: {str(error).splitlines()[0]}") from None
-
-        def embed(images: Tensor) -> Tensor:
-            images = images.expand(-1, 3, -1, -1)
-            features = net(images, return_features=True) if inception else net(images.float() / 255)
-            if not isinstance(features, Tensor) or features.shape[:1] != images.shape[:1]:
-                raise InputError("--features: the network gives no tensor with one row for each image")
-            return features.flatten(1).float()
-
-        return embed
-
-
-def read_torchscript(uri: str) -> TorchScriptExtractor:
-    """A TorchScript file that the user named.
-
-    Such a file holds a program, which will be run: only a file from a source that is trusted should be named.
-
-    Raises:
-        InputError: it can't be read, or is something else.
-    """
-    try:
-        extractor = TorchScriptExtractor(storage.read_bytes(uri))
-    except OSError as error:
-        raise InputError(f"--features {uri}: can't be read: {one_line(error)}") from None
-    extractor.load("cpu")
-    return extractor
-
-
-def open_extractor(uri: str, image: ImageConfig) -> tuple[Extractor, dict[str, float]]:
+def open_extractor(
+    uri: str, image: ImageConfig, flag: str = "--features"
+) -> tuple[Extractor, dict[str, float]]:
     """What --features names: the folder of a classifier, or a TorchScript file; and what is to be said of it.
+
+    Args:
+        flag: the one that names it, for errors.
 
     Raises:
         InputError: it can't be used, or is of other images than `image`.
     """
     if not storage.exists(storage.join(uri, CONFIG)):
-        return read_torchscript(uri), {}
+        return read_torchscript(uri, flag), {}
     net, trained_on, accuracy = load_classifier(uri)
     if trained_on != image:
-        raise InputError(f"--features {uri}: trained on images of another size or other classes")
+        raise InputError(f"{flag} {uri}: trained on images of another size or other classes")
     return ClassifierExtractor(net), {"classifier_accuracy": accuracy}
 
 
@@ -118,7 +70,7 @@ class FeatureSet:
     """What a dataset looks like through an extractor.
 
     Attributes:
-        moments: of the features of all images.
+        moments: of the features of all images that were measured.
         features: of some of the images, float32 [K, D].
         labels: theirs, int64 [K]; -1 for none.
         thumbnails: their pixels in [0, 1], averaged down to at most 32x32, float32 [K, P].
@@ -169,24 +121,26 @@ def measure(
     extractor: Extractor,
     *,
     keep: int,
+    most: int = 0,
     seed: int = 0,
     pool: Pool = in_process,
 ) -> list[FeatureSet]:
-    """The features of datasets: moments of all images, and the vectors of some of each dataset.
+    """The features of datasets: moments, and the vectors of some images of each dataset.
 
     Args:
         indexes: datasets of one image size, measured in one run, since each start of the actors costs seconds.
         keep: images of each dataset whose vectors are kept, chosen by the seed; 0 = all.
+        most: images of each that are measured, those that are kept among them; 0 = all.
     """
     joined = replace(indexes[0], groups=tuple(group for index in indexes for group in index.groups))
     ends = np.cumsum([index.rows for index in indexes])
     firsts = [end - index.rows for end, index in zip(ends, indexes, strict=True)]
     tasks = [
-        cut(np.arange(first, first + index.rows), IMAGES_PER_TASK)
+        cut(first + choose(index.rows, most, seed, Choice.FEATURES), IMAGES_PER_TASK)
         for first, index in zip(firsts, indexes, strict=True)
     ]
     kept = [
-        first + choose(index.rows, keep, seed, Choice.FEATURES)
+        first + choose(index.rows, keep or most, seed, Choice.FEATURES)
         for first, index in zip(firsts, indexes, strict=True)
     ]
     results = pool(

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import numpy as np
 
@@ -83,32 +84,53 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(max(distance, 0.0))
 
 
-def read_statistics(uri: str) -> Moments:
+class Statistics(NamedTuple):
+    """Mean and covariance of features of images, and of their spatial features where those are known."""
+
+    features: Moments
+    spatial: Moments | None = None
+
+
+def read_statistics(uri: str) -> Statistics:
     """Mean and covariance of features as published: an npz file with `mu` [D] and `sigma` [D, D].
 
-    Those of pytorch-fid and EDM hold no more, guided-diffusion's batches images and spatial features beside them.
+    Those of pytorch-fid and EDM hold no more, guided-diffusion's batches images beside them, and `mu_s` and `sigma_s`.
 
     Raises:
         InputError: can't be read, or no such file.
     """
     try:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
-            mean, covariance = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+            features = _published(file["mu"], file["sigma"])
+            return Statistics(features, _published(file["mu_s"], file["sigma_s"]) if "mu_s" in file else None)
     except OSError as error:
         raise InputError(f"--reference-statistics {uri}: can't be read: {one_line(error)}") from None
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"--reference-statistics {uri}: no npz file with mu and sigma: {one_line(error)}"
+            f"--reference-statistics {uri}: no npz file with mu [D] and sigma [D, D]: {one_line(error)}"
         ) from None
-    if mean.ndim != 1 or covariance.shape != (len(mean),) * 2 or not np.isfinite(covariance).all():
-        raise InputError(f"--reference-statistics {uri}: mu must be [D] and sigma [D, D], of finite numbers")
+
+
+def _published(mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    if mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
+        raise ValueError(f"they are {list(mean.shape)} and {list(covariance.shape)}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("not all of their numbers are finite")
     return Moments(2, mean, covariance)  # whose covariance is m2 / 1
 
 
-def write_statistics(uri: str, moments: Moments) -> None:
+def write_statistics(uri: str, statistics: Statistics) -> None:
     """What `read_statistics` reads."""
     buffer = io.BytesIO()
-    np.savez(buffer, mu=moments.mean, sigma=moments.covariance())
+    pairs = (("", statistics.features), ("_s", statistics.spatial))
+    arrays = {
+        f"{name}{suffix}": value
+        for suffix, moments in pairs
+        if moments
+        for name, value in (("mu", moments.mean), ("sigma", moments.covariance()))
+    }
+    np.savez(buffer, allow_pickle=False, **arrays)
     storage.write_atomic(uri, buffer.getvalue())
 
 

@@ -1,6 +1,7 @@
 """Images by sample id, from a prepared dataset or from a generated one."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -10,12 +11,20 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.config import ImageConfig
 from pipeline.data.generated import files_of, read_manifest
-from pipeline.data.groups import Group, read_rows, row_groups
+from pipeline.data.groups import Group, Groups, pack, read_rows, row_groups
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex
+from pipeline.data.labels import is_number
 from pipeline.data.sources.fetch import in_order
+from pipeline.data.sources.npz import list_npz
 from pipeline.data.sources.parquet import row_counts
+from pipeline.data.sources.parts import Request
+from pipeline.data.sources.records import ArrayPart
+from pipeline.data.sources.tree import open_tree
 from pipeline.errors import InputError
+
+FORMATS = (".parquet", ".npz")
+IMAGES_PER_PART = 1024
 
 
 def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -59,7 +68,7 @@ def _tables(index: DatasetIndex, ids: np.ndarray) -> Iterator[tuple[Group, pa.Ta
 
 
 def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
-    """A folder of Parquet files with the columns `image` (struct of bytes and path) and `label`.
+    """Parquet files with the columns `image` (struct of bytes and path) and `label`, or npz files of images and labels.
 
     Of a folder that jobs/generate.py wrote the files are those of its manifest.
 
@@ -68,22 +77,48 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
         model: fingerprint of the model that must have made them; "" = any.
 
     Raises:
-        InputError: no such folder, no Parquet file in it, one that is damaged, other columns, or another model's.
+        InputError: no such folder, no such file in it, one that is damaged, other columns, or another model's.
     """
     uri = storage.absolute(uri)
-    manifest = read_manifest(uri, "--samples")
+    manifest, fingerprint = read_manifest(uri, "--samples"), ""
     if manifest is None:
-        files = storage.list_files(uri, (".parquet",))
+        files = storage.list_files(uri, FORMATS)
     else:
+        fingerprint = str(manifest.get("sha256", ""))
         if model not in ("", manifest["settings"]["model_fingerprint"]):
             raise InputError(
                 f"--samples {uri}: made by another model than --model: by {manifest['model']}: name that one, or "
                 "generate anew"
             )
-        files = [file for file in files_of(uri, manifest, "--samples") if file.endswith(".parquet")]
+        files = storage.with_suffix(files_of(uri, manifest, "--samples"), *FORMATS)
+    tables = storage.with_suffix(files, FORMATS[0])
     if not files:
-        raise InputError(f"--samples {uri}: no Parquet files there: generate with --format parquet")
-    groups = row_groups(zip(files, in_order(row_counts, files, uri), strict=True))
+        raise InputError(
+            f"--samples {uri}: no Parquet or npz files there: generate with --format parquet, or npz"
+        )
+    if tables:
+        groups: Groups = row_groups(zip(tables, in_order(row_counts, tables, uri), strict=True))
+    else:
+        groups = _arrays(files)
     if not groups.first[-1]:
-        raise InputError(f"--samples {uri}: the Parquet files there are empty")
-    return DatasetIndex(uri, "samples", image, groups, fingerprint="")
+        raise InputError(f"--samples {uri}: the files there are empty")
+    return DatasetIndex(uri, "samples", image, groups, fingerprint)
+
+
+def _arrays(files: list[str]) -> Groups:
+    """The images of npz files; their labels are class numbers.
+
+    Raises:
+        InputError: a file is damaged, or holds no images, or labels that are no class numbers.
+    """
+    groups = list[Group]()
+    for uri in files:
+        listing = list_npz(open_tree(uri), Request(IMAGES_PER_PART))
+        for why in (*listing.bad.values(), *(() if listing.parts else listing.ignored.values())):
+            raise InputError(f"--samples {uri}: {why}")
+        for part in cast(tuple[ArrayPart, ...], listing.parts):
+            if part.faults or not all(label is None or is_number(label) for label in part.labels):
+                raise InputError(f"--samples {uri}: its labels are no class numbers")
+            labels = np.array([-1 if label is None else int(label) for label in part.labels], np.int64)
+            groups.append(Group(part, len(labels), np.arange(len(labels)), labels))
+    return pack(groups) if groups else row_groups(())

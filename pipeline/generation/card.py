@@ -21,11 +21,12 @@ from PIL import Image
 from pipeline import __version__, storage
 from pipeline.cluster.session import checkout
 from pipeline.config import ImageConfig, ModelSpec
+from pipeline.data import figures
 from pipeline.data.card import SplitSize, front_matter, plain, table
-from pipeline.data.images import DecodeError, decode
-from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
+from pipeline.data.images import DecodeError, decode, encode_png
+from pipeline.data.manifest import CARD, MANIFEST, SAMPLES_FORMAT
 from pipeline.errors import InputError
-from pipeline.generation import ledger, writers
+from pipeline.generation import ledger, npz, writers
 from pipeline.generation.chunks import Chunk, file_name
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
@@ -37,6 +38,10 @@ from pipeline.versions import VERSIONS
 SHEET, SHEET_COLUMNS, SHEET_ROWS = "contact-sheet.png", 16, 4
 _LABELS_TOGETHER = 65_536
 _TAR_BLOCK = 2**20
+_OF_NPZ = (
+    f"`{npz.ALL}` holds all of them in one file, as guided-diffusion's evaluator takes it: images as `{npz.IMAGES}`, "
+    f"grey ones repeated into three channels, and labels, where there are any, as `{npz.LABELS}`.\n\n"
+)
 
 
 def describe(
@@ -63,6 +68,8 @@ def describe(
         "trained_on": spec.provenance,
         **totals(whole),
     }
+    if config.format == "npz":
+        head[npz.SAID] = npz.write_all(output, whole, head["sha256"])
     suffix = writers.SUFFIX[config.format]
     files = (
         json.dumps(
@@ -80,7 +87,7 @@ def describe(
     storage.write_atomic(storage.join(output, MANIFEST), manifest.encode())
     images = first_images(output, config.format, list(whole), SHEET_COLUMNS * SHEET_ROWS, spec.image)
     storage.write_atomic(storage.join(output, SHEET), _sheet(images))
-    storage.write_atomic(storage.join(output, ledger.CARD), card(head, spec, config).encode())
+    storage.write_atomic(storage.join(output, CARD), card(head, spec, config).encode())
 
 
 def totals(whole: dict[Chunk, ChunkRecord]) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def totals(whole: dict[Chunk, ChunkRecord]) -> dict[str, Any]:
 
 
 def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, growing: str = "") -> str:
-    """The README.md, with the front matter by which `datasets.load_dataset` opens the folder.
+    """The README.md, with the front matter by which `datasets.load_dataset` opens the folder, and figures, if any.
 
     Args:
         growing: random text, if files are being added: the card then gives no sizes.
@@ -105,16 +112,17 @@ def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, grow
         "parquet": ["data/train-*.parquet"],
         "webdataset": ["data/train-*.tar"],
         "png": ["data/**/*.png", "data/metadata.parquet"],
+        "npz": [],  # which `datasets` does not read
     }[config.format]
     size, classes, settings = spec.image.size, spec.image.classes, dict(manifest["settings"])
     columns = {name: str(kind) for name, kind in writers.columns_beside(config.seed).items()}
-    # Readers of tars make their own columns.
-    described = config.format != "webdataset"
+    # Readers of tars make their own columns; of npz files there is none.
+    described = config.format not in ("webdataset", "npz")
     matter = front_matter(
         growing or manifest["sha256"],
         classes,
         columns,
-        {"train": files},
+        {"train": files} if files else {},
         {} if growing else {"train": SplitSize(manifest["count"], manifest["bytes"])},
         ("synthetic", "ddpm"),
         described,
@@ -127,8 +135,10 @@ def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, grow
         f"![The first of them]({SHEET})\n\n"
         f"Sampled by ray-ddpm {plain(manifest['code']['ray-ddpm'])} from {plain(manifest['model'])}. Sample *i* is a "
         "function of the settings below and of *i*; checksums are in manifest.json.\n\n"
+        + (_OF_NPZ if config.format == "npz" else "")
         + (f"Classes: {plain(names)}.\n\n" if classes else "")
         + f"{table('generation', shown)}\n{table('the model was trained on', manifest['trained_on'])}"
+        + ("" if growing else figures.section(config.output, manifest["sha256"]))
     )
 
 
@@ -138,7 +148,7 @@ def mark_growing(output: str, spec: ModelSpec, config: GenerateConfig) -> None:
     if storage.exists(uri):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one will be written anew
             text = card(json.loads(storage.read_bytes(uri)), spec, config, f"growing {uuid.uuid4().hex}")
-            storage.write_atomic(storage.join(output, ledger.CARD), text.encode())
+            storage.write_atomic(storage.join(output, CARD), text.encode())
 
 
 def first_images(
@@ -166,6 +176,11 @@ def _encoded_images(output: str, form: str, chunks: list[Chunk], count: int) -> 
     if form == "png":
         uris = sorted(storage.sizes(storage.join(output, ledger.DATA)), key=posixpath.basename)
         yield from (storage.read_bytes(uri) for uri in uris if uri.endswith(".png"))
+        return
+    if form == "npz":
+        for chunk in chunks:
+            pixels, _ = npz.read_archive(storage.join(output, ledger.DATA, file_name(chunk, form)))
+            yield from map(encode_png, pixels[:count])
         return
     for chunk in chunks:
         with open_file(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_NAME = re.compile(r"train-(\d{12})-(\d{12})\.(parquet|tar|png)")
+_NAME = re.compile(r"train-(\d{12})-(\d{12})\.(parquet|tar|png|npz)")
 
 
 class Chunk(NamedTuple):

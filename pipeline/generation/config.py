@@ -8,7 +8,7 @@ from pipeline.errors import InputError
 from pipeline.ranges import Finite, Natural, NotNegative, Positive, Range, Seed, Share, check_ranges
 
 MOST_PNGS = 1_000_000
-Format = Literal["parquet", "webdataset", "png"]
+Format = Literal["parquet", "webdataset", "png", "npz"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class GenerateConfig:
     compile: bool = False
     """Run the network through torch.compile (needs a C++ compiler where the actors run)."""
     format: Format = "parquet"
-    """parquet (Hugging Face image convention), webdataset (tars), png (folders by label)."""
+    """parquet (Hugging Face image convention), webdataset (tars), png (folders by label), npz (NumPy archives, and one of
+    all samples that guided-diffusion's evaluator takes)."""
     max_blank_fraction: Share = 0.01
     """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
     verify: bool = False

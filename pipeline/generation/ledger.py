@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.data.generated import PARTIAL, foreign, sizes
-from pipeline.data.manifest import MANIFEST, SAMPLES
+from pipeline.data.manifest import CARD, MANIFEST, SAMPLES
 from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
 from pipeline.errors import InputError
 from pipeline.generation.chunks import Chunk, file_name, parse_name
@@ -23,7 +23,6 @@ from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.versions import SAMPLING
 
 SETTINGS = "settings.json"
-CARD = "README.md"
 DATA, RECORDS, FOREIGN = SAMPLES, "notes", "foreign"
 PNG_METADATA = IMAGE_FOLDER_TABLE
 

@@ -13,11 +13,12 @@ from pipeline import storage
 from pipeline.config import ModelSpec
 from pipeline.data.images import encode_png
 from pipeline.errors import InputError
-from pipeline.generation import arithmetic, ledger, writers
+from pipeline.generation import arithmetic, ledger, npz, writers
 from pipeline.generation.chunks import Chunk, batches, cut_into_chunks, file_name
 from pipeline.generation.config import GenerateConfig, label_numbers
 from pipeline.generation.ledger import ChunkRecord
 from pipeline.gpu.graph import Graphed
+from pipeline.gpu.precision import use_tf32
 from pipeline.models.export import Packed, load_model
 from pipeline.models.sampling import sample_floats, to_pixels
 from pipeline.redact import one_line
@@ -65,7 +66,7 @@ class Renderer:
         # One thread, whatever the number of actors and the machine: sums come out the same.
         torch.set_num_threads(1)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        use_tf32(False)
         self.config, self.device = setup.config, torch.device(device)
         if self.config.gpu and self.config.bf16 and not torch.cuda.is_bf16_supported():
             raise InputError("--precision bf16: this GPU does not compute in bfloat16, use fp32")
@@ -113,6 +114,8 @@ class Renderer:
         """The bytes of those files."""
         pixels = samples.images.permute(0, 2, 3, 1).cpu().numpy()
         labels, indices = labels_or_none(samples.labels, len(pixels)), range(chunk.start, chunk.stop)
+        if self.config.format == "npz":
+            return [npz.archive(pixels, labels)]
         rows = [
             writers.Row(encode_png(image), label, index, self.config.seed)
             for image, label, index in zip(pixels, labels, indices, strict=True)

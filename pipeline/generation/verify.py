@@ -15,10 +15,10 @@ from pipeline import storage
 from pipeline.cluster.pool import Pool
 from pipeline.config import ModelSpec
 from pipeline.data.generated import foreign, sizes
-from pipeline.data.manifest import MANIFEST, SAMPLES_FORMAT
+from pipeline.data.manifest import CARD, MANIFEST, SAMPLES_FORMAT
 from pipeline.display import Display
 from pipeline.errors import InputError
-from pipeline.generation import arithmetic, card, ledger
+from pipeline.generation import arithmetic, card, ledger, npz
 from pipeline.generation.chunks import Chunk, file_name, gaps, parse_name
 from pipeline.generation.config import GenerateConfig, check, identity
 from pipeline.generation.ledger import ChunkRecord
@@ -98,6 +98,8 @@ def verify(
             if how:
                 different.append(f"{file_name(chunk, SUFFIX[config.format])} is {how}")
             display.update(checked, f"{len(different)} differences")
+    if config.format == "npz" and not different:
+        different += npz.differences(output, listed, manifest)
     if different:
         named = "; ".join(
             different[:NAMED] + [f"and {len(different) - NAMED} more"] * (len(different) > NAMED)
@@ -172,7 +174,7 @@ def _of_what_is_beside(
     for key, value in head.items():
         if manifest.get(key) != value:
             yield f"{MANIFEST} says {key} = {manifest.get(key)}, its files {value}"
-    expected = {ledger.CARD: card.card(manifest, spec, setup.config).encode()}
+    expected = {CARD: card.card(manifest, spec, setup.config).encode()}
     if setup.config.format == "png":
         table = card.png_metadata(setup.config, spec, records)
         expected[f"{ledger.DATA}/{ledger.PNG_METADATA}"] = table

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.data.shard_writer import ShardWriter, huggingface_schema
 
-SUFFIX = {"parquet": "parquet", "webdataset": "tar", "png": "png"}
+SUFFIX = {"parquet": "parquet", "webdataset": "tar", "png": "png", "npz": "npz"}
 
 
 @dataclass(frozen=True)

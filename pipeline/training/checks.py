@@ -110,10 +110,29 @@ def check_fit(config: TrainConfig, data: Splits) -> ModelSpec:
     make_betas(spec.diffusion)
     check_model(spec.model, spec.image)
     if config.validate_every:
-        if data["validation"].rows < 2 or config.validation_images == 1:
-            raise InputError("--validate-every needs at least two held-out images")
-        if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
-            raise InputError(
-                f"--validation-terms {config.validation_terms}: give an even number, or 0 for every term"
-            )
+        _check_validation(config, spec, data["validation"].rows)
     return spec
+
+
+def _check_validation(config: TrainConfig, spec: ModelSpec, held_out: int) -> None:
+    if held_out < 2 or config.validation_images == 1:
+        raise InputError("--validate-every needs at least two held-out images")
+    if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
+        raise InputError(
+            f"--validation-terms {config.validation_terms}: give an even number, or 0 for every term"
+        )
+    metrics, features = set(config.validate_metrics), config.validation_features
+    if "bits" not in metrics:
+        raise InputError("--validate-metrics needs bits: the best checkpoint is the one of the lowest")
+    if "cas" in metrics and not spec.model.class_conditional:
+        raise InputError("--validate-metrics cas needs --class-conditional: samples of known classes")
+    if not metrics - {"bits", "cas"}:
+        return
+    if features != "classifier":
+        from pipeline.evaluation.features import open_extractor
+
+        open_extractor(features, spec.image, "--validation-features")
+    elif len(spec.image.classes) < 2:
+        raise InputError(
+            "--validate-metrics: no classifier can be trained without two classes: give --validation-features FILE"
+        )

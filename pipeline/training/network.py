@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainConfig
+from pipeline.gpu.precision import use_tf32
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -27,8 +28,7 @@ def prepare_device(config: TrainConfig, device: torch.device) -> None:
     """TF32 on a GPU beside bf16, and the fastest convolutions; on a CPU as many threads as the worker has reserved."""
     if device.type == "cuda":
         # Who asks for fp32 gets no rounder products.
-        rounder = uses_bf16(config, device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounder
+        use_tf32(uses_bf16(config, device))
         torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
     else:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))

@@ -223,8 +223,9 @@ def _trainer(
     filesystem, path = arrow_fs(output, PatientOnChannel(channel, config.storage_patience))
     validation, scored = None, {}
     if config.validate_every:
+        train = index if set(config.validate_metrics) - {"bits"} else None
         validation = ValidationConfig(
-            Validator(config, spec, data["validation"], output, channel),
+            Validator(config, spec, data["validation"], output, channel, train),
             ray_remote_kwargs=SpareResources(config, gpu),
         )
         scored = {"checkpoint_score_attribute": BITS_PER_DIM, "checkpoint_score_order": "min"}

@@ -1,4 +1,4 @@
-"""Validation beside the training: held-out bits/dim and a sample grid of the averaged weights at a checkpoint.
+"""Validation beside the training: held-out bits/dim, samples and their figures, of a checkpoint's averaged weights.
 
 Ray Train runs it as a task of its own for checkpoints that are reported with `validation`, one at a time; the steps
 don't wait for it. The held-out images, the terms of the bound and all noise are the same for every checkpoint.
@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import ray.train
 import torch
 
 from pipeline import storage
+from pipeline.cluster.pool import Work
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.evaluation.work import choose
+from pipeline.gpu.precision import use_tf32
 from pipeline.models.export import CONFIG, save_model
 from pipeline.models.unet import UNet, build
 from pipeline.rng import Choice
@@ -70,6 +72,7 @@ class Validator:
     Args:
         output: URI of the run.
         held_out: the images to validate on.
+        train: those trained on, where figures of samples are asked for; the index of a large dataset takes long to send.
     """
 
     config: TrainConfig
@@ -77,6 +80,7 @@ class Validator:
     held_out: DatasetIndex
     output: str
     channel: Any
+    train: DatasetIndex | None = None
 
     def __call__(self, reported: ray.train.Checkpoint, *, step: int) -> dict[str, Any]:
         """Posts the figures to the curve and the grid to the run; keeps the best model in `OUTPUT/best`."""
@@ -91,11 +95,16 @@ class Validator:
         if device.type == "cpu":  # only what the training leaves
             os.setpriority(os.PRIO_PROCESS, 0, 19)
             torch.set_num_threads(1)
+        use_tf32(False)
         model = build(self.spec)
         weights, _ = checkpoint.read_model(storage.join(self.output, CHECKPOINTS, name))
         model.load_state_dict(weights)
         model = model.eval().requires_grad_(False)
         config = self.config
+
+        def here(work: Work, tasks: Sequence[Any], title: str = "") -> Iterator[Any]:
+            return map(work.start(str(device)), tasks)
+
         bits = held_out_bits(
             model,
             self.spec,
@@ -103,12 +112,23 @@ class Validator:
             choose(self.held_out.rows, config.validation_images, config.seed, Choice.BOUND),
             terms=min(config.validation_terms, self.spec.diffusion.timesteps),
             seed=config.seed,
-            pool=lambda work, tasks, title="": map(work.start(str(device)), tasks),
+            pool=here,
         )
         if not math.isfinite(bits.bits_per_dim):
             raise InputError(f"its bits/dim are {bits.bits_per_dim}")
         figures = {BITS_PER_DIM: bits.bits_per_dim, f"{BITS_PER_DIM}_stderr": bits.stderr}
-        self._post(model.to(device), step, figures)
+        model = model.to(device)
+        if self.train:
+            # Not before: the driver, which imports this module too, has no use for it.
+            from pipeline.training.sample_figures import sample_figures
+
+            try:
+                figures |= sample_figures(
+                    config, self.spec, (self.train, self.held_out), self.output, model, here
+                )
+            except InputError as error:  # the bound stands all the same
+                self.channel.notice.remote(f"step {step}: no figures of samples: {error}")
+        self._post(model, step, figures)
         self._keep_best(weights, step, bits.bits_per_dim)
         return figures
 

@@ -43,7 +43,9 @@ class Squares:
                 os.kill(os.getpid(), signal.SIGKILL)
             if ids.max() > 100:
                 raise InputError("an id over 100")
-            return {"ids": ids, "squares": ids.astype(np.float64) ** 2, "threads": torch.get_num_threads()}
+            rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+            how = {"threads": torch.get_num_threads(), "rounded": rounded}
+            return {"ids": ids, "squares": ids.astype(np.float64) ** 2, **how}
 
         return do
 
@@ -71,6 +73,8 @@ def test_results_are_complete_when_an_actor_is_killed_and_in_order_where_that_is
         np.testing.assert_array_equal(part["squares"], same["squares"])
     # One thread each: sums come out the same on any machine.
     assert {part["threads"] for part in parts} == {1}
+    # And fp32 on a GPU is fp32, whatever torch does by itself.
+    assert not any(part["rounded"] for part in parts)
 
 
 @pytest.mark.parametrize("pool", [ActorPool(1, gpu=False), GROWING], ids=["fixed", "growing"])

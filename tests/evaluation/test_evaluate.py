@@ -58,7 +58,7 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
         model="", data=str(digits), samples=str(real_copies), output=str(output),
         max_images=20, classifier_steps=200, actors=1,
     )  # fmt: skip
-    metrics = evaluate(config, str(model_folder))
+    metrics = evaluate(config, str(model_folder)).metrics
     names = ("frechet_distance", "kernel_distance", "precision", "recall", "knn_label_accuracy")
     for name in names:
         assert metrics[name] == pytest.approx(metrics[f"{name}_real"], rel=1e-6)
@@ -88,7 +88,7 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "ActorPool", lambda *_: in_process)
-        worse = evaluate(config, "")
+        worse = evaluate(config, "").metrics
     assert worse["frechet_distance_real"] == pytest.approx(metrics["frechet_distance_real"], rel=1e-9)
     assert worse["frechet_distance"] > 10 * metrics["frechet_distance"]
     assert worse["kernel_distance"] > 5 * worse["kernel_distance_stderr"]
@@ -215,7 +215,7 @@ def test_figures_say_how_many_samples_they_cover(digits: Path, noise: Path) -> N
         model="", data=str(digits), samples=str(noise), classifier_steps=2, max_features=70,
         kernel_subset_size=3,
     )  # fmt: skip
-    metrics = evaluate(config, "")
+    metrics = evaluate(config, "").metrics
     assert metrics["samples"] == 200
     assert metrics["kernel_distance_images"] == 69
     assert metrics["precision_recall_images"] == metrics["knn_label_accuracy_images"] == 70
@@ -235,7 +235,7 @@ def test_samples_teach_a_classifier_as_far_as_they_show_their_class(
         config = EvaluateConfig(
             model="", data=str(digits), samples=str(samples), metrics=("cas",), classifier_steps=150
         )
-        scores.append(evaluate(config, ""))
+        scores.append(evaluate(config, "").metrics)
     true, random = scores
     assert true["classification_accuracy_score"] > 0.85
     assert true["classification_accuracy_score"] == pytest.approx(
@@ -262,7 +262,7 @@ def test_copies_of_training_images_are_counted_and_shown(
             output=str(tmp_path / "out"),
         ),
         "",
-    )  # fmt: skip
+    ).metrics  # fmt: skip
     # Every copy, and the few held-out images under their own hundredth.
     assert metrics["memorised"] == pytest.approx(len(copies) / len(pixels), abs=0.02)
     assert metrics["memorised_images"] == len(pixels)
@@ -287,9 +287,9 @@ def test_the_distance_to_published_statistics_is_that_to_the_images_that_they_ar
         "model": "", "data": str(digits), "samples": str(noise), "metrics": ("frechet",),
         "features": str(tmp_path / "means.pt"),
     }  # fmt: skip
-    first = evaluate(EvaluateConfig(**given, output=str(tmp_path / "out")), "")
+    first = evaluate(EvaluateConfig(**given, output=str(tmp_path / "out")), "").metrics
     statistics = str(tmp_path / "out" / "statistics.npz")
-    second = evaluate(EvaluateConfig(**given, reference_statistics=statistics), "")
+    second = evaluate(EvaluateConfig(**given, reference_statistics=statistics), "").metrics
     assert second["frechet_distance_to_statistics"] == pytest.approx(first["frechet_distance"], rel=1e-9)
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(InputError, match=r"of 7 features, --features .*means.pt gives 12: .*another network"):

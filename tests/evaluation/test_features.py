@@ -17,7 +17,8 @@ from pipeline.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
-from pipeline.evaluation.features import TorchScriptExtractor, measure, read_torchscript
+from pipeline.evaluation.features import measure
+from pipeline.evaluation.inception import TorchScriptExtractor, read_torchscript
 from pipeline.evaluation.reading import open_samples, read_images
 from tests.evaluation.common import DIGITS, write_samples
 
@@ -76,7 +77,7 @@ def test_samples_without_labels_have_label_minus_one(tmp_path: Path) -> None:
 def test_folders_that_hold_no_samples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         open_samples(str(tmp_path / "nowhere"), DIGITS)
-    with pytest.raises(InputError, match="no Parquet files"):
+    with pytest.raises(InputError, match="no Parquet or npz files"):
         open_samples(str(tmp_path), DIGITS)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense PAR1")
     with pytest.raises(InputError, match="not a Parquet file"):

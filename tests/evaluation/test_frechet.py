@@ -7,6 +7,7 @@ from scipy.linalg import sqrtm
 from pipeline.errors import InputError
 from pipeline.evaluation.frechet import (
     Moments,
+    Statistics,
     frechet_distance,
     merge_moments,
     moments_of,
@@ -78,10 +79,10 @@ def test_published_statistics_are_read_as_they_are_written_by_anybody(tmp_path: 
     np.savez(tmp_path / "fid.npz", mu=mean, sigma=covariance)
     np.savez(tmp_path / "batch.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=mean.astype(np.float32),
              sigma=covariance, mu_s=np.zeros(3), sigma_s=np.eye(3))  # fmt: skip
-    write_statistics(str(tmp_path / "ours.npz"), moments_of(x))
+    write_statistics(str(tmp_path / "ours.npz"), Statistics(moments_of(x)))
     expected = frechet_distance(moments_of(x), moments_of(y))
     for name in ("fid", "batch", "ours"):
-        read = read_statistics(str(tmp_path / f"{name}.npz"))
+        read = read_statistics(str(tmp_path / f"{name}.npz")).features
         assert frechet_distance(read, moments_of(y)) == pytest.approx(expected, rel=1e-5)
     with np.load(tmp_path / "ours.npz") as file:
         np.testing.assert_allclose(file["sigma"], covariance, rtol=1e-12)

@@ -49,7 +49,7 @@ def test_a_runs_snapshots_are_swept_over_lengths(
         model="", data=str(digits), output=str(output), metrics=("bits",), max_images=4, terms=4, actors=1,
         snapshots=str(snapshots), ema_lengths=(0.05, 0.1),
     )  # fmt: skip
-    metrics = evaluate(settings, str(folder))
+    metrics = evaluate(settings, str(folder)).metrics
     # A length that was stored comes out as it was stored.
     weights = load_model(output / "ema-0.05")[0].state_dict()
     torch.testing.assert_close(weights, load_file(kept[Snapshot(8, 0.05)]), rtol=1e-4, atol=1e-5)

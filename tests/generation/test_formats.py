@@ -70,18 +70,21 @@ def test_samples_of_an_unconditional_model_have_no_label(unconditional: Path, tm
     assert list(opened(tmp_path / "b")["label"]) == [None] * 8
 
 
-@pytest.mark.parametrize("form", ["parquet", "png", "webdataset"])
-def test_samples_can_be_trained_on(model: Path, tmp_path: Path, pixels: list[bytes], form: str) -> None:
+@pytest.mark.parametrize("form", ["parquet", "png", "webdataset", "npz"])
+def test_samples_can_be_trained_on(
+    model: Path, tmp_path: Path, whole: Path, pixels: list[bytes], form: str
+) -> None:
     make(config(tmp_path, format=form), model)
     splits = [open_dataset(str(tmp_path), split) for split in ("train", "validation")]
-    assert splits[0].image == ImageConfig(8, 1, ("0", "1", "2") if form == "webdataset" else ("a", "b", "c"))
+    assert splits[0].image == ImageConfig(
+        8, 1, ("0", "1", "2") if form in ("webdataset", "npz") else ("a", "b", "c")
+    )
     found = Counter[bytes]()
     for split in splits:
         for group in split.groups:
             rows = read_rows(group, np.arange(group.rows)).to_pylist()
             found.update(b"%d" % row["label"] + decode(row["bytes"], 8, 1).tobytes() for row in rows)
-    data = opened(tmp_path)
-    labels = data["cls"] if form == "webdataset" else data.sort("index")["label"]
+    labels = opened(whole).sort("index")["label"]
     assert found == Counter(b"%d" % label + data for label, data in zip(labels, pixels, strict=True))
 
 

@@ -94,7 +94,7 @@ def test_a_flipped_bit_is_found_and_the_next_run_mends_it(model: Path, dataset: 
     checked(dataset, model)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "webdataset", "png"])
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "png", "npz"])
 def test_every_change_is_found_or_harmless_to_readers(kind: str, model: Path, tmp_path: Path) -> None:
     """Each file in turn is changed, cut, emptied, removed, copied beside itself and swapped with its like."""
     whole, copy = tmp_path / "whole", tmp_path / "copy"

@@ -55,6 +55,15 @@ def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
         ({"model": ModelConfig(channel_multipliers=(1,) * 5)}, "can't be halved 4 times"),
         ({"validate_every": 1, "validation_images": 1}, "at least two held-out images"),
         ({"validate_every": 1, "validation_terms": 3}, "--validation-terms 3"),
+        ({"validate_every": 1, "validate_metrics": ("frechet",)}, "--validate-metrics needs bits"),
+        (
+            {"validate_every": 1, "validate_metrics": ("bits", "cas")},
+            "--validate-metrics cas needs --class-cond",
+        ),
+        (
+            {"validate_every": 1, "validate_metrics": ("bits", "frechet"), "validation_features": "no.pt"},
+            "--validation-features no.pt: can't be read",
+        ),
     ],
 )
 def test_settings_that_cannot_work_together_or_on_the_data_leave_the_output_alone(

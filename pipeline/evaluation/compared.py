@@ -1,0 +1,144 @@
+"""What is compared: samples, real images and the network that gives their features, opened and found fit for it."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from pipeline import __version__
+from pipeline.data.index import DatasetIndex, Splits
+from pipeline.errors import InputError
+from pipeline.evaluation.classifier import check_labels
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.features import Extractor, open_extractor
+from pipeline.evaluation.frechet import Moments, Statistics, read_statistics
+from pipeline.evaluation.inception import OF_INCEPTION, PREPROCESSING, Output, TorchScriptExtractor
+from pipeline.evaluation.kernel import LEAST_IMAGES
+from pipeline.evaluation.reading import open_samples
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared, opened and found fit for it.
+
+    Attributes:
+        extractor: None = the classifier, which is yet to be trained.
+        about: figures of the extractor.
+        statistics: published ones of the same features.
+        of_inception: the same network's other outputs, which are asked for.
+    """
+
+    reference: DatasetIndex
+    samples: DatasetIndex
+    held_out: DatasetIndex
+    extractor: Extractor | None
+    about: dict[str, float]
+    statistics: Statistics | None
+    of_inception: dict[Output, Extractor]
+
+    def measured_on(self, config: EvaluateConfig) -> dict[str, str]:
+        """What the figures depend on beside the samples, in words."""
+        held_out, most = self.held_out, config.max_features
+        about = {
+            "data": f"{held_out.uri}, fingerprint {held_out.fingerprint[:16]}",
+            "real images": f"{self.reference.rows:,} of split {self.reference.split}",
+            "held-out images": f"{held_out.rows:,} of split {held_out.split}",
+            "chosen of a side, for all but Fréchet distances": f"at most {most:,}" if most else "all",
+            "features": config.features
+            if self.extractor
+            else f"a classifier trained on the real images in {config.classifier_steps} steps",
+            "images for the features": "uint8 from 0 to 255 in their own size",
+            "seed": str(config.seed),
+            "measured by": f"ray-ddpm {__version__}",
+        }
+        if isinstance(self.extractor, TorchScriptExtractor):
+            about["features"] += f", sha256 {hashlib.sha256(self.extractor.data).hexdigest()[:16]}"
+            about["images for the features"] = self.extractor.preprocessing()
+        return about | {f"images for {OF_INCEPTION[name]}": PREPROCESSING[name] for name in self.of_inception}
+
+    @property
+    def sets(self) -> list[DatasetIndex]:
+        """The held-out images stand last, where they are not themselves the reference."""
+        one = self.reference.split == self.held_out.split
+        return [self.reference, self.samples] + [self.held_out] * (not one)
+
+
+def open_compared(config: EvaluateConfig, splits: Splits, model: str) -> Compared:
+    """Opens the samples, and looks at all that may be wrong with them before anything is measured.
+
+    Args:
+        model: fingerprint of the model that must have made them; "" = any.
+
+    Raises:
+        InputError: samples, data or features that can't be used, or too few images.
+    """
+    held_out, reference = splits[config.split], splits[config.reference_split]
+    samples = open_samples(config.samples, reference.image, model)
+    extractor, about = None, dict[str, float]()
+    if config.features == "classifier":
+        check_labels(reference)
+    else:
+        extractor, about = open_extractor(config.features, reference.image)
+    others = _outputs_of_inception(config, extractor, reference)
+    statistics = None
+    if config.reference_statistics and extractor is not None:
+        statistics = read_statistics(config.reference_statistics)
+        _check_length(config, statistics.features, extractor, reference)
+        if statistics.spatial and "spatial" in others:
+            _check_length(config, statistics.spatial, others["spatial"], reference)
+    compared = Compared(reference, samples, held_out, extractor, about, statistics, others)
+    _check_counts(config, compared.sets)
+    return compared
+
+
+def _outputs_of_inception(
+    config: EvaluateConfig, extractor: Extractor | None, reference: DatasetIndex
+) -> dict[Output, Extractor]:
+    found = dict[Output, Extractor]()
+    for output, metric in OF_INCEPTION.items():
+        if metric in config.metrics:
+            if not isinstance(extractor, TorchScriptExtractor):
+                raise InputError(
+                    f"--metrics {metric}: --features {config.features} is not Inception's network"
+                )
+            found[output] = dataclasses.replace(extractor, output=output)
+            _embed_one(found[output], reference)
+    return found
+
+
+def _check_length(
+    config: EvaluateConfig, statistics: Moments, extractor: Extractor, reference: DatasetIndex
+) -> None:
+    numbers = _embed_one(extractor, reference)
+    if numbers != len(statistics.mean):
+        raise InputError(
+            f"--reference-statistics {config.reference_statistics}: of {len(statistics.mean)} features, --features "
+            f"{config.features} gives {numbers}: they are of another network"
+        )
+
+
+@torch.no_grad()
+def _embed_one(extractor: Extractor, index: DatasetIndex) -> int:
+    """Numbers that an extractor gives for an image."""
+    image = torch.zeros(1, index.image.channels, index.image.size, index.image.size, dtype=torch.uint8)
+    return extractor.load("cpu")(image).shape[1]
+
+
+def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
+    """Before the work, not after it."""
+    least = {
+        "frechet": 2,
+        "sfid": 2,
+        "kernel": LEAST_IMAGES,
+        "precision_recall": config.precision_recall_neighbours + 1,
+        "knn": config.knn_neighbours,
+    }
+    for index in sets:
+        rows = min(index.rows, config.max_features or index.rows)
+        for metric in config.metrics:
+            if rows < least.get(metric, 0):
+                raise InputError(
+                    f"--metrics {metric} needs at least {least[metric]} images a side, the {index.split} of "
+                    f"{index.uri} give {rows}: give more, or leave it out"
+                )

@@ -1,0 +1,158 @@
+"""Samples as NumPy archives, uint8 `arr_0` [N, H, W, C] and int64 `arr_1` [N], the labels: the form of guided-diffusion.
+
+Its evaluator takes one file, which can't grow as samples are made. So each chunk is an archive, and when all are there
+their content is written once more, as `samples.npz`, which appears whole or not at all.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from typing import IO, Any, cast
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.generated import PARTIAL
+from pipeline.data.manifest import MANIFEST, SAMPLES
+from pipeline.errors import InputError
+from pipeline.generation.chunks import Chunk, file_name
+from pipeline.redact import one_line
+from pipeline.stretches import open_file
+
+ALL, SAID = "samples.npz", "one_file"  # SAID: what the manifest calls it
+IMAGES, LABELS = "arr_0", "arr_1"
+_COPY_BYTES = 2**22
+_COLOURS = 3
+
+
+class _Digested:
+    """A file that can't be rewound, so that an archive in it has the same bytes on any storage; counts and hashes them.
+
+    Args:
+        file: None = the bytes are needed for their hash alone.
+    """
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        if self._file:
+            self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        if self._file:
+            self._file.flush()
+
+    def said(self) -> dict[str, Any]:
+        return {"file": ALL, "bytes": self.bytes, "sha256": self._hash.hexdigest()}
+
+
+def archive(images: np.ndarray, labels: list[int | None]) -> bytes:
+    """The images of a chunk, uint8 [N, H, W, C], and their labels, if they have any."""
+    buffer = io.BytesIO()
+    known = [label for label in labels if label is not None]
+    _write(_Digested(buffer), images.shape, [images], [np.array(known, np.int64)] if known else [])
+    return buffer.getvalue()
+
+
+def read_archive(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `archive` wrote.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
+            return file[IMAGES], file.get(LABELS)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{uri} is damaged ({one_line(error, 100)}): run --verify, which names each such file: remove them, then run "
+            "the same command again"
+        ) from None
+
+
+def write_all(output: str, chunks: Iterable[Chunk], digest: str) -> dict[str, Any]:
+    """Writes all samples into one file, unless it is there already; returns what the manifest says of it.
+
+    Args:
+        digest: of the files of the chunks together.
+    """
+    there = storage.list_folder(output)
+    for name in there:
+        if name.startswith(f"{ALL}.") and name.endswith(PARTIAL):  # of a job that was killed
+            storage.remove(storage.join(output, name))
+    before = _said(output, there)
+    if before.get("of") == digest and ALL in there and there[ALL]["size"] == before["bytes"]:
+        return before
+    with storage.writing(storage.join(output, ALL)) as file:
+        return _collect(_Digested(file), output, list(chunks)) | {"of": digest}
+
+
+def differences(output: str, chunks: Iterable[Chunk], manifest: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with that file, where the files of the chunks are sound."""
+    if manifest.get(SAID) != _collect(_Digested(None), output, list(chunks)) | {"of": manifest["sha256"]}:
+        yield f"{MANIFEST} says of {ALL} what the files in {SAMPLES} don't"
+        return
+    stored = hashlib.sha256()
+    try:
+        with open_file(storage.join(output, ALL), ahead=_COPY_BYTES) as file:
+            while piece := file.read(_COPY_BYTES):
+                stored.update(piece)
+    except FileNotFoundError:
+        yield f"{ALL} is lost"
+        return
+    if stored.hexdigest() != manifest[SAID]["sha256"]:
+        yield f"{ALL} is damaged"
+
+
+def _said(output: str, there: dict[str, Any]) -> dict[str, Any]:
+    if MANIFEST not in there:
+        return {}
+    try:
+        said = json.loads(storage.read_bytes(storage.join(output, MANIFEST)))[SAID]
+        return dict(said) if said.keys() == {"file", "bytes", "sha256", "of"} else {}
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged one will be written anew
+        return {}
+
+
+def _collect(file: _Digested, output: str, chunks: list[Chunk]) -> dict[str, Any]:
+    """The samples of all chunks as one archive; one chunk at a time is in memory."""
+    uris = [storage.join(output, SAMPLES, file_name(chunk, "npz")) for chunk in chunks]
+    shape, labels = read_archive(uris[0])[0].shape[1:], list[np.ndarray]()
+    grey = shape[2] == 1
+
+    def images() -> Iterator[np.ndarray]:
+        for uri in uris:
+            pixels, here = read_archive(uri)
+            labels.extend([] if here is None else [here])
+            # The evaluator's network takes colours alone.
+            yield pixels.repeat(_COLOURS, axis=3) if grey else pixels
+
+    count = sum(chunk.stop - chunk.start for chunk in chunks)
+    _write(file, (count, *shape[:2], _COLOURS if grey else shape[2]), images(), labels)
+    return file.said()
+
+
+def _write(
+    file: _Digested, shape: tuple[int, ...], images: Iterable[np.ndarray], labels: list[np.ndarray]
+) -> None:
+    """An archive of images that come in pieces, and of labels where there are any once the images have all come."""
+    with zipfile.ZipFile(cast(IO[bytes], file), "w") as zipped:
+        _member(zipped, IMAGES, shape, np.dtype(np.uint8), images)
+        if labels:
+            _member(zipped, LABELS, shape[:1], np.dtype(np.int64), labels)
+
+
+def _member(
+    zipped: zipfile.ZipFile, name: str, shape: tuple[int, ...], kind: np.dtype, pieces: Iterable[np.ndarray]
+) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    with zipped.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for piece in pieces:
+            member.write(np.ascontiguousarray(piece, kind).tobytes())
