@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from pipeline.markdown import plain as plain
+from pipeline.markdown import table as table
+
 
 class SplitSize(NamedTuple):
     """Images of a split, and bytes of their files."""
@@ -59,15 +62,3 @@ def front_matter(
     if tags:
         content["tags"] = list(tags)
     return f"---\n{yaml.safe_dump(content, sort_keys=False, width=10_000)}---\n"
-
-
-def table(head: str, rows: dict[str, Any]) -> str:
-    """A Markdown table of two columns, with its text escaped."""
-    lines = "".join(f"| {plain(key)} | {plain(value)} |\n" for key, value in rows.items())
-    return f"| {head} | |\n| --- | --- |\n{lines}"
-
-
-def plain(value: Any) -> str:
-    """Text in one line, escaped for Markdown and HTML."""
-    text = " ".join(str(value).split())
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in text)
