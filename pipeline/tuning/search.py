@@ -105,7 +105,7 @@ def search(
                 settings = {"job": config, "objective": objective, "splits": splits, "parent_run": run.id}
                 trainable = tune.with_parameters(trial, **settings)
                 _run(config, space, trainable, at_a_time)
-                result = _conclude(config, tracker)
+                result = _conclude(config, space, tracker)
                 status = "FINISHED"
                 return result
             except KeyboardInterrupt:
@@ -195,7 +195,7 @@ def _tracker(config: TuneConfig, record: ledger.Record, seconds: float = PATIENC
     return Tracker(runs.Run(record.run_id, None), output, CURVES, seconds, _say, threading.Event())
 
 
-def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
+def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, Any]:
     """Table, report, winner."""
     records = ledger.read_all(config.output)
     end = time.monotonic() + PATIENCE  # for all of them
@@ -210,7 +210,7 @@ def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
         raise InputError(f"no trial could be measured; the first one's reason: {reason}")
     winner = best[0]
     command = train_command(replace(training(config, winner, output=f"{config.output}/winner"), run_name=""))
-    files = report.write(config, records, command)
+    files = report.write(config, space, records, command)
     for file in files:
         parent.log_file(str(file.relative_to(config.output)))
     parent.log_points([(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
