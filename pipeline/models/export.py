@@ -173,7 +173,8 @@ def summary(spec: ModelSpec) -> str:
     ]
     if spec.model.class_conditional:
         more = ", …" * (len(image.classes) > _SHOWN_CLASSES)
-        names = ", ".join(f"{i} {name}" for i, name in enumerate(image.classes[:_SHOWN_CLASSES]))
+        shown = image.classes[:_SHOWN_CLASSES]
+        names = ", ".join(name if name == str(i) else f"{i} {name}" for i, name in enumerate(shown))
         lines.append(f"Class-conditional, {len(image.classes)} classes: {plain(names)}{more}.")
     if "data" in facts:
         lines.append(
