@@ -239,7 +239,7 @@ class TrainConfig:
     experiment: str = "ray-ddpm"
     """MLflow experiment."""
     run_name: str = ""
-    """MLflow run name; empty = MLflow invents one."""
+    """MLflow run name; empty = made of the data, the schedule and T."""
     register: str = ""
     """Name under which the finished model is registered in MLflow; empty = not registered."""
     alias: str = "newest"

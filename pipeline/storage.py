@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from pipeline.errors import InputError, Outage
-from pipeline.redact import one_line
+from pipeline.redact import one_line, redact
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx", "httpx2")
@@ -70,6 +70,17 @@ def join(uri: str, *parts: str) -> str:
 def name(uri: str) -> str:
     """The last part of a URI."""
     return posixpath.basename(uri.rstrip("/"))
+
+
+def title(uri: str) -> str:
+    """What data are called where others read of them: an address that is the same for everybody, or a name alone.
+
+    A path is nobody else's, and may tell whose machine it is on.
+    """
+    if not is_local(uri):
+        return redact(uri)
+    folder, pattern = pattern_of(uri) or (absolute(uri), "")
+    return join(name(folder), pattern) if pattern else name(folder)
 
 
 def absolute(uri: str) -> str:

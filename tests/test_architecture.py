@@ -108,6 +108,7 @@ LIGHT = {
     "pipeline.commands.generate": ("mlflow", "torch", "ray"),
     "pipeline.commands.evaluate": ("mlflow", "torch", "ray"),
     "pipeline.commands.plot": ("mlflow", "torch", "ray"),
+    "pipeline.commands.export": ("mlflow", "torch", "ray"),
     "pipeline.commands.submit": ("mlflow", "torch", "ray"),
     "pipeline.commands.prepare": ("mlflow", "torch"),
     "pipeline.data.stream": ("mlflow", "torch"),  # Ray Train's actor that hands out the streams

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.cluster.submit import SubmitConfig
-from pipeline.commands import __main__, cli, demo, plot
+from pipeline.commands import __main__, cli, demo, export, plot
 from pipeline.config import TrainConfig
 from pipeline.data.shards import PrepareConfig
 from pipeline.errors import InputError
@@ -28,6 +28,7 @@ CONFIGS = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "plot": plot.PlotConfig,
+    "export": export.ExportConfig,
     "submit": SubmitConfig,
     "demo": demo.DemoConfig,
 }

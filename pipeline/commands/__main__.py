@@ -13,6 +13,7 @@ JOBS = {
     "generate": "make a dataset of samples, each exactly once",
     "evaluate": "measure a model and its samples",
     "plot": "draw a model: samples, the process, schedules, the bound",
+    "export": "write a model for diffusers, or as safetensors with a card",
     "submit": "run a job on a Ray cluster, from outside",
     "demo": "the whole pipeline on handwritten digits",
 }

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipeline import disk_cache
 from pipeline.commands import cli
 from pipeline.tuning.config import TuneConfig
 
@@ -23,5 +24,12 @@ def check(config: TuneConfig) -> Any:
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
     return cli.main(
-        "tune", __doc__ or "", TuneConfig, execute, arguments, check=check, workers="pipeline.training.worker"
+        "tune",
+        __doc__ or "",
+        TuneConfig,
+        execute,
+        arguments,
+        check=check,
+        workers="pipeline.training.worker",
+        environment=lambda config: disk_cache.environment(config.cache_dir, config.cache_gb),
     )

@@ -1,6 +1,6 @@
 """The front matter of a dataset card, by which Hugging Face's `datasets` opens a folder and tells it from others."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import yaml
@@ -54,21 +54,3 @@ def front_matter(
     if tags:
         content["tags"] = list(tags)
     return f"---\n{yaml.safe_dump(content, sort_keys=False, width=10_000)}---\n"
-
-
-def table(head: str, rows: dict[str, Any]) -> str:
-    """A Markdown table of two columns, with its text escaped."""
-    lines = "".join(f"| {plain(key)} | {plain(value)} |\n" for key, value in rows.items())
-    return f"| {head} | |\n| --- | --- |\n{lines}"
-
-
-def grid(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table of any columns, with the text of its rows escaped."""
-    lines = [head, ["---"] * len(head), *([plain(value) for value in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def plain(value: Any) -> str:
-    """Text in one line, escaped for Markdown and HTML."""
-    text = " ".join(str(value).split())
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in text)

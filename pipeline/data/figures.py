@@ -5,11 +5,11 @@ import sys
 from typing import Any
 
 from pipeline import storage
-from pipeline.data.card import grid, table
 from pipeline.data.generated import read_manifest
 from pipeline.data.manifest import CARD
 from pipeline.errors import InputError
 from pipeline.lock import locked
+from pipeline.markdown import grid, table
 from pipeline.redact import one_line
 
 FIGURES = "figures.json"

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.config import ModelSpec
 from pipeline.data import figures
 from pipeline.data.index import DatasetIndex, Splits, open_splits
 from pipeline.diffusion.process import make_process
+from pipeline.errors import InputError
 from pipeline.evaluation.bits import BitsPerDim, held_out_bits
 from pipeline.evaluation.codes import MOST_BYTES, trivial_codes
 from pipeline.evaluation.compare import measure_quality
@@ -97,7 +99,7 @@ def _bits(
     averages = posthoc_ema(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
 
     def bound() -> BitsPerDim:
-        return held_out_bits(
+        bits = held_out_bits(
             model,
             spec,
             held_out,
@@ -107,6 +109,12 @@ def _bits(
             batch_size=config.batch_size,
             pool=pool,
         )
+        if not math.isfinite(bits.bits_per_dim):
+            raise InputError(
+                f"--model {config.model}: its bits/dim are {bits.bits_per_dim}: weights that are not finite, or so large "
+                "that what they give is not: take another model"
+            )
+        return bits
 
     bits = bound()
     _write_bits(config, bits)

@@ -22,7 +22,7 @@ from pipeline import __version__, storage
 from pipeline.cluster.session import checkout
 from pipeline.config import ImageConfig, ModelSpec
 from pipeline.data import figures
-from pipeline.data.card import SplitSize, front_matter, plain, table
+from pipeline.data.card import SplitSize, front_matter
 from pipeline.data.images import DecodeError, decode, encode_png
 from pipeline.data.manifest import CARD, MANIFEST, SAMPLES_FORMAT
 from pipeline.errors import InputError
@@ -31,6 +31,7 @@ from pipeline.generation.chunks import Chunk, file_name
 from pipeline.generation.config import GenerateConfig
 from pipeline.generation.ledger import ChunkRecord
 from pipeline.generation.sampler import labels_or_none, sample_labels
+from pipeline.markdown import plain, table
 from pipeline.redact import one_line
 from pipeline.stretches import open_file
 from pipeline.versions import VERSIONS

@@ -4,24 +4,34 @@ The UNet's structure and parameter names are UNet2DModel's, so the weights go ov
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from pipeline import storage
 from pipeline.config import ModelSpec
 from pipeline.diffusion.schedules import make_betas
 from pipeline.errors import InputError
+from pipeline.markdown import table
+from pipeline.models.export import CARD, Place, front_matter, summary
 from pipeline.models.unet import NORM_EPS, UNet, norm_groups, out_channels
 
 _VARIANCE = {"fixed_large": "fixed_large", "fixed_small": "fixed_small"}
+INDEX, WEIGHTS = "model_index.json", "unet/diffusion_pytorch_model.safetensors"
+FILES = (WEIGHTS, "unet/config.json", "scheduler/scheduler_config.json", CARD, INDEX)
 
 
-def export_diffusers(model: UNet, spec: ModelSpec, folder: Path) -> Path:
-    """Writes model_index.json, unet/ and scheduler/ for `DDPMPipeline.from_pretrained`.
+def export_diffusers(model: UNet, spec: ModelSpec, folder: Place) -> Place:
+    """Writes model_index.json, unet/, scheduler/ and a card for `DDPMPipeline.from_pretrained`.
 
     A class-conditional model becomes a UNet2DModel with class embeddings, the last of which stands for no
     label; diffusers' DDPMPipeline passes no labels, so there it is for UNet2DModel alone.
+
+    Args:
+        folder: a path or a URI.
+
+    Returns:
+        the folder.
 
     Raises:
         InputError: what diffusers has no counterpart for.
@@ -31,19 +41,21 @@ def export_diffusers(model: UNet, spec: ModelSpec, folder: Path) -> Path:
             f"variance {spec.diffusion.variance} can't be exported: diffusers' learned_range interpolates other "
             "end points than Improved DDPM's; train with --variance fixed_large or fixed_small"
         )
-    folder = Path(folder)
-    (folder / "unet").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler").mkdir(exist_ok=True)
     pipeline = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
-    _write(folder / "model_index.json", pipeline)
-    _write(folder / "unet" / "config.json", unet_config(spec))
-    _write(folder / "scheduler" / "scheduler_config.json", _scheduler_config(spec))
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    contents = (
+        save(weights, {"format": "pt"}),
+        _json(unet_config(spec)),
+        _json(_scheduler_config(spec)),
+        _card(spec).encode(),
+        _json(pipeline),
+    )
+    for name, data in zip(FILES, contents, strict=True):
+        storage.write_atomic(storage.join(str(folder), name), data)
     return folder
 
 
@@ -86,5 +98,37 @@ def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1))
+def _card(spec: ModelSpec) -> str:
+    steps = f"num_inference_steps={spec.diffusion.timesteps}"
+    if not spec.model.class_conditional:
+        usage = f"""
+    from diffusers import DDPMPipeline
+
+    images = DDPMPipeline.from_pretrained("this-folder")(batch_size=16, {steps}).images
+"""
+    else:
+        shape = f"{spec.image.channels}, {spec.image.size}, {spec.image.size}"
+        usage = f"""
+DDPMPipeline passes no labels, which this network needs; class {len(spec.image.classes)} stands for no label:
+
+    import torch
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained("this-folder")
+    labels = torch.arange(16) % {len(spec.image.classes)}
+    x = torch.randn(16, {shape})
+    pipeline.scheduler.set_timesteps({spec.diffusion.timesteps})
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            epsilon = pipeline.unet(x, t, class_labels=labels).sample
+            x = pipeline.scheduler.step(epsilon, t, x).prev_sample
+    images = ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)  # [16, {shape}]
+"""
+    about = table("provenance", dict(sorted(spec.provenance.items())))
+    return (
+        f"{front_matter(spec, 'diffusers')}\n# Denoising diffusion model\n\n{summary(spec)}\n{usage}\n{about}"
+    )
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode()

@@ -8,9 +8,11 @@ have it there alone, are read from it. No Ray, no MLflow, no pickle.
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -18,11 +20,14 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.config import ModelSpec, from_dict, to_dict
 from pipeline.errors import InputError
+from pipeline.markdown import plain, table
 from pipeline.models.unet import UNet, build
 from pipeline.redact import one_line
 from pipeline.versions import VERSIONS, check_readable
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_METADATA = "__metadata__"
+_SHOWN_CLASSES = 100  # of more, a card names the first
 Place = TypeVar("Place", str, Path)
 
 
@@ -42,11 +47,31 @@ def save_model(folder: Place, weights: dict[str, Tensor], spec: ModelSpec, card:
     """Writes a model folder (path or URI), or replaces the model in one; returns it."""
     config = json.dumps(to_dict(spec) | {"versions": VERSIONS}, indent=1, sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    # One entry alone: the order of several is not fixed, and equal models have equal bytes.
-    files = {WEIGHTS: save(tensors, {CONFIG: config}), CONFIG: config.encode()}
-    for name, data in (files | {CARD: (card or model_card(spec)).encode()}).items():
-        storage.write_atomic(storage.join(str(folder), name), data)
+    packed = Packed(config.encode(), save(tensors), str(folder))
+    write_model(folder, packed, card or model_card(spec))
     return folder
+
+
+def write_model(folder: str | Path, model: Packed, card: str) -> None:
+    """Writes a model that was read as it is, or replaces the model in a folder."""
+    files = {WEIGHTS: _whole_file(model.weights, model.config), CONFIG: model.config, CARD: card.encode()}
+    for name, data in files.items():
+        storage.write_atomic(storage.join(str(folder), name), data)
+
+
+def _whole_file(weights: bytes, config: bytes) -> bytes:
+    """Safetensors with the configuration in their header, and the `format` that other libraries ask for.
+
+    The header is written here, in a fixed order: safetensors writes several entries in any, and equal models have
+    equal bytes.
+    """
+    size = int.from_bytes(weights[:8], "little")
+    tensors = json.loads(weights[8 : 8 + size])
+    tensors.pop(_METADATA, None)
+    header = {_METADATA: {"format": "pt", CONFIG: config.decode()}, **tensors}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(weights)[8 + size :]])
 
 
 def load_model(model: str | Path | Packed) -> tuple[UNet, ModelSpec]:
@@ -100,7 +125,7 @@ def _config_in(weights: bytes) -> bytes:
     """The configuration in the header of safetensors; nothing where there is none, or no header."""
     try:
         header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-        return str(header["__metadata__"][CONFIG]).encode()
+        return str(header[_METADATA][CONFIG]).encode()
     except (ValueError, KeyError, TypeError):
         return b""
 
@@ -119,18 +144,41 @@ def model_fingerprint(model: str | Path | Packed) -> str:
 
 def model_card(spec: ModelSpec) -> str:
     """A README.md with YAML front matter that says what the model is and where it came from."""
-    image, diffusion = spec.image, spec.diffusion
-    classes = (
-        f"{len(image.classes)} classes: {', '.join(image.classes)}" if spec.model.class_conditional else "no"
-    )
-    provenance = "".join(f"| {key} | {value} |\n" for key, value in sorted(spec.provenance.items()))
     return (
-        "---\nlibrary_name: ray-ddpm\npipeline_tag: unconditional-image-generation\ntags: [diffusion, ddpm]\n---\n\n"
-        "# Denoising diffusion model\n\n"
-        f"An epsilon-predicting UNet for {image.size}x{image.size} images of {image.channels} channel(s), "
-        f"{diffusion.schedule} schedule, T = {diffusion.timesteps}, variance {diffusion.variance}.\n"
-        f"Class-conditional: {classes}.\n\n"
-        "    from pipeline import load_model\n"
+        f"{front_matter(spec, 'ray-ddpm')}\n# Denoising diffusion model\n\n{summary(spec)}\n\n"
+        "    from pipeline import load_model, sample_images\n"
         '    model, spec = load_model("this-folder")\n\n'
-        f"| provenance | |\n| --- | --- |\n{provenance}"
+        f"{table('provenance', dict(sorted(spec.provenance.items())))}"
     )
+
+
+def front_matter(spec: ModelSpec, library: str) -> str:
+    """What Hugging Face's hub reads of a model's card: YAML between two lines of dashes."""
+    content: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": list(dict.fromkeys(["diffusion", "ddpm", "ray-ddpm", library])),
+    }
+    if found := re.match(r"hf://datasets/([\w.-]+/[\w.-]+)", str(spec.provenance.get("data", ""))):
+        content["datasets"] = [found[1]]
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, width=10_000)}---\n"
+
+
+def summary(spec: ModelSpec) -> str:
+    """What a model is and what it has learned from, as Markdown."""
+    image, diffusion, facts = spec.image, spec.diffusion, spec.provenance
+    lines = [
+        f"An epsilon-predicting UNet for {image.size}x{image.size} images of {image.channels} channel(s), "
+        f"{plain(diffusion.schedule)} schedule, T = {diffusion.timesteps}, variance {diffusion.variance}."
+    ]
+    if spec.model.class_conditional:
+        more = ", …" * (len(image.classes) > _SHOWN_CLASSES)
+        shown = image.classes[:_SHOWN_CLASSES]
+        names = ", ".join(name if name == str(i) else f"{i} {name}" for i, name in enumerate(shown))
+        lines.append(f"Class-conditional, {len(image.classes)} classes: {plain(names)}{more}.")
+    if "data" in facts:
+        lines.append(
+            f"Trained on {plain(facts['data'])} (fingerprint {plain(str(facts.get('data_fingerprint', ''))[:16])}): "
+            f"{plain(facts.get('steps'))} steps of {plain(facts.get('batch_size'))} images."
+        )
+    return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""The only module that draws: sample grids, the process strip, schedules, the bound over t, what a search found."""
+"""The only module that draws with matplotlib: sample grids, the process strip, schedules, the bound over t."""
 
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,9 +13,6 @@ import matplotlib.pyplot as plt
 
 BORDER = 1
 LEAST_TILE_PIXELS = 32
-LIGHT = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}  # behind a label that lines cross
-# Trials that a legend names; of more, the best.
-NAMED = 16
 
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
@@ -120,133 +116,6 @@ def save_nearest(samples: np.ndarray, nearest: np.ndarray, path: Path) -> None:
         for part in (samples[i : i + columns], nearest[i : i + columns])
     ]
     save_grid(np.concatenate(pairs), path, columns)
-
-
-def save_parallel_coordinates(columns: dict[str, list[Any]], path: Path) -> None:
-    """One line a trial through an axis for each setting; the last column is the objective.
-
-    Args:
-        columns: name -> one value a trial, best trial first; what isn't a number gets a place of its own.
-    """
-    count, trials = len(columns), len(next(iter(columns.values())))
-    figure, axis = plt.subplots(figsize=(max(7, 1.5 * count), 4.8))
-    heights = []
-    for place, (name, values) in enumerate(columns.items()):
-        here, ticks = _places(values)
-        heights.append(here)
-        axis.axvline(place, color="0.8", lw=1, zorder=0)
-        for height, label in ticks:
-            axis.annotate(
-                label,
-                (place, height),
-                (4, 2),
-                textcoords="offset points",
-                fontsize=7,
-                color="0.35",
-                zorder=3,
-                bbox=LIGHT,
-            )
-        axis.text(place, 1.07, name, ha="center", fontsize=9)
-    for rank in reversed(range(trials)):
-        line = [here[rank] for here in heights]
-        axis.plot(range(count), line, color=_rank_colour(rank, trials), lw=_width(rank), alpha=0.9)
-    axis.set(xlim=(-0.3, count - 0.3), ylim=(-0.05, 1.15))
-    axis.axis("off")
-    _finish(figure, path)
-
-
-def _places(values: list[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights in 0..1, and where the axis is labelled."""
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        low, high = min(values), max(values)
-        log = low > 0 and high / low > 5
-        scaled = np.log(values) if log else np.array(values, float)
-        span = scaled.max() - scaled.min() or 1.0
-        heights = ((scaled - scaled.min()) / span).tolist()
-        return heights, [(0.0, f"{low:.4g}"), (1.0, f"{high:.4g}")] if high > low else [(0.0, f"{low:.4g}")]
-    names = sorted({str(value) for value in values})
-    places = {name: i / max(len(names) - 1, 1) for i, name in enumerate(names)}
-    return [places[str(value)] for value in values], [(height, name) for name, height in places.items()]
-
-
-def save_objective(
-    curves: dict[str, tuple[list[int], list[float], list[float]]], metric: str, path: Path
-) -> None:
-    """The objective over images seen; `curves` maps a trial to (images, values, standard errors), best first."""
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for rank, (name, (images, values, errors)) in reversed(list(enumerate(curves.items()))):
-        named = rank < NAMED
-        axis.errorbar(
-            images,
-            values,
-            errors if named else None,
-            color=_rank_colour(rank, len(curves)),
-            marker="o" if named else ".",
-            ms=4,
-            lw=_width(rank),
-            capsize=2,
-            label=name if named else None,
-        )
-    axis.set(xscale="log", xlabel="images seen in training", ylabel=metric)
-    _rank_legend(axis, len(curves))
-    _finish(figure, path)
-
-
-def save_ranked_schedules(curves: dict[str, np.ndarray], path: Path) -> None:
-    """alpha_bar over t / T, coloured by rank; `curves` maps a trial to alpha_bar, [T] each, best first."""
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for rank, (name, alpha_bar) in reversed(list(enumerate(curves.items()))):
-        time = (np.arange(len(alpha_bar)) + 1) / len(alpha_bar)
-        colour, label = _rank_colour(rank, len(curves)), name if rank < NAMED else None
-        axis.plot(time, alpha_bar, color=colour, lw=_width(rank), label=label)
-    axis.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$")
-    _rank_legend(axis, len(curves))
-    _finish(figure, path)
-
-
-def save_pareto(points: dict[str, tuple[float, float, bool]], names: tuple[str, str], path: Path) -> None:
-    """Trials by two objectives, both minimised; `points` maps a trial to (x, y, on the front)."""
-    figure, axis = plt.subplots(figsize=(6, 4.5))
-    for name, (x, y, front) in sorted(points.items(), key=lambda item: item[1][2]):
-        axis.plot(x, y, "o", ms=4, color="C0" if front else "0.8")
-        if front or len(points) <= NAMED:
-            axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7)
-    front_points = sorted((x, y) for x, y, front in points.values() if front)
-    axis.step([x for x, _ in front_points], [y for _, y in front_points], where="post", color="C0", lw=1)
-    axis.set(xlabel=names[0], ylabel=names[1])
-    _finish(figure, path)
-
-
-def save_side_by_side(grids: dict[str, np.ndarray], path: Path) -> None:
-    """Grids of images under their titles; `grids` maps a title to uint8 [N, H, W, C]."""
-    figure, axes = plt.subplots(1, len(grids), figsize=(3.2 * len(grids), 3.5), squeeze=False)
-    for axis, (name, images) in zip(axes[0], grids.items(), strict=True):
-        axis.imshow(grid(images, int(np.ceil(np.sqrt(len(images))))), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(name, fontsize=9)
-        axis.axis("off")
-    _finish(figure, path)
-
-
-def _rank_legend(axis: plt.Axes, count: int) -> None:
-    """The best trials by name, the winner first; lines were drawn from the worst to the best."""
-    handles, labels = axis.get_legend_handles_labels()
-    title = f"the best {NAMED} of {count}" if count > NAMED else None
-    style: dict[str, Any] = {
-        "fontsize": 7,
-        "title_fontsize": 7,
-        "loc": "center left",
-        "bbox_to_anchor": (1, 0.5),
-    }
-    axis.legend(handles[::-1], labels[::-1], title=title, **style)
-
-
-def _width(rank: int) -> float:
-    return 2.5 if rank == 0 else 1.2 if rank < NAMED else 0.5
-
-
-def _rank_colour(rank: int, count: int) -> Any:
-    """Dark for the best, light for the worst."""
-    return plt.get_cmap("viridis")(0.95 * rank / max(count - 1, 1))
 
 
 def _finish(figure: plt.Figure, path: Path) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -21,11 +22,23 @@ import pipeline
 from pipeline import storage
 from pipeline.config import ModelSpec
 from pipeline.errors import InputError
-from pipeline.models.export import CARD, CONFIG, WEIGHTS, Packed, model_fingerprint, pack_model, read_spec
+from pipeline.models.export import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    Packed,
+    model_fingerprint,
+    pack_model,
+    read_spec,
+    summary,
+)
 from pipeline.models.sampling import SERVED
+from pipeline.redact import printable
 from pipeline.tracking import runs  # also for its settings of MLflow
 
 MODEL_FOLDER = "model"
+PICTURE = "samples.png"  # of a run: samples of the model that it has trained
+MOST_WORDS = 4000  # characters; MLflow's databases hold 5,000
 # What `from pipeline import load_model, sample_images` imports, and what MLflow's servers do.
 SERVED_WITH = ("mlflow", "torch", "numpy", "pandas", "safetensors", "fsspec", "PyYAML")
 # Seconds for which a registry that does not answer is asked again.
@@ -53,9 +66,43 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
         with warnings.catch_warnings(action="ignore"):
             version = str(mlflow.register_model(uri, name).version)
         client.set_tag(run.id, tag, version)
+    _describe(run, read_spec(str(folder)), name, version)
     if alias:
         client.set_registered_model_alias(name, alias, version)
     return f"models:/{name}/{version}"
+
+
+def _describe(run: runs.Run, spec: ModelSpec, name: str, version: str) -> None:
+    """Says what a version is, in tags and in words, unless it says so already."""
+    client = runs.open_client()
+    if client.get_model_version(name, version).description:
+        return
+    facts = spec.provenance
+    tags: dict[str, Any] = {
+        "schedule": spec.diffusion.schedule,
+        "timesteps": spec.diffusion.timesteps,
+        "image": f"{spec.image.size}x{spec.image.size}x{spec.image.channels}",
+        **{key: facts[key] for key in ("data", "data_fingerprint", "steps") if key in facts},
+        **_figures(client, run, facts.get("steps")),
+    }
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, printable(str(value)))
+    picture = ""
+    if any(file.path == PICTURE for file in client.list_artifacts(run.id)):
+        # From the server's own address: its pages show no picture that stands in the text itself.
+        picture = f"![Samples](get-artifact?path={PICTURE}&run_uuid={run.id})\n\n"
+    # Last: a description stands for all of it.
+    client.update_model_version(name, version, (picture + summary(spec))[:MOST_WORDS])
+
+
+def _figures(client: mlflow.MlflowClient, run: runs.Run, steps: int | None) -> dict[str, float]:
+    """Held-out bits/dim of the model and its standard error, where the run has measured it at its last step."""
+    figures = {}
+    for name in ("bits_per_dim", "bits_per_dim_stderr"):
+        last = max(client.get_metric_history(run.id, name), key=lambda point: point.step, default=None)
+        if last and last.step == steps:
+            figures[name] = last.value
+    return figures
 
 
 def _log(run: runs.Run, folder: str | Path) -> str:

@@ -7,6 +7,7 @@ one writer, whatever restarts, and workers need neither the server's address nor
 import contextlib
 import fcntl
 import functools
+import getpass
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.patience import patiently
 from pipeline.redact import one_line, printable, redact
@@ -133,6 +135,14 @@ def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = ""
     return Run(run.info.run_id)
 
 
+def origin(job: str) -> dict[str, str]:
+    """Tags of what made a run and of who did, in which MLflow shows both; its client sets neither by itself."""
+    tags = {"mlflow.source.name": f"ray-ddpm {job}", "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
+
+
 def open_run(
     experiment: str, name: str, tags: dict[str, str], seconds: float, parent: str = "", opening: str = ""
 ) -> Run:
@@ -230,14 +240,14 @@ def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> Non
 
 
 def log_dataset(run: Run, uri: str, fingerprint: str, rows: int, quarantined: int = 0) -> None:
-    """Names the training data in the run, by place and content fingerprint, and counts what was left out of it."""
+    """Names the training data in the run, by name and content fingerprint, and counts what was left out of it."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
 
     dataset = MetaDataset(
-        CodeDatasetSource({"uri": redact(uri)}),
-        name=uri.rstrip("/").rpartition("/")[2],
+        CodeDatasetSource({"uri": storage.title(uri)}),
+        name=storage.name(storage.title(uri)),
         digest=fingerprint[:32],
     )
     tags = [InputTag("mlflow.data.context", "training"), InputTag("rows", str(rows))]

@@ -20,7 +20,7 @@ def make_spec(config: TrainConfig, index: DatasetIndex) -> ModelSpec:
         diffusion=resolve(config.diffusion),
         provenance={
             "ray_ddpm": __version__,
-            "data": config.data,
+            "data": storage.title(config.data),
             "data_fingerprint": index.fingerprint,
             "data_rows": index.rows,
             "steps": config.steps,

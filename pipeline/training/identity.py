@@ -59,8 +59,9 @@ def open_run(
         else:
             if run := run or runs.reopen_later(before["run_id"], CURVES):
                 return run, False
-    tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output}
-    run = run or runs.open_run(config.experiment, config.run_name, tags, config.tracking_patience)
+    tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output, **runs.origin("train")}
+    name = config.run_name or run_name(config, spec)
+    run = run or runs.open_run(config.experiment, name, tags, config.tracking_patience)
     write_claim(
         output,
         RUN_FILE,
@@ -71,6 +72,25 @@ def open_run(
         data_settings=index.settings,
     )
     return run, True
+
+
+def run_name(config: TrainConfig, spec: ModelSpec) -> str:
+    """What a run is called where the user gave it no name."""
+    data, diffusion = storage.name(storage.title(config.data)), spec.diffusion
+    return f"{data} {diffusion.schedule} T={diffusion.timesteps}"
+
+
+def logged_settings(config: Any) -> dict[str, Any]:
+    """Settings, of a training or a search, as parameters of its run: a path of the data would say nothing to others."""
+    return to_dict(replace(config, data=storage.title(config.data), resume=False))
+
+
+def logged_config(config: TrainConfig) -> dict[str, Any]:
+    """Settings as `--config` takes them, but for the path of the data on this machine: who trains again gives theirs."""
+    settings = to_dict(replace(config, resume=False))
+    if storage.is_local(config.data):
+        del settings["data"]
+    return settings
 
 
 def _check_same_run(

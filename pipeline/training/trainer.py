@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, check_fits, release_orphans
-from pipeline.config import ModelSpec, TrainConfig, to_dict
+from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import Splits
 from pipeline.data.stream import PlannedData, share
 from pipeline.display import Display
@@ -35,13 +35,13 @@ from pipeline.models.export import load_model, save_model
 from pipeline.patience import arrow_fs, patiently
 from pipeline.pictures.draw import file_of
 from pipeline.pictures.make import draw_samples
-from pipeline.tracking import runs
+from pipeline.tracking import registry, runs
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, worker
 from pipeline.training.channel_reader import ChannelReader
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, newest_whole, sweep
 from pipeline.training.checks import check
-from pipeline.training.identity import open_run
+from pipeline.training.identity import logged_config, logged_settings, open_run
 from pipeline.training.run_channel import (
     CURVES,
     PatientOnChannel,
@@ -51,7 +51,7 @@ from pipeline.training.run_channel import (
 from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
 from pipeline.training.validation import SpareResources, Validator
 
-SAMPLES = "samples.png"
+SAMPLES = registry.PICTURE
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,8 @@ def train(
             tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
             stack.enter_context(tracker)
         if is_new and mine:
-            settings = to_dict(replace(config, resume=False))
-            tracker.log_params(settings)
-            tracker.log_config(settings)
+            tracker.log_params(logged_settings(config))
+            tracker.log_config(logged_config(config))
         if is_new:
             index = data["train"]
             tracker.log_dataset(config.data, index.fingerprint, index.rows, index.quarantined)
@@ -124,9 +123,9 @@ def train(
             place = storage.join(output, "model")
             exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
             if mine:
-                tracker.log_model(exported, config.register, config.alias)
-                patient(lambda: _draw_samples(config, output), f"{SAMPLES} can't be written to {output}")
+                patient(lambda: draw_exported(output, config.seed), f"{SAMPLES} can't be written to {output}")
                 tracker.log_file(SAMPLES)
+                tracker.log_model(exported, config.register, config.alias)
             status = "FINISHED"
         except (Interrupted, KeyboardInterrupt):
             status = "KILLED"
@@ -139,10 +138,10 @@ def train(
     return Trained(run, folder, spec, name, metrics)
 
 
-def _draw_samples(config: TrainConfig, output: str) -> None:
-    """Draws samples of the exported model into the output."""
+def draw_exported(output: str, seed: int) -> None:
+    """Draws samples of a run's exported model into its output; the model's description in MLflow shows them."""
     model = load_model(storage.join(output, "model"))
-    picture = file_of(lambda path: draw_samples(*model, path, seed=config.seed))
+    picture = file_of(lambda path: draw_samples(*model, path, seed=seed))
     storage.write_atomic(storage.join(output, SAMPLES), picture)
 
 

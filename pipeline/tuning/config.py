@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pipeline.config import Reading, TrainConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
-from pipeline.ranges import Cpus, GpuShare, Natural, Positive, Range, Seed, check_ranges
+from pipeline.ranges import Cpus, GpuShare, MoreThanZero, Natural, Positive, Range, Seed, check_ranges
 
 Scheduler = Literal["asha", "none"]
 Searcher = Literal["tpe", "random"]
@@ -49,6 +49,10 @@ class TuneConfig:
     """CPUs that each worker reserves; fractions let more trials run at a time."""
     gpus_per_worker: GpuShare = 1.0
     """GPUs that each worker reserves where trials train on GPUs; with a fraction several trials share one."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that keeps what trials read of remote data, for all of them; empty = none."""
+    cache_gb: MoreThanZero = 100.0
+    """Most gigabytes that it holds."""
     terms: Natural = 32
     """Terms of the bound evaluated for each held-out image, stratified over t; an even number; 0 = all T."""
     max_images: Natural = 256
@@ -131,6 +135,8 @@ def base(config: TuneConfig) -> TrainConfig:
         workers=config.workers,
         cpus_per_worker=config.cpus_per_worker,
         gpus_per_worker=config.gpus_per_worker,
+        cache_dir=config.cache_dir,
+        cache_gb=config.cache_gb,
         seed=config.seed,
         resume=True,
         keep_checkpoints=2,

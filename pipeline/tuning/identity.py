@@ -45,7 +45,9 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.
         elif run := runs.reopen_later(before["run_id"], config.metrics):
             write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
             return run, False
-    run = runs.open_run(config.experiment, "search", {"ray_ddpm.search": output}, PATIENCE)
+    name = f"search {storage.name(storage.title(config.data))} by {' and '.join(config.metrics)}"
+    tags = {"ray_ddpm.search": output, **runs.origin("tune")}
+    run = runs.open_run(config.experiment, name, tags, PATIENCE)
     write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
     return run, True
 

@@ -1,54 +1,70 @@
-"""What a search found: a table, pictures, and one HTML page that needs no other file."""
+"""What a search found: a table, and one interactive HTML page that needs no other file and no network.
+
+The page is report.html beside this file, with the figures in it as JSON. It draws by itself, in plain JavaScript: the
+libraries that draw parallel coordinates weigh megabytes, and would be one more thing to keep up to date.
+"""
 
 import base64
 import csv
 import io
-from html import escape
+import math
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator
 
 from pipeline import storage
 from pipeline.diffusion.process import make_process
 from pipeline.diffusion.schedules import resolve
 from pipeline.models.export import load_model
 from pipeline.models.sampling import preview
+from pipeline.output import to_json
 from pipeline.pictures import draw
+from pipeline.pictures.make import as_pixels
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record
 from pipeline.tuning.objective import paired
+from pipeline.tuning.space import Space
 from pipeline.tuning.trial import training
 
-FOLDER, HTML, TABLE = "report", "report.html", "trials.csv"
+HTML, TABLE = "report.html", "trials.csv"
+PAGE = Path(__file__).with_name(HTML)
 BEST, SAMPLES = 4, 36
+# Points of a schedule's curve.
+SIGNAL = 33
+# Trials from which on a setting's importance is estimated, and shufflings that it is held against.
+FEWEST, SHUFFLES = 12, 19
+# Share of the trials that the good ones are.
+GOOD = 1 / 3
 
 Row = dict[str, str]
 
 
-def write(config: TuneConfig, records: list[Record], command: str) -> list[Path]:
-    """Writes report.html, trials.csv and the pictures by themselves.
+def write(config: TuneConfig, space: Space, records: list[Record], command: str) -> list[Path]:
+    """Writes report.html and trials.csv.
 
     Args:
         records: at least one of them measured.
         command: trains the winner again.
 
     Returns:
-        every file.
+        both files.
     """
     output = Path(config.output)
-    folder = output / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = _draw(config, records, folder)
     rows = table_rows(config, records)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
     storage.write_atomic(str(output / TABLE), text.getvalue().encode())
-    storage.write_atomic(str(output / HTML), _page(config, records, rows, pictures, command).encode())
-    return [output / HTML, output / TABLE, *(path for path, _ in pictures)]
+    # What users wrote must not end the element that it stands in.
+    data = to_json(_page(config, space, records, rows, command)).replace("<", "\\u003c")
+    storage.write_atomic(str(output / HTML), PAGE.read_text().replace(">DATA<", f">{data}<").encode())
+    return [output / HTML, output / TABLE]
 
 
 def table_rows(config: TuneConfig, records: list[Record]) -> list[Row]:
@@ -117,103 +133,129 @@ def _gap(record: Record, winner: Record) -> str:
     return f"{mean:.4f} ± {error:.4f}"
 
 
-def _draw(config: TuneConfig, records: list[Record], folder: Path) -> list[tuple[Path, str]]:
-    """(file, what it shows) each."""
-    metric = config.metrics[0]
-    best = ledger.ranked(records, metric)
-    names = [f"{rank}. trial {record.name}" for rank, record in enumerate(best, start=1)]
-    columns: dict[str, list[Any]] = {
-        _short(flag): [record.flags.get(flag, "default") for record in best] for flag in varied_flags(best)
-    }
-    columns[metric] = [record.metrics[metric] for record in best]
-    pictures = [(folder / "parallel.png", "Every trial as a line through its settings, coloured by rank.")]
-    draw.save_parallel_coordinates(columns, pictures[-1][0])
-    curves = {
-        name: (
-            [rung.seen or rung.images for rung in record.rungs],
-            [rung.metrics[metric] for rung in record.rungs],
-            [rung.metrics.get(f"{metric}_stderr", 0.0) for rung in record.rungs],
-        )
-        for name, record in zip(names, best, strict=True)
-    }
-    pictures.append((folder / "objective.png", "The objective over images seen, measured at the rungs."))
-    draw.save_objective(curves, metric, pictures[-1][0])
-    bars = {
-        name: make_process(resolve(training(config, record).diffusion)).alpha_bar.numpy()
-        for name, record in zip(names, best, strict=True)
-    }
-    pictures.append(
-        (folder / "alpha_bar.png", "The signal that each trial's schedule keeps, coloured by rank.")
-    )
-    draw.save_ranked_schedules(bars, pictures[-1][0])
-    if len(config.metrics) > 1:
-        first, second = config.metrics
-        front = [record.number for record in ledger.pareto_front(records, config.metrics)]
-        points = {
-            record.name: (record.metrics[first], record.metrics[second], record.number in front)
-            for record in best
-        }
-        pictures.append((folder / "pareto.png", "Both objectives; the Pareto front is joined."))
-        draw.save_pareto(points, (first, second), pictures[-1][0])
-    if grids := _samples(config, best, names):
-        pictures.append(
-            (folder / "samples.png", "Samples of the best trials from the same noise, side by side.")
-        )
-        draw.save_side_by_side(grids, pictures[-1][0])
-    return pictures
-
-
-def _samples(config: TuneConfig, best: list[Record], names: list[str]) -> dict[str, np.ndarray]:
-    grids = {}
-    for name, record in list(zip(names, best, strict=True))[:BEST]:
-        folder = ledger.run_folder(config.output, record) / "model"
-        if folder.exists():
-            model, spec = load_model(folder)
-            images = preview(model, spec, SAMPLES, steps=config.sampling_steps, seed=config.seed)
-            grids[name] = images.permute(0, 2, 3, 1).numpy()
-    return grids
-
-
 def _page(
-    config: TuneConfig, records: list[Record], rows: list[Row], pictures: list[tuple[Path, str]], command: str
-) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    body = "".join(
-        f'<tr class="{escape(row["status"])}">'
-        + "".join(f"<td>{escape(value)}</td>" for value in row.values())
-        + "</tr>\n"
-        for row in rows
-    )
-    figures = "".join(
-        f'<figure><img alt="{escape(about)}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{escape(about)}</figcaption></figure>\n'
-        for path, about in pictures
-    )
+    config: TuneConfig, space: Space, records: list[Record], rows: list[Row], command: str
+) -> dict[str, Any]:
+    """All that the page shows."""
+    metrics, by_name = config.metrics, {record.name: record for record in records}
+    rank = {
+        metric: {record.name: i for i, record in enumerate(ledger.ranked(records, metric), start=1)}
+        for metric in metrics
+    }
+    front = ledger.pareto_front(records, metrics) if len(metrics) > 1 else []
+    best, varied = ledger.ranked(records, metrics[0])[0], varied_flags(records)
     counts = ", ".join(
         f"{sum(record.status == status for record in records)} {status}"
         for status in get_args(ledger.Status)
         if any(record.status == status for record in records)
     )
-    best = ledger.ranked(records, config.metrics[0])[0]
     note = f" Note: {text}." if (text := unequal(records)) else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Search</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; font-size: 13px }} .scroll {{ overflow-x: auto }}
-th, td {{ padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }}
-tr.failed td, tr.interrupted td {{ color: #a33 }} tr.stopped td {{ color: #777 }}
-tr.finished:nth-child(1) td {{ font-weight: 600 }}
-figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
-pre {{ background: #f4f4f4; padding: .8rem; white-space: pre-wrap }}
-</style></head><body>
-<h1>Search by {escape(" and ".join(config.metrics))}</h1>
-<p>{len(records)} trials: {escape(counts)}. Lower is better. All trials are measured on the same held-out images with
-the same noise; “worse than the winner by” is the paired difference with its standard error.{escape(note)}</p>
-<p>The winner, trial {escape(best.name)}, trains again with</p><pre>{escape(command)}</pre>
-<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>
-{body}</tbody></table></div>
-{figures}</body></html>
-"""
+    return {
+        "title": f"Search of {storage.title(config.data)} by {' and '.join(metrics)}",
+        "about": f"{len(records)} trials: {counts}. Lower is better. All trials are measured on the same held-out images "
+        f"with the same noise; “worse than the winner by” is the paired difference with its standard error.{note}",
+        "winner": f"The winner, trial {best.name}, trains again with",
+        "command": command,
+        "metrics": metrics,
+        "flags": [_short(flag) for flag in varied],
+        "columns": list(rows[0]),
+        "trials": [
+            {
+                "name": record.name,
+                "status": record.status,
+                "rank": {metric: rank[metric].get(record.name) for metric in metrics},
+                "metrics": {metric: record.metrics[metric] for metric in metrics if metric in record.metrics},
+                "flags": {_short(flag): _plain(record.flags.get(flag, "default")) for flag in varied},
+                "front": record in front,
+                "note": record.reason,
+                "curve": [
+                    {"seen": rung.seen or rung.images, "metrics": rung.metrics} for rung in record.rungs
+                ],
+                "signal": _signal(config, record) if record.name in rank[metrics[0]] else [],
+                "row": list(row.values()),
+            }
+            for row in rows
+            for record in (by_name[row["trial"]],)
+        ],
+        "importance": {metric: importance(config, space, records, metric) for metric in metrics},
+        "importance_note": "how far the best third of the trials differ from all trials in a setting (PED-ANOVA); one in "
+        f"{SHUFFLES + 1} settings without any effect passes its mark by chance; click a bar to plot it",
+        "samples": _samples(config, records),
+    }
+
+
+def importance(config: TuneConfig, space: Space, records: list[Record], metric: str) -> list[dict[str, Any]]:
+    """How much each setting matters, by PED-ANOVA (Watanabe et al. 2023), the most important first.
+
+    It looks at ranks alone: figures of trials that were stopped at different rungs can't be compared. fANOVA, which
+    looks at figures, takes minutes for many trials, and of few it tells no effect from chance.
+
+    Returns:
+        by setting its `share` of all their importance, and as `chance` the largest that it had in `SHUFFLES` shufflings
+        of the ranks; none where trials are too few.
+    """
+    best = [one for one in ledger.ranked(records, metric) if one.parameters.keys() >= space.entries.keys()]
+    entries = {
+        name: entry
+        for name, entry in space.entries.items()
+        if len({record.parameters.get(name) for record in best}) > 1
+    }
+    if len(best) < FEWEST or not entries:
+        return []
+    study = optuna.create_study()
+    for record in best:
+        parameters = {name: record.parameters[name] for name in entries}
+        study.add_trial(optuna.trial.create_trial(params=parameters, distributions=entries, value=0.0))
+    ranks, chance = np.arange(len(best)) / len(best), np.random.default_rng(config.seed)
+
+    measure = PedAnovaImportanceEvaluator(target_quantile=GOOD)
+
+    def of_order(values: np.ndarray) -> dict[str, float]:
+        with warnings.catch_warnings(action="ignore"):  # that lower is better
+            found: dict[str, float] = measure.evaluate(
+                study, target=lambda trial: float(values[trial.number])
+            )
+        return found
+
+    found = of_order(ranks)
+    shuffled = [of_order(chance.permutation(ranks)) for _ in range(SHUFFLES)]
+    total = sum(found.values()) or 1.0
+    return [
+        {
+            "name": _short(name),
+            "flags": [_short(flag) for flag in space.decode({name: best[0].parameters[name]})],
+            "share": round(float(found[name]) / total, 4),
+            "chance": round(max(float(some[name]) for some in shuffled) / total, 4),
+        }
+        for name in sorted(found, key=lambda name: -found[name])
+    ]
+
+
+def _signal(config: TuneConfig, record: Record) -> list[list[float]]:
+    """t / T and alpha_bar of a trial's schedule, at some of its steps."""
+    alpha_bar = make_process(resolve(training(config, record).diffusion)).alpha_bar.numpy()
+    steps = np.unique(np.linspace(0, len(alpha_bar) - 1, SIGNAL).round().astype(int))
+    return [[round((t + 1) / len(alpha_bar), 3), round(float(alpha_bar[t]), 3)] for t in steps]
+
+
+def _samples(config: TuneConfig, records: list[Record]) -> list[dict[str, str]]:
+    """Samples of the best trials by each metric, from the same noise, as pictures that a page can hold."""
+    best = {one.name: one for metric in config.metrics for one in ledger.ranked(records, metric)[:BEST]}
+    found = []
+    for record in best.values():
+        folder = ledger.run_folder(config.output, record) / "model"
+        if folder.exists():
+            images = preview(*load_model(folder), SAMPLES, steps=config.sampling_steps, seed=config.seed)
+            buffer = io.BytesIO()
+            draw.grid(as_pixels(images), math.isqrt(SAMPLES)).save(buffer, "PNG")
+            uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+            found.append({"name": record.name, "picture": uri})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number as it is, and text for all else."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def _short(flag: str) -> str:

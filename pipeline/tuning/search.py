@@ -21,7 +21,6 @@ from ray.util import get_node_ip_address
 from pipeline import storage
 from pipeline.cluster.ray_internals import ENV_VARS_TO_PROPAGATE
 from pipeline.cluster.room import Need, announced, check_fits, places
-from pipeline.config import to_dict
 from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
 from pipeline.errors import InputError
@@ -32,7 +31,8 @@ from pipeline.output import check_apart
 from pipeline.tracking import address, runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
 from pipeline.tracking.tracker import HURRIED, Tracker
-from pipeline.training.trainer import room_needed
+from pipeline.training.identity import logged_settings
+from pipeline.training.trainer import SAMPLES, draw_exported, room_needed
 from pipeline.tuning import ledger, report
 from pipeline.tuning.choices import check_choices
 from pipeline.tuning.config import TuneConfig, base, check
@@ -96,14 +96,16 @@ def search(
         splits = splits.keep(config.output)
         with Tracker(run, config.output, config.metrics, PATIENCE, _say, lost) as tracker:
             if is_new:
-                tracker.log_params(to_dict(config) | {"search": space.shown})
+                tracker.log_params(logged_settings(config) | {"search": space.shown})
+                train = splits["train"]
+                tracker.log_dataset(config.data, train.fingerprint, train.rows, train.quarantined)
             status = "FAILED"
             try:
                 at_a_time, objective = _concurrent(config, space), make_objective(config, splits)
                 settings = {"job": config, "objective": objective, "splits": splits, "parent_run": run.id}
                 trainable = tune.with_parameters(trial, tracking=address.with_secrets(), **settings)
                 _run(config, space, trainable, at_a_time)
-                result = _conclude(config, tracker)
+                result = _conclude(config, space, tracker)
                 status = "FINISHED"
                 return result
             except KeyboardInterrupt:
@@ -193,7 +195,7 @@ def _tracker(config: TuneConfig, record: ledger.Record, seconds: float = PATIENC
     return Tracker(runs.Run(record.run_id, None), output, CURVES, seconds, _say, threading.Event())
 
 
-def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
+def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, Any]:
     """Table, report, winner."""
     records = ledger.read_all(config.output)
     end = time.monotonic() + PATIENCE  # for all of them
@@ -208,13 +210,15 @@ def _conclude(config: TuneConfig, parent: Tracker) -> dict[str, Any]:
         raise InputError(f"no trial could be measured; the first one's reason: {reason}")
     winner = best[0]
     command = train_command(replace(training(config, winner, output=f"{config.output}/winner"), run_name=""))
-    files = report.write(config, records, command)
+    files = report.write(config, space, records, command)
     for file in files:
         parent.log_file(str(file.relative_to(config.output)))
     parent.log_points([(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
     model = str(ledger.run_folder(config.output, winner) / "model")
     if config.register and storage.exists(model):
         with _tracker(config, winner) as tracker:
+            draw_exported(str(ledger.run_folder(config.output, winner)), config.seed)
+            tracker.log_file(SAMPLES)
             tracker.log_model(model, config.register, config.alias)
             tracker.end()
         model = tracker.model or model

@@ -36,6 +36,8 @@ RESERVED = frozenset(
         "min_workers",
         "cpus_per_worker",
         "gpus_per_worker",
+        "cache_dir",
+        "cache_gb",
         "steps",
         "resume",
         "experiment",
@@ -209,13 +211,13 @@ def _defaults(cls: Any) -> dict[str, Any]:
 
 
 def _checked(flag: str, value: Any, where: str) -> Any:
-    """A value that the flag can have; a path as the trials need it, which run in other folders."""
+    """A value that the flag can have; the path of a file as the trials need it, which run in other folders."""
     try:
         check_ranges(apply(TrainConfig(data="", output=""), {flag: value}))
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('trial.')}") from None
-    is_path = flag == "cache_dir" or (flag == "diffusion.schedule" and Path(value).is_file())
-    return storage.absolute(value) if is_path and value else value
+    is_path = flag == "diffusion.schedule" and Path(value).is_file()
+    return storage.absolute(value) if is_path else value
 
 
 def _choice(values: list[str], name: str, where: str) -> CategoricalDistribution:

@@ -13,13 +13,14 @@ import ray
 from ray import tune
 
 from pipeline.cluster.session import connect
-from pipeline.config import TrainConfig, to_dict
+from pipeline.config import TrainConfig
 from pipeline.errors import BadSettings, InputError
 from pipeline.redact import one_line
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import run_channel, trainer
 from pipeline.training.checks import make_spec
+from pipeline.training.identity import logged_config, logged_settings
 from pipeline.training.worker import Hooks
 from pipeline.tuning import ledger, space
 from pipeline.tuning.choices import check_trial
@@ -196,7 +197,7 @@ class TrainTrial(Trial):
             run = runs.open_run(
                 config.experiment,
                 config.run_name,
-                {"ray_ddpm.output": config.output},
+                {"ray_ddpm.output": config.output, **runs.origin("tune")},
                 OPENING_SECONDS,
                 self.settings["parent_run"],
                 self.record.opening,
@@ -206,8 +207,8 @@ class TrainTrial(Trial):
             run, config.output, CURVES, config.tracking_patience, print, threading.Event()
         )
         if is_new:
-            self._tracker.log_params(to_dict(config))
-            self._tracker.log_config(to_dict(config))
+            self._tracker.log_params(logged_settings(config))
+            self._tracker.log_config(logged_config(config))
         check_trial(self.job, self.record.flags, splits)  # the run says why it failed
         self._exchange = open_exchange()
         watch = RungWatch(

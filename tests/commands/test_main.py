@@ -138,6 +138,7 @@ def test_an_installed_package_has_the_command_and_sends_itself_to_a_cluster(tmp_
     assert {
         "pipeline/commands/__main__.py",
         "pipeline/commands/train.py",
+        "pipeline/tuning/report.html",
         "pipeline/tuning/space.yaml",
     } <= set(names)
     assert all(name.startswith("pipeline/") for name in names)

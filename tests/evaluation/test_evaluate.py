@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -207,6 +208,20 @@ def test_data_without_classes_is_refused_before_anything_is_measured(
     config = EvaluateConfig(model="", data=str(tmp_path / "data"), samples=str(noise))
     with pytest.raises(InputError, match="no classifier can be trained: give --features"):
         evaluate(config, str(folder))
+
+
+@pytest.mark.usefixtures("evaluated_here")
+def test_a_model_that_is_not_finite_has_no_bits_per_dim(digits: Path, tmp_path: Path) -> None:
+    model, spec = small_model()
+    weights = model.state_dict() | {"conv_out.bias": torch.full((1,), math.nan)}
+    folder = save_model(tmp_path / "model", weights, spec)
+    output = tmp_path / "figures"
+    config = EvaluateConfig(
+        str(folder), str(digits), output=str(output), metrics=("bits",), max_images=4, terms=4
+    )
+    with pytest.raises(InputError, match=r"--model \S+: its bits/dim are nan: weights that are not finite"):
+        evaluate(config, folder)
+    assert not output.exists()
 
 
 @pytest.mark.usefixtures("evaluated_here")

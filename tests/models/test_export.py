@@ -9,12 +9,21 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline import storage
 from pipeline.config import DiffusionConfig, ImageConfig, ModelSpec, to_dict
 from pipeline.errors import InputError
-from pipeline.models.export import load_model, model_fingerprint, pack_model, read_spec, save_model
+from pipeline.models.export import (
+    load_model,
+    model_card,
+    model_fingerprint,
+    pack_model,
+    read_spec,
+    save_model,
+)
 from tests.models.test_unet import PLAIN, SMALL, randomised
 
 SPEC = ModelSpec(SMALL, ImageConfig(8, 1), DiffusionConfig(timesteps=10), {"data_fingerprint": "f"})
@@ -162,3 +171,31 @@ def test_a_model_that_is_not_there_and_one_that_cannot_be_read_are_told_apart(
     monkeypatch.setattr(file_system, "cat_file", refused)
     with pytest.raises(InputError, match=r"model: can't be read: .*Access Denied"):
         load_model(place)
+
+
+def test_the_weights_file_says_its_format_and_the_configuration_in_a_fixed_order(folder: Path) -> None:
+    """safetensors itself writes several entries in any order: another one in nearly every process."""
+    weights = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(weights[:8], "little")
+    assert size % 8 == 0
+    header = json.loads(weights[8 : 8 + size])
+    assert next(iter(header)) == "__metadata__"
+    assert list(header["__metadata__"]) == ["format", "config.json"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "config.json": (folder / "config.json").read_text()}
+    theirs = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in randomised(SPEC).state_dict().items())
+
+
+def test_a_card_says_what_the_model_is_and_what_users_wrote_is_only_text(tmp_path: Path) -> None:
+    names = ("a|b", "<script>", "line\nend", *map(str, range(200)))
+    facts = {"data": "x\n---\nlicense: evil", "data_fingerprint": "f" * 64, "steps": 2, "batch_size": 4}
+    spec = ModelSpec(replace(SMALL, class_conditional=True), ImageConfig(8, 1, names), SPEC.diffusion, facts)
+    card = model_card(spec)
+    matter = card.split("---\n")[1]
+    assert yaml.safe_load(matter)["library_name"] == "ray-ddpm"
+    assert "203 classes: 0 a\\|b, 1 \\<script\\>, 2 line end, 3 0," in card
+    assert "99 96, …." in card
+    assert "<script>" not in card
+    assert "\nlicense" not in card
+    assert "8x8 images of 1 channel(s), cosine schedule, T = 10" in card

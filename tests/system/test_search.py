@@ -152,13 +152,64 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     assert best.status == "finished"
     assert result["metrics"][BITS_PER_DIM] == best.metrics[BITS_PER_DIM]
     assert result["count"] == len(good)
-    assert (Path(moved.output) / "report.html").stat().st_size > 50_000
+    page = (Path(moved.output) / "report.html").read_text()
+    assert all(f'"name": "{name}"' in page for name in after)
+    assert [Path(one.path).name for one in mlflow.MlflowClient().list_artifacts(result["run_id"])] == [
+        "report.html",
+        "trials.csv",
+    ]
     check_tracking(result, after, best)
     check_command(result["command"], best)
 
     assert search(moved) == result  # nothing is left to do: no run, and no version of the model, is new
     check_tracking(result, after, best)
     assert records(moved) == after
+
+
+def test_a_search_that_is_told_to_end_leaves_no_run_running(home: Path, cluster: LocalCluster) -> None:
+    space = {
+        "batch_size": 16,
+        "model.channel_multipliers": [[1]],
+        "model.res_blocks": 1,
+        "model.attention_resolutions": [[]],
+        "diffusion.timesteps": 20,
+        "readers": 1,
+        "peak_tflops": 1.0,
+        "optimizer.learning_rate": [1e-4, 1e-3],
+    }
+    config = configure(home, "told", space, trials=2, images=10**7, concurrent=1, cpus_per_worker=0.5)
+    (home / "told-config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    job = subprocess.Popen(
+        command("tune", "--config", home / "told-config.yaml"),
+        cwd=home,
+        env=environment(home, RAY_ADDRESS=cluster.address),
+        stdout=subprocess.DEVNULL,
+        stderr=(home / "told.log").open("w"),
+        start_new_session=True,
+    )
+    client = mlflow.MlflowClient(address.tracking_uri())
+
+    def trains() -> str:
+        """The run of a trial whose workers have begun."""
+        assert job.poll() is None, (home / "told.log").read_text()[-3000:]
+        begun = [one for one in ledger.read_all(config.output) if one.run_id]
+        begun = [one for one in begun if (ledger.run_folder(config.output, one) / "run.json").exists()]
+        return begun[0].run_id if begun else ""
+
+    try:
+        trial = wait_for(trains, 300, "trial that trains")
+        parent = json.loads((home / "told" / "search.json").read_text())["run_id"]
+        assert [client.get_run(run).info.status for run in (parent, trial)] == ["RUNNING", "RUNNING"]
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(120) == 128 + signal.SIGTERM
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    assert (home / "told.log").read_text().endswith("tune: ended by SIGTERM\n")
+    assert [client.get_run(run).info.status for run in (parent, trial)] == ["KILLED", "KILLED"]
+    found = client.search_runs([client.get_run(parent).info.experiment_id], "attributes.status = 'RUNNING'")
+    assert not [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent]
 
 
 def check_rungs(output: str, good: list[Record]) -> None:
@@ -199,6 +250,11 @@ def check_tracking(result: dict[str, Any], after: dict[str, Record], best: Recor
             assert run.data.metrics["loss"] > 0
     version = client.get_model_version_by_alias("tuned", "best")
     assert version.run_id == best.run_id
+    assert version.description.startswith(f"![Samples](get-artifact?path=samples.png&run_uuid={best.run_id})")
+    assert (version.tags["data"], version.tags["timesteps"]) == ("digits", "20")
+    assert float(version.tags[BITS_PER_DIM]) == best.metrics[BITS_PER_DIM]
+    assert (parent.info.run_name, parent.data.params["data"]) == ("search digits by bits_per_dim", "digits")
+    assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
     assert result["model"] == f"models:/tuned/{version.version}"
 
 

@@ -1,5 +1,6 @@
 """A MODEL by its name: exactly the model that was logged, and no copy of it is left behind."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,47 @@ def test_of_a_logged_folder_with_more_models_in_it_exactly_its_own_is_taken(temp
     save(folder / "zoo", 9)
     name = registry.log_model(run, folder, "digits")
     assert load_model(registry.resolve_model(name)[0])[1].diffusion.timesteps == 5
+
+
+def test_a_version_says_what_it_is_and_keeps_what_somebody_has_written(temporary: Path) -> None:
+    run, home = runs.start_run("e", "r", {}), temporary.parent
+    model, spec = small_model(timesteps=5)
+    facts = {"data": "digits", "data_fingerprint": "f" * 64, "steps": 9, "batch_size": 8}
+    folder = save_model(home / "model", model.state_dict(), dataclasses.replace(spec, provenance=facts))
+    (home / "samples.png").write_bytes(b"a picture")
+    runs.log_file(run, home / "samples.png")
+    # The figure of an earlier step is not the model's.
+    points = [(step, {"bits_per_dim": 4.0 - step / 10, "bits_per_dim_stderr": 0.5}) for step in (6, 9)]
+    runs.log_points(run, [(1000 * step, step, values) for step, values in points])
+    assert registry.log_model(run, folder, "digits", "newest") == "models:/digits/1"
+    client = runs.open_client()
+    version = client.get_model_version("digits", "1")
+    assert version.tags == {
+        "schedule": "cosine", "timesteps": "5", "image": "8x8x1", "data": "digits", "data_fingerprint": "f" * 64,
+        "steps": "9", "bits_per_dim": "3.1", "bits_per_dim_stderr": "0.5",
+    }  # fmt: skip
+    assert version.description.startswith(f"![Samples](get-artifact?path=samples.png&run_uuid={run.id})\n\n")
+    assert "8x8 images of 1 channel(s), cosine schedule, T = 5" in version.description
+    assert "Trained on digits (fingerprint ffffffffffffffff): 9 steps of 8 images." in version.description
+    client.update_model_version("digits", "1", "the one for the paper")
+    client.set_model_version_tag("digits", "1", "data", "ours")
+    registry.log_model(run, folder, "digits", "newest")
+    version = client.get_model_version("digits", "1")
+    assert (version.description, version.tags["data"]) == ("the one for the paper", "ours")
+
+
+def test_a_version_without_figures_or_a_picture_claims_none(temporary: Path) -> None:
+    run, folder = runs.start_run("e", "r", {}), temporary.parent / "model"
+    model, spec = small_model()
+    many = dataclasses.replace(spec.image, classes=tuple(f"{number} {'name' * 20}" for number in range(500)))
+    spec = dataclasses.replace(spec, image=many, provenance={"steps": 9})
+    save_model(folder, model.state_dict(), spec)
+    runs.log_points(run, [(1, 6, {"bits_per_dim": 4.0})])
+    registry.log_model(run, folder, "digits")
+    version = runs.open_client().get_model_version("digits", "1")
+    assert version.tags.keys() == {"schedule", "timesteps", "image", "steps"}
+    assert version.description.startswith("An epsilon-predicting UNet")
+    assert len(version.description) == registry.MOST_WORDS
 
 
 @pytest.mark.parametrize(

@@ -84,11 +84,10 @@ def test_a_file_of_betas_is_found_from_any_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.json").write_text("[0.1, 0.2, 0.3]")
-    space = parse_space({"schedule": ["cosine", "my.json"], "cache_dir": "cache"})
+    space = parse_space({"schedule": ["cosine", "my.json"]})
     monkeypatch.chdir("/")
     check_choices(CONFIG, space, data)
     assert space.schedule_files == [str(tmp_path / "my.json")]
-    assert space.fixed["cache_dir"] == str(tmp_path / "cache")
 
 
 def test_a_search_is_refused_before_its_output_is_begun(digits: Path, tmp_path: Path) -> None:

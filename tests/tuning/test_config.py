@@ -1,12 +1,15 @@
 """Settings of a search: what is refused, and where the rungs are."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from pipeline import disk_cache
+from pipeline.commands import cli, tune
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
-from pipeline.tuning.config import TuneConfig, check, finished, rung_images, rung_steps
+from pipeline.tuning.config import TuneConfig, base, check, finished, rung_images, rung_steps
 
 CONFIG = TuneConfig(data="d", output="o")
 
@@ -32,6 +35,29 @@ def test_the_training_loss_is_refused_as_an_objective_with_the_reason(name: str)
 def test_settings_that_make_no_sense_are_named(change: dict[str, object], named: str) -> None:
     with pytest.raises(InputError, match=named):
         check(replace(CONFIG, **change))  # type: ignore[arg-type]
+
+
+def test_what_trials_read_of_remote_data_is_kept_on_every_node(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By variables of the job: in a search space the flag would come too late for the processes that read."""
+    joined = list[dict[str, str]]()
+
+    def connect() -> None:
+        raise InputError("far enough")
+
+    monkeypatch.setattr(
+        cli, "connect_later", lambda verbose, environment, workers: joined.append(environment)
+    )
+    monkeypatch.setattr(cli, "connect_now", connect)
+    flags = ["--data", str(digits), "--output", str(tmp_path / "out")]
+    cache = str(tmp_path / "cache")
+    assert tune.main([*flags, "--cache-dir", cache, "--cache-gb", "2"]) == 2
+    assert joined[0].items() >= disk_cache.environment(cache, 2).items()
+    assert base(replace(CONFIG, cache_dir=cache)).cache_dir == cache
+    (tmp_path / "space.yaml").write_text("{cache_dir: cache, schedule: [cosine, linear]}")
+    assert tune.main([*flags, "--space", str(tmp_path / "space.yaml")]) == 2
+    assert "'cache_dir' is set by the search itself (see jobs/tune.py --help)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch_size", [64, 100, 128, 1000, 1500])

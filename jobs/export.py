@@ -1,0 +1,4 @@
+from _launch import launch
+
+if __name__ == "__main__":
+    launch("export")

@@ -1,0 +1,56 @@
+"""Write a model for others: as a folder that diffusers loads, or as safetensors with their configuration and a card."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline import storage
+from pipeline.commands import cli
+from pipeline.errors import InputError
+from pipeline.output import check_apart
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Which model, in which form, to where."""
+
+    model: str
+    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
+    output: str
+    """Folder for the export (URI): an empty one, or one with an earlier export, which is replaced."""
+    to: Literal["diffusers", "safetensors"] = "diffusers"
+    """diffusers: for DDPMPipeline.from_pretrained; safetensors: the model itself, as `pipeline.load_model` reads it."""
+
+
+def execute(config: ExportConfig) -> dict[str, Any]:
+    """Reads the model, whatever its name and storage, and writes it."""
+    from pipeline.models import diffusers, export
+    from pipeline.tracking import registry
+
+    packed, pinned = registry.resolve_model(config.model)
+    model, spec = export.load_model(packed)
+    if pinned == config.model and not pinned.startswith("models:/"):
+        check_apart(config.output, "--model", config.model)
+    files = diffusers.FILES if config.to == "diffusers" else (export.WEIGHTS, export.CONFIG, export.CARD)
+    storage.check_writable(config.output)
+    _check_ours(config.output, files)
+    if config.to == "diffusers":
+        diffusers.export_diffusers(model, spec, config.output)
+    else:
+        export.write_model(config.output, packed, export.model_card(spec))
+    return {"output": config.output, "model": pinned, "count": len(files)}
+
+
+def _check_ours(output: str, files: tuple[str, ...]) -> None:
+    """Refuses a folder in which there is anything but an export of this form: its README.md would be lost."""
+    if not storage.exists(output):
+        return
+    ours = {storage.join(storage.open_fs(output)[1], name) for name in files}
+    if others := sorted(storage.list_details(output).keys() - ours):
+        raise InputError(
+            f"--output {output}: holds {others[0]}, which is none of this export's: choose a new folder"
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job with these flags; returns its exit code."""
+    return cli.main("export", __doc__ or "", ExportConfig, execute, arguments, ray=False)
