@@ -20,6 +20,13 @@ INTERNALS = {
     "get_state_from_address": "ray._private.internal_api",
     # The token that `ray start` keeps in the home folder, for this machine's own cluster.
     "maybe_enable_token_auth_if_token_available": "ray._private.authentication.authentication_token_setup",
+    # Whether an autoscaler adds nodes, what it says of what it is asked for, and the actor that asks it, for the sum of
+    # what Ray Data, Ray Train and we need.
+    "is_autoscaler_v2": "ray.autoscaler.v2.utils",
+    "internal_kv_get_gcs_client": "ray.experimental.internal_kv",
+    "DEBUG_AUTOSCALING_STATUS": "ray._private.ray_constants",
+    "GetClusterStatusReply": "ray.core.generated.autoscaler_pb2",
+    "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler",
     # What the nodes have and have free, what an autoscaler may add, and the actors of a job.
     "state": "ray._private.state",
     # This process in Ray, with the node that it started or joined.
