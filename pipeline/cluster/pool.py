@@ -93,7 +93,9 @@ class ActorPool:
         each = self._need(gpu) if gpu else Need(1, {"CPU": 1.0}, "", "")
         units = wanted if self.most and not self.least else most_places(each, wanted)
         least, most = self.size(units, len(tasks))
-        dataset = ray.data.range(len(tasks), override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
+        # From the driver: a task that makes them would wait for a CPU, and the actors may have taken all that there are.
+        numbers = [{"id": number} for number in range(len(tasks))]
+        dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
             _Actor,
             # In a list, since Ray would put a bare reference's value into the actor's own arguments, which a restarted
             # actor can't find again.

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.cluster.forkserver import forked_workers
 from pipeline.display import quieten, redirected
-from pipeline.errors import InputError
+from pipeline.errors import Outage
 from pipeline.redact import one_line
 
 PACKAGE = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def connect(
         preload: modules that workers of a Ray that is started here need, separated by commas.
 
     Raises:
-        InputError: RAY_ADDRESS is set and nothing answers there.
+        Outage: RAY_ADDRESS is set and nothing answers there.
     """
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET).items():
         os.environ.setdefault(name, value)
@@ -98,7 +98,7 @@ def connect(
             ):
                 ray.init(**options)
         except ConnectionError as error:
-            raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
+            raise Outage(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
         if not address:
             kill_without_asking()
     context = DataContext.get_current()
