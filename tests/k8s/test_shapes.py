@@ -11,7 +11,7 @@ GPUS = ["gpu", "gpu-spot"]
 ON_GPUS = ("train", "tune", "generate", "nightly")
 GROUPS = {
     "local": {name: ["cpu"] for name in ("prepare", "evaluate", *ON_GPUS)},
-    "gpu": {"prepare": ["cpu"], "evaluate": ["gpu"], **{name: GPUS for name in ON_GPUS}},
+    "gpu": {"prepare": ["cpu"], "evaluate": ["gpu"], **dict.fromkeys(ON_GPUS, GPUS)},
 }
 
 
