@@ -27,11 +27,13 @@ from pipeline.cluster.ray_internals import (
 from pipeline.cluster.session import is_own_ray
 
 POLL_SECONDS, REPEAT_SECONDS, FORGET_SECONDS, CALL_SECONDS = 1.0, 20.0, 60.0, 10.0
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 30.0
 # Where no autoscaler runs, each node stands in the report of Ray's version 1 as a type of its own.
 _NODE_AS_TYPE = re.compile("node_[0-9a-f]+")
 # What adds nodes: nothing; one that says what it can't add; one that doesn't say.
 Growth = Literal["none", "answers", "silent"]
+# What it says of a request: crowded = it can't bring the sum of all requests, so nothing is known of this one.
+Answer = Literal["unheard", "can", "never", "crowded"]
 Bundle = dict[str, float]
 Shape = frozenset[tuple[str, float]]
 # The most and the fewest of a shape that are known to fit some day, and not to fit.
@@ -62,14 +64,19 @@ def bring(bundles: Sequence[Bundle], arrived: Callable[[], bool]) -> bool:
     leaves the room of other requests alone, those of its own job as well.
 
     Returns:
-        False where the autoscaler says that the cluster can never hold them.
+        False where the autoscaler says that the cluster can never hold them. True as well where others ask for so much
+        that it does nothing for any request: processes that wait for a place are counted one by one, and bring nodes.
     """
+    crowded = 0
     with contextlib.closing(_answers(bundles)) as answers:
-        for can in answers:
+        for said in answers:
             if arrived():
                 return True
-            if can is False:
+            if said == "never":
                 return False
+            crowded = crowded + 1 if said == "crowded" else 0
+            if crowded * POLL_SECONDS > ANSWER_SECONDS:
+                return True
     raise AssertionError("answers have no end")
 
 
@@ -97,13 +104,12 @@ def _could(bundles: Sequence[Bundle]) -> bool | None:
     """Whether the cluster can hold them some day; None where no answer comes."""
     end = time.monotonic() + ANSWER_SECONDS
     with contextlib.closing(_answers(bundles)) as answers:
-        return next((can for can in answers if can is not None or time.monotonic() > end), None)
+        said = next((one for one in answers if one in ("can", "never") or time.monotonic() > end), "unheard")
+    return {"can": True, "never": False}.get(said)
 
 
-def answer(status: Any, wanted: Counter[Shape], since: int) -> bool | None:
-    """Whether the autoscaler can bring so many bundles; None where it has not said.
-
-    It answers to the sum of all requests. Where that is too much, only a request that stands alone is known to be.
+def answer(status: Any, wanted: Counter[Shape], since: int) -> Answer:
+    """What the autoscaler says of so many bundles. It answers to the sum of all requests.
 
     Args:
         status: Ray's `GetClusterStatusReply`.
@@ -112,19 +118,20 @@ def answer(status: Any, wanted: Counter[Shape], since: int) -> bool | None:
     about = status.autoscaling_state
     refused = [_shapes(one) for one in about.infeasible_cluster_resource_constraints]
     if wanted in refused:
-        return False
-    heard = 0 < since <= about.last_seen_cluster_resource_state_version
-    return True if heard and not refused else None
+        return "never"
+    if not 0 < since <= about.last_seen_cluster_resource_state_version:
+        return "unheard"
+    return "crowded" if refused else "can"
 
 
-def _answers(bundles: Sequence[Bundle]) -> Generator[bool | None, None, None]:
+def _answers(bundles: Sequence[Bundle]) -> Generator[Answer, None, None]:
     """What the autoscaler says, every second; it is asked until the iterator is closed."""
     wanted = Counter(frozenset(bundle.items()) for bundle in bundles)
     coordinator = get_or_create_autoscaling_coordinator()
     name, since, sent = f"ray-ddpm-{ray.get_runtime_context().get_job_id()}", 0, -math.inf
     try:
         while True:
-            can = None
+            said: Answer = "unheard"
             with contextlib.suppress(ray.exceptions.RayError):  # the next round asks again
                 if time.monotonic() - sent >= REPEAT_SECONDS:
                     asked = coordinator.request_resources.remote(
@@ -136,8 +143,8 @@ def _answers(bundles: Sequence[Bundle]) -> Generator[bool | None, None, None]:
                 now = status.cluster_resource_state
                 if not since and any(wanted <= _shapes(one) for one in now.cluster_resource_constraints):
                     since = now.cluster_resource_state_version
-                can = answer(status, wanted, since)
-            yield can
+                said = answer(status, wanted, since)
+            yield said
             time.sleep(POLL_SECONDS)
     finally:
         with contextlib.suppress(ray.exceptions.RayError):

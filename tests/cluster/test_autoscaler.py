@@ -131,19 +131,44 @@ OTHERS: Counter[Shape] = Counter({frozenset(CPUS.items()): 100})
 
 
 @pytest.mark.parametrize(
-    ("refused", "seen", "can"),
+    ("refused", "seen", "said"),
     [
-        ([], 8, None),  # not heard yet
-        ([], 9, True),
-        ([MINE], 9, False),
-        ([MINE + OTHERS], 9, None),  # too much together: nothing is known of mine
-        ([OTHERS], 8, None),
+        ([], 8, "unheard"),
+        ([], 9, "can"),
+        ([MINE], 9, "never"),
+        ([MINE + OTHERS], 9, "crowded"),
+        ([OTHERS], 8, "unheard"),
     ],
 )
 def test_an_autoscalers_answer_is_to_the_sum_of_all_requests(
-    refused: list[Counter[Shape]], seen: int, can: bool | None
+    refused: list[Counter[Shape]], seen: int, said: autoscaler.Answer
 ) -> None:
-    assert answer(status([MINE], refused, 9, seen), MINE, since=9) is can
+    assert answer(status([MINE], refused, 9, seen), MINE, since=9) == said
+
+
+@pytest.mark.parametrize(
+    ("answers", "joined_after", "brought"),
+    [
+        (["unheard", "can", "can", "can"], 3, True),
+        (["unheard", "never"], 9, False),
+        (["unheard", *["crowded"] * 40], 99, True),  # the work's own processes ask then
+        (["crowded"] * 20 + ["never"], 99, False),
+    ],
+)
+def test_what_is_asked_for_is_waited_for_unless_it_never_comes_and_then_let_go(
+    monkeypatch: pytest.MonkeyPatch, answers: list[autoscaler.Answer], joined_after: int, brought: bool
+) -> None:
+    rounds, closed = list[int](), list[bool]()
+
+    def asking(bundles: list[Bundle]) -> Iterator[autoscaler.Answer]:
+        try:
+            yield from answers
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(autoscaler, "_answers", asking)
+    assert autoscaler.bring([GPU], lambda: rounds.append(1) or len(rounds) > joined_after) is brought
+    assert closed == [True]
 
 
 @pytest.fixture

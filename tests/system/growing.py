@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 
+from tests.jobs.common import command, database
 from tests.system.served import BIN, LOOPBACK, family, free_ports, kill, user_environment, wait_for
 
 HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as the provider of fake nodes names it
-MOST_NODES = 2
-IDLE_SECONDS = 20
+MOST_NODES = 4
+IDLE_SECONDS = 15
 STORE_BYTES = 100 * 2**20
 NO_COMMANDS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
@@ -40,6 +43,36 @@ class Growing:
 
     environment: dict[str, str]
     places: Path
+    head: subprocess.Popen[bytes]
+
+    def status(self) -> Any:
+        """What the head says of the cluster: Ray's GetClusterStatusReply."""
+        client = GcsClient(address=self.environment["RAY_ADDRESS"])
+        return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=30))
+
+    def gpu_nodes(self) -> set[str]:
+        """Those that are up."""
+        up = (
+            one for one in self.status().cluster_resource_state.node_states if one.status != NodeStatus.DEAD
+        )
+        return {one.node_id.hex() for one in up if one.total_resources.get("GPU")}
+
+    def requested(self) -> list[Any]:
+        """What the autoscaler is asked for."""
+        constraints = self.status().cluster_resource_state.cluster_resource_constraints
+        return [entry for one in constraints for entry in one.resource_requests]
+
+    def start(self, home: Path, job: str, *flags: object) -> subprocess.Popen[str]:
+        """A job that joins the cluster, in a process of its own."""
+        home.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            command(job, *flags),
+            cwd=home,
+            env=self.environment | {"MLFLOW_TRACKING_URI": database(home)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def placed(self) -> list[dict[str, Any]]:
         """Node and GPUs of every process that was given any, since the last call."""
@@ -181,7 +214,7 @@ def growing_cluster() -> Iterator[Growing]:
         hook = {"worker_process_setup_hook": "tests.system.growing.fall_back_to_cpu"}
         settings = json.dumps({"runtime_env": hook})
         driver = {"RAY_ADDRESS": f"{LOOPBACK}:{gcs}", "RAY_JOB_CONFIG_JSON_ENV_VAR": settings}
-        yield Growing(base | driver, places)
+        yield Growing(base | driver, places, process)
     except BaseException:
         print((home / "head.log").read_text()[-2000:])
         raise
