@@ -24,7 +24,6 @@ from pipeline.cluster.ray_internals import (
     internal_kv_get_gcs_client,
     is_autoscaler_v2,
 )
-from pipeline.cluster.session import is_own_ray
 
 POLL_SECONDS, REPEAT_SECONDS, FORGET_SECONDS, CALL_SECONDS = 1.0, 20.0, 60.0, 10.0
 ANSWER_SECONDS = 30.0
@@ -41,9 +40,7 @@ _known: dict[Shape, tuple[int, int]] = {}
 
 
 def growth() -> Growth:
-    """What adds nodes to the cluster that was joined, or started."""
-    if is_own_ray():
-        return "none"
+    """What adds nodes to the cluster that was joined."""
     client = internal_kv_get_gcs_client()
     if is_autoscaler_v2(fetch_from_server=True, gcs_client=client):
         return "answers"

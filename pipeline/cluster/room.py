@@ -82,8 +82,8 @@ class Cluster:
 
 def look() -> Cluster:
     """The cluster as it is now."""
-    limit = state.get_max_resources_from_cluster_config()
-    return Cluster(_nodes(), autoscaler.growth(), limit, is_own_ray())
+    own, limit = is_own_ray(), state.get_max_resources_from_cluster_config()
+    return Cluster(_nodes(), "none" if own else autoscaler.growth(), limit, own)
 
 
 def settle(need: Need, say: Callable[[str], object]) -> None:

@@ -63,9 +63,7 @@ def test_the_state_knows_nodes_actors_and_whose_ray_it_is(cluster: None) -> None
     assert not ray.get(ray.remote(num_cpus=0)(is_own_ray).remote())
 
 
-def test_what_is_asked_for_is_summed_and_a_cluster_without_an_autoscaler_is_known(
-    cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_is_in_the_sum_of_all_and_a_cluster_without_an_autoscaler_is_known(cluster: None) -> None:
     """tests/system/test_growing.py shows what an autoscaler does then."""
 
     def asked() -> list[tuple[dict[str, float], int]]:
@@ -73,7 +71,6 @@ def test_what_is_asked_for_is_summed_and_a_cluster_without_an_autoscaler_is_know
         found = json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
         return [(one, found.count(one)) for one in found[:1]]
 
-    monkeypatch.setattr(autoscaler, "is_own_ray", lambda: False)
     assert autoscaler.growth() == "none"
     with contextlib.closing(autoscaler._answers([{"CPU": 3.0, "GPU": 1.0}] * 2)) as answers:
         assert next(answers) == "unheard"

@@ -65,7 +65,6 @@ def cpus(cluster: None) -> int:
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Ray of the tests is a cluster that was joined: nodes may come."""
     monkeypatch.setattr(room, "is_own_ray", lambda: False)
-    monkeypatch.setattr(autoscaler, "is_own_ray", lambda: False)
 
 
 @pytest.fixture
@@ -206,7 +205,6 @@ def test_a_search_waits_for_a_trials_workers_where_nodes_may_join(
     with pytest.raises(InputError, match=rf"--workers {cpus + 1} .*this machine has {cpus} CPUs"):
         _room(config, space)
     monkeypatch.setattr(room, "is_own_ray", lambda: False)
-    monkeypatch.setattr(autoscaler, "is_own_ray", lambda: False)
     gpu, trial = _room(config, space)
     assert not gpu and _concurrent(config, trial) == 1
     with pytest.raises(InputError, match="no node of the cluster has 99 CPUs"):
