@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,12 @@ def growing() -> Iterator[Growing]:
         yield cluster
 
 
-def end(job: subprocess.Popen[str], seconds: float = 300) -> Outcome:
-    stdout, stderr = job.communicate(timeout=seconds)
+def end(job: subprocess.Popen[str], seconds: float = 400) -> Outcome:
+    """What a job left behind; one that does not end in time is killed."""
+    timer = threading.Timer(seconds, job.kill)
+    timer.start()
+    stdout, stderr = job.communicate()
+    timer.cancel()
     return outcome_of(job.returncode, stdout, stderr)
 
 
