@@ -198,7 +198,7 @@ class TrainConfig:
     compile: bool = False
     """Run the network through torch.compile."""
     gpu: bool | None = None
-    """Train on GPUs; left out = when the cluster has one for every worker."""
+    """Train on GPUs; left out = when the cluster has one for every worker, or its autoscaler brings them."""
     cpus_per_worker: Cpus = 1.0
     """CPUs (and CPU threads) that each worker reserves."""
     gpus_per_worker: GpuShare = 1.0

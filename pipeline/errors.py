@@ -14,7 +14,7 @@ class BadSettings(InputError):
 
 
 class Outage(InputError):
-    """Something did not answer for as long as it was waited for: the same input may do later."""
+    """Something did not answer for as long as it was waited for, or is held by others: the same input may do later."""
 
 
 class JobFailed(RuntimeError):

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from pipeline import storage
-from pipeline.errors import InputError
+from pipeline.errors import Outage
 
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
@@ -31,7 +31,7 @@ POLL_SECONDS = 1.0
 LOCK = "lock.json"
 
 
-class LeaseLost(InputError):
+class LeaseLost(Outage):
     """Another driver has taken over the output; this one must not write there any more."""
 
 
@@ -43,7 +43,7 @@ def locked(output: str) -> Iterator[threading.Event]:
         an event that is set when another driver has taken the output over.
 
     Raises:
-        InputError: another driver that is alive holds it.
+        Outage: another driver that is alive holds it.
         LeaseLost: another driver took it over. In the main thread it interrupts whatever the program does.
     """
     with _folder_locked(output) as held:
@@ -198,8 +198,8 @@ def _renewed(lease: _Lease) -> Iterator[threading.Event]:
         raise error
 
 
-def _refusal(output: str, lock: dict[str, Any]) -> InputError:
-    return InputError(
+def _refusal(output: str, lock: dict[str, Any]) -> Outage:
+    return Outage(  # it ends some day, and the same command goes on then
         f"--output {output} is being written by {_holder(lock)}: wait for it, or choose another folder"
     )
 

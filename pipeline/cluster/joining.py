@@ -7,7 +7,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line, redact
 
 # For one answer of the cluster, and for a node of it to appear on this machine.
@@ -22,7 +22,8 @@ def check_joinable(address: str) -> None:
         address: HOST:PORT of a cluster's head, or "auto" for the one that was started last on this machine.
 
     Raises:
-        InputError: nobody answers there, or not Ray, or to no driver of this version, or from this machine.
+        InputError: not Ray answers there, or to no driver of this version, or from this machine.
+        Outage: nobody answers there.
     """
     host, port = _parsed(_found() if address == "auto" else address)
     name = f"RAY_ADDRESS={address}" + (f" ({host}:{port})" if address == "auto" else "")
@@ -30,7 +31,7 @@ def check_joinable(address: str) -> None:
     try:
         socket.create_connection((host, port), SECONDS).close()
     except OSError as error:
-        raise InputError(f"no Ray cluster answers at {name}: {one_line(error)}; {WITHOUT}") from None
+        raise Outage(f"no Ray cluster answers at {name}: {one_line(error)}; {WITHOUT}") from None
     _ask(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", name)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import ray
 import ray.data
 
-from pipeline.cluster.room import Need, announced, check_fits
+from pipeline.cluster.room import Need, announced, choose_gpu, most_places
 from pipeline.cluster.session import connect_now
 from pipeline.display import Display
 from pipeline.errors import InputError
@@ -44,8 +44,9 @@ class ActorPool:
     """A `Pool` over the cluster, which is joined or started where there is none yet.
 
     Attributes:
-        most: most actors, never more than tasks; 0 = one for every CPU (GPU where those are used).
-        gpu: a GPU for each actor; None = where the cluster has any.
+        most: most actors, never more than tasks; 0 = one for every CPU (GPU where those are used), those included that
+            an autoscaler adds.
+        gpu: a GPU for each actor; None = where the cluster has any, or its autoscaler brings one.
         least: fewest actors: the pool grows while tasks wait and the cluster has room, and shrinks when they run
             out; 0 = as many as `most`, all the time.
         cpus: of each actor; fractions run beside whatever holds the CPUs of a small machine.
@@ -70,16 +71,30 @@ class ActorPool:
         """
         if not ray.is_initialized():
             connect_now()
-        resources = ray.cluster_resources()
-        gpu = resources.get("GPU", 0) >= 1 if self.gpu is None else self.gpu
+        with Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display:
+            say = display.note if display else partial(print, file=sys.stderr, flush=True)
+            gpu = choose_gpu(self.gpu, self._need, say)
+            with announced(self._need(gpu), say):
+                for done, row in enumerate(self._rows(work, tasks, gpu), start=1):
+                    if row["error"]:
+                        raise InputError(row["error"])
+                    if display:
+                        display.update(done, "")
+                    yield pickle.loads(row["result"])
+
+    def _need(self, gpu: bool) -> Need:
+        """Of one actor."""
         each = {"CPU": self.cpus} | ({"GPU": 1.0} if gpu else {})
-        need = Need(
+        return Need(
             1, each, f"MapWorker(Map({_Actor.__name__}))", "--gpu" if gpu else "one process of this job"
         )
-        check_fits(need)
-        units = int(resources.get("GPU" if gpu else "CPU", 1))
+
+    def _rows(self, work: Work, tasks: Sequence[Any], gpu: bool) -> Iterator[dict[str, Any]]:
+        wanted = min(self.most or len(tasks), len(tasks))
+        each = self._need(gpu) if gpu else Need(1, {"CPU": 1.0}, "", "")
+        units = wanted if self.most and not self.least else most_places(each, wanted)
         least, most = self.size(units, len(tasks))
-        # Items, not `ray.data.range`: its own tasks take a whole CPU each, which the actors may have left none of.
+        # From the driver: a task that makes them would wait for a CPU, and the actors may have taken all that there are.
         numbers = [{"id": number} for number in range(len(tasks))]
         dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
             _Actor,
@@ -97,16 +112,7 @@ class ActorPool:
             num_gpus=1 if gpu else 0,
         )
         dataset.context.execution_options.preserve_order = self.ordered
-        with (
-            Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display,
-            announced(need, display.note if display else partial(print, file=sys.stderr, flush=True)),
-        ):
-            for done, row in enumerate(dataset.iter_rows(), start=1):
-                if row["error"]:
-                    raise InputError(row["error"])
-                if display:
-                    display.update(done, "")
-                yield pickle.loads(row["result"])
+        yield from dataset.iter_rows()
 
     def size(self, units: int, tasks: int) -> tuple[int, int]:
         """Fewest and most actors for so many CPUs or GPUs, and tasks."""

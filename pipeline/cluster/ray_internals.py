@@ -30,6 +30,13 @@ INTERNALS = {
     "InternalKVGetRequest": "ray.core.generated.gcs_service_pb2",
     "GetAllNodeInfoRequest": "ray.core.generated.gcs_service_pb2",
     "GcsNodeInfo": "ray.core.generated.gcs_pb2",
+    # Whether an autoscaler adds nodes, what it says of what it is asked for, and the actor that asks it, for the sum of
+    # what Ray Data, Ray Train and we need.
+    "is_autoscaler_v2": "ray.autoscaler.v2.utils",
+    "internal_kv_get_gcs_client": "ray.experimental.internal_kv",
+    "DEBUG_AUTOSCALING_STATUS": "ray._private.ray_constants",
+    "GetClusterStatusReply": "ray.core.generated.autoscaler_pb2",
+    "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler",
     # What the nodes have and have free, what an autoscaler may add, and the actors of a job.
     "state": "ray._private.state",
     # This process in Ray, with the node that it started or joined.

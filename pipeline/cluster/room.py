@@ -1,6 +1,8 @@
 """What a job waits for where the cluster has no room for it now, in a line; and what no node can ever hold.
 
 Ray waits for room without a word. Nodes may join and other jobs may end, so a job waits too, and its user sees for what.
+What is decided by the room (GPUs or CPUs, how many processes) is decided by what the cluster may become: an autoscaler is
+asked for what the job wants.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from pipeline.cluster import autoscaler
 from pipeline.cluster.ray_internals import placement_groups, state
 from pipeline.cluster.session import is_own_ray
 from pipeline.errors import InputError
@@ -52,36 +55,135 @@ def announced(need: Need, say: Callable[[str], object]) -> Iterator[None]:
         thread.join(PATIENCE_SECONDS)
 
 
-def check_fits(need: Need) -> None:
-    """Refuses what the cluster can never hold; what it can't hold now is waited for.
+@dataclass(frozen=True)
+class Cluster:
+    """What a decision is taken from.
 
-    Never: more than an autoscaler adds nodes up to; where there is none, a worker that is larger than every node, unless
-    no node that works has joined yet; more than this machine has, where the job started a Ray of its own.
+    Attributes:
+        nodes: what each node that is up has, in use or not.
+        growth: what adds nodes when it is asked for them.
+        limit: the most that there will ever be of each resource, where Ray knows it.
+        own: the job started this Ray for itself.
+    """
+
+    nodes: list[dict[str, float]]
+    growth: autoscaler.Growth = "none"
+    limit: dict[str, int] | None = None
+    own: bool = False
+
+    def holds(self, need: Need) -> bool:
+        """Whether the nodes that are up have room for all of the workers, in use or not."""
+        return _fitting(self.nodes, need) >= need.count
+
+    def has_gpus(self, need: Need) -> bool:
+        """Whether they have the GPUs, whatever else is needed with them."""
+        gpus = need.count * need.each.get("GPU", 0.0)
+        return 0 < gpus <= sum(node.get("GPU", 0.0) for node in self.nodes)
+
+
+def look() -> Cluster:
+    """The cluster as it is now."""
+    own, limit = is_own_ray(), state.get_max_resources_from_cluster_config()
+    return Cluster(_nodes(), "none" if own else autoscaler.growth(), limit, own)
+
+
+def settle(need: Need, say: Callable[[str], object]) -> None:
+    """Refuses what the cluster can never hold, and has an autoscaler bring what is missing; that is waited for.
+
+    Where none adds nodes, what is missing is waited for by the work itself: see `announced`.
 
     Raises:
         InputError: says what there is.
     """
-    limit, nodes = state.get_max_resources_from_cluster_config(), _nodes()
-    wanted, room, lack = _wanted(need), _fitting(nodes, need), ""
-    missing = next((name for name, amount in _sums(nodes, need).items() if not amount), "")
+    cluster = look()
+    if lack := refusal(need, cluster):
+        raise InputError(f"{need.flags}: {lack}")
+    if cluster.growth == "none" or cluster.holds(need):
+        return
+    with announced(need, lambda line: say(f"{line}; the autoscaler is asked for nodes")):
+        if not autoscaler.bring([need.each] * need.count, lambda: places(need) >= need.count):
+            raise InputError(f"{need.flags}: {_unbringable(need, _nodes())}")
+
+
+def choose_gpu(asked: bool | None, need: Callable[[bool], Need], say: Callable[[str], object]) -> bool:
+    """Whether the work uses GPUs; there is room for it then (see `settle`).
+
+    As asked for; where that is left open, if the cluster has them or its autoscaler brings them.
+
+    Args:
+        need: what the work needs with GPUs, and without.
+    """
+    cluster = look()
+    if not wants_gpu(asked, need(True), cluster):
+        settle(need(False), say)
+        return False
+    try:
+        settle(need(True), say)
+    except InputError as error:
+        if asked or cluster.has_gpus(need(True)):
+            raise
+        say(f"{error}: on CPUs")
+        settle(need(False), say)
+        return False
+    return True
+
+
+def wants_gpu(asked: bool | None, need: Need, cluster: Cluster) -> bool:
+    """Whether to try GPUs first, with what is needed then.
+
+    Raises:
+        InputError: only the user can know.
+    """
+    if asked is not None:
+        return asked
+    if cluster.growth == "silent" and not any(node.get("GPU") for node in cluster.nodes):
+        raise InputError(
+            "no GPU is up, and Ray's autoscaler of version 1 does not say whether it has any: "
+            "give --gpu True to wait for GPUs, --gpu False to use CPUs"
+        )
+    return cluster.has_gpus(need) or cluster.growth != "none"
+
+
+def refusal(need: Need, cluster: Cluster) -> str:
+    """Why the cluster can never hold it, as far as is known without asking; empty where it may.
+
+    Never: more than an autoscaler adds nodes up to, where it says so; where there is none, a worker that is larger than
+    every node, unless no node that works has joined yet; more than this machine has, where the job started its own Ray.
+    """
+    nodes, limit = cluster.nodes, cluster.limit
+    wanted, room, there = _wanted(need), _fitting(nodes, need), _sums(nodes, need)
     if limit:  # Ray Train would fail for the same reason
         if any(limit.get(name, 0) < need.count * amount for name, amount in need.each.items()):
-            most = _words({name: float(limit.get(name, 0)) for name in need.each})
-            lack = f"{wanted} are needed, and the autoscaler adds nodes up to {most}"
-    elif ray.cluster_resources().get("CPU") and not room:
-        there = (
-            f"the cluster has no {missing}" if missing else f"no node of the cluster has {_words(need.each)}"
-        )
-        lack = f"{there}, and no autoscaler adds one"
-    elif room < need.count and is_own_ray():
-        lack = f"{wanted} are needed, and this machine has {_words(_sums(nodes, need))}"
-    if lack:
-        raise InputError(f"{need.flags}: {lack}")
+            up_to = _words({name: float(limit.get(name, 0)) for name in need.each})
+            return f"{wanted} are needed, and the autoscaler adds nodes up to {up_to}"
+    elif cluster.growth == "none":
+        if any(node.get("CPU") for node in nodes) and not room:
+            missing = next((name for name, amount in there.items() if not amount), "")
+            lack = (
+                f"the cluster has no {missing}"
+                if missing
+                else f"no node of the cluster has {_words(need.each)}"
+            )
+            return f"{lack}, and no autoscaler adds one"
+        if room < need.count and cluster.own:
+            return f"{wanted} are needed, and this machine has {_words(there)}"
+    return ""
 
 
 def places(need: Need) -> int:
     """How many of the workers the nodes that have joined can hold, in use or not."""
     return _fitting(_nodes(), need)
+
+
+def most_places(need: Need, wanted: int) -> int:
+    """How many of so many workers the cluster may hold, with all that its autoscaler can bring; one at least."""
+    cluster = look()
+    there = _fitting(cluster.nodes, need)
+    if cluster.growth == "answers" and there < wanted:
+        there = autoscaler.most(need.each, wanted, there)
+    elif cluster.growth == "silent":
+        there = wanted
+    return max(1, min(there, wanted))
 
 
 def shortage(need: Need) -> str:
@@ -100,6 +202,14 @@ def shortage(need: Need) -> str:
             has = _words(there) if len(there) > 1 else f"{next(iter(there.values())):g}"
             return f"waiting for {_wanted(need)}, the cluster has {has}{what}"
     return ""
+
+
+def _unbringable(need: Need, nodes: list[dict[str, float]]) -> str:
+    """What the autoscaler has refused: a kind of node, or so many."""
+    there = _fitting(nodes, need)
+    if not there and need.count == 1:
+        return f"no node of the cluster has {_words(need.each)}, and its autoscaler has no larger one"
+    return f"{need.count} processes of {_words(need.each)} each are more than the autoscaler can bring"
 
 
 def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> None:

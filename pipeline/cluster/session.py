@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.cluster.forkserver import forked_workers
 from pipeline.cluster.joining import check_joinable
 from pipeline.display import quieten, redirected
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line
 
 PACKAGE = Path(__file__).parents[1]
@@ -71,6 +71,7 @@ def connect(
 
     Raises:
         InputError: no cluster at RAY_ADDRESS can be joined, or no Ray started in the folder for temporary files.
+        Outage: nothing answers at RAY_ADDRESS.
     """
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET).items():
         os.environ.setdefault(name, value)
@@ -104,7 +105,7 @@ def connect(
             ):
                 ray.init(**options)
         except ConnectionError as error:
-            raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
+            raise Outage(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
         except OSError as error:
             if address:
                 raise

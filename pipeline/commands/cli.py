@@ -21,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 from pipeline.cluster.session import connect_later, connect_now, disconnect
+from pipeline.commands import attempts
 from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
@@ -147,6 +148,10 @@ def main(
         the exit code: 0; 2 on bad input; 128 + its number after a signal; a submitted job's own; 1 after any
         other error, whose traceback is shown without secrets.
     """
+    if line := attempts.refused(job, arguments):
+        print(f"{job}: {line}", file=sys.stderr)
+        return 2
+    given = arguments
     arguments, verbose = _take_switch(arguments, "--verbose")
     heard = list[int]()
     former = _interrupt_at_sigterm(heard)
@@ -169,7 +174,9 @@ def main(
                 # While stdout still leads to stderr: what Ray's core says as it goes must not follow the result.
                 disconnect()
     except InputError as error:
-        print(f"{job}: {printable(' '.join(redact(str(error)).split()))}", file=sys.stderr)
+        line = printable(" ".join(redact(str(error)).split()))
+        print(f"{job}: {line}", file=sys.stderr)
+        attempts.keep(job, given, error, line)
         return 2
     except (Interrupted, JobFailed) as error:
         print(f"{job}: {redact(str(error))}", file=sys.stderr)

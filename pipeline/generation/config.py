@@ -46,7 +46,7 @@ class GenerateConfig:
     min_actors: Positive = 1
     """Fewest actors of the pool, which grows while work waits and shrinks when it runs out."""
     max_actors: Natural = 0
-    """Most actors of the pool; 0 = one for every CPU (or GPU) of the cluster."""
+    """Most actors of the pool; 0 = one for every CPU (or GPU) of the cluster, those included that an autoscaler adds."""
     gpu: bool = False
     """One GPU for each actor."""
     precision: Precision = "fp32"

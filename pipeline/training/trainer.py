@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, check_fits, release_orphans
+from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, choose_gpu, release_orphans
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import Splits
 from pipeline.data.stream import PlannedData, share
@@ -96,11 +96,13 @@ def train(
         Interrupted: a signal ended the run; it was saved first.
     """
     data, spec = check(config, data)
-    if tracker is None:  # a search has asked for all of its trials
-        check_fits(room_needed(config))
+    display = Display("train", config.steps, "steps")
+    if tracker and config.gpu is not None:  # a search has chosen for all of its trials, and made sure of room
+        gpu = config.gpu
+    else:
+        gpu = choose_gpu(config.gpu, partial(room_needed, config), display.note)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
-    display = Display("train", config.steps, "steps")
     patient = partial(patiently, seconds=config.storage_patience, say=display.note)
     with contextlib.ExitStack() as stack:
         lost = tracker.lost if tracker else stack.enter_context(locked(output))
@@ -118,7 +120,7 @@ def train(
         status = "FAILED"
         try:
             weights, metrics = _train(
-                config, data, spec, output, tracker, display, callbacks, on_point, hooks
+                replace(config, gpu=gpu), data, spec, output, tracker, display, callbacks, on_point, hooks
             )
             place = storage.join(output, "model")
             exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
@@ -169,7 +171,7 @@ def _train(
         trainer = _trainer(config, data, spec, output, tracker.run, channel, callbacks, hooks)
         with ChannelReader(channel, output, display, tracker, on_point) as reader:
             try:
-                with announced(room_needed(config), display.note):
+                with announced(room_needed(config, bool(config.gpu)), display.note):
                     result, signal_number = run_until_signal(trainer.fit, channel, display.note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
                 release_orphans()
@@ -218,7 +220,7 @@ def _trainer(
     if warning := index.poorly_mixed(plan):
         print(warning, file=sys.stderr, flush=True)
     planned = share(index, plan)
-    gpu = _use_gpu(config)
+    gpu = bool(config.gpu)
     filesystem, path = arrow_fs(output, PatientOnChannel(channel, config.storage_patience))
     validation, scored = None, {}
     if config.validate_every:
@@ -253,19 +255,12 @@ def _trainer(
     )
 
 
-def room_needed(config: TrainConfig) -> Need:
+def room_needed(config: TrainConfig, gpu: bool) -> Need:
     """The least with which a run goes on."""
     least = config.min_workers or config.workers
-    each = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker * _use_gpu(config)}
+    each = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker * gpu}
     count = f"--min-workers {least}" if config.min_workers else f"--workers {least}"
     share = "" if config.gpus_per_worker == 1 else f" --gpus-per-worker {config.gpus_per_worker:g}"
-    flags = f"{count} --cpus-per-worker {config.cpus_per_worker:g}{f' --gpu{share}' * _use_gpu(config)}"
+    flags = f"{count} --cpus-per-worker {config.cpus_per_worker:g}{f' --gpu{share}' * gpu}"
     reserved = {name: amount for name, amount in each.items() if amount}
     return Need(least, reserved, TRAIN_WORKERS, flags)
-
-
-def _use_gpu(config: TrainConfig) -> bool:
-    if config.gpu is not None:
-        return config.gpu
-    least = (config.min_workers or config.workers) * config.gpus_per_worker
-    return bool(ray.cluster_resources().get("GPU", 0) >= least)

@@ -42,7 +42,7 @@ class TuneConfig:
     reduction: Annotated[int, Range(ge=2)] = 3
     """asha keeps one of so many trials at each rung, and each rung is so many times the images of the one before."""
     concurrent: Positive = 64
-    """Most trials at a time; never more than fit the cluster."""
+    """Most trials at a time; never more than fit the cluster, with the nodes that its autoscaler can add."""
     workers: Positive = 1
     """Training workers of each trial."""
     cpus_per_worker: Cpus = 1.0

@@ -136,7 +136,7 @@ class Both:
         return Measured(metrics, next((r.per_image for r in results if r.per_image), ()))
 
 
-def make_objective(config: TuneConfig, splits: Splits) -> Objective:
+def make_objective(config: TuneConfig, splits: Splits, gpu: bool | None = None) -> Objective:
     """The objective that the settings ask for; features and reference moments are made once, for all trials.
 
     Raises:
@@ -150,8 +150,8 @@ def make_objective(config: TuneConfig, splits: Splits) -> Objective:
             raise InputError(f"--data {config.data}: fewer than two held-out images")
         parts.append(HeldOutBits(held_out, ids, config.terms, config.seed))
     if FRECHET in config.metrics:
-        extractor = _extractor(config, splits)
-        (real,) = measure([splits["train"]], extractor, keep=1, seed=config.seed, pool=ActorPool())
+        extractor = _extractor(config, splits, gpu)
+        (real,) = measure([splits["train"]], extractor, keep=1, seed=config.seed, pool=ActorPool(gpu=gpu))
         parts.append(
             SampleFrechet(extractor, real.moments, config.samples, config.sampling_steps, config.seed)
         )
@@ -166,14 +166,16 @@ def features_digest(features: str) -> str:
     return hashlib.sha256(storage.read_bytes(place)).hexdigest()
 
 
-def _extractor(config: TuneConfig, splits: Splits) -> Extractor:
+def _extractor(config: TuneConfig, splits: Splits, gpu: bool | None) -> Extractor:
     """The features that a search keeps: those of its first start, also after a resume."""
     kept = storage.join(config.output, CLASSIFIER)
     features = config.features
     if features == CLASSIFIER:
         if not storage.exists(storage.join(kept, CONFIG)):
             train = splits["train"]
-            net, score = train_classifier(train, splits["validation"], seed=config.seed, pool=ActorPool(1))
+            net, score = train_classifier(
+                train, splits["validation"], seed=config.seed, pool=ActorPool(1, gpu)
+            )
             save_classifier(kept, net, train.image, score)
         features = kept
     return open_extractor(features, splits["train"].image)[0]

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.util import get_node_ip_address
 
 from pipeline import storage
 from pipeline.cluster.ray_internals import ENV_VARS_TO_PROPAGATE
-from pipeline.cluster.room import Need, announced, check_fits, places
+from pipeline.cluster.room import Need, announced, choose_gpu, most_places
 from pipeline.data.index import Splits, open_splits
 from pipeline.display import Display
 from pipeline.errors import InputError
@@ -101,10 +102,17 @@ def search(
                 tracker.log_dataset(config.data, train.fingerprint, train.rows, train.quarantined)
             status = "FAILED"
             try:
-                at_a_time, objective = _concurrent(config, space), make_objective(config, splits)
-                settings = {"job": config, "objective": objective, "splits": splits, "parent_run": run.id}
+                gpu, need = _room(config, space)
+                at_a_time, objective = _concurrent(config, need), make_objective(config, splits, gpu)
+                settings = {
+                    "job": config,
+                    "objective": objective,
+                    "splits": splits,
+                    "parent_run": run.id,
+                    "gpu": gpu,
+                }
                 trainable = tune.with_parameters(trial, tracking=address.with_secrets(), **settings)
-                _run(config, space, trainable, at_a_time)
+                _run(config, need, space, trainable, at_a_time)
                 result = _conclude(config, space, tracker)
                 status = "FINISHED"
                 return result
@@ -117,7 +125,9 @@ def search(
                     _end_runs(config)
 
 
-def _run(config: TuneConfig, space: Space, trainable: type[tune.Trainable], at_a_time: int) -> None:
+def _run(
+    config: TuneConfig, need: Need, space: Space, trainable: type[tune.Trainable], at_a_time: int
+) -> None:
     """Runs the trials that are left with Ray Tune."""
     records = ledger.read_all(config.output)
     over = sum(record.over for record in records)
@@ -157,7 +167,7 @@ def _run(config: TuneConfig, space: Space, trainable: type[tune.Trainable], at_a
             callbacks=[progress],
         ),
     )
-    with announced(_room(config, space), progress.note):
+    with announced(need, progress.note):
         results = tuner.fit()
     for result in results:
         name = Path(result.path).name
@@ -240,20 +250,21 @@ def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, An
     }
 
 
-def _room(config: TuneConfig, space: Space) -> Need:
-    """What a trial needs to train."""
-    return room_needed(apply(base(config), space.fixed))
-
-
-def _concurrent(config: TuneConfig, space: Space) -> int:
-    """How many trials run at a time, where there is room for one.
+def _room(config: TuneConfig, space: Space) -> tuple[bool, Need]:
+    """Whether trials train on GPUs, and what one needs; there is room for one then.
 
     Raises:
         InputError: not one will ever fit the cluster.
     """
-    check_fits(need := _room(config, space))
-    fit = places(need) // need.count
-    return min(config.concurrent, max(fit, 1), config.trials)
+    trial = apply(base(config), space.fixed)
+    gpu = choose_gpu(trial.gpu, partial(room_needed, trial), _say)
+    return gpu, room_needed(trial, gpu)
+
+
+def _concurrent(config: TuneConfig, need: Need) -> int:
+    """How many trials run at a time: as many as are wanted and the cluster may hold."""
+    wanted = min(config.concurrent, config.trials)
+    return max(1, most_places(need, wanted * need.count) // need.count)
 
 
 def _say(line: str) -> None:

@@ -139,7 +139,8 @@ class Trial(tune.Trainable):
 
 
 class TrainTrial(Trial):
-    """A trial that trains; `settings` hold the objective, the dataset's splits and the parent MLflow run.
+    """A trial that trains; `settings` hold the objective, the dataset's splits, the parent MLflow run, and
+    whether the search uses GPUs.
 
     The training runs in a thread of its own, and its workers wait at each rung until the next call of `step`
     (go on) or `cleanup` (end here: the model is exported as it is).
@@ -190,6 +191,8 @@ class TrainTrial(Trial):
     def _start(self) -> Future[trainer.Trained]:
         splits = self.settings["splits"]
         config = training(self.job, self.record)
+        if config.gpu is None:
+            config = replace(config, gpu=self.settings["gpu"])
         run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
         if is_new := run is None:
             # What a killed attempt has opened under this mark is deleted.

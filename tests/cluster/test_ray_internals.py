@@ -1,15 +1,19 @@
 """What each private name of Ray is for, tried on the installed Ray: where one fails, an upgrade has moved it."""
 
+import contextlib
 import importlib
 import inspect
+import json
 import os
 import time
 
 import pytest
 import ray
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.data import DataContext
+from ray.experimental.internal_kv import _internal_kv_get
 
-from pipeline.cluster import ray_internals
+from pipeline.cluster import autoscaler, ray_internals
 from pipeline.cluster.pace import InFlightLimit, PacedExecution, set_in_flight, set_pace
 from pipeline.cluster.ray_internals import INTERNALS, JOB_CLIENT_LOGGERS
 from pipeline.cluster.session import is_own_ray, spilled_bytes
@@ -57,6 +61,21 @@ def test_the_state_knows_nodes_actors_and_whose_ray_it_is(cluster: None) -> None
     assert ("Here", pid) in [(entry["ActorClassName"].rpartition(".")[2], entry["Pid"]) for entry in alive]
     assert is_own_ray()
     assert not ray.get(ray.remote(num_cpus=0)(is_own_ray).remote())
+
+
+def test_a_request_is_in_the_sum_of_all_and_a_cluster_without_an_autoscaler_is_known(cluster: None) -> None:
+    """tests/system/test_growing.py shows what an autoscaler does then."""
+
+    def asked() -> list[tuple[dict[str, float], int]]:
+        # Version 1 of Ray's autoscaler, which a Ray without any has too, finds them here.
+        found = json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
+        return [(one, found.count(one)) for one in found[:1]]
+
+    assert autoscaler.growth() == "none"
+    with contextlib.closing(autoscaler._answers([{"CPU": 3.0, "GPU": 1.0}] * 2)) as answers:
+        assert next(answers) == "unheard"
+        assert asked() == [({"CPU": 3.0, "GPU": 1.0}, 2)]
+    assert asked() == []
 
 
 def test_errors_that_a_node_publishes_stay_off_the_terminal(

@@ -8,10 +8,10 @@ import datasets
 import pytest
 import yaml
 
-from pipeline.data.card import plain, table
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from pipeline.generation import job
+from pipeline.markdown import plain, table
 from pipeline.models.export import load_model, save_model
 from tests.generation.common import config, digests, make, manifest
 

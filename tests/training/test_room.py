@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.cluster import room
+from pipeline.cluster import autoscaler, room
 from pipeline.cluster.pool import ActorPool
 from pipeline.cluster.ray_internals import state
-from pipeline.cluster.room import Need, announced, check_fits, shortage
+from pipeline.cluster.room import Cluster, Need, announced, settle, shortage, wants_gpu
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.training.checks import check_settings
@@ -77,6 +77,11 @@ def need(count: int, **each: float) -> Need:
     return Need(count, each, "Nobody", "--workers 4")
 
 
+def fit(need: Need) -> None:
+    """Whether it may, some day."""
+    settle(need, lambda line: None)
+
+
 def test_what_is_short_is_named_with_what_there_is(cpus: int) -> None:
     assert shortage(need(cpus, CPU=1)) == ""
     assert shortage(need(cpus + 2, CPU=1)) == f"waiting for {cpus + 2} CPUs, the cluster has {cpus}"
@@ -102,29 +107,29 @@ def test_small_rooms_are_no_large_one(cluster: None, monkeypatch: pytest.MonkeyP
 
 
 def test_what_can_never_fit_is_refused(cpus: int, joined: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_fits(need(cpus + 2, CPU=1))  # nodes may join
+    fit(need(cpus + 2, CPU=1))  # nodes may join
     with pytest.raises(
         InputError, match=rf"--workers 4: no node of the cluster has {cpus + 1} CPUs, and no auto"
     ):
-        check_fits(need(1, CPU=cpus + 1))
+        fit(need(1, CPU=cpus + 1))
     with pytest.raises(InputError, match="the cluster has no GPU"):
-        check_fits(need(1, CPU=1, GPU=1))
+        fit(need(1, CPU=1, GPU=1))
     with monkeypatch.context() as autoscaled:
         autoscaled.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64, "GPU": 8})
-        check_fits(need(8, CPU=8, GPU=1))
+        fit(need(8, CPU=8, GPU=1))
         with pytest.raises(InputError, match=r"16 CPUs and 16 GPUs are needed.* up to 64 CPUs and 8 GPUs"):
-            check_fits(need(16, CPU=1, GPU=1))
+            fit(need(16, CPU=1, GPU=1))
     with monkeypatch.context() as empty:  # its nodes have not joined yet
         empty.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
         empty.setattr(room, "_nodes", lambda: [{"memory": 1.0}])
-        check_fits(need(4, CPU=1))
+        fit(need(4, CPU=1))
         assert shortage(need(4, CPU=1)) == "waiting for 4 CPUs, the cluster has 0"
 
 
 def test_a_ray_of_the_jobs_own_never_grows(cpus: int) -> None:
-    check_fits(need(cpus, CPU=1))
+    fit(need(cpus, CPU=1))
     with pytest.raises(InputError, match=f"{cpus + 2} CPUs are needed, and this machine has {cpus} CPUs"):
-        check_fits(need(cpus + 2, CPU=1))
+        fit(need(cpus + 2, CPU=1))
 
 
 def test_a_wait_is_said_once_then_now_and_then_and_when_it_changes(
@@ -183,13 +188,14 @@ def test_a_training_that_never_fits_opens_no_run(home: Path, cpus: int) -> None:
     assert not output.exists()
 
 
-def test_an_elastic_run_needs_its_least_workers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+def test_an_elastic_run_needs_its_least_workers_alone() -> None:
     config = TrainConfig(data="", output="", workers=4)
-    assert room_needed(config).each == {"CPU": 1.0}
-    elastic = room_needed(replace(config, min_workers=2))
+    there = Cluster([{"CPU": 8.0, "GPU": 2.0}])
+    assert room_needed(config, gpu=False).each == {"CPU": 1.0}
+    assert not wants_gpu(None, room_needed(config, gpu=True), there)
+    elastic = room_needed(replace(config, min_workers=2), gpu=True)
     assert (elastic.count, elastic.each) == (2, {"CPU": 1.0, "GPU": 1.0})
-    assert room_needed(replace(config, gpu=True)).each == {"CPU": 1.0, "GPU": 1.0}
+    assert wants_gpu(None, elastic, there)
 
 
 def test_a_search_waits_for_a_trials_workers_where_nodes_may_join(
@@ -197,11 +203,12 @@ def test_a_search_waits_for_a_trials_workers_where_nodes_may_join(
 ) -> None:
     config, space = TuneConfig(data="", output="", workers=cpus + 1, trials=3), load_space()
     with pytest.raises(InputError, match=rf"--workers {cpus + 1} .*this machine has {cpus} CPUs"):
-        _concurrent(config, space)
+        _room(config, space)
     monkeypatch.setattr(room, "is_own_ray", lambda: False)
-    assert _concurrent(config, space) == 1
+    gpu, trial = _room(config, space)
+    assert not gpu and _concurrent(config, trial) == 1
     with pytest.raises(InputError, match="no node of the cluster has 99 CPUs"):
-        _concurrent(replace(config, cpus_per_worker=99), space)
+        _room(replace(config, cpus_per_worker=99), space)
 
 
 def test_a_validation_gets_what_is_left_when_it_starts(cpus: int) -> None:
@@ -227,13 +234,23 @@ def test_a_validation_gets_what_is_left_when_it_starts(cpus: int) -> None:
 def test_trials_are_counted_by_gpus_and_shares_of_them(
     monkeypatch: pytest.MonkeyPatch, share: float, gpu: dict[str, bool], each: dict[str, float], trials: int
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0}}])
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
+    monkeypatch.setattr(room, "look", lambda: Cluster([{"CPU": 4.0, "GPU": 2.0}]))
     config = TuneConfig("d", "o", trials=20, cpus_per_worker=0.25, gpus_per_worker=share)
     space = parse_space({"schedule": ["cosine", "linear"], **gpu})
-    assert _room(config, space).each == each
-    assert _concurrent(config, space) == trials
+    gpu, trial = _room(config, space)
+    assert trial.each == each and gpu == ("GPU" in each)
+    assert _concurrent(config, trial) == trials
+
+
+def test_as_many_trials_run_as_an_autoscaler_can_give_room_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscaler, "_known", {})
+    monkeypatch.setattr(autoscaler, "_could", lambda bundles: len(bundles) <= 11)
+    config = TuneConfig("d", "o", trials=20, workers=2)
+    trial = Need(2, {"CPU": 1.0, "GPU": 1.0}, "", "")
+    for growth, trials in (("none", 1), ("silent", 20), ("answers", 5)):
+        monkeypatch.setattr(room, "look", lambda growth=growth: Cluster([{"memory": 1.0}], growth))
+        assert _concurrent(config, trial) == trials
+    assert _concurrent(replace(config, concurrent=3), trial) == 3
 
 
 def test_workers_of_one_run_share_no_gpu() -> None:
