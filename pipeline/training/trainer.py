@@ -119,9 +119,10 @@ def train(
         data = data.keep(output)
         status = "FAILED"
         try:
-            weights, metrics = _train(
+            job = _Job(
                 replace(config, gpu=gpu), data, spec, output, tracker, display, callbacks, on_point, hooks
             )
+            weights, metrics = _train(job)
             place = storage.join(output, "model")
             exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
             if mine:
@@ -147,38 +148,44 @@ def draw_exported(output: str, seed: int) -> None:
     storage.write_atomic(storage.join(output, SAMPLES), picture)
 
 
-def _train(
-    config: TrainConfig,
-    data: Splits,
-    spec: ModelSpec,
-    output: str,
-    tracker: Tracker,
-    display: Display,
-    callbacks: Sequence[Any],
-    on_point: Callable[[int, dict[str, float]], None],
-    hooks: worker.Hooks,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+@dataclass(frozen=True)
+class _Job:
+    """What `train` was asked for, and what it has opened."""
+
+    config: TrainConfig
+    data: Splits
+    spec: ModelSpec
+    output: str
+    tracker: Tracker
+    display: Display
+    callbacks: Sequence[Any]
+    on_point: Callable[[int, dict[str, float]], None]
+    hooks: worker.Hooks
+
+
+def _train(job: _Job) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Runs Ray Train to the last step, or to where the caller's watch ends it.
 
     Returns:
         the weights to export, and the last point of each curve.
     """
-    folder = storage.join(output, CHECKPOINTS)
-    patient = partial(patiently, seconds=config.storage_patience, say=display.note)
+    config, note = job.config, job.display.note
+    folder = storage.join(job.output, CHECKPOINTS)
+    patient = partial(patiently, seconds=config.storage_patience, say=note)
     mend(folder, patient)
-    channel = open_channel(read_quarantine(output))
+    channel = open_channel(read_quarantine(job.output))
     try:
-        trainer = _trainer(config, data, spec, output, tracker.run, channel, callbacks, hooks)
-        with ChannelReader(channel, output, display, tracker, on_point) as reader:
+        trainer = _trainer(job, channel)
+        with ChannelReader(channel, job.output, job.display, job.tracker, job.on_point) as reader:
             try:
-                with announced(room_needed(config, bool(config.gpu)), display.note):
-                    result, signal_number = run_until_signal(trainer.fit, channel, display.note)
+                with announced(room_needed(config, bool(config.gpu)), note):
+                    result, signal_number = run_until_signal(trainer.fit, channel, note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
                 release_orphans()
                 _raise_reason(channel)
                 raise
             _raise_reason(channel)
-        found = newest_whole(folder, checkpoint.read_model, patient, display.note)
+        found = newest_whole(folder, checkpoint.read_model, patient, note)
         weights, step = found[1] if found else ({}, 0)
         kept = [entry for entry, _ in result.best_checkpoints or []]
         patient(lambda: sweep(folder, kept), f"checkpoints in {folder} can't be removed")
@@ -187,7 +194,7 @@ def _train(
                 f"stopped at step {step} of {config.steps}, which is saved; go on with --resume",
                 signal_number,
             )
-        if step < config.steps and hooks.watch is None:
+        if step < config.steps and job.hooks.watch is None:
             raise InputError(
                 f"the checkpoint of step {config.steps} in {folder} is damaged: go on with --resume"
             )
@@ -202,20 +209,12 @@ def _raise_reason(channel: Any) -> None:
         raise reason
 
 
-def _trainer(
-    config: TrainConfig,
-    data: Splits,
-    spec: ModelSpec,
-    output: str,
-    run: runs.Run,
-    channel: Any,
-    callbacks: Sequence[Any],
-    hooks: worker.Hooks,
-) -> TorchTrainer:
+def _trainer(job: _Job, channel: Any) -> TorchTrainer:
+    config, spec, output = job.config, job.spec, job.output
     if config.min_workers:
         # Seconds that Ray waits for a dead node's resources before it continues with fewer workers; 60 by default.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    index = data["train"]
+    index = job.data["train"]
     plan = index.plan(config.seed, config.batch_size)
     if warning := index.poorly_mixed(plan):
         print(warning, file=sys.stderr, flush=True)
@@ -226,13 +225,15 @@ def _trainer(
     if config.validate_every:
         train = index if set(config.validate_metrics) - {"bits"} else None
         validation = ValidationConfig(
-            Validator(config, spec, data["validation"], output, channel, train),
+            Validator(config, spec, job.data["validation"], output, channel, train),
             ray_remote_kwargs=SpareResources(config, gpu),
         )
         scored = {"checkpoint_score_attribute": BITS_PER_DIM, "checkpoint_score_order": "min"}
     return TorchTrainer(
         worker.train_loop_per_worker,
-        train_loop_config={"task": worker.Task(config, spec, output, channel, run.id, index.rows, hooks)},
+        train_loop_config={
+            "task": worker.Task(config, spec, output, channel, job.tracker.run.id, index.rows, job.hooks)
+        },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
@@ -247,7 +248,7 @@ def _trainer(
             checkpoint_config=CheckpointConfig(config.keep_checkpoints, **scored),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[SaveBeforeShutdown(channel), *callbacks],
+            callbacks=[SaveBeforeShutdown(channel), *job.callbacks],
         ),
         datasets={"train": lambda: planned},
         dataset_config=PlannedData(config.readers, config.random_crop),
