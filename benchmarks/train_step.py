@@ -1,23 +1,30 @@
 """Our training step against the same step around diffusers' UNet2DModel: ratios and a roofline from one run.
 
-    python -m benchmarks.train_step [--network unet|cifar|imagenet_64] [--compile ours|both] [--smoke]
+    python -m benchmarks.train_step [--network unet|cifar|imagenet_64] [--compile ours|both] [--threads N] [--smoke]
 
 The networks are those of `benchmarks.networks`; diffusers' UNet2DModel of that configuration shares ours weight for
 weight. Batches of 32 on a CPU, and of 128 on a GPU (64 for images of 64x64). Each step draws timesteps and noise, goes
-forward and backward, clips, and updates Adam and the weight average. All contenders take turns, medians are compared.
-Besides fp32 (and bf16, where the hardware multiplies it), each is measured at its best: the machine's own precision,
-channels_last, and torch.compile with --compile (of ours, or of both; on a GPU theirs with its CUDA graphs).
+forward and backward, clips, and updates Adam and the weight average. Besides fp32 (and bf16, where the hardware
+multiplies it), theirs is measured in channels_last too, and with --compile what torch.compile makes of ours, or of both
+(on a GPU theirs with its CUDA graphs).
+
+Ours and theirs are a process each, since ours keeps its memory (`pipeline.memory`); one of them works at a time. All
+contenders take turns. `images_per_second` is by the clock (medians), `images_per_cpu_second` by the processes' time
+(the least of all rounds): where other work shares the machine, run it with --threads 1 and compare the latter.
 
 `share_of_convolution_peak` sets the UNet's convolutions and products (counted on diffusers' graph, forward and
 backward) against what a 3x3 convolution of 128 channels at 32x32 reaches here, at the precision that is our best; `mfu`
-against a large matrix product. `sampling` is images/s by DDIM, of our sampler over diffusers' DDIMPipeline.
+against a large matrix product. `sample_…` is images by DDIM, of our sampler and of diffusers' DDIMPipeline.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -25,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks import NETWORKS, in_memory
-from pipeline.config import ModelConfig, ModelSpec, TrainConfig
+from pipeline.config import ModelConfig, ModelSpec, Precision, TrainConfig
 from pipeline.diffusion.process import make_process
 from pipeline.gpu.graph import Graphed
 from pipeline.models.diffusers import unet_config
@@ -35,6 +42,24 @@ from pipeline.models.unet import build
 from pipeline.training import flops, network
 from pipeline.training.state import new_state
 from pipeline.training.step import Prepared, backward, make_backward, train_step
+
+
+class Plan(NamedTuple):
+    """What is measured: `compiled` names the sides that are compiled too."""
+
+    spec: ModelSpec
+    batch: int
+    threads: int
+    precisions: list[Precision]
+    compiled: tuple[str, ...]
+    sampling_steps: int
+
+    def config(self, precision: Precision, compile: bool = False) -> TrainConfig:
+        """The settings of a contender."""
+        return TrainConfig(
+            "", "", batch_size=self.batch, steps=10_000, precision=precision, compile=compile,
+            cpus_per_worker=self.threads,
+        )  # fmt: skip
 
 
 class Theirs(nn.Module):
@@ -52,8 +77,8 @@ class Theirs(nn.Module):
 
 def stepper(
     config: TrainConfig, spec: ModelSpec, device: torch.device, model: nn.Module | None
-) -> Callable[[], float]:
-    """A function that makes a step of `model` or of ours, on a GPU six, and returns the seconds of one."""
+) -> Callable[[], int]:
+    """A function that makes a step of `model` or of ours, on a GPU six, and returns how many."""
     state = new_state(config, spec, device)
     if model is None:
         run_backward = make_backward(config, spec, network.wrap(config, state.model, 1, device), device)
@@ -73,38 +98,70 @@ def stepper(
 
     count = 6 if device.type == "cuda" else 1  # a loop does not wait for a GPU after each step
 
-    def steps() -> float:
-        began = time.perf_counter()
+    def steps() -> int:
         for _ in range(count):
             outcome = train_step(config, spec, state, run_backward, next(batches), device)
         outcome.loss.item()
-        return (time.perf_counter() - began) / count
+        return count
 
     return steps
 
 
-def samplers(
-    spec: ModelSpec, device: torch.device, bf16: bool, count: int, steps: int
-) -> list[Callable[[], object]]:
-    """Our sampler and diffusers', each making `count` images by DDIM."""
-    ours = build(spec).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    called = Graphed(ours) if device.type == "cuda" else ours
-    pipe = DDIMPipeline(UNet2DModel.from_config(unet_config(spec)).eval().to(device), DDIMScheduler(1000))
-    pipe.set_progress_bar_config(disable=True)
-    ids = torch.arange(count, device=device)
+def sampler(side: str, plan: Plan, device: torch.device, precision: Precision) -> Callable[[], int]:
+    """A function that makes a batch of images by DDIM, with our sampler or with diffusers'."""
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    if side == "ours":
+        model = build(plan.spec).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        called = Graphed(model) if device.type == "cuda" else model
+        ids = torch.arange(plan.batch, device=device)
 
-    def precision() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        def sample() -> None:
+            sample_images(called, plan.spec, ids, sampler="ddim", sampling_steps=plan.sampling_steps).cpu()
+    else:
+        unet = UNet2DModel.from_config(unet_config(plan.spec)).eval().to(device)
+        pipe = DDIMPipeline(unet, DDIMScheduler(1000))
+        pipe.set_progress_bar_config(disable=True)
 
-    def our_side() -> object:
-        with precision():
-            return sample_images(called, spec, ids, sampler="ddim", sampling_steps=steps).cpu()
+        def sample() -> None:
+            pipe(plan.batch, num_inference_steps=plan.sampling_steps, output_type="np")
 
-    def their_side() -> object:
-        with precision():
-            return pipe(count, num_inference_steps=steps, output_type="np").images
+    def run() -> int:
+        with bf16:
+            sample()
+        return 1
 
-    return [our_side, their_side]
+    return run
+
+
+def contenders(side: str, plan: Plan, device: torch.device) -> dict[str, Callable[[], int]]:
+    """What one side does, by name: training steps and samples."""
+
+    def theirs(channels_last: bool = False) -> Theirs | None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return Theirs(plan.spec, layout) if side == "diffusers" else None
+
+    best = plan.config(plan.precisions[-1])
+    jobs = {f"{p}": stepper(plan.config(p), plan.spec, device, theirs()) for p in plan.precisions}
+    if side == "diffusers":
+        jobs["channels_last"] = stepper(best, plan.spec, device, theirs(channels_last=True))
+    if side in plan.compiled:
+        compiled = plan.config(plan.precisions[-1], compile=True)
+        jobs["compiled"] = stepper(compiled, plan.spec, device, theirs(channels_last=device.type == "cuda"))
+    return jobs | {f"sample_{p}": sampler(side, plan, device, p) for p in plan.precisions}
+
+
+def serve(calls: Connection, side: str, plan: Plan) -> None:
+    """One side's process: does what it is called for, and answers with seconds by the clock and of the processor."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if side == "ours" or device.type == "cuda":
+        network.prepare_device(plan.config(plan.precisions[-1]), device)
+    torch.set_num_threads(plan.threads)
+    jobs = contenders(side, plan, device)
+    calls.send(list(jobs))
+    while name := calls.recv():
+        clock, cpu = time.perf_counter(), time.process_time()
+        count = jobs[name]()
+        calls.send(((time.perf_counter() - clock) / count, (time.process_time() - cpu) / count))
 
 
 def flops_per_image(spec: ModelSpec) -> float:
@@ -133,77 +190,81 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> Iterator[float
         yield repeats * flops / (time.perf_counter() - began)
 
 
-def main(smoke: bool, name: str, compiled: str) -> dict[str, object]:
+def take_turns(
+    plan: Plan, rounds: int, warm_ups: int, peaks: Iterator[float]
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Images per second and per CPU second of every contender, and the convolution's peak."""
+    sides = dict[str, Connection]()
+    for side in ("ours", "diffusers"):
+        sides[side], other = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        context.Process(target=serve, args=(other, side, plan), daemon=True).start()
+    names = [(side, name) for side, calls in sides.items() for name in calls.recv()]
+    times, peak = dict[str, list[tuple[float, float]]](), list[float]()
+    for turn in range(warm_ups + rounds):
+        peak.append(next(peaks))
+        for side, name in names:
+            sides[side].send(name)
+            seconds = sides[side].recv()
+            if turn >= warm_ups:
+                times.setdefault(f"{side}_{name}", []).append(seconds)
+    for calls in sides.values():
+        calls.send("")
+    clock = {name: plan.batch / statistics.median(c for c, _ in values) for name, values in times.items()}
+    cpu = {name: plan.batch / min(c for _, c in values) for name, values in times.items()}
+    return clock, cpu, statistics.median(peak[warm_ups:])
+
+
+def ratios(rate: dict[str, float]) -> dict[str, float]:
+    """Ours over theirs: like with like, and the best of the training steps."""
+    names = [name.removeprefix("ours_") for name in rate if name.startswith("ours_")]
+    result = {
+        name: rate[f"ours_{name}"] / rate[f"diffusers_{name}"]
+        for name in names
+        if f"diffusers_{name}" in rate
+    }
+    trained = {name: value for name, value in rate.items() if "_sample_" not in name}
+    best, other = (
+        max(v for name, v in trained.items() if name.startswith(side)) for side in ("ours", "diffusers")
+    )
+    result |= {"best": best / other, "best_to_diffusers_fp32": best / rate["diffusers_fp32"]}
+    return {name: round(value, 3) for name, value in result.items()}
+
+
+def main(smoke: bool, name: str, compiled: str, threads: int, rounds: int) -> dict[str, object]:
     """Runs all; returns what is printed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec, batch, rounds, warm_ups = NETWORKS[name], 32, 5, 2
+    torch.set_num_threads(threads)
+    spec, batch, warm_ups = NETWORKS[name], 32, 2
     if device.type == "cuda":
-        # Our graph is recorded at the fourth step.
-        batch, rounds, warm_ups = 64 if spec.image.size > 32 else 128, 5, 2
+        batch = (
+            64 if spec.image.size > 32 else 128
+        )  # our graph is recorded at the fourth step, in the warm-up
     if smoke:
         spec = ModelSpec(ModelConfig(32, (1, 2), res_blocks=1), spec.image, spec.diffusion)
         batch, rounds, warm_ups = 4, 1, 1
-
-    def settings(precision: str, compile: bool = False) -> TrainConfig:
-        return TrainConfig("", "", batch_size=batch, steps=10_000, precision=precision, compile=compile)  # type: ignore[arg-type]
-
-    def theirs(channels_last: bool = False) -> Theirs:
-        return Theirs(spec, torch.channels_last if channels_last else torch.contiguous_format)
-
-    if device.type == "cuda":
-        network.prepare_device(settings("auto"), device)
-    bf16 = network.uses_bf16(settings("auto"), device)
-    contenders = {"fp32": settings("fp32")} | ({"bf16": settings("bf16")} if bf16 else {})
-    steps = {f"ours_{name}": stepper(c, spec, device, None) for name, c in contenders.items()}
-    steps |= {f"diffusers_{name}": stepper(c, spec, device, theirs()) for name, c in contenders.items()}
-    steps["diffusers_channels_last"] = stepper(settings("auto"), spec, device, theirs(channels_last=True))
-    if compiled:
-        steps["ours_compiled"] = stepper(settings("auto", True), spec, device, None)
-    if compiled == "both":
-        steps["diffusers_compiled"] = stepper(
-            settings("auto", True), spec, device, theirs(channels_last=True)
-        )
-    sides = samplers(spec, device, bf16, batch, 2 if smoke else 10)
+    bf16 = network.uses_bf16(TrainConfig("", ""), device)
+    sides = {"": (), "ours": ("ours",), "both": ("ours", "diffusers")}[compiled]
+    plan = Plan(spec, batch, threads, ["fp32", "bf16"] if bf16 else ["fp32"], sides, 2 if smoke else 5)
     peaks = convolution_peak(device, torch.bfloat16 if bf16 else torch.float32)
-    for step in steps.values():
-        for _ in range(warm_ups):
-            step()
-    for side in sides:
-        side()
-    seconds = {name: list[float]() for name in steps}
-    sampling = [list[float](), list[float]()]
-    peak = list[float]()
-    for _ in range(rounds):
-        peak.append(next(peaks))
-        for name, step in steps.items():
-            seconds[name].append(step())
-    for _ in range(min(rounds, 5)):
-        for side, values in zip(sides, sampling, strict=True):
-            began = time.perf_counter()
-            side()
-            values.append(time.perf_counter() - began)
-    rate = {name: batch / statistics.median(values) for name, values in seconds.items()}
-    best = {
-        side: max(v for name, v in rate.items() if name.startswith(side)) for side in ("ours", "diffusers")
-    }
+    clock, cpu, peak = take_turns(plan, rounds, warm_ups, peaks)
+    best = max(v for n, v in clock.items() if n.startswith("ours_") and "_sample_" not in n)
     each = flops_per_image(spec)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
     result: dict[str, object] = {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": where,
         "hardware_bf16": bf16,
-        "images_per_second": {name: round(value, 2) for name, value in rate.items()},
+        "images_per_second": {name: round(value, 2) for name, value in clock.items()},
+        "ratios": ratios(clock),
     }
-    result |= {f"ratio_{n}": round(rate[f"ours_{n}"] / rate[f"diffusers_{n}"], 3) for n in contenders}
-    ours, other = (batch / statistics.median(values) for values in sampling)
+    if device.type == "cpu":
+        result["images_per_cpu_second"] = {name: round(value, 2) for name, value in cpu.items()}
+        result["ratios_by_cpu_time"] = ratios(cpu)
     return result | {
-        "ratio_best": round(best["ours"] / best["diffusers"], 3),
-        "ratio_best_to_diffusers_fp32": round(best["ours"] / rate["diffusers_fp32"], 3),
         "gflop_per_image": round(each / 1e9, 2),
-        "convolution_peak_tflops": round(statistics.median(peak) / 1e12, 3),
-        "share_of_convolution_peak": round(best["ours"] * each / statistics.median(peak), 3),
-        "mfu": round(best["ours"] * each / flops.peak_flops(device, bf16), 3),
-        "sampling": {"ours": round(ours, 2), "diffusers": round(other, 2), "ratio": round(ours / other, 3)},
+        "convolution_peak_tflops": round(peak / 1e12, 3),
+        "share_of_convolution_peak": round(best * each / peak, 3),
+        "mfu": round(best * each / flops.peak_flops(device, bf16), 3),
     }
 
 
@@ -218,6 +279,8 @@ if __name__ == "__main__":
         default="",
         help="torch.compile too; minutes the first time",
     )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--smoke", action="store_true", help="a small network and one round: does it run?")
     options = parser.parse_args()
-    print(json.dumps(main(options.smoke, options.network, options.compile)))
+    print(json.dumps(main(options.smoke, options.network, options.compile, options.threads, options.rounds)))

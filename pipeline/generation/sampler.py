@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pipeline import storage
+from pipeline import memory, storage
 from pipeline.config import ModelSpec
 from pipeline.data.images import encode_png
 from pipeline.errors import InputError
@@ -70,6 +70,8 @@ class Renderer:
         self.config, self.device = setup.config, torch.device(device)
         if self.config.gpu and self.config.bf16 and not torch.cuda.is_bf16_supported():
             raise InputError("--precision bf16: this GPU does not compute in bfloat16, use fp32")
+        if self.device.type == "cpu":
+            memory.keep()
         self.arithmetic = arithmetic.arithmetic(self.device, self.config.bf16)
         network, self.spec = load_model(setup.model)
         self.model: Any = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline import memory
 from pipeline.config import TrainConfig
 from pipeline.gpu.precision import use_tf32
 
@@ -25,13 +26,14 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 
 def prepare_device(config: TrainConfig, device: torch.device) -> None:
-    """TF32 on a GPU beside bf16, and the fastest convolutions; on a CPU as many threads as the worker has reserved."""
+    """TF32 on a GPU beside bf16, and the fastest convolutions; a CPU's reserved threads, and memory that is kept."""
     if device.type == "cuda":
         # Who asks for fp32 gets no rounder products.
         use_tf32(uses_bf16(config, device))
         torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
     else:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+        memory.keep()
 
 
 def wrap(config: TrainConfig, model: nn.Module, world_size: int, device: torch.device) -> nn.Module:

@@ -1,0 +1,45 @@
+"""Memory that is freed stays with the process, in its first thread as in others."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, threading
+from pipeline import memory
+
+def round():
+    blocks = [b"x" * (8 << 20) for _ in range(16)]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    round()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def work():
+    round()
+    given_back = faults()
+    memory.keep()
+    round()
+    print(given_back, faults())
+
+if sys.argv[1] == "thread":
+    other = threading.Thread(target=work)
+    other.start()
+    other.join()
+else:
+    work()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone can be told to")
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_memory_that_is_freed_is_not_fetched_from_the_system_again(where: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, where], capture_output=True, text=True, check=True, timeout=60
+    )
+    given_back, kept = map(int, done.stdout.split())
+    pages = 16 * (8 << 20) // 4096
+    assert given_back > pages / 2, "as glibc comes, or nothing is shown here"
+    assert kept < pages / 100
