@@ -12,7 +12,7 @@ import ray
 import ray.data
 
 from pipeline.cluster.room import Need, announced, choose_gpu, most_places
-from pipeline.cluster.session import connect
+from pipeline.cluster.session import connect_now
 from pipeline.display import Display
 from pipeline.errors import InputError
 
@@ -69,7 +69,7 @@ class ActorPool:
             InputError: no node is large enough for an actor, or what the work raised as such.
         """
         if not ray.is_initialized():
-            connect()
+            connect_now()
         with Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display:
             say = display.note if display else partial(print, file=sys.stderr, flush=True)
             gpu = choose_gpu(self.gpu, self._need, say)
@@ -93,7 +93,7 @@ class ActorPool:
         each = self._need(gpu) if gpu else Need(1, {"CPU": 1.0}, "", "")
         units = wanted if self.most and not self.least else most_places(each, wanted)
         least, most = self.size(units, len(tasks))
-        # From the driver: a task that makes them would wait for a CPU, and the actors may have taken all that there are.
+        # Items, not `ray.data.range`: its own tasks take a whole CPU each, which the actors may have left none of.
         numbers = [{"id": number} for number in range(len(tasks))]
         dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
             _Actor,

@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, choose_gpu
+from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, choose_gpu, release_orphans
 from pipeline.config import ModelSpec, TrainConfig, to_dict
 from pipeline.data.index import Splits
 from pipeline.data.stream import PlannedData, share
@@ -175,6 +175,7 @@ def _train(
                 with announced(room_needed(config, bool(config.gpu)), display.note):
                     result, signal_number = run_until_signal(trainer.fit, channel, display.note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
+                release_orphans()
                 _raise_reason(channel)
                 raise
             _raise_reason(channel)
