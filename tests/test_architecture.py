@@ -17,7 +17,14 @@ from tests.jobs.common import ROOT
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
 SCRIPT = 'from _launch import launch\n\nif __name__ == "__main__":\n    launch("{}")\n'
 # Private parts of Ray by the names of their packages; those with an underscore are private by their name.
-PRIVATE = ("ray.dashboard", "ray.tune.execution", "ray.train.v2")
+PRIVATE = (
+    "ray.dashboard",
+    "ray.tune.execution",
+    "ray.train.v2",
+    "ray.autoscaler.v2",
+    "ray.core.generated",
+    "ray.experimental",
+)
 
 
 def modules() -> set[str]:

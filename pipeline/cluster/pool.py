@@ -94,7 +94,7 @@ class ActorPool:
         each = self._need(gpu) if gpu else Need(1, {"CPU": 1.0}, "", "")
         units = wanted if self.most and not self.least else most_places(each, wanted)
         least, most = self.size(units, len(tasks))
-        # From the driver: a task that makes them would wait for a CPU, and the actors may have taken all that there are.
+        # Items, not `ray.data.range`: its own tasks take a whole CPU each, which the actors may have left none of.
         numbers = [{"id": number} for number in range(len(tasks))]
         dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
             _Actor,
