@@ -16,7 +16,7 @@ test: lint
 
 # What needs no cluster and no job.
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not cluster and not system"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not system and not soak"
 
 # Full matrices of faults; docs/tests.md lists them.
 soak: $(READY)

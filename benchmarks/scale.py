@@ -4,10 +4,12 @@
 
 - bytes over used: what all ranks read in an epoch, over what their batches hold. A row group is read whole whenever one
   of its rows is; an image of a folder or tar alone. Prepared at the defaults; a folder; the example of
-  docs/operations.md with 64 rows in place of 4,096, since only ratios count; all also with a tenth held out by content.
+  docs/operations.md with 16 rows in place of 1,024, since only ratios count; all also with a tenth held out by content.
+- row groups of data that was prepared at the defaults: rows in each, how many for each lane at batches of 256 and 1,024,
+  and megabytes of a first batch of 256.
 - classes in a batch of 256, of 1,000 classes with 1,280 images each in the order of their classes, where a random one
   holds 226; also what four batches in a row hold, of 641.
-- seconds until all of 256 ranks have their stream of 244,141 row groups and one of them its first batches' plan, bytes
+- seconds until all of 256 ranks have their stream of 976,563 row groups and one of them its first batches' plan, bytes
   of a stream as it travels, and bytes of the index for each group.
 """
 
@@ -26,13 +28,16 @@ from pipeline.cluster.session import connect
 from pipeline.config import ImageConfig
 from pipeline.data.groups import Group, RowGroups, row_groups
 from pipeline.data.index import GROUP_ROWS, DatasetIndex
-from pipeline.data.order import Plan, batch_rows, cut, lanes_for
+from pipeline.data.order import Plan, batch_rows, cut, lanes_for, rows_per_group
 from pipeline.data.reads import RankRows
 from pipeline.data.sources.parts import Part
 from pipeline.data.stream import PlannedData, share
 
 IMAGE = ImageConfig(64, 3)
 CLASSES, PER_CLASS, BATCH = 1000, 1280, 256
+# The example of docs/operations.md.
+IMAGES, IMAGE_BYTES, LARGE_BATCH = 10**9, 6000, 8192
+GROUPS = -(-IMAGES // rows_per_group(IMAGES, IMAGES * IMAGE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,9 @@ def planned(sizes: np.ndarray, image_bytes: int, batch: int, held_out: bool, who
 
 def reading(smoke: bool) -> dict[str, Any]:
     """The bytes that are read, over those that are used."""
-    prepared, folder = np.array([64] * 156 + [16]), np.full(10_000 // GROUP_ROWS, GROUP_ROWS)
-    large = np.full(2560 if smoke else 24_414, 64)
+    each = rows_per_group(10_000, 10_000 * 6000)
+    prepared, folder = np.full(10_000 // each, each), np.full(10_000 // GROUP_ROWS, GROUP_ROWS)
+    large = np.full(10_240 if smoke else GROUPS // 10, 16)
     found: dict[str, Any] = {}
     for held_out in (False, True):
         name = ", a tenth held out" if held_out else ""
@@ -97,10 +103,33 @@ def reading(smoke: bool) -> dict[str, Any]:
         found[f"prepared, 10,000 images{name}"] = bytes_over_used(prepared, plan, (3, 4, 7, 8))
         plan = planned(folder, 6000, 128, held_out, whole=False)
         found[f"folder, 10,000 images{name}"] = bytes_over_used(folder, plan, (3, 4, 7, 8))
-        lanes = lanes_for(244_141, 6 * 10**12, 8192)
-        plan = replace(planned(large, 6000, 8192, held_out), lanes=lanes)
+        lanes = lanes_for(GROUPS, IMAGES * IMAGE_BYTES, LARGE_BATCH)
+        plan = replace(planned(large, IMAGE_BYTES, LARGE_BATCH, held_out), lanes=lanes)
         ratios = bytes_over_used(large, plan, (256,) if smoke else (4, 8, 256))
         found[f"docs/operations.md{name}"] = ratios | {"lanes": lanes}
+    return found
+
+
+def groups() -> dict[str, Any]:
+    """The row groups that jobs/prepare.py makes of so many images of so many bytes."""
+    found = {}
+    for rows, size in (
+        (1797, 200),
+        (60_000, 300),
+        (50_000, 2500),
+        (1_281_167, 3000),
+        (1_281_167, 110_000),
+        (10**8, 6000),
+        (IMAGES, IMAGE_BYTES),
+    ):
+        each = rows_per_group(rows, rows * size)
+        count = -(-rows // each)
+        lanes = {batch: lanes_for(count, rows * size, batch) for batch in (256, 1024)}
+        found[f"{rows:,} images of {size:,} bytes"] = {
+            "rows": each,
+            "groups a lane": [round(count / some, 1) for some in lanes.values()],
+            "MB of a first batch": round(min(count, lanes[256]) * each * size / 1e6, 1),
+        }
     return found
 
 
@@ -131,22 +160,22 @@ def mixing() -> dict[str, Any]:
 
 def start(ranks: int = 256, files: int = 15_259) -> dict[str, float]:
     """From an index to every rank's stream."""
-    counts = [[4096] * 16] * (files - 1) + [[4096] * (244_141 - 16 * (files - 1))]
+    counts = [[1024] * 64] * (files - 1) + [[1024] * (GROUPS - 64 * (files - 1))]
     names = [f"s3://bucket/folder/data/train-{number:05d}.parquet" for number in range(files)]
-    groups = row_groups(zip(names, counts, strict=True))
-    index = DatasetIndex("s3://bucket/folder", "train", IMAGE, groups, "", bytes=6 * 10**12)
+    packed = row_groups(zip(names, counts, strict=True))
+    index = DatasetIndex("s3://bucket/folder", "train", IMAGE, packed, "", bytes=IMAGES * IMAGE_BYTES)
     began = time.perf_counter()
-    planned = share(index, plan := index.plan(0, 8192))
+    planned = share(index, plan := index.plan(0, LARGE_BATCH))
     streams = [
         cloudpickle.dumps(s["train"]) for s in PlannedData(2, False).configure({"train": planned}, ranks)
     ]
     index, plan = ray.get(cloudpickle.loads(streams[7]).planned.data)
     batch_rows(plan, 1000, 1000 + plan.steps_open, *cut(plan.batch_size, 7, ranks))
     return {
-        "groups": len(groups),
+        "groups": len(packed),
         "seconds": round(time.perf_counter() - began, 2),
         "bytes of a stream": len(streams[0]),
-        "bytes a group": round(index_bytes(groups) / len(groups), 1),
+        "bytes a group": round(index_bytes(packed) / len(packed), 1),
     }
 
 
@@ -159,7 +188,8 @@ def index_bytes(groups: RowGroups) -> int:
 def main(smoke: bool) -> None:
     """Prints one JSON line."""
     connect()
-    print(json.dumps({"bytes over used": reading(smoke), "classes": mixing(), "start": start()}))
+    found = {"groups": groups(), "bytes over used": reading(smoke), "classes": mixing(), "start": start()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

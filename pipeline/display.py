@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 PLAIN_LINE_SECONDS = 10.0
 # Whatever they report as an error also comes as an exception, which is told in one line.
 TALKATIVE = (
-    "ray", "ray.data", "ray.train", "ray.tune", "mlflow", "alembic", "matplotlib", "fsspec", "urllib3", "httpx"
+    "ray", "ray.data", "ray.train", "ray.tune", "mlflow", "alembic", "matplotlib", "fsspec", "gcsfs", "urllib3",
+    "httpx", "httpx2",
 )  # fmt: skip
 
 

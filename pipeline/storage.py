@@ -20,9 +20,11 @@ from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
-_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx")
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx", "httpx2")
 _SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _READ_TOGETHER = 32
+# Else botocore opens ten, and threads wait for each other.
+_CONNECTIONS = {"max_pool_connections": _READ_TOGETHER}
 # The only errors that say that something is not there.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
@@ -45,7 +47,11 @@ def open_fs(uri: str) -> tuple[Any, str]:
             return fsspec.core.url_to_fs(uri)
         # Not url_to_fs: it takes `::` in a name for a chain of file systems.
         kind = fsspec.get_filesystem_class(scheme)
-        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
+        options = kind._get_kwargs_from_urls(uri)
+        if scheme in ("s3", "s3a"):
+            set_by_user = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options["config_kwargs"] = _CONNECTIONS | set_by_user
+        return kind(**options), kind._strip_protocol(uri)
     except ImportError as error:
         extra = f": pip install 'ray-ddpm[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
         raise InputError(

@@ -12,7 +12,7 @@ import ray
 import ray.data
 
 from pipeline.cluster.room import Need, announced, check_fits
-from pipeline.cluster.session import connect
+from pipeline.cluster.session import connect_now
 from pipeline.display import Display
 from pipeline.errors import InputError
 
@@ -68,7 +68,7 @@ class ActorPool:
             InputError: no node is large enough for an actor, or what the work raised as such.
         """
         if not ray.is_initialized():
-            connect()
+            connect_now()
         resources = ray.cluster_resources()
         gpu = resources.get("GPU", 0) >= 1 if self.gpu is None else self.gpu
         each = {"CPU": self.cpus} | ({"GPU": 1.0} if gpu else {})
@@ -78,7 +78,9 @@ class ActorPool:
         check_fits(need)
         units = int(resources.get("GPU" if gpu else "CPU", 1))
         least, most = self.size(units, len(tasks))
-        dataset = ray.data.range(len(tasks), override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
+        # Items, not `ray.data.range`: its own tasks take a whole CPU each, which the actors may have left none of.
+        numbers = [{"id": number} for number in range(len(tasks))]
+        dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
             _Actor,
             # In a list, since Ray would put a bare reference's value into the actor's own arguments, which a restarted
             # actor can't find again.

@@ -83,6 +83,14 @@ def ask_job_server(client: Any, path: str) -> Any:
     return answer
 
 
+def placement_groups() -> dict[str, Any]:
+    """Placement groups that still reserve something, by their ids: as GCS keeps them, with who created each."""
+    messages = importlib.import_module("ray.core.generated.gcs_pb2").PlacementGroupTableData
+    state = importlib.import_module("ray._private.state").state
+    found = map(messages.FromString, state._connect_and_get_accessor().get_placement_group_table())
+    return {group.placement_group_id.hex(): group for group in found if group.state != messages.REMOVED}
+
+
 def silence_published_errors() -> None:
     """Ray's driver prints every error that a node publishes, with its traceback and whatever its loggers' level.
 

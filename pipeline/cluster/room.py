@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from pipeline.cluster.ray_internals import state
+from pipeline.cluster.ray_internals import placement_groups, state
 from pipeline.cluster.session import is_own_ray
 from pipeline.errors import InputError
 
@@ -125,6 +126,18 @@ def has_workers(actor: str) -> bool:
         for phase in ("ALIVE", "PENDING_CREATION")
         for entry in state.actor_table(None, job, phase).values()
     )
+
+
+def release_orphans() -> None:
+    """Gives back what actors of this job that are dead have reserved and nobody will use.
+
+    Ray Train's controller reserves its workers' places. Where it is killed, Ray keeps them until the job ends. Ray
+    Train's own remedy asks the dashboard, which a job's own Ray has not, and fails where two Rays run on a machine.
+    """
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id()).binary()
+    for number, group in placement_groups().items():
+        if group.creator_job_id == job and group.creator_actor_dead:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -9,7 +9,8 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,20 @@ def connect(
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False
         context.print_on_execution_start = False
+
+
+def connect_later(verbose: bool, environment: dict[str, str], preload: str) -> None:
+    """What `connect_now` does from now on, whoever needs Ray first: see `connect`."""
+    global _connect
+    _connect = partial(connect, verbose, environment, preload)
+
+
+def connect_now() -> None:
+    """Joins or starts Ray as this process's job does, where it has not yet done so."""
+    _connect()
+
+
+_connect: Callable[[], None] = connect
 
 
 def is_own_ray() -> bool:

@@ -20,7 +20,7 @@ from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, 
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
-from pipeline.cluster.session import connect, disconnect
+from pipeline.cluster.session import connect_later, connect_now, disconnect
 from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
@@ -157,9 +157,12 @@ def main(
             if not verbose:
                 quieten()
                 address.quieten()
+            if ray:
+                # Before the check, which joins the cluster itself where it has much data to read.
+                connect_later(verbose, {**address.environment(), **environment(config)}, workers)
             checked = (check(config),) if check else ()
             if ray:
-                connect(verbose, {**address.environment(), **environment(config)}, workers)
+                connect_now()
             result = execute(config, *checked)
             print(to_json(result), file=stream, flush=True)
             if ray:

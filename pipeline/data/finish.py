@@ -80,7 +80,8 @@ def make_manifest(
     output: str,
 ) -> Manifest:
     """The manifest of shards that are all written, from their records."""
-    records = [json.loads(storage.read_bytes(task.record(output))) for task in tasks]
+    written = storage.read_many([task.record(output) for task in tasks])
+    records = [json.loads(written[task.record(output)]) for task in tasks]
     shards = {task.file: Shard(**record["shard"]) for task, record in zip(tasks, records, strict=True)}
     splits = {
         split: Split(sum(shard.rows for shard in some), some)

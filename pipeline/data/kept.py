@@ -16,7 +16,7 @@ from pipeline.stretches import read_stretch
 
 # Rows are read by record batches of about so many bytes: few, since a shard takes some rows of every chunk; not fewer,
 # since their keys are held in memory.
-BATCH_BYTES = 2**16
+BATCH_BYTES = 2**15
 SCHEMA = pa.schema(
     [
         ("key", pa.uint64()),  # place in the shuffled order

@@ -26,6 +26,9 @@ _SHUFFLE, _CROP, _PLACE = 9, 10, 11
 # share it and large data has many.
 OPEN_BYTES, OPEN_SHARE = 2**30, 256
 OPEN_GROUPS = 2  # of a lane, at most times: some are half used
+# The row groups of prepared data are such that so many lanes have memory, and so many groups each; small data has groups
+# of at least so many rows, since each costs time and a place in the footer.
+LANES, GROUPS_PER_LANE, LEAST_ROWS = 1024, 10, 16
 SMALL_GROUPS = 4  # those of a buffer, where a group is some images that could be read one by one
 
 
@@ -105,11 +108,28 @@ def lanes_for(groups: int, size: int, batch_size: int) -> int:
         groups: of the dataset.
         size: of all its encoded images, in bytes.
     """
-    room = max(OPEN_BYTES, size // OPEN_SHARE)
+    room = _room(size)
     most = batch_size if size <= room else room * groups // (OPEN_GROUPS * size)
     return max(
         lanes for lanes in range(1, batch_size + 1) if not batch_size % lanes and lanes <= max(1, most)
     )
+
+
+def rows_per_group(rows: int, size: int) -> int:
+    """The rows that a row group of prepared data should have, a power of two: see `LANES`.
+
+    Args:
+        rows: of the dataset.
+        size: of all its encoded images, in bytes.
+    """
+    by_bytes = rows * _room(size) // (OPEN_GROUPS * LANES * max(1, size))
+    most = max(1, min(by_bytes, max(LEAST_ROWS, rows // (GROUPS_PER_LANE * LANES))))
+    return 2 ** (most.bit_length() - 1)
+
+
+def _room(size: int) -> int:
+    """Bytes for the open groups of all lanes."""
+    return max(OPEN_BYTES, size // OPEN_SHARE)
 
 
 def cut(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:

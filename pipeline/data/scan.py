@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import storage
+from pipeline.cluster.pool import ActorPool
 from pipeline.config import Reading
 from pipeline.data.images import FORMATS, Encoded
 from pipeline.data.labels import names_of_all
@@ -26,6 +27,9 @@ from pipeline.data.sources.tars import TarPart
 SCAN = "scan.parquet"  # in the folder of a run
 IMAGES_PER_PART = 64
 THREADS = 8
+# More than this is read by the whole cluster. Less is read here, before the seconds that a start of Ray takes.
+ON_CLUSTER_BYTES = 2**30
+CPUS = 0.25  # of an actor that scans: it waits for storage more than it computes
 # Texts as JSON, which also writes names that are no UTF-8.
 _SCHEMA = pa.schema(
     [
@@ -94,11 +98,12 @@ def scan(uri: str, reading: Reading, split: tuple[str, ...] = (), kept: str = ""
     used = [part for part in listing.parts if part.split in opened.roles]
     keys, before = [_key(part, opened) for part in used], _read_kept(kept) if kept else {}
 
-    def scanned(part: Part, key: str) -> list[ScannedPart]:
-        return [_unpack(row, part) for row in before[key]] if key in before else list(_scanned(part))
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(scanned, used, keys))
+    new = [part for part, key in zip(used, keys, strict=True) if key not in before]
+    results = iter(_scan_all(new, _bytes_of(new, opened)))
+    found = [
+        [_unpack(row, part) for row in before[key]] if key in before else next(results)
+        for part, key in zip(used, keys, strict=True)
+    ]
     parts = tuple(part for some in found for part in some)
     sizes = {side for part in parts for width, height, _ in part.shapes for side in (width, height)}
     labels = dict.fromkeys(label for part in parts for label in part.labels if label is not None)
@@ -112,6 +117,31 @@ def scan(uri: str, reading: Reading, split: tuple[str, ...] = (), kept: str = ""
         classes=listing.classes or names_of_all(labels, first),
         to_keep=b"" if before.keys() >= set(keys) else _to_keep(keys, found),
     )
+
+
+class ScanParts:
+    """Scans parts over the cluster; see `pool.Work`."""
+
+    def start(self, device: str) -> Callable[[Part], list[ScannedPart]]:
+        return _scanned
+
+
+def _scan_all(parts: list[Part], size: int) -> list[list[ScannedPart]]:
+    """What is in each part, in their order.
+
+    Args:
+        size: of their files, in bytes.
+    """
+    if size > ON_CLUSTER_BYTES:
+        return list(ActorPool(gpu=False, cpus=CPUS)(ScanParts(), parts, title="read the data once"))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_scanned, parts))
+
+
+def _bytes_of(parts: list[Part], opened: Opened) -> int:
+    """Of the files that the parts are in, each counted once."""
+    files = opened.tree.files
+    return sum(files[name].size for name in {name for part in parts for name in part.names} if name in files)
 
 
 def _key(part: Part, opened: Opened) -> str:
@@ -164,7 +194,8 @@ def _unpack(row: dict[str, Any], part: Part) -> ScannedPart:
     )
 
 
-def _scanned(part: Part) -> Iterator[ScannedPart]:
+def _scanned(part: Part) -> list[ScannedPart]:
+    scanned = []
     for small in part.cut(IMAGES_PER_PART):
         digests, labels, shapes = list[bytes](), list[str | None](), set[tuple[int, int, bool]]()
         bad, size = dict[int, dict[str, str]](), 0
@@ -176,7 +207,8 @@ def _scanned(part: Part) -> Iterator[ScannedPart]:
                 bad[place] = {"path": item.path, "reason": item.reason}
             elif shape := _shape(item.data):
                 shapes.add(shape)
-        yield ScannedPart(small, tuple(digests), tuple(labels), size, frozenset(shapes), bad)
+        scanned.append(ScannedPart(small, tuple(digests), tuple(labels), size, frozenset(shapes), bad))
+    return scanned
 
 
 def _shape(data: Encoded) -> tuple[int, int, bool] | None:

@@ -25,7 +25,8 @@ from pipeline.data.manifest import (
     UNFINISHED,
     Manifest,
 )
-from pipeline.data.shuffle import ShardTask, WriteShards, is_written, runs_of, shard_tasks
+from pipeline.data.order import rows_per_group
+from pipeline.data.shuffle import ShardTask, WriteShards, missing, runs_of, shard_tasks
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import Opened, open_source
 from pipeline.data.sources.splits import VALIDATION_FRACTION
@@ -33,7 +34,7 @@ from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
 from pipeline.output import check_apart, check_claim, is_inside, read_claim, write_claim
-from pipeline.ranges import Positive, Range, Share, check_ranges
+from pipeline.ranges import Natural, Positive, Range, Share, check_ranges
 from pipeline.versions import PREPARING
 
 NAMED_BAD_IMAGES = 5
@@ -61,8 +62,8 @@ class PrepareConfig:
     """Share of images held out, by a hash of their content, where the source has no split for that."""
     rows_per_shard: Positive = 10_000
     """About so many images in one shard."""
-    rows_per_group: Positive = 64
-    """Images in one row group, the unit of reading and shuffling."""
+    rows_per_group: Natural = 0
+    """Images in one row group, the unit of reading and shuffling; 0 = as the number and size of all images ask for."""
     max_bad_fraction: Share = 0.01
     """Share of images that can't be used at which the job stops."""
     crop: Literal["centre", "none"] = "centre"
@@ -136,12 +137,15 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
             f"{len(bad)} of {given} images can't be used, more than --max-bad-fraction "
             f"{config.max_bad_fraction:g} allows; all are listed in {listed}: {named}"
         )
-    roles = opened.roles
+    roles, size = opened.roles, sum(record.bytes for record in records.values())
+    group = config.rows_per_group or rows_per_group(good, size)
     signature = hashlib.sha256(
-        repr((sorted(records), sorted(roles.items()), classes, settings)).encode()
+        repr((sorted(records), sorted(roles.items()), classes, settings, group)).encode()
     ).hexdigest()
     tasks = shard_tasks(list(records.values()), roles, config.rows_per_shard, signature)
-    _shuffle(config, records, roles, classes, image, tasks, output)
+    chunks = tuple((roles[record.split], chunk) for record in records.values() for chunk in record.chunks)
+    work = WriteShards(chunks, classes, config.validation_fraction, group, image.channels, output)
+    _shuffle(work, tasks, size)
     manifest = make_manifest(opened, image, classes, tasks, len(bad), settings, output)
     finish(output, records, tasks, manifest, bad, opened.listing.ignored)
     counts = {name: split.rows for name, split in manifest.splits.items()}
@@ -192,27 +196,17 @@ def _overlap(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def _shuffle(
-    config: PrepareConfig,
-    records: dict[str, Decoded],
-    roles: dict[str, str],
-    classes: tuple[str, ...],
-    image: ImageConfig,
-    tasks: list[ShardTask],
-    output: str,
-) -> None:
-    """The second stage: writes the shards that are not there yet."""
-    sizes = {storage.name(uri): size for uri, size in storage.sizes(storage.join(output, SHARDS)).items()}
-    missing = [task for task in tasks if not is_written(task, output, sizes)]
-    if not missing:
+def _shuffle(work: WriteShards, tasks: list[ShardTask], size: int) -> None:
+    """The second stage: writes the shards that are not there yet.
+
+    Args:
+        size: bytes of all images.
+    """
+    left = missing(tasks, work.output)
+    if not left:
         return
-    remove_manifest(output)
-    chunks = tuple((roles[record.split], chunk) for record in records.values() for chunk in record.chunks)
-    work = WriteShards(
-        chunks, classes, config.validation_fraction, config.rows_per_group, image.channels, output
-    )
-    size = sum(record.bytes for record in records.values())
-    runs, finished = runs_of(missing, size // len(tasks)), len(tasks) - len(missing)
+    remove_manifest(work.output)
+    runs, finished = runs_of(left, size // len(tasks)), len(tasks) - len(left)
     with Display("prepare", len(tasks), "shards") as display:
         for written in _pool(len(runs), small=size < SMALL_BYTES)(work, runs):
             display.update(finished := finished + written, "")

@@ -115,19 +115,21 @@ def runs_of(tasks: list[ShardTask], shard_bytes: int) -> list[tuple[ShardTask, .
     return runs
 
 
-def is_written(task: ShardTask, output: str, sizes: dict[str, int]) -> bool:
-    """Whether a shard was written whole, by this or an earlier run, and is still there.
+def missing(tasks: list[ShardTask], output: str) -> list[ShardTask]:
+    """The shards that neither this nor an earlier run has written whole, or that are not there any more."""
+    sizes = {storage.name(uri): size for uri, size in storage.sizes(storage.join(output, SHARDS)).items()}
+    records = storage.read_many([task.record(output) for task in tasks])
 
-    Args:
-        sizes: bytes of all files in the folder of the shards, by their names.
-    """
-    try:
-        record: dict[str, Any] = json.loads(storage.read_bytes(task.record(output)))
-    except (FileNotFoundError, ValueError):
-        return False
-    shard = record["shard"]
-    whole = not shard["rows"] or sizes.get(storage.name(task.file)) == shard["bytes"]
-    return whole and record["signature"] == task.signature and record["of"] == task.of
+    def is_written(task: ShardTask) -> bool:
+        try:
+            record: dict[str, Any] = json.loads(records.get(task.record(output), b""))
+        except ValueError:
+            return False
+        shard = record["shard"]
+        whole = not shard["rows"] or sizes.get(storage.name(task.file)) == shard["bytes"]
+        return whole and record["signature"] == task.signature and record["of"] == task.of
+
+    return [task for task in tasks if not is_written(task)]
 
 
 def _write_run(run: tuple[ShardTask, ...], work: WriteShards) -> int:

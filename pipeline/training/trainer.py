@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, check_fits
+from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, check_fits, release_orphans
 from pipeline.config import ModelSpec, TrainConfig, to_dict
 from pipeline.data.index import Splits
 from pipeline.data.stream import PlannedData, share
@@ -173,6 +173,7 @@ def _train(
                 with announced(room_needed(config), display.note):
                     result, signal_number = run_until_signal(trainer.fit, channel, display.note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
+                release_orphans()
                 _raise_reason(channel)
                 raise
             _raise_reason(channel)

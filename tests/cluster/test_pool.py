@@ -100,3 +100,18 @@ def test_a_pool_keeps_within_its_limits_and_has_never_more_actors_than_tasks() -
         (ActorPool(5, least=2), 4, 1, (1, 1)),
     ):
         assert pool.size(units, tasks) == size
+
+
+def test_half_a_cpu_is_enough(tmp_path: Path) -> None:
+    """As on a machine of one CPU, or beside a training that holds all others."""
+
+    @ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 0.5)
+    class Others:
+        def there(self) -> None: ...
+
+    others = Others.remote()
+    ray.get(others.there.remote())
+    (tmp_path / "killed").touch()
+    results = list(ActorPool(gpu=False)(Squares(tmp_path / "killed"), cut(np.arange(8), 2)))
+    assert np.concatenate([result["squares"] for result in results]).tolist() == [i * i for i in range(8)]
+    ray.kill(others)

@@ -92,6 +92,24 @@ def test_what_was_read_through_once_is_not_read_again(
     assert content(changed) == content(open_splits(str(folder)))
 
 
+@pytest.mark.usefixtures("cluster")
+def test_much_data_is_read_by_the_cluster_and_found_to_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folders = [write(tmp_path / kind, IMAGES) for kind, write in WRITERS.items()]
+    (folders[0] / "damaged.png").write_bytes(b"no image")
+    expected = [open_splits(str(folder)) for folder in folders]
+    read_here = list[str]()
+    real = scan._scanned
+    monkeypatch.setattr(scan, "_scanned", lambda part: read_here.append(part.names[0]) or real(part))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(scan, "ON_CLUSTER_BYTES", 0)
+    capfd.readouterr()
+    for folder, splits in zip(folders, expected, strict=True):
+        assert content(open_splits(str(folder))) == content(splits)
+    assert not read_here
+    assert "read the data once: " in capfd.readouterr().err
+
+
 def test_a_damaged_record_of_a_scan_is_left_aside(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", IMAGES[:30])
     run = str(tmp_path / "run")

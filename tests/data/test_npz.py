@@ -60,7 +60,7 @@ def test_guided_diffusions_samples(saver: str, tmp_path: Path) -> None:
         ((1, 5, 8), lambda a: a.transpose(0, 2, 3, 1)),
         ((3, 5, 3), lambda a: a),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
 )
 def test_axes(
     saver: str, shape: tuple[int, ...], back: Callable[[np.ndarray], np.ndarray], tmp_path: Path

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.data.order import OPEN_BYTES, Array, Plan, Rows, batch_rows, cut, lanes_for
+from pipeline.data.order import OPEN_BYTES, Array, Plan, Rows, batch_rows, cut, lanes_for, rows_per_group
 
 WORLDS = (1, 2, 3, 4, 7, 16, 256)
 PLAN = Plan(np.array([10, 7, 10, 10, 3, 10, 1]), seed=3, batch_size=8, lanes=4)
@@ -100,11 +100,32 @@ def test_all_ranks_together_read_a_byte_once(world_size: int, held_out: bool) ->
 
 
 def test_a_small_dataset_is_read_about_once_by_eight_ranks() -> None:
-    """10,000 images at the defaults of jobs/prepare.py."""
-    sizes = np.array([64] * 140 + [40])
-    plan = Plan(sizes, 0, 128, lanes_for(len(sizes), 30_000_000, 128))
-    assert bytes_read_over_used(plan, 4) < 1.1
-    assert bytes_read_over_used(plan, 8) < 1.1
+    """At the defaults of jobs/prepare.py."""
+    for rows, batch_size in ((1800, 64), (9000, 128)):
+        each = rows_per_group(rows, rows * 3000)
+        sizes = np.array([each] * (rows // each) + [rows % each])
+        plan = Plan(sizes, 0, batch_size, lanes_for(len(sizes), rows * 3000, batch_size))
+        assert bytes_read_over_used(plan, 4) < 1.05
+        assert bytes_read_over_used(plan, 8) < 1.05
+
+
+@pytest.mark.parametrize("image", [300, 3000, 110_000, 2_000_000])
+@pytest.mark.parametrize("rows", [10**6, 10**7, 10**9])
+def test_prepared_data_has_ten_groups_for_each_lane_of_usual_batches(rows: int, image: int) -> None:
+    each = rows_per_group(rows, rows * image)
+    groups = rows // each
+    for batch_size in (64, 256, 1024):
+        if image < 2_000_000 or batch_size < 1024:  # fewer than one image for each lane
+            assert lanes_for(groups, rows * image, batch_size) == batch_size
+        assert groups >= 10 * lanes_for(groups, rows * image, batch_size)
+    # Not smaller than need be: a request for a few kilobytes takes as long as one for half a megabyte.
+    assert each * image > min(OPEN_BYTES / 2048, rows * image / 10 / 1024) / 2
+
+
+def test_small_prepared_data_has_no_tiny_groups_and_large_images_few_in_a_group() -> None:
+    assert rows_per_group(200, 200 * 300) == rows_per_group(60_000, 60_000 * 300) == 16
+    assert rows_per_group(10_000, 10_000 * 110_000) == 4
+    assert rows_per_group(1, 10**9) == 1
 
 
 @pytest.mark.parametrize("group", [4, 8])

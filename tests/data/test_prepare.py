@@ -140,6 +140,18 @@ def test_resharding_moves_no_image_between_the_splits(
     assert all_rows(str(tmp_path), "train") == all_rows(str(folder), "train")
 
 
+@pytest.mark.usefixtures("prepared_here")
+def test_the_rows_of_a_group_follow_from_the_images_unless_they_are_given(
+    source: Path, tmp_path: Path
+) -> None:
+    for given, most in ((0, 16), (7, 7)):
+        manifest = prepare(config(source, tmp_path / str(given), rows_per_shard=1000, rows_per_group=given))
+        groups = manifest.splits["train"].shards[0].row_groups
+        assert set(groups[:-1]) == {most} and manifest.settings["rows_per_group"] == given
+    with pytest.raises(InputError, match="begun with rows_per_group = 7, now it is 0"):
+        prepare(config(source, tmp_path / "7", rows_per_shard=1000, rows_per_group=0))
+
+
 def test_a_folder_keeps_its_settings(prepared: tuple[Path, Manifest], source: Path) -> None:
     with pytest.raises(InputError, match="image_size = 12, now it is 8"):
         prepare(config(source, prepared[0], image_size=8))
@@ -373,5 +385,5 @@ def test_killed_and_started_again_it_finishes_what_is_missing(tmp_path: Path) ->
     assert outcome.code == 0, outcome.stderr
     assert "prepare: 32/32 parts" in outcome.stderr
     assert done == {name: (output / "parts" / name).stat().st_mtime_ns for name in done}
-    prepare(config(source, tmp_path / "reference", rows_per_group=64, **options))
+    prepare(config(source, tmp_path / "reference", rows_per_group=0, **options))
     assert contents(output) == contents(tmp_path / "reference")

@@ -14,12 +14,13 @@ import pytest
 import s3fs
 
 from pipeline import storage, stretches
+from pipeline.config import ImageConfig
 from pipeline.data.sources import parquet_files
-from pipeline.data.sources.parquet import list_parquet, open_parquet, read_row_group
+from pipeline.data.sources.parquet import open_parquet, read_row_group
 from pipeline.data.sources.parts import Item, Part, Request
 from pipeline.data.sources.registry import open_source
-from pipeline.data.sources.tree import open_tree
 from pipeline.errors import InputError
+from pipeline.evaluation.reading import open_samples
 from pipeline.stretches import open_file, read_stretch, read_stretches
 from tests.data.common import CLASSES, tar_bytes, write_idx
 from tests.data.weather import Weather
@@ -73,6 +74,27 @@ def test_each_row_group_is_one_request_and_each_footer_is_fetched_once(
     assert len(sizes) == files * groups and sum(sizes) <= 1.01 * used
 
 
+@pytest.mark.parametrize("source", ["auto", "samples"])
+def test_footers_of_many_files_are_fetched_once_and_together(
+    bucket: str, weather: Weather, tmp_path: Path, source: str
+) -> None:
+    for number in range(64):
+        write_shard(tmp_path / f"{number}.parquet", IMAGES[:2], 2)
+    upload(tmp_path, bucket)
+    parquet_files.forget_files()
+    weather.calm()
+    weather.delay = 0.1
+    if source == "samples":
+        assert open_samples(bucket, ImageConfig(12, 3)).rows == 128
+    else:
+        assert len(open_source("auto", bucket, Request(2)).listing.parts) == 64
+    listed = [path for method, path in weather.asked if method == "HEAD" or "list-type" in path]
+    assert len(listed) <= 5
+    # Those that find out what the first files are look at their first rows, too.
+    assert len(weather.asked) - len(listed) <= 64 + 4
+    assert weather.most >= 12
+
+
 def test_footers_stay_known_when_many_files_are_read(
     bucket: str, weather: Weather, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +111,7 @@ def test_footers_stay_known_when_many_files_are_read(
     assert open_parquet(uris[0]).metadata.num_row_groups == 2 and not fetched(weather)
     write_shard(tmp_path / "0.parquet", IMAGES[:16], 4)
     upload(tmp_path, bucket)
-    list_parquet(open_tree(bucket), Request(4))
+    open_source("huggingface", bucket, Request(4))
     assert open_parquet(uris[0]).metadata.num_row_groups == 4
 
 

@@ -4,7 +4,7 @@ import contextlib
 import http.client
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # What S3 answers to a request whose credentials have expired.
@@ -20,11 +20,16 @@ class Weather:
     Attributes:
         address: of the proxy.
         seen: requests that met a fault.
+        asked: method and path of each request since `calm`.
         sent: path, and bytes of the content, of each answer to a GET since `calm`.
+        delay: seconds that each request waits.
+        most: requests at once since `calm`.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.seen = 0
+        self.asked = list[tuple[str, str]]()
+        self._lock, self._now = threading.Lock(), 0
         self.sent = list[tuple[str, int]]()
         self._fault: Callable[[str, str], str]
         self.calm()
@@ -38,6 +43,9 @@ class Weather:
 
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                weather.asked.append((self.command, self.path))
+                with weather._inside():
+                    time.sleep(weather.delay)
                 if fault := weather._fault(self.command, self.path):
                     weather.seen += 1
                     self._fail(fault, body)
@@ -94,9 +102,19 @@ class Weather:
         self._server.shutdown()
         self._server.server_close()
 
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        yield
+        with self._lock:
+            self._now -= 1
+
     def calm(self) -> None:
-        """No more faults, and nothing sent so far."""
-        self._fault = lambda method, path: ""
+        """No more faults or delays, and nothing asked so far."""
+        self._fault, self.delay, self.most = lambda method, path: "", 0.0, 0
+        self.asked.clear()
         self.sent.clear()
 
     def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:

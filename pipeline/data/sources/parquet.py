@@ -14,7 +14,6 @@ from pipeline.data.sources.label_columns import name_labels
 from pipeline.data.sources.look import Look, features_of, files_beside, lies_beside
 from pipeline.data.sources.parquet_files import (
     PREPARED,
-    forget_files,
     iterate,
     open_parquet,
     opened,
@@ -55,7 +54,6 @@ def list_parquet(tree: Tree, request: Request) -> SourceListing:
     Raises:
         InputError: see `columns.choose`.
     """
-    forget_files()
     found, bad = look_at_all(partial(_look_at, tree), _names(tree))
     choice = choose(found, request, "Parquet")
     looks = [look for look in found if look.name in choice.columns]

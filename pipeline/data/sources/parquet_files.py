@@ -27,7 +27,7 @@ _FOOTER = 2**16  # bytes that are asked for before a footer's length is known
 BIG_GROUP, PIECE = 256 * 2**20, 64 * 2**20
 _BUFFER = 2**20
 PREPARED = Columns()
-_asking = tuple(threading.Lock() for _ in range(64))
+_asking = tuple(threading.Lock() for _ in range(1024))  # many, so that files rarely share one
 
 
 def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:

@@ -17,6 +17,7 @@ from pipeline.data.labels import label_text
 from pipeline.data.sources import arrow, cifar, folder, idx, npz, parquet, tars, zips
 from pipeline.data.sources.columns import NO_ROWS
 from pipeline.data.sources.leftovers import account_for, without_parts
+from pipeline.data.sources.parquet_files import forget_files
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing, pick
 from pipeline.data.sources.splits import roles_of
 from pipeline.data.sources.tree import Tree, open_tree
@@ -146,6 +147,7 @@ def open_source(source: Source, uri: str, request: Request, flag: str = "--input
         return Opened("digits", "", Tree("", {}), listing, {"": ""})
     if not uri:
         raise InputError(f"{flag} is missing: where are the images? (--source digits has its own)")
+    forget_files()
     tree = without_parts(open_tree(storage.absolute(uri)))
     found = _find_source(tree, uri, flag, request) if source == "auto" else source
     listing = _SOURCES[found][1](tree, request)
