@@ -114,7 +114,7 @@ def test_the_image_is_built_from_the_pins_and_runs_as_no_root() -> None:
     for name, stage in zip(names, stages, strict=True):
         installs = [line for line in stage.splitlines() if "pip install" in line]
         assert all("--constraint /tmp/constraints.txt" in line for line in installs)
-        assert name in ("base", "torch-cpu", "torch-gpu") or "\nUSER 1000:1000" in stage
+        assert name in ("base", "compiler", "torch-cpu", "torch-gpu") or "\nUSER 1000:1000" in stage
     assert re.search(r"^ARG PYTHON=3\.\d+\.\d+-slim", (K8S / "Dockerfile").read_text(), re.MULTILINE)
 
 
