@@ -83,19 +83,19 @@ def no_random_ids() -> Iterator[None]:
         actor.ActorClassID = real  # type: ignore[attr-defined]
 
 
+def ask_job_server(client: Any, path: str) -> Any:
+    """What a job server answers to a GET: its client's public methods ask neither for versions nor for a log's bytes."""
+    answer = client._do_request("GET", path, timeout=60)
+    answer.raise_for_status()
+    return answer
+
+
 def placement_groups() -> dict[str, Any]:
     """Placement groups that still reserve something, by their ids: as GCS keeps them, with who created each."""
     messages = importlib.import_module("ray.core.generated.gcs_pb2").PlacementGroupTableData
     state = importlib.import_module("ray._private.state").state
     found = map(messages.FromString, state._connect_and_get_accessor().get_placement_group_table())
     return {group.placement_group_id.hex(): group for group in found if group.state != messages.REMOVED}
-
-
-def ask_job_server(client: Any, path: str) -> Any:
-    """What a job server answers to a GET: its client's public methods ask neither for versions nor for a log's bytes."""
-    answer = client._do_request("GET", path, timeout=60)
-    answer.raise_for_status()
-    return answer
 
 
 def silence_published_errors() -> None:

@@ -84,7 +84,7 @@ def connect(
     from pipeline.cluster.ray_internals import kill_without_asking, silence_published_errors
 
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "").strip()
+        address = os.environ.get("RAY_ADDRESS", "")
         if address == "local":  # Ray's own word for one of this process's own
             address = ""
         if address:
