@@ -11,9 +11,11 @@ import yaml
 from ray.dashboard.modules.metrics import dashboards
 
 from pipeline.training.gauges import GAUGES
+from tests.k8s import schemas
 from tests.k8s.references import matches
 from tests.k8s.render import K8S, Object, render
-from tests.k8s.test_manifests import find, job_spec
+from tests.k8s.test_manifests import find, job_spec, parse_entrypoint
+from tests.k8s.volumes import misfits, size
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,16 @@ def exported() -> set[str]:
 
 def metrics(expression: str) -> set[str]:
     return set(re.findall(r"\bray_[a-z_]+\b(?!\s*[,)=])|\bray_ddpm_[a-z_]+", expression)) - {"ray_io_cluster"}
+
+
+def with_components(names: list[str], folder: Path, overlay: str = "gpu") -> list[Object]:
+    """An overlay's jobs, with components added as an operator adds them."""
+    shutil.copytree(K8S, folder / "k8s", ignore=shutil.ignore_patterns("*.env"))
+    mine = folder / "k8s" / "mine"
+    mine.mkdir()
+    parts = {"resources": [f"../overlays/{overlay}/jobs"], "components": [f"../{name}" for name in names]}
+    (mine / "kustomization.yaml").write_text(yaml.dump(parts))
+    return render(mine)
 
 
 def test_prometheus_finds_every_ray_node_and_ports_that_exist(
@@ -67,15 +79,10 @@ def test_alerts_and_panels_ask_for_metrics_that_are_exported(monitoring: list[Ob
 
 @pytest.mark.parametrize("overlay", ["local", "gpu"], indirect=True)
 def test_with_kueue_jobs_wait_in_a_queue(overlay: str, jobs: list[Object], tmp_path: Path) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s", ignore=shutil.ignore_patterns("*.env"))
-    file = tmp_path / "k8s" / "overlays" / overlay / "jobs" / "kustomization.yaml"
-    settings = yaml.safe_load(file.read_text())
-    settings["components"] = [*settings.get("components", []), "../../../kueue"]
-    file.write_text(yaml.dump(settings))
+    queued = with_components(["kueue"], tmp_path, overlay)
     objects = {
         o["metadata"]["name"]: o for o in yaml.safe_load_all((K8S / "kueue" / "queues.yaml").read_text())
     }
-    queued = render(file.parent)
     assert {o["metadata"]["name"] for o in queued} == {o["metadata"]["name"] for o in jobs}
     for job in (o for o in queued if o["kind"] == "RayJob"):
         labels = job["metadata"]["labels"]
@@ -155,3 +162,39 @@ def test_whoever_may_leave_by_ipv4_may_by_ipv6_and_to_no_metadata_service(standi
                 assert "169.254.0.0/16" in blocks["0.0.0.0/0"]["except"]
                 assert "fd00:ec2::254/128" in blocks["::/0"]["except"], thing["metadata"]["name"]
     assert seen >= 2
+
+
+@pytest.mark.parametrize("names", [["eight-gpus"], ["eight-gpus", "rdma"], ["eight-gpus", "rdma", "kueue"]])
+def test_training_on_nodes_of_eight_gpus(names: list[str], tmp_path: Path) -> None:
+    objects = with_components(names, tmp_path)
+    train = find(objects, "RayJob", "train")
+    schemas.check(train)
+    (group,) = train["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    (worker,) = pod["containers"]
+    limits = worker["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "8"
+    config = parse_entrypoint(train["spec"]["entrypoint"])
+    assert 8 * config.cpus_per_worker <= int(limits["cpu"]) and not config.workers % 8  # type: ignore[attr-defined]
+    assert misfits([*render(K8S / "overlays" / "gpu"), train], one_node=False) == []
+    assert pod.get("hostNetwork", False) == ("rdma" in names) == ("rdma/hca" in limits)
+    assert worker["securityContext"]["capabilities"]["drop"] == ["ALL"]
+
+
+def test_shared_memory_holds_the_object_store_and_messages_and_the_disk_what_is_spilled(
+    jobs: list[Object], overlay: str, tmp_path: Path
+) -> None:
+    """Ray's object store takes 30 % of a node's memory; what it can't hold goes to /tmp."""
+    checked = 0
+    for thing in jobs + (with_components(["eight-gpus"], tmp_path) if overlay == "gpu" else []):
+        for group in job_spec(thing)["rayClusterSpec"]["workerGroupSpecs"]:
+            pod = group["template"]["spec"]
+            limits = pod["containers"][0]["resources"]["limits"]
+            store, gpus = 0.3 * size(limits["memory"]), int(limits.get("nvidia.com/gpu", 0))
+            volumes = {v["name"]: v["emptyDir"] for v in pod["volumes"] if "emptyDir" in v}
+            if overlay == "gpu":
+                assert size(volumes["shm"]["sizeLimit"]) > store + gpus * 2**30, group["groupName"]
+                assert size(volumes["shm"]["sizeLimit"]) < size(limits["memory"]) / 2
+            assert size(volumes["tmp"]["sizeLimit"]) > 2 * store, group["groupName"]
+            checked += 1
+    assert checked >= 5
