@@ -52,7 +52,7 @@ class DiffusionConfig:
     """The forward process and the loss (Ho et al. 2020; Nichol & Dhariwal 2021)."""
 
     schedule: str = "cosine"
-    """Noise schedule: linear, quadratic, cosine, sigmoid, constant, or the path of a file with a list of betas."""
+    """Noise schedule: linear, quadratic, cosine, sigmoid, constant, log_snr, or the path of a file with betas."""
     timesteps: Annotated[int, Range(ge=1, le=10_000)] = 1000
     """T, the number of diffusion steps."""
     beta_start: Annotated[float, Range(gt=0, lt=1)] = 1e-4
@@ -63,6 +63,10 @@ class DiffusionConfig:
     """s of the cosine schedule: keeps the first betas from being too small."""
     sigmoid_temperature: MoreThanZero = 1.0
     """Temperature of the sigmoid schedule: lower ones fall more steeply in the middle."""
+    log_snr_first: Annotated[float, Range(ge=0, le=30)] = 10.0
+    """log(alpha_bar / (1 - alpha_bar)) of the first step of the log_snr schedule."""
+    log_snr_last: Annotated[float, Range(ge=-30, le=0)] = -10.0
+    """The same of the last step."""
     variance: Variance = "fixed_large"
     """Reverse-process variance: beta, beta-tilde, or learned between the two in log space."""
     loss: LossKind = "simple"

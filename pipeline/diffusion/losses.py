@@ -24,6 +24,8 @@ from pipeline.diffusion.process import (
 )
 from pipeline.errors import InputError
 
+_UNSEEN = 1e-3
+
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x_t [N, C, ...], the original chain's t int64 [N], labels int64 [N] or None) -> epsilon, or that and v."""
 
@@ -153,6 +155,36 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     inside = log_high + (-torch.expm1(-gap)).log()
     lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
     return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside))
+
+
+def softmax_decoder_bits(process: Process, x_0: Tensor, x_1: Tensor, occurs: Tensor) -> Tensor:
+    """L_0 of a decoder without a network: each pixel by the value's own noise (Kingma et al. 2021, section 3.3).
+
+    p(x_0 | x_1) of a value is proportional to q(x_1 | that value), over the values that occur. A thousandth of the
+    probability is spread over all 256, so that a value that never occurred costs bits, and not infinitely many. The
+    decoder has no parameters: models of all schedules share it, and it goes with the L_{t-1} of any network.
+
+    Args:
+        x_0: 8-bit images scaled to [-1, 1], [N, C, ...].
+        x_1: drawn from q(x_1 | x_0) at index t = 0.
+        occurs: bool [256], the values of pixels that occur in the training images.
+
+    Returns:
+        bits/dim, [N].
+    """
+    alpha_bar = process.alpha_bar[0].item()
+    values = (torch.arange(256, device=x_0.device, dtype=torch.float64) / 127.5 - 1) * math.sqrt(alpha_bar)
+    numbers = ((x_0 + 1) * 127.5).round().long()
+    bits = []
+    for image, noisy in zip(
+        numbers.flatten(1), x_1.double().flatten(1), strict=True
+    ):  # 256 numbers for each pixel
+        logits = -(noisy[:, None] - values).square() / (2 * (1 - alpha_bar))
+        chances = [logits, logits.where(occurs.to(x_0.device), -math.inf)]
+        every, some = (chance.log_softmax(1).gather(1, image[:, None]) for chance in chances)
+        log_p = torch.logaddexp(some + math.log1p(-_UNSEEN), every + math.log(_UNSEEN))
+        bits.append(-log_p.mean() / math.log(2))
+    return torch.stack(bits).to(x_0.dtype)
 
 
 def _largest_exponent(dtype: torch.dtype) -> float:

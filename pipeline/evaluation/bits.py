@@ -15,7 +15,13 @@ from torch import Tensor
 from pipeline.cluster.pool import Pool, in_process
 from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex
-from pipeline.diffusion.losses import prior_bits_per_dim, stratified_vlb, vlb_term, vlb_terms
+from pipeline.diffusion.losses import (
+    prior_bits_per_dim,
+    softmax_decoder_bits,
+    stratified_vlb,
+    vlb_term,
+    vlb_terms,
+)
 from pipeline.diffusion.process import Process, make_process, q_sample, take
 from pipeline.errors import InputError
 from pipeline.evaluation.reading import read_images
@@ -23,6 +29,8 @@ from pipeline.evaluation.work import Partial, cut
 from pipeline.models.sampling import from_pixels
 from pipeline.models.unet import UNet
 from pipeline.rng import Purpose, normal, uniform
+
+MOST_BYTES, IMAGES_AT_ONCE = 2**26, 256
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class BitsPerDim:
         prior: L_T.
         decoder: L_0.
         terms: L_{t-1} for t = 1..T, of which the first is L_0; empty where not every term was evaluated.
+        softmax: what L_0 of `losses.softmax_decoder_bits` makes of bits_per_dim, stderr and decoder; None where
+            no values that occur were given.
     """
 
     images: int
@@ -45,6 +55,7 @@ class BitsPerDim:
     prior: float
     decoder: float
     terms: tuple[float, ...]
+    softmax: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class BitsWork:
 
     Attributes:
         terms: how many of the T terms are evaluated for each image; 0 = every one, else even.
+        occurs: values that occur in the training images, see `values_that_occur`; None leaves `softmax` out.
     """
 
     index: DatasetIndex
@@ -60,9 +72,10 @@ class BitsWork:
     spec: ModelSpec
     terms: int
     seed: int
+    occurs: Tensor | None = None
 
     def start(self, device: str) -> Callable[[np.ndarray], Partial]:
-        """See `pool.Work`; partial results hold float64 total, variance, prior, decoder [N] and terms [T]."""
+        """See `pool.Work`; partial results hold float64 total, variance, prior, decoder, softmax [N], terms [T]."""
         model, process = self.model.to(device).eval(), make_process(self.spec.diffusion).to(device)
 
         def do(ids: np.ndarray) -> Partial:
@@ -87,29 +100,35 @@ class BitsWork:
         def noise(t: int | Tensor) -> Tensor:
             return normal(self.seed, t, ids, Purpose.BOUND, tuple(x_0.shape[1:]))
 
+        first = torch.zeros_like(ids)
+        x_1 = q_sample(process, x_0, first, noise(0))
+        softmax = x_0.new_zeros(0)
+        if self.occurs is not None:
+            softmax = softmax_decoder_bits(process, x_0, x_1, self.occurs)
         if not self.terms:
             terms, prior = vlb_terms(process, model, x_0, noise, labels)
             terms, prior = terms.double(), prior.double()
-            total = terms.sum(dim=1) + prior
+            total, decoder, table = terms.sum(dim=1) + prior, terms[:, 0], terms.sum(dim=0)
             variance = torch.zeros_like(total)
-            return {
-                "total": total, "variance": variance, "prior": prior, "decoder": terms[:, 0], "terms": terms.sum(dim=0)
-            }  # fmt: skip
-        u = uniform(self.seed, 0, ids, Purpose.BOUND_TERMS, self.terms)
-        total, variance = stratified_vlb(process, model, x_0, noise, u, labels)
-        first = torch.zeros_like(ids)
-        x_1 = q_sample(process, x_0, first, noise(0))
-        decoder = vlb_term(
-            process, model(x_1, take(process.timesteps, first), labels), x_0, x_1, first, clip=True
-        )
-        prior = prior_bits_per_dim(process, x_0)
+        else:
+            u = uniform(self.seed, 0, ids, Purpose.BOUND_TERMS, self.terms)
+            total, variance = stratified_vlb(process, model, x_0, noise, u, labels)
+            output = model(x_1, take(process.timesteps, first), labels)
+            decoder = vlb_term(process, output, x_0, x_1, first, clip=True)
+            prior, table = prior_bits_per_dim(process, x_0), total.new_zeros(0)
         return {
-            "total": total,
-            "variance": variance,
-            "prior": prior,
-            "decoder": decoder,
-            "terms": total.new_zeros(0),
-        }
+            "total": total, "variance": variance, "prior": prior, "decoder": decoder, "softmax": softmax, "terms": table
+        }  # fmt: skip
+
+
+def values_that_occur(index: DatasetIndex) -> Tensor:
+    """Which of the 256 values of a pixel occur in a dataset, bool [256], from up to `MOST_BYTES` of its images."""
+    most = max(2, MOST_BYTES // (index.image.size**2 * index.image.channels))
+    ids = np.unique(np.linspace(0, index.rows - 1, min(index.rows, most)).astype(np.int64))
+    occurs = torch.zeros(256, dtype=torch.bool)
+    for some in cut(ids, IMAGES_AT_ONCE):
+        occurs[read_images(index, some)[0].unique().long()] = True
+    return occurs
 
 
 def held_out_bits(
@@ -122,6 +141,7 @@ def held_out_bits(
     seed: int = 0,
     batch_size: int = 64,
     pool: Pool = in_process,
+    occurs: Tensor | None = None,
 ) -> BitsPerDim:
     """Bits/dim of a model on the images `ids` of a dataset; conditional on their labels where the model is.
 
@@ -129,6 +149,7 @@ def held_out_bits(
         ids: ascending sample ids, at least two.
         terms: see `BitsWork`; T or more is every one.
         batch_size: images per forward pass, and per task.
+        occurs: see `BitsWork`.
 
     Raises:
         InputError: the images are not what the model was trained on, fewer than two, or `terms` is odd.
@@ -139,10 +160,11 @@ def held_out_bits(
     if len(ids) < 2:
         raise InputError("bits/dim with its standard error needs at least two images")
     _check_images(spec, index)
-    work = BitsWork(index, model, spec, 0 if terms >= timesteps else terms, seed)
+    work = BitsWork(index, model, spec, 0 if terms >= timesteps else terms, seed, occurs)
     parts = list(pool(work, cut(ids, batch_size), "bits/dim"))
-    total, variance, prior, decoder = (
-        np.concatenate([part[name] for part in parts]) for name in ("total", "variance", "prior", "decoder")
+    total, variance, prior, decoder, softmax = (
+        np.concatenate([part[name] for part in parts])
+        for name in ("total", "variance", "prior", "decoder", "softmax")
     )
     count = len(total)
     table = np.sum([part["terms"] for part in parts], axis=0) / count
@@ -154,7 +176,13 @@ def held_out_bits(
         prior=float(prior.mean()),
         decoder=float(decoder.mean()),
         terms=tuple(table.tolist()),
+        softmax=None if occurs is None else (*_mean(total - decoder + softmax), float(softmax.mean())),
     )
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def _check_images(spec: ModelSpec, index: DatasetIndex) -> None:

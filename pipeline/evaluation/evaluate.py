@@ -15,10 +15,10 @@ from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool
 from pipeline.config import ModelSpec
 from pipeline.data import figures
-from pipeline.data.index import DatasetIndex, Splits, open_splits
+from pipeline.data.index import Splits, open_splits
 from pipeline.diffusion.process import make_process
 from pipeline.errors import InputError
-from pipeline.evaluation.bits import BitsPerDim, held_out_bits
+from pipeline.evaluation.bits import BitsPerDim, held_out_bits, values_that_occur
 from pipeline.evaluation.codes import MOST_BYTES, trivial_codes
 from pipeline.evaluation.compare import measure_quality
 from pipeline.evaluation.compared import open_compared
@@ -78,7 +78,7 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> Evalu
     metrics, on = dict[str, float](), dict[str, str]()
     if loaded and "bits" in config.metrics:
         ids = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
-        metrics |= _bits(config, *loaded, held_out, ids, pool)
+        metrics |= _bits(config, *loaded, splits, ids, pool)
         codes = _codes(config, splits, ids)
         metrics |= {f"bits_per_dim_{name}": value for name, value in codes.items()}
         print(_in_words(metrics, codes), file=sys.stderr)
@@ -94,8 +94,10 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> Evalu
 
 
 def _bits(
-    config: EvaluateConfig, model: UNet, spec: ModelSpec, held_out: DatasetIndex, ids: np.ndarray, pool: Pool
+    config: EvaluateConfig, model: UNet, spec: ModelSpec, splits: Splits, ids: np.ndarray, pool: Pool
 ) -> dict[str, float]:
+    held_out = splits[config.split]
+    occurs = values_that_occur(splits.indexes.get(config.reference_split, held_out))
     averages = posthoc_ema(model, config.snapshots, config.ema_lengths) if config.ema_lengths else []
 
     def bound() -> BitsPerDim:
@@ -108,6 +110,7 @@ def _bits(
             seed=config.seed,
             batch_size=config.batch_size,
             pool=pool,
+            occurs=occurs,
         )
         if not math.isfinite(bits.bits_per_dim):
             raise InputError(
@@ -132,11 +135,20 @@ def _bits(
             "bits_per_dim_stderr": bits.stderr,
             "bits_per_dim_terms_stderr": bits.terms_stderr,
             "bits_per_dim_images": bits.images,
+            **_softmax(bits),
             "L_T": bits.prior,
             "L_0": bits.decoder,
         }
         | _shares(bits, spec)
     )
+
+
+def _softmax(bits: BitsPerDim) -> dict[str, float]:
+    """The bound by the decoder without a network, which models of all schedules share."""
+    if bits.softmax is None:
+        return {}
+    names = ("bits_per_dim_softmax", "bits_per_dim_softmax_stderr", "L_0_softmax")
+    return dict(zip(names, bits.softmax, strict=True))
 
 
 def _shares(bits: BitsPerDim, spec: ModelSpec) -> dict[str, float]:
@@ -168,7 +180,8 @@ def _in_words(metrics: dict[str, float], codes: dict[str, float]) -> str:
     )
     others = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in codes.items())
     return (
-        f"evaluate: {metrics['bits_per_dim']:.3f} bits/dim ({parts}); "
+        f"evaluate: {metrics['bits_per_dim']:.3f} bits/dim ({parts}); {metrics['bits_per_dim_softmax']:.3f} where L_0 is "
+        f"a softmax over the values that occur ({metrics['L_0_softmax']:.3f}); "
         f"the same images by codes without a network: {others}"
     )
 

@@ -23,7 +23,7 @@ from pipeline.models.unet import UNet
 from pipeline.pictures import draw
 from pipeline.rng import Purpose, normal
 
-NAMED_SCHEDULES = ("linear", "quadratic", "cosine", "sigmoid", "constant")
+NAMED_SCHEDULES = ("linear", "quadratic", "cosine", "sigmoid", "constant", "log_snr")
 STRIP_COLUMNS = 9
 BOUND_POINTS = 64
 ROWS_AT_A_TIME = 64

@@ -55,6 +55,9 @@ class TuneConfig:
     """Most gigabytes that it holds."""
     terms: Natural = 32
     """Terms of the bound evaluated for each held-out image, stratified over t; an even number; 0 = all T."""
+    decoder: Literal["softmax", "own"] = "softmax"
+    """L_0 of the bound: softmax over the values that occur, without parameters and so the same for all trials, or each
+    model's own discretized Gaussian, whose width depends on the schedule."""
     max_images: Natural = 256
     """Held-out images that every trial is judged on; 0 = all."""
     samples: Annotated[int, Range(ge=2)] = 512

@@ -14,13 +14,14 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.cluster.pool import ActorPool, Pool, Work
 from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex, Splits
 from pipeline.errors import InputError
-from pipeline.evaluation.bits import BitsWork
+from pipeline.evaluation.bits import BitsWork, values_that_occur
 from pipeline.evaluation.classifier import CONFIG, WEIGHTS, save_classifier, train_classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.features import Extractor, measure, open_extractor
@@ -51,18 +52,27 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class HeldOutBits:
-    """Bits/dim on the images `ids`, with its standard error as a sample of images (and of terms)."""
+    """Bits/dim on the images `ids`, with its standard error as a sample of images (and of terms).
+
+    Attributes:
+        occurs: values of pixels that occur in the training images, for the decoder that all schedules share; None =
+            each model's own.
+    """
 
     index: DatasetIndex
     ids: np.ndarray
     terms: int
     seed: int
+    occurs: Tensor | None = None
 
     def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured:
         """See `Objective`; where T is no larger than `terms` every term is evaluated."""
         terms = 0 if self.terms >= spec.diffusion.timesteps else self.terms
-        work = BitsWork(self.index, model, spec, terms, self.seed)
-        total = np.concatenate([part["total"] for part in pool(work, cut(self.ids, IMAGES_PER_TASK))])
+        work = BitsWork(self.index, model, spec, terms, self.seed, self.occurs)
+        parts = list(pool(work, cut(self.ids, IMAGES_PER_TASK)))
+        total = np.concatenate([part["total"] for part in parts])
+        if self.occurs is not None:
+            total = total + np.concatenate([part["softmax"] - part["decoder"] for part in parts])
         stderr = float(total.std(ddof=1) / math.sqrt(len(total)))
         return Measured(
             {BITS_PER_DIM: float(total.mean()), f"{BITS_PER_DIM}_stderr": stderr},
@@ -148,7 +158,8 @@ def make_objective(config: TuneConfig, splits: Splits, gpu: bool | None = None) 
         ids = choose(held_out.rows, config.max_images, config.seed, Choice.BOUND)
         if len(ids) < 2:
             raise InputError(f"--data {config.data}: fewer than two held-out images")
-        parts.append(HeldOutBits(held_out, ids, config.terms, config.seed))
+        occurs = values_that_occur(splits["train"]) if config.decoder == "softmax" else None
+        parts.append(HeldOutBits(held_out, ids, config.terms, config.seed, occurs))
     if FRECHET in config.metrics:
         extractor = _extractor(config, splits, gpu)
         (real,) = measure([splits["train"]], extractor, keep=1, seed=config.seed, pool=ActorPool(gpu=gpu))

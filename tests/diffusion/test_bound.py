@@ -14,11 +14,12 @@ from pipeline.diffusion.losses import (
     discretized_gaussian_log_likelihood,
     normal_kl,
     prior_bits_per_dim,
+    softmax_decoder_bits,
     stratified_vlb,
     training_loss,
     vlb_terms,
 )
-from pipeline.diffusion.process import Process
+from pipeline.diffusion.process import Process, make_process, q_sample
 from pipeline.errors import InputError
 from tests.diffusion.common import Chain, GaussianData, gaussian, joint, mild, pixels, process_of
 
@@ -313,3 +314,41 @@ def test_all_terms_as_an_estimate_are_the_exact_bound() -> None:
                 lambda t: noise,
                 u[:1].expand(4, -1).new_ones(4, count),
             )
+
+
+def one_pixel(values: Tensor) -> Tensor:
+    """Images of one pixel each, from values of 0 to 255."""
+    return (values.double() / 127.5 - 1).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("occurring", [range(256), range(0, 256, 15), (3, 200)])
+def test_the_softmax_decoder_is_a_distribution_over_all_values(occurring: range) -> None:
+    process = process_of(timesteps=20)
+    occurs = torch.zeros(256, dtype=torch.bool)
+    occurs[list(occurring)] = True
+    every = one_pixel(torch.arange(256))
+    for x_1 in (-1.3, 0.02, 0.9):
+        bits = softmax_decoder_bits(process, every, torch.full_like(every, x_1), occurs)
+        assert (2**-bits).sum().item() == pytest.approx(1, abs=1e-9)
+        # Bayes' rule with equal chances for the values that occur.
+        level = math.sqrt(process.alpha_bar[0])
+        density = norm.pdf(x_1, level * (np.arange(256) / 127.5 - 1), math.sqrt(1 - process.alpha_bar[0]))
+        chance = (
+            0.999 * density * occurs.numpy() / density[occurs.numpy()].sum() + 0.001 * density / density.sum()
+        )
+        np.testing.assert_allclose(bits, -np.log2(chance), rtol=1e-6, atol=1e-9)
+
+
+def test_the_softmax_decoder_costs_nothing_without_noise_and_the_choice_of_a_value_with_nothing_but_noise() -> (
+    None
+):
+    occurs = torch.zeros(256, dtype=torch.bool)
+    occurs[::15] = True  # 18 of them
+    x_0 = one_pixel(torch.arange(0, 256, 15)).reshape(1, 1, 1, -1)
+    noise = torch.randn(1, 1, 1, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.zeros(1, dtype=torch.int64)
+    for first, expected in ((13.3, -math.log2(0.999)), (-13.3, math.log2(18) - math.log2(0.999))):
+        betas = (1 / (1 + math.exp(first)),)
+        process = make_process(DiffusionConfig(schedule="explicit", timesteps=1, betas=betas))
+        x_1 = q_sample(process, x_0, t, noise)
+        assert softmax_decoder_bits(process, x_0, x_1, occurs).item() == pytest.approx(expected, abs=0.02)

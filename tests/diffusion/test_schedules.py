@@ -37,6 +37,16 @@ def test_named_schedules_are_those_of_their_papers() -> None:
     level = 1 / (1 + np.exp(-np.linspace(-3, 3, 1001)))
     alpha_bar = (level[-1] - level) / (level[-1] - level[0])
     np.testing.assert_allclose(np.cumprod(1 - betas["sigmoid"])[:-1], alpha_bar[1:-1], rtol=1e-9)
+    alpha_bar = np.cumprod(1 - betas["log_snr"])
+    np.testing.assert_allclose(np.log(alpha_bar / (1 - alpha_bar)), np.linspace(10, -10, 1000), atol=1e-8)
+
+
+def test_both_ends_of_log_snr_are_settings() -> None:
+    config = DiffusionConfig(schedule="log_snr", timesteps=100, log_snr_first=13.3, log_snr_last=-5)
+    alpha_bar = np.cumprod(1 - make_betas(config).numpy())
+    np.testing.assert_allclose(np.log(alpha_bar / (1 - alpha_bar))[[0, -1]], [13.3, -5], atol=1e-6)
+    with pytest.raises(InputError, match="--log-snr-first 0: expected more than --log-snr-last 0"):
+        make_betas(DiffusionConfig(schedule="log_snr", log_snr_first=0, log_snr_last=0))
 
 
 @pytest.mark.parametrize("text", ["[0.1, 0.2, 0.3]", "0.1, 0.2, 0.3", "0.1\n0.2\n0.3\n", "1e-1 2e-1 3e-1"])

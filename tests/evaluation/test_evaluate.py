@@ -78,6 +78,9 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     parts = sum(metrics[name] for name in ("L_0", "L_low_noise", "L_high_noise", "L_T"))
     assert parts == pytest.approx(metrics["bits_per_dim"], rel=1e-9)
     assert min(metrics["L_low_noise"], metrics["L_high_noise"]) > 0
+    softmax = metrics["bits_per_dim"] - metrics["L_0"] + metrics["L_0_softmax"]
+    assert metrics["bits_per_dim_softmax"] == pytest.approx(softmax, rel=1e-6)
+    assert 0 < metrics["L_0_softmax"] < metrics["L_0"]
     # Digits have 17 levels, and a pixel's place says much of it.
     assert metrics["bits_per_dim_uniform"] == pytest.approx(np.log2(17), abs=0.01)
     assert metrics["bits_per_dim_position_histogram"] < metrics["bits_per_dim_histogram"] - 0.3

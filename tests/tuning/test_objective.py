@@ -11,7 +11,7 @@ import torch
 from pipeline.cluster.pool import in_process
 from pipeline.config import DiffusionConfig
 from pipeline.data.index import DatasetIndex, open_dataset
-from pipeline.evaluation.bits import held_out_bits
+from pipeline.evaluation.bits import held_out_bits, values_that_occur
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.features import ClassifierExtractor, measure
@@ -45,6 +45,24 @@ def test_held_out_bits_are_those_of_an_evaluation(held_out: DatasetIndex) -> Non
         assert mine.metrics[BITS_PER_DIM] == pytest.approx(theirs.bits_per_dim, rel=1e-6)
         assert mine.metrics[f"{BITS_PER_DIM}_stderr"] == pytest.approx(theirs.stderr, rel=1e-5)
         assert np.mean(mine.per_image) == pytest.approx(theirs.bits_per_dim, rel=1e-5)
+
+
+def test_the_decoder_that_all_trials_share_takes_the_place_of_each_models_own(
+    held_out: DatasetIndex, digits: Path
+) -> None:
+    model, spec = small_model()
+    ids = choose(held_out.rows, 20, 4, Choice.BOUND)
+    occurs = values_that_occur(open_dataset(str(digits)))
+    assert occurs.nonzero().ravel().tolist() == sorted({round(level * 255 / 16) for level in range(17)})
+    for terms in (8, 100):
+        mine = HeldOutBits(held_out, ids, terms, 4, occurs)(model, spec, in_process)
+        theirs = held_out_bits(
+            model, spec, held_out, ids, terms=0 if terms == 100 else terms, seed=4, occurs=occurs
+        )
+        assert theirs.softmax is not None
+        found = (mine.metrics[BITS_PER_DIM], mine.metrics[f"{BITS_PER_DIM}_stderr"])
+        assert found == pytest.approx(theirs.softmax[:2], rel=1e-5)
+        assert theirs.softmax[0] < theirs.bits_per_dim
 
 
 def test_the_frechet_distance_is_that_of_the_samples_numbered_from_0(digits: Path) -> None:
