@@ -49,8 +49,11 @@ LEAST = (0.0, 1e-3, 5e-3, 2e-2)
 STEPS, BATCH, SAMPLES, REAL = 25, 32, 500, 10_000
 
 
-def batches(index: DatasetIndex, images: Tensor, labels: Tensor, steps: range, seed: int) -> Iterator[Batch]:
-    plan = index.plan(seed, BATCH)
+def batches(
+    index: DatasetIndex, images: Tensor, labels: Tensor, steps: range, seed: int, size: int
+) -> Iterator[Batch]:
+    """The batches of these steps, of `size` images each, from images that are all in memory."""
+    plan = index.plan(seed, size)
     rows = batch_rows(plan, steps.start, steps.stop)
     for ids, epochs in zip(plan.first_id[rows.group] + rows.row, rows.epoch, strict=True):
         chosen = torch.from_numpy(ids)
@@ -72,7 +75,7 @@ def trained(
     spec = make_spec(config, index)
     state, shown = new_state(config, spec, cpu), new_state(config, spec, cpu).model
     for begin, end in zip((0, *stages), stages, strict=False):
-        stream = batches(index, images, labels, range(begin, end), config.seed)
+        stream = batches(index, images, labels, range(begin, end), config.seed, BATCH)
         stage = TrainConfig(**{**vars(config), "steps": end})
         loop.train(stage, spec, state, state.model, stream, Meter(stage, 1, cpu), loop.Observer())
         for parameter, average in zip(shown.parameters(), state.averages[0], strict=True):
