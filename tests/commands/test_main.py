@@ -114,7 +114,7 @@ def test_an_installed_package_has_the_command_and_sends_itself_to_a_cluster(tmp_
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
     for path in (ROOT / "pipeline").rglob("*"):
-        if path.is_file() and path.suffix in (".py", ".yaml"):
+        if path.is_file() and path.suffix in (".py", ".yaml", ".html"):
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())

@@ -115,6 +115,9 @@ def test_each_purpose_is_drawn_in_one_module_and_no_generator_stands_beside() ->
         "random.Random": {"tuning/choices.py"},  # which combinations of a space are checked
         "np.random.Generator": {"data/order.py"},
         "np.random.Philox": {"data/order.py"},
+        "np.random.default_rng": {
+            "tuning/report.py"
+        },  # orders by chance, beside which settings are shown to matter
         "torch.random.fork_rng": {"evaluation/classifier.py", "training/state.py"},
         "random.choice": {
             "generation/verify.py"
