@@ -79,7 +79,8 @@ def test_stops_with_validated_unvalidated_and_pending_checkpoints_leave_no_trace
         if stop is kill_controller:  # in a search, the other trials need what it had reserved
             assert not placement_groups()
         assert storage.exists(f"{output}/checkpoints/{SNAPSHOT}")
-        assert newest(output)[0].step >= step - 1
+        # An interrupted run saves where it is; a killed one has what was saved every second step.
+        assert newest(output)[0].step >= step - (2 if stop is kill_controller else 1)
     trained = train(config)
     assert_same(newest(output)[0], straight.end)
     bits, losses = curve(trained, "bits_per_dim"), curve(trained, "loss")
