@@ -29,9 +29,8 @@ def refused(job: str, arguments: list[str]) -> str:
     try:
         note = json.loads(storage.read_bytes(place))
         line, left, age = str(note["line"]), int(note["left"]), time.time() - float(note["time"])
-    except (
-        Exception
-    ):  # there is none, or the storage is away, each kind with errors of its own: the job itself says so
+    except Exception:
+        # There is no note, or the storage does not answer, with errors of its own kind: the job itself says so.
         return ""
     with contextlib.suppress(Exception):
         if age > SECONDS or left <= 1:

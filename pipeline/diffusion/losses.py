@@ -24,7 +24,8 @@ from pipeline.diffusion.process import (
 )
 from pipeline.errors import InputError
 
-_UNSEEN = 1e-3
+# Share of the probability that codes leave to values that did not occur in training.
+UNSEEN = 1e-3
 
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x_t [N, C, ...], the original chain's t int64 [N], labels int64 [N] or None) -> epsilon, or that and v."""
@@ -176,13 +177,12 @@ def softmax_decoder_bits(process: Process, x_0: Tensor, x_1: Tensor, occurs: Ten
     values = (torch.arange(256, device=x_0.device, dtype=torch.float64) / 127.5 - 1) * math.sqrt(alpha_bar)
     numbers = ((x_0 + 1) * 127.5).round().long()
     bits = []
-    for image, noisy in zip(
-        numbers.flatten(1), x_1.double().flatten(1), strict=True
-    ):  # 256 numbers for each pixel
+    # One image at a time: each pixel takes 256 numbers.
+    for image, noisy in zip(numbers.flatten(1), x_1.double().flatten(1), strict=True):
         logits = -(noisy[:, None] - values).square() / (2 * (1 - alpha_bar))
         chances = [logits, logits.where(occurs.to(x_0.device), -math.inf)]
         every, some = (chance.log_softmax(1).gather(1, image[:, None]) for chance in chances)
-        log_p = torch.logaddexp(some + math.log1p(-_UNSEEN), every + math.log(_UNSEEN))
+        log_p = torch.logaddexp(some + math.log1p(-UNSEEN), every + math.log(UNSEEN))
         bits.append(-log_p.mean() / math.log(2))
     return torch.stack(bits).to(x_0.dtype)
 

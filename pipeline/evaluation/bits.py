@@ -25,7 +25,7 @@ from pipeline.diffusion.losses import (
 from pipeline.diffusion.process import Process, make_process, q_sample, take
 from pipeline.errors import InputError
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import Partial, cut
+from pipeline.evaluation.work import Partial, cut, spread_out
 from pipeline.models.sampling import from_pixels
 from pipeline.models.unet import UNet
 from pipeline.rng import Purpose, normal, uniform
@@ -124,9 +124,8 @@ class BitsWork:
 def values_that_occur(index: DatasetIndex) -> Tensor:
     """Which of the 256 values of a pixel occur in a dataset, bool [256], from up to `MOST_BYTES` of its images."""
     most = max(2, MOST_BYTES // (index.image.size**2 * index.image.channels))
-    ids = np.unique(np.linspace(0, index.rows - 1, min(index.rows, most)).astype(np.int64))
     occurs = torch.zeros(256, dtype=torch.bool)
-    for some in cut(ids, IMAGES_AT_ONCE):
+    for some in cut(spread_out(index.rows, most), IMAGES_AT_ONCE):
         occurs[read_images(index, some)[0].unique().long()] = True
     return occurs
 
@@ -162,26 +161,35 @@ def held_out_bits(
     _check_images(spec, index)
     work = BitsWork(index, model, spec, 0 if terms >= timesteps else terms, seed, occurs)
     parts = list(pool(work, cut(ids, batch_size), "bits/dim"))
-    total, variance, prior, decoder, softmax = (
-        np.concatenate([part[name] for part in parts])
-        for name in ("total", "variance", "prior", "decoder", "softmax")
+    total, variance, prior, decoder = (
+        np.concatenate([part[name] for part in parts]) for name in ("total", "variance", "prior", "decoder")
     )
-    count = len(total)
+    count, (mean, stderr) = len(total), mean_and_error(total)
     table = np.sum([part["terms"] for part in parts], axis=0) / count
     return BitsPerDim(
         images=count,
-        bits_per_dim=float(total.mean()),
-        stderr=float(total.std(ddof=1) / math.sqrt(count)),
+        bits_per_dim=mean,
+        stderr=stderr,
         terms_stderr=float(math.sqrt(variance.sum()) / count),
         prior=float(prior.mean()),
         decoder=float(decoder.mean()),
         terms=tuple(table.tolist()),
-        softmax=None if occurs is None else (*_mean(total - decoder + softmax), float(softmax.mean())),
+        softmax=None if occurs is None else _by_softmax(parts),
     )
 
 
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    """The mean, and its standard error."""
+def _by_softmax(parts: list[Partial]) -> tuple[float, float, float]:
+    first = np.concatenate([part["softmax"] for part in parts])
+    return (*mean_and_error(with_softmax(parts)), float(first.mean()))
+
+
+def with_softmax(parts: list[Partial]) -> np.ndarray:
+    """Bits/dim of each image with the softmax decoder in place of the model's own, from what `BitsWork` gives: [N]."""
+    return np.concatenate([part["total"] - part["decoder"] + part["softmax"] for part in parts])
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean of independent values, and its standard error."""
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 

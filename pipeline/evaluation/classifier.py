@@ -186,6 +186,21 @@ def train_classifier(
     return net.eval().requires_grad_(False), score
 
 
+def keep_classifier(
+    uri: str,
+    index: DatasetIndex,
+    held_out: DatasetIndex,
+    *,
+    seed: int = 0,
+    steps: int = 500,
+    pool: Pool = in_process,
+) -> None:
+    """Trains the classifier that is kept in a folder, unless it is there already; see `train_classifier`."""
+    if not storage.exists(storage.join(uri, CONFIG)):
+        net, score = train_classifier(index, held_out, seed=seed, steps=steps, pool=pool)
+        save_classifier(uri, net, index.image, score)
+
+
 def save_classifier(uri: str, net: Classifier, image: ImageConfig, score: float) -> None:
     """Writes a folder of model.safetensors and classifier.json."""
     about = {"format": FORMAT, "image": to_dict(image), "held_out_accuracy": score}

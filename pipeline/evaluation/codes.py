@@ -5,11 +5,11 @@ import lzma
 import numpy as np
 
 from pipeline.data.images import encode_png
+from pipeline.diffusion.losses import UNSEEN
 
 LEVELS = 256
 MOST_BYTES = 2**28
 """Of training images that histograms are made of."""
-_UNSEEN = 1e-3
 _POSITIONS_TOGETHER = 4096
 
 
@@ -46,7 +46,7 @@ def _cost(counts: np.ndarray, occurs: np.ndarray) -> np.ndarray:
     """Bits of each value [..., 256] by its count."""
     smoothed = np.where(occurs, counts + 1, 0)
     share = smoothed / smoothed.sum(axis=-1, keepdims=True)
-    bits: np.ndarray = -np.log2((1 - _UNSEEN) * share + _UNSEEN / LEVELS)
+    bits: np.ndarray = -np.log2((1 - UNSEEN) * share + UNSEEN / LEVELS)
     return bits
 
 

@@ -14,10 +14,10 @@ from pipeline.evaluation.features import ClassifierExtractor, FeatureSet, measur
 from pipeline.evaluation.frechet import Moments, Statistics, frechet_distance, write_statistics
 from pipeline.evaluation.inception import inception_score
 from pipeline.evaluation.kernel import kernel_distance
-from pipeline.evaluation.memorisation import memorised, nearest_images, spread_out
+from pipeline.evaluation.memorisation import QUERIES, memorised, nearest_images
 from pipeline.evaluation.neighbours import knn_label_accuracy, precision_recall
 from pipeline.evaluation.reading import read_images
-from pipeline.evaluation.work import choose
+from pipeline.evaluation.work import choose, spread_out
 from pipeline.pictures import draw
 from pipeline.rng import Choice
 
@@ -103,7 +103,7 @@ def _memorisation(
     config: EvaluateConfig, compared: Compared, fake: FeatureSet, held_out: FeatureSet, pool: Pool
 ) -> dict[str, float]:
     """How near samples come to training images. Where there is an output, a picture shows the nearest ones."""
-    places, others = spread_out(len(fake.thumbnails)), spread_out(len(held_out.thumbnails))
+    places, others = (spread_out(len(of.thumbnails), QUERIES) for of in (fake, held_out))
     queries = np.concatenate([fake.thumbnails[places], held_out.thumbnails[others]])
     distances, ids = nearest_images(compared.reference, queries, pool)
     mine = distances[: len(places)]

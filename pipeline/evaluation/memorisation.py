@@ -12,7 +12,7 @@ from pipeline.evaluation.neighbours import squared_distances
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import Partial, cut
 
-QUERIES = 1000
+QUERIES = 1000  # samples, and held-out images, that are compared with all training images
 NEAR = 0.01
 """Share of the held-out images that may count as copies: it sets the distance below which a sample counts as one."""
 
@@ -75,8 +75,3 @@ def memorised(samples: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
         "memorised": float((samples < np.quantile(held_out, NEAR)).mean()),
         "memorised_images": len(samples),
     }
-
-
-def spread_out(count: int, most: int = QUERIES) -> np.ndarray:
-    """At most `most` places in `range(count)`, evenly spaced, since data may be sorted."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))

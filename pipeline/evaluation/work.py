@@ -20,6 +20,11 @@ def choose(rows: int, limit: int, seed: int, use: Choice) -> np.ndarray:
     return np.sort(draws.argsort(stable=True)[:limit].numpy())
 
 
+def spread_out(count: int, most: int) -> np.ndarray:
+    """At most `most` places in `range(count)`, evenly spaced, since data may be sorted."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
 def cut(ids: np.ndarray, size: int) -> list[np.ndarray]:
     """Tasks of `size` ids, the last one shorter."""
     return [ids[start : start + size] for start in range(0, len(ids), size)]

@@ -16,14 +16,7 @@ from pipeline.cluster.pool import Pool
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
-from pipeline.evaluation.classifier import (
-    CONFIG,
-    HELD_OUT_IMAGES,
-    accuracy,
-    fit,
-    save_classifier,
-    train_classifier,
-)
+from pipeline.evaluation.classifier import HELD_OUT_IMAGES, accuracy, fit, keep_classifier
 from pipeline.evaluation.compare import compare_features
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.features import (
@@ -104,9 +97,7 @@ def _extractor(
     place = config.validation_features
     if place == "classifier":
         place = storage.join(output, FOLDER, CLASSIFIER)
-        if not storage.exists(storage.join(place, CONFIG)):
-            net, score = train_classifier(*splits, seed=config.seed, steps=CLASSIFIER_STEPS, pool=pool)
-            save_classifier(place, net, splits[0].image, score)
+        keep_classifier(place, *splits, seed=config.seed, steps=CLASSIFIER_STEPS, pool=pool)
     return open_extractor(place, splits[0].image, "--validation-features")[0]
 
 

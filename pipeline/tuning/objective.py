@@ -21,8 +21,8 @@ from pipeline.cluster.pool import ActorPool, Pool, Work
 from pipeline.config import ModelSpec
 from pipeline.data.index import DatasetIndex, Splits
 from pipeline.errors import InputError
-from pipeline.evaluation.bits import BitsWork, values_that_occur
-from pipeline.evaluation.classifier import CONFIG, WEIGHTS, save_classifier, train_classifier
+from pipeline.evaluation.bits import BitsWork, mean_and_error, values_that_occur, with_softmax
+from pipeline.evaluation.classifier import CONFIG, WEIGHTS, keep_classifier
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
 from pipeline.evaluation.features import Extractor, measure, open_extractor
 from pipeline.evaluation.frechet import Moments, frechet_distance, merge_moments, moments_of
@@ -70,14 +70,11 @@ class HeldOutBits:
         terms = 0 if self.terms >= spec.diffusion.timesteps else self.terms
         work = BitsWork(self.index, model, spec, terms, self.seed, self.occurs)
         parts = list(pool(work, cut(self.ids, IMAGES_PER_TASK)))
-        total = np.concatenate([part["total"] for part in parts])
-        if self.occurs is not None:
-            total = total + np.concatenate([part["softmax"] - part["decoder"] for part in parts])
-        stderr = float(total.std(ddof=1) / math.sqrt(len(total)))
-        return Measured(
-            {BITS_PER_DIM: float(total.mean()), f"{BITS_PER_DIM}_stderr": stderr},
-            tuple(total.round(6).tolist()),
-        )
+        own = self.occurs is None
+        total = np.concatenate([part["total"] for part in parts]) if own else with_softmax(parts)
+        mean, stderr = mean_and_error(total)
+        metrics = {BITS_PER_DIM: mean, f"{BITS_PER_DIM}_stderr": stderr}
+        return Measured(metrics, tuple(total.round(6).tolist()))
 
 
 @dataclass(frozen=True)
@@ -179,17 +176,12 @@ def features_digest(features: str) -> str:
 
 def _extractor(config: TuneConfig, splits: Splits, gpu: bool | None) -> Extractor:
     """The features that a search keeps: those of its first start, also after a resume."""
-    kept = storage.join(config.output, CLASSIFIER)
-    features = config.features
+    features, train = config.features, splits["train"]
     if features == CLASSIFIER:
-        if not storage.exists(storage.join(kept, CONFIG)):
-            train = splits["train"]
-            net, score = train_classifier(
-                train, splits["validation"], seed=config.seed, pool=ActorPool(1, gpu)
-            )
-            save_classifier(kept, net, train.image, score)
-        features = kept
-    return open_extractor(features, splits["train"].image)[0]
+        features = storage.join(config.output, CLASSIFIER)
+        pool = ActorPool(1, gpu)
+        keep_classifier(features, train, splits["validation"], seed=config.seed, pool=pool)
+    return open_extractor(features, train.image)[0]
 
 
 def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
@@ -209,7 +201,7 @@ def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Mean of a - b over the same images, and its standard error."""
     difference = np.asarray(a) - np.asarray(b)
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+    return mean_and_error(difference)
 
 
 def common_numbers_gain(a: Sequence[float], b: Sequence[float]) -> float:

@@ -164,16 +164,19 @@ def test_no_secret_stands_in_the_tree(standing: list, jobs: list) -> None:
         assert all(line.startswith("#") or line.endswith("=") for line in example.read_text().splitlines())
 
 
+def metric_ports(standing: list) -> tuple[dict[str, int], set[int]]:
+    """The head's ports by name, and those at which Prometheus is let in."""
+    spec = find(standing, "RayCluster", "ray-ddpm")["spec"]
+    ports = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    policies = [find(standing, "NetworkPolicy", name) for name in ("ray-metrics", "ray-head-metrics")]
+    allowed = {p["port"] for policy in policies for p in policy["spec"]["ingress"][0]["ports"]}
+    return {p["name"]: p["containerPort"] for p in ports}, allowed
+
+
 def test_prometheus_scrapes_ports_that_exist(standing: list) -> None:
     (job,) = yaml.safe_load((K8S / "prometheus.yaml").read_text())["scrape_configs"]
     kept = job["relabel_configs"][0]["regex"].split("|")
-    spec = find(standing, "RayCluster", "ray-ddpm")["spec"]
-    head = {
-        p["name"]: p["containerPort"]
-        for p in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
-    }
-    policies = [find(standing, "NetworkPolicy", name) for name in ("ray-metrics", "ray-head-metrics")]
-    allowed = {p["port"] for policy in policies for p in policy["spec"]["ingress"][0]["ports"]}
+    head, allowed = metric_ports(standing)
     assert {head[name] for name in kept} == allowed
     assert job["kubernetes_sd_configs"][0]["namespaces"]["names"] == ["ray-ddpm"]
 

@@ -14,7 +14,7 @@ from pipeline.training.gauges import GAUGES
 from tests.k8s import schemas
 from tests.k8s.references import matches
 from tests.k8s.render import K8S, Object, render
-from tests.k8s.test_manifests import find, job_spec, parse_entrypoint
+from tests.k8s.test_manifests import find, job_spec, metric_ports, parse_entrypoint
 from tests.k8s.volumes import misfits, size
 
 
@@ -48,13 +48,10 @@ def test_prometheus_finds_every_ray_node_and_ports_that_exist(
 ) -> None:
     monitor = find(monitoring, "PodMonitor", "ray")["spec"]
     assert matches(monitor["selector"], {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"})
-    spec = find(standing, "RayCluster", "ray-ddpm")["spec"]
-    heads = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    head, allowed = metric_ports(standing)
     wanted = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
-    assert wanted == {port["name"] for port in heads if "metrics" in port["name"]}
-    policies = [find(standing, "NetworkPolicy", name) for name in ("ray-metrics", "ray-head-metrics")]
-    allowed = {port["port"] for policy in policies for port in policy["spec"]["ingress"][0]["ports"]}
-    assert {port["containerPort"] for port in heads if port["name"] in wanted} == allowed
+    assert wanted == {name for name in head if "metrics" in name}
+    assert {head[name] for name in wanted} == allowed
 
 
 def test_alerts_and_panels_ask_for_metrics_that_are_exported(monitoring: list[Object]) -> None:

@@ -75,6 +75,20 @@ def records(config: TuneConfig) -> dict[str, Record]:
     return {record.name: record for record in ledger.read_all(config.output)}
 
 
+def started(name: str, config: TuneConfig, home: Path, cluster: LocalCluster) -> subprocess.Popen[bytes]:
+    """The search as a job of its own, in a process group of its own; it says what it does in NAME.log."""
+    settings = home / f"{name}-config.yaml"
+    settings.write_text(yaml.safe_dump(to_dict(config)))
+    return subprocess.Popen(
+        command("tune", "--config", settings),
+        cwd=home,
+        env=environment(home, RAY_ADDRESS=cluster.address),
+        stdout=subprocess.DEVNULL,
+        stderr=(home / f"{name}.log").open("w"),
+        start_new_session=True,
+    )
+
+
 def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, cluster: LocalCluster) -> None:
     """Kill of the driver; no finished trial again, a running one from where it was; a bad trial ends alone."""
     # Half of this space can't be trained; of the other half, half hardly learns and is stopped early.
@@ -97,15 +111,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     first = configure(
         home, "first", space, searcher="random", seed=7, trials=7, images=1280, rungs=3, reduction=2, **small
     )
-    (home / "config.yaml").write_text(yaml.safe_dump(to_dict(first)))
-    job = subprocess.Popen(
-        command("tune", "--config", home / "config.yaml"),
-        cwd=home,
-        env=environment(home, RAY_ADDRESS=cluster.address),
-        stdout=subprocess.DEVNULL,
-        stderr=(home / "first.log").open("w"),
-        start_new_session=True,
-    )
+    job = started("first", first, home, cluster)
     try:
 
         def in_between() -> bool:
@@ -178,15 +184,7 @@ def test_a_search_that_is_told_to_end_leaves_no_run_running(home: Path, cluster:
         "optimizer.learning_rate": [1e-4, 1e-3],
     }
     config = configure(home, "told", space, trials=2, images=10**7, concurrent=1, cpus_per_worker=0.5)
-    (home / "told-config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    job = subprocess.Popen(
-        command("tune", "--config", home / "told-config.yaml"),
-        cwd=home,
-        env=environment(home, RAY_ADDRESS=cluster.address),
-        stdout=subprocess.DEVNULL,
-        stderr=(home / "told.log").open("w"),
-        start_new_session=True,
-    )
+    job = started("told", config, home, cluster)
     client = mlflow.MlflowClient(address.tracking_uri())
 
     def trains() -> str:

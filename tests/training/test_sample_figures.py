@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.cluster.pool import in_process
 from pipeline.data.index import open_splits
 from pipeline.errors import InputError
+from pipeline.evaluation import classifier
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.reading import read_images
@@ -70,8 +71,8 @@ def test_what_is_made_of_real_images_is_made_once(
     first = measure()
     reference = tmp_path / "validation" / "reference.npz"
     with monkeypatch.context() as patch:
-        for name in ("measure", "train_classifier"):
-            patch.setattr(figures, name, lambda *_, **__: pytest.fail("made again"))
+        for module, name in ((figures, "measure"), (classifier, "train_classifier")):
+            patch.setattr(module, name, lambda *_, **__: pytest.fail("made again"))
         assert measure() == first
     reference.write_bytes(reference.read_bytes()[:1000])
     assert measure() == first
