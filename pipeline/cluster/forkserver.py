@@ -2,65 +2,35 @@
 
 A worker of Ray is a new Python that imports Ray, Ray Data, Ray Train and torch: three to eight seconds of a core, and a
 training in Ray Train is ten of them. A Ray that a job starts for itself is given a program in place of Python
-(`forked_workers`). Ray's raylet calls it to start a worker, with the command line of that worker:
+(`forking.forked_workers`). Ray's raylet calls it to start a worker, with the command line of that worker:
 
     first call      it becomes the server: it imports the modules, then forks the worker, and stays
     later calls     it asks the server to fork, and ends
-    no worker       it becomes Python: for the dashboard's agent, the monitors and whatever else Ray starts
+    no worker       it becomes Python: for the dashboard's agent and whatever else Ray starts
+
+A job that knows early what its workers need starts the server itself (`forking.start_server`), so that its imports run
+beside the job's own and beside Ray's start. The first call of a raylet then finds that server waiting.
 
 A server serves the calls of one raylet that come with the same environment, so that a forked worker is what a started one
 would be: libraries read the environment when they are imported. The worker's runtime environment counts as well; one that
 asks for more than variables (a package, a container) gets a Python of its own. The server ends with its raylet, and its
 workers with it. Linux has what this needs; elsewhere every worker is a new Python.
 
-This file is also that program, so it imports the standard library alone, and that late.
+This file is that program, so it imports the standard library alone, and that late. A driver's side is in forking.py.
 """
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 SETUP = "setup_worker.py"
 CONTEXT = "--serialized-runtime-env-context="
-# Set to 0: every worker is a new Python, as in any other Ray.
-SWITCH = "RAY_DDPM_FORK_WORKERS"
-# Bytes of the temporary folder's path. That of a socket in a folder of it has 107 at most.
-LONGEST_PLACE = 60
-
-
-@contextlib.contextmanager
-def forked_workers(preload: str) -> Iterator[None]:
-    """Ray nodes that are started inside fork their workers.
-
-    Args:
-        preload: modules that the workers need, separated by commas.
-    """
-    import atexit
-    import shlex
-    import shutil
-    import tempfile
-
-    if os.environ.get(SWITCH) == "0" or not hasattr(os, "pidfd_open"):
-        yield
-        return
-    python = sys.executable
-    # Only the user may enter: whoever reaches the socket may start processes.
-    place = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-", dir=place if len(place) < LONGEST_PLACE else "/tmp"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    program = folder / "python"
-    command = [python, "-I", "-S", __file__, str(folder), preload]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-    program.chmod(0o700)
-    if os.access(program, os.X_OK):  # not where programs in temporary folders are forbidden
-        sys.executable = str(program)  # Ray starts all its processes with it
-    try:
-        yield
-    finally:
-        sys.executable = python
+# The raylet's process id. Ray's core reads it once, when it is imported, and ends with that process. A server that no
+# raylet has called yet sets its own id: it will end with the raylet, too.
+RAYLET = "RAY_RAYLET_PID"
 
 
 def main() -> None:
@@ -90,16 +60,17 @@ def _context(command: list[str]) -> dict[str, str] | None:
 def _become_or_ask_server(folder: Path, preload: str, command: list[str], variables: dict[str, str]) -> bool:
     """Does not return where this process becomes the server; else whether the server has forked the worker."""
     import fcntl
-    import hashlib
     import socket
 
     raylet = os.getppid()
     environment = {**os.environ, **variables}
-    key = hashlib.sha256(json.dumps([raylet, sorted(environment.items())]).encode()).hexdigest()[:16]
-    address = str(folder / key)
-    request = json.dumps([part for part in command[1:] if not part.startswith((CONTEXT, "--language="))])
+    address = str(folder / _key([raylet, sorted(environment.items())]))
+    words = [part for part in command[1:] if not part.startswith((CONTEXT, "--language="))]
+    request = json.dumps([raylet, words])
     with socket.socket(socket.AF_UNIX) as client, Path(f"{address}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several first calls at once one becomes the server
+        with contextlib.suppress(FileNotFoundError):
+            (folder / early_name(environment)).rename(address)  # that server is this raylet's from now on
         try:
             client.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
@@ -108,14 +79,35 @@ def _become_or_ask_server(folder: Path, preload: str, command: list[str], variab
             server.bind(address)
             server.listen(64)
             os.set_inheritable(server.fileno(), True)
-            serve = [sys.executable, __file__, "--serve", str(server.fileno()), str(raylet), preload, request]
+            serve = server_command(server.fileno(), raylet, preload, str(Path(words[0]).parent), request)
             os.execve(sys.executable, serve, environment)
         socket.send_fds(client, [request.encode() + b"\0"], [0, 1, 2])
         return bool(client.recv(1))
 
 
-def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[str]:
+def server_command(listener: int, watched: int, preload: str, folder: str, *first: str) -> list[str]:
+    return [sys.executable, __file__, "--serve", str(listener), str(watched), preload, folder, *first]
+
+
+def _key(content: object) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def early_name(environment: dict[str, str]) -> str:
+    """The name of the socket of a server that no raylet has called yet."""
+    return _key(sorted((name, value) for name, value in environment.items() if name != RAYLET))
+
+
+def serve(listener: int, watched: int, preload: str, first: str) -> list[str]:
     """Forks workers until the raylet ends, whose end is theirs.
+
+    Args:
+        listener: descriptor of the socket on which calls come.
+        watched: process whose end is the server's: the raylet, or until its first call the driver.
+        preload: modules to import first, separated by commas.
+        first: the call that this process was started by; empty for a server that waits for its first one.
 
     Returns:
         in each of the workers: its command line.
@@ -126,14 +118,18 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
     import socket
 
     server = socket.socket(fileno=listener)
-    watched = os.pidfd_open(raylet)
+    owner, watch = watched, os.pidfd_open(watched)
     workers: dict[int, int] = {}
     poll = select.poll()
     poll.register(server, select.POLLIN)
-    poll.register(watched, select.POLLIN)
-    if not (_imported(preload) and _may_fork()):  # this process is the first worker then, and serves no other
+    poll.register(watch, select.POLLIN)
+    if not first:
+        os.environ[RAYLET] = str(os.getpid())
+    if not (_imported(preload) and _may_fork()):
         server.close()
-        return first
+        if not first:
+            os._exit(1)  # callers find nobody here and start their workers themselves
+        return _take(json.loads(first))  # this process is the first worker then, and serves no other
     gc.freeze()  # so that the collector of a worker does not touch, and copy, what all share
 
     def fork() -> bool:
@@ -143,18 +139,18 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
             poll.register(fd, select.POLLIN)
             return False
         os.setpgid(0, 0)  # Ray ends a worker's whole process group
-        for fd in (watched, *workers):
+        for fd in (watch, *workers):
             os.close(fd)
         server.close()
         if numpy := sys.modules.get("numpy"):
             numpy.random.seed()  # from the system's entropy, as in a new process
         return True
 
-    if fork():
-        return first
+    if first and fork():
+        return _take(json.loads(first))
     while True:
         for fd, _ in poll.poll():
-            if fd == watched:
+            if fd == watch:
                 for worker in workers:
                     signal.pidfd_send_signal(worker, signal.SIGKILL)
                 os._exit(0)
@@ -169,17 +165,30 @@ def serve(listener: int, raylet: int, preload: str, first: list[str]) -> list[st
                     request, streams, _, _ = socket.recv_fds(client, 2**20, 3)
                     while request and not request.endswith(b"\0"):
                         request += client.recv(2**20)
-                if request and fork():
+                called = json.loads(request[:-1]) if request else None
+                if called and called[0] != owner:  # the first call: no longer the driver's end counts
+                    owner = called[0]
+                    poll.unregister(watch)
+                    os.close(watch)
+                    poll.register(watch := os.pidfd_open(owner), select.POLLIN)
+                if called and fork():
                     for number, stream in enumerate(streams):
                         os.dup2(stream, number)
                         os.close(stream)
                     client.close()
-                    return list(json.loads(request[:-1]))
+                    return _take(called)
                 for stream in streams:
                     os.close(stream)
                 with contextlib.suppress(OSError):
                     client.send(b"1")
                 client.close()
+
+
+def _take(request: list[Any]) -> list[str]:
+    """In a worker: the command line of a call."""
+    raylet, command = request
+    os.environ[RAYLET] = str(raylet)
+    return list(command)
 
 
 def _imported(preload: str) -> bool:
@@ -225,9 +234,7 @@ def _work(command: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        listener, raylet, preload = sys.argv[2:5]
-        first = json.loads(sys.argv[5])
-        sys.path[0] = str(Path(first[0]).parent)  # where Ray's own worker has it when its imports begin
-        _work(serve(int(listener), int(raylet), preload, first))
+        listener, watched, preload, sys.path[0], *call = sys.argv[2:]
+        _work(serve(int(listener), int(watched), preload, "".join(call)))
     else:
         main()

@@ -107,6 +107,24 @@ def silence_published_errors() -> None:
     worker.print_to_stdstream = lambda data, ignore_prefix=False: None  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def small_nodes() -> Iterator[None]:
+    """Nodes that are started inside have no monitor of an autoscaler, no log monitor and no dashboard's server.
+
+    A Ray of one job on one machine has no use for them, and `ray.init` has no option for it. They take some three
+    seconds of CPU time, just when all else starts.
+    """
+    node = importlib.import_module("ray._private.node").Node
+    real = {name: getattr(node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
+    for name in real:
+        setattr(node, name, lambda self, **_: setattr(self, "_webui_url", ""))
+    try:
+        yield
+    finally:
+        for name, method in real.items():
+            setattr(node, name, method)
+
+
 def kill_without_asking() -> None:
     """The end of the Ray that this process started: SIGKILL at once, since its processes do not hear SIGTERM.
 

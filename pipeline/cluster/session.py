@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.forkserver import forked_workers
+from pipeline.cluster.forking import forked_workers, start_server
 from pipeline.cluster.joining import check_joinable
 from pipeline.display import quieten, redirected
 from pipeline.errors import InputError, Outage
@@ -60,7 +60,10 @@ def spilled_bytes() -> int:
 
 
 def connect(
-    verbose: bool = False, environment: dict[str, str] | None = None, preload: str = "ray.data"
+    verbose: bool = False,
+    environment: dict[str, str] | None = None,
+    preload: str = "ray.data",
+    server: Path | None = None,
 ) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts a Ray of this process's own on this machine.
 
@@ -68,25 +71,23 @@ def connect(
         verbose: let Ray's own logs and progress bars through.
         environment: variables that every worker gets.
         preload: modules that workers of a Ray that is started here need, separated by commas.
+        server: see `forking.forked_workers`.
 
     Raises:
         InputError: no cluster at RAY_ADDRESS can be joined, or no Ray started in the folder for temporary files.
         Outage: nothing answers at RAY_ADDRESS.
     """
-    for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET).items():
-        os.environ.setdefault(name, value)
+    _set_variables(verbose)
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning)
     import ray
     from ray.data import DataContext
 
     from pipeline.cluster.pace import set_pace
-    from pipeline.cluster.ray_internals import kill_without_asking, silence_published_errors
+    from pipeline.cluster.ray_internals import kill_without_asking, silence_published_errors, small_nodes
 
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "")
-        if address == "local":  # Ray's own word for one of this process's own
-            address = ""
+        address = _address()
         if address:
             check_joinable(address)
         options: dict[str, Any] = {
@@ -100,7 +101,8 @@ def connect(
         try:
             with (
                 contextlib.nullcontext() if verbose else _muted(),
-                contextlib.nullcontext() if address else forked_workers(preload),
+                contextlib.nullcontext() if address else forked_workers(preload, server),
+                contextlib.nullcontext() if address or verbose else small_nodes(),
                 _deaf_to_sigterm(),
             ):
                 ray.init(**options)
@@ -126,9 +128,14 @@ def connect(
 
 
 def connect_later(verbose: bool, environment: dict[str, str], preload: str) -> None:
-    """What `connect_now` does from now on, whoever needs Ray first: see `connect`."""
+    """What `connect_now` does from now on, whoever needs Ray first: see `connect`.
+
+    Where it will start a Ray, the workers' modules begin to be imported now, beside what this process does meanwhile.
+    """
     global _connect
-    _connect = partial(connect, verbose, environment, preload)
+    _set_variables(verbose)
+    server = None if _address() else start_server(preload, _worker_environment(environment))
+    _connect = partial(connect, verbose, environment, preload, server)
 
 
 def connect_now() -> None:
@@ -137,6 +144,17 @@ def connect_now() -> None:
 
 
 _connect: Callable[[], None] = connect
+
+
+def _set_variables(verbose: bool) -> None:
+    for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET).items():
+        os.environ.setdefault(name, value)
+
+
+def _address() -> str:
+    """Of the cluster to join; empty where this process starts a Ray of its own."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address  # Ray's own word for one of this process's own
 
 
 def is_own_ray() -> bool:

@@ -32,6 +32,8 @@ from pipeline.tracking import address
 
 T = TypeVar("T")
 HELP = ConstructorRegistry()
+# torch's optimizers import torch._dynamo, which takes two seconds, when the first of them is made.
+TRAINING_WORKERS = "pipeline.training.worker,torch._dynamo"
 
 
 @HELP.struct_rule
@@ -133,6 +135,7 @@ def main(
     check: Callable[[T], Any] | None = None,
     ray: bool = True,
     workers: str = "ray.data",
+    meanwhile: Callable[[], object] = lambda: None,
     environment: Callable[[T], dict[str, str]] = lambda config: {},
 ) -> int:
     """Runs a job: its result is the last line on stdout, everything else goes to stderr.
@@ -141,7 +144,8 @@ def main(
         execute: does the work, and returns the result; called with the configuration and with what `check` returned.
         check: raises InputError for what is known to be wrong before Ray is joined or started.
         ray: join or start Ray first.
-        workers: the module that most of the job's workers run, for `connect`.
+        workers: modules that most of the job's workers run, for `connect`.
+        meanwhile: makes ready what `execute` needs, in a thread, while Ray starts. Its errors are left to `execute`.
         environment: variables that all workers get.
 
     Returns:
@@ -167,6 +171,7 @@ def main(
                 connect_later(verbose, {**address.environment(), **environment(config)}, workers)
             checked = (check(config),) if check else ()
             if ray:
+                _start(meanwhile)
                 connect_now()
             result = execute(config, *checked)
             print(to_json(result), file=stream, flush=True)
@@ -192,6 +197,24 @@ def main(
         if former is not None:
             signal.signal(signal.SIGTERM, former)
     return 0
+
+
+def open_tracking() -> None:
+    """Imports MLflow and makes the tables of a new database, which takes seconds."""
+    from pipeline.tracking import runs
+
+    runs.open_client()
+
+
+def _start(work: Callable[[], object]) -> None:
+    """Calls `work` in a thread."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    # Not a daemon: a database that is being made would be left half done.
+    threading.Thread(target=run, name="meanwhile").start()
 
 
 def _interrupt_at_sigterm(heard: list[int]) -> Any:

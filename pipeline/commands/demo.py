@@ -104,4 +104,12 @@ def say(line: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
-    return cli.main("demo", __doc__ or "", DemoConfig, execute, arguments, workers="pipeline.training.worker")
+    return cli.main(
+        "demo",
+        __doc__ or "",
+        DemoConfig,
+        execute,
+        arguments,
+        workers=cli.TRAINING_WORKERS,
+        meanwhile=cli.open_tracking,
+    )

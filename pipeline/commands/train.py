@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> int:
         execute,
         arguments,
         check=check,
-        workers="pipeline.training.worker",
+        workers=cli.TRAINING_WORKERS,
+        meanwhile=cli.open_tracking,
         environment=lambda config: disk_cache.environment(config.cache_dir, config.cache_gb),
     )

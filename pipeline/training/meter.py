@@ -5,6 +5,7 @@ Both are carried by checkpoints, so that a curve's point and the record are thos
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,16 +42,15 @@ class Meter:
         config: TrainConfig,
         world_size: int,
         device: torch.device,
-        flops_per_image: int = 0,
         peak_flops: float = 0.0,
     ) -> None:
         """
         Args:
-            flops_per_image: of a training step.
             peak_flops: what this worker could do a second; 0 leaves the model FLOPs utilisation out.
         """
-        self._config, self.world_size, self.device = config, world_size, device
-        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
+        self._config, self.world_size, self.device, self._peak_flops = config, world_size, device, peak_flops
+        # Of a training step. Only the worker that posts the curve is told it.
+        self.flops_per_image: Callable[[], int] = lambda: 0
         utilisation(device)
         self._named: list[str] = []
         # [samples, their digest, undecodable ones], since the run's first step, int64 (the digest wraps around).
@@ -116,7 +116,7 @@ class Meter:
             **{name: mean / self.world_size for name, mean in zip(system, means, strict=True)},
         }
         if peak:
-            result["mfu"] = rate_of_images * self._flops_per_image / peak
+            result["mfu"] = rate_of_images * self.flops_per_image() / peak
         self._new_interval()
         return result
 

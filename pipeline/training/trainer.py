@@ -144,7 +144,8 @@ def train(
 def draw_exported(output: str, seed: int) -> None:
     """Draws samples of a run's exported model into its output; the model's description in MLflow shows them."""
     model = load_model(storage.join(output, "model"))
-    picture = file_of(lambda path: draw_samples(*model, path, seed=seed))
+    rows = max(1, 128 // max(32, model[1].image.size))  # large images take a head node without a GPU long
+    picture = file_of(lambda path: draw_samples(*model, path, rows=rows, seed=seed))
     storage.write_atomic(storage.join(output, SAMPLES), picture)
 
 

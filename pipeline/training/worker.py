@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,8 +98,7 @@ def _run(task: Task) -> None:
     network.prepare_device(config, device)
     state = new_state(config, spec, device)
     peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
-    per_image = flops.flops_per_image(spec) if rank == 0 else 0  # rank 0 posts the curve
-    meter = Meter(config, world_size, device, per_image, peak)
+    meter = Meter(config, world_size, device, peak)
     run = RunObserver(task, state, meter, rank)
 
     run.restore()
@@ -106,7 +106,9 @@ def _run(task: Task) -> None:
     batches = ray.train.get_dataset_shard("train").batches(
         state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
-    with contextlib.closing(batches):
+    with contextlib.closing(batches), ThreadPoolExecutor(1) as aside:
+        if rank == 0:  # it posts the curve; meanwhile the first batch is on its way
+            meter.flops_per_image = aside.submit(flops.flops_per_image, spec).result
         model = network.wrap(config, state.model, world_size, device)
         run.begin()
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from pipeline.cluster.forkserver import forked_workers
+from pipeline.cluster.forking import forked_workers
 
 PRELOAD = "pipeline.training.worker"
 # Small stores: many nodes share one machine.
