@@ -1,4 +1,7 @@
-"""Tasks through workers that are set up once: a pool of actors on Ray Data, or this process."""
+"""Tasks through workers that are set up once: a pool of actors on Ray Data, or this process.
+
+Ray is imported when a pool of actors starts: jobs on little data never need it.
+"""
 
 import contextlib
 import pickle
@@ -6,16 +9,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import ray
-import ray.data
-
-from pipeline.cluster.room import Need, announced, choose_gpu, most_places
 from pipeline.cluster.session import connect_now
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.gpu.precision import use_tf32
+
+if TYPE_CHECKING:
+    from pipeline.cluster.room import Need
 
 # Ray Data keeps some kilobytes in the driver for every block that there ever was: this bounds them.
 MOST_BLOCKS = 4096
@@ -69,6 +71,10 @@ class ActorPool:
         Raises:
             InputError: no node is large enough for an actor, or what the work raised as such.
         """
+        import ray
+
+        from pipeline.cluster.room import announced, choose_gpu
+
         if not ray.is_initialized():
             connect_now()
         with Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display:
@@ -82,14 +88,20 @@ class ActorPool:
                         display.update(done, "")
                     yield pickle.loads(row["result"])
 
-    def _need(self, gpu: bool) -> Need:
+    def _need(self, gpu: bool) -> "Need":
         """Of one actor."""
+        from pipeline.cluster.room import Need
+
         each = {"CPU": self.cpus} | ({"GPU": 1.0} if gpu else {})
         return Need(
             1, each, f"MapWorker(Map({_Actor.__name__}))", "--gpu" if gpu else "one process of this job"
         )
 
     def _rows(self, work: Work, tasks: Sequence[Any], gpu: bool) -> Iterator[dict[str, Any]]:
+        import ray.data
+
+        from pipeline.cluster.room import Need, most_places
+
         wanted = min(self.most or len(tasks), len(tasks))
         each = self._need(gpu) if gpu else Need(1, {"CPU": 1.0}, "", "")
         units = wanted if self.most and not self.least else most_places(each, wanted)
@@ -124,6 +136,8 @@ class _Actor:
     """A worker whose errors, where the user can mend them, travel as results: Ray would bury them in tracebacks."""
 
     def __init__(self, setup: list[Any], device: str) -> None:
+        import ray
+
         self._error = ""
         try:
             work, self._tasks = ray.get(setup[0])

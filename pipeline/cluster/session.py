@@ -127,14 +127,16 @@ def connect(
         context.print_on_execution_start = False
 
 
-def connect_later(verbose: bool, environment: dict[str, str], preload: str) -> None:
+def connect_later(verbose: bool, environment: dict[str, str], preload: str, soon: bool = True) -> None:
     """What `connect_now` does from now on, whoever needs Ray first: see `connect`.
 
-    Where it will start a Ray, the workers' modules begin to be imported now, beside what this process does meanwhile.
+    Args:
+        soon: Ray will be needed. Where it is started here, its workers' modules begin to be imported at once.
     """
     global _connect
     _set_variables(verbose)
-    server = None if _address() else start_server(preload, _worker_environment(environment))
+    early = soon and not _address()
+    server = start_server(preload, _worker_environment(environment)) if early else None
     _connect = partial(connect, verbose, environment, preload, server)
 
 

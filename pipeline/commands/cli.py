@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Annotated, Any, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -133,7 +133,7 @@ def main(
     arguments: list[str],
     *,
     check: Callable[[T], Any] | None = None,
-    ray: bool = True,
+    ray: Literal["at once", "when needed", "never"] = "at once",
     workers: str = "ray.data",
     meanwhile: Callable[[], object] = lambda: None,
     environment: Callable[[T], dict[str, str]] = lambda config: {},
@@ -143,7 +143,7 @@ def main(
     Args:
         execute: does the work, and returns the result; called with the configuration and with what `check` returned.
         check: raises InputError for what is known to be wrong before Ray is joined or started.
-        ray: join or start Ray first.
+        ray: when Ray is joined or started; "when needed" leaves it to `connect_now`.
         workers: modules that most of the job's workers run, for `connect`.
         meanwhile: makes ready what `execute` needs, in a thread, while Ray starts. Its errors are left to `execute`.
         environment: variables that all workers get.
@@ -166,16 +166,17 @@ def main(
             if not verbose:
                 quieten()
                 address.quieten()
-            if ray:
+            if ray != "never":
                 # Before the check, which joins the cluster itself where it has much data to read.
-                connect_later(verbose, {**address.environment(), **environment(config)}, workers)
+                variables = {**address.environment(), **environment(config)}
+                connect_later(verbose, variables, workers, soon=ray == "at once")
             checked = (check(config),) if check else ()
-            if ray:
+            if ray == "at once":
                 _start(meanwhile)
                 connect_now()
             result = execute(config, *checked)
             print(to_json(result), file=stream, flush=True)
-            if ray:
+            if ray != "never":
                 # While stdout still leads to stderr: what Ray's core says as it goes must not follow the result.
                 disconnect()
     except InputError as error:

@@ -53,4 +53,4 @@ def _check_ours(output: str, files: tuple[str, ...]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
-    return cli.main("export", __doc__ or "", ExportConfig, execute, arguments, ray=False)
+    return cli.main("export", __doc__ or "", ExportConfig, execute, arguments, ray="never")

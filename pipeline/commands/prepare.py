@@ -14,4 +14,4 @@ def execute(config: PrepareConfig) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
-    return cli.main("prepare", __doc__ or "", PrepareConfig, execute, arguments)
+    return cli.main("prepare", __doc__ or "", PrepareConfig, execute, arguments, ray="when needed")

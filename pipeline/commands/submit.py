@@ -8,5 +8,5 @@ def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
     own, flags = cli.split_at_dashes(arguments)
     return cli.main(
-        "submit", __doc__ or "", SubmitConfig, lambda config: submit(config, flags), own, ray=False
+        "submit", __doc__ or "", SubmitConfig, lambda config: submit(config, flags), own, ray="never"
     )

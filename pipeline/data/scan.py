@@ -99,7 +99,7 @@ def scan(uri: str, reading: Reading, split: tuple[str, ...] = (), kept: str = ""
     keys, before = [_key(part, opened) for part in used], _read_kept(kept) if kept else {}
 
     new = [part for part, key in zip(used, keys, strict=True) if key not in before]
-    results = iter(_scan_all(new, _bytes_of(new, opened)))
+    results = iter(_scan_all(new, opened.size_of(new)))
     found = [
         [_unpack(row, part) for row in before[key]] if key in before else next(results)
         for part, key in zip(used, keys, strict=True)
@@ -136,12 +136,6 @@ def _scan_all(parts: list[Part], size: int) -> list[list[ScannedPart]]:
         return list(ActorPool(gpu=False, cpus=CPUS)(ScanParts(), parts, title="read the data once"))
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(_scanned, parts))
-
-
-def _bytes_of(parts: list[Part], opened: Opened) -> int:
-    """Of the files that the parts are in, each counted once."""
-    files = opened.tree.files
-    return sum(files[name].size for name in {name for part in parts for name in part.names} if name in files)
 
 
 def _key(part: Part, opened: Opened) -> str:

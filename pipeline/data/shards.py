@@ -183,8 +183,9 @@ def _decode(config: PrepareConfig, opened: Opened, image: ImageConfig, output: s
     ]
     if tasks:
         work, images = DecodeParts(pixels, config.validation_fraction, output), 0
+        small = storage.is_local(config.input) and opened.size_of(task.part for task in tasks) < SMALL_BYTES
         with Display("prepare", len(keys), "parts") as display:
-            pool = _pool(len(tasks), small=len(tasks) == 1)
+            pool = _pool(len(tasks), small=len(tasks) == 1 or small)
             for finished, rows in enumerate(pool(work, tasks), len(keys) - len(tasks) + 1):
                 images += rows
                 display.update(finished, f"{images} images")
@@ -213,5 +214,5 @@ def _shuffle(work: WriteShards, tasks: list[ShardTask], size: int) -> None:
 
 
 def _pool(tasks: int, small: bool) -> Pool:
-    """Who does them: this process where starting others would take longer than the work."""
+    """Who does them: this process where starting Ray and its workers would take longer than the work."""
     return in_process if small else ActorPool(tasks, gpu=False, least=1, ordered=False)

@@ -32,7 +32,7 @@ class Job:
         return {"output": "o"}
 
     def run(self, *more: str) -> int:
-        return cli.main("train", "", TrainConfig, self.execute, [*FLAGS, *more], ray=False)
+        return cli.main("train", "", TrainConfig, self.execute, [*FLAGS, *more], ray="never")
 
 
 def test_every_further_attempt_ends_at_once_and_then_the_job_begins_anew(

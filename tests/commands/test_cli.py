@@ -57,7 +57,7 @@ def test_a_mistake_is_told_in_one_line(cls: type, words: list[str], says: str) -
 def test_a_result_is_strict_json(capfd: pytest.CaptureFixture[str]) -> None:
     values = {"metrics": {"a": float("nan"), "b": [float("inf"), 1.5], "c": None}, "count": 3}
     words = ["--data", "d", "--output", "o"]
-    assert cli.main("train", "", TrainConfig, lambda config: values, words, ray=False) == 0
+    assert cli.main("train", "", TrainConfig, lambda config: values, words, ray="never") == 0
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
