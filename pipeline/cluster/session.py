@@ -45,6 +45,13 @@ _SETTINGS = {
 }
 
 
+# Of a Ray that a job starts for itself. Its one node never gets a notice, and nobody looks at the node's figures.
+_OWN_RAY = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+
+
 def spilled_bytes() -> int:
     """Bytes that the object stores of all nodes have spilled to disk so far; 0 where nobody answers."""
     import ray
@@ -149,7 +156,8 @@ _connect: Callable[[], None] = connect
 
 
 def _set_variables(verbose: bool) -> None:
-    for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET).items():
+    settings = _SETTINGS | ({} if verbose else _QUIET) | ({} if _address() else _OWN_RAY)
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 

@@ -1,5 +1,6 @@
 """A forked worker is what a started one would be, and nothing of it outlives its raylet."""
 
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from pipeline.cluster import forkserver
+from pipeline.cluster import forking
 from tests.jobs.common import ROOT
 from tests.system.cluster import is_alive
 
@@ -119,7 +120,9 @@ def preloaded() -> set[str]:
     """What the jobs name as their workers' modules."""
     files = (ROOT / "pipeline" / "commands").glob("*.py")
     return {
-        name for file in files for name in re.findall(r'workers(?:: str ?= ?|=)"([\w.]+)"', file.read_text())
+        name
+        for file in files
+        for name in re.findall(r'(?i:workers)(?:: str ?= ?| = |=)"([\w.,]+)"', file.read_text())
     }
 
 
@@ -156,7 +159,7 @@ def test_a_temporary_folder_that_is_no_good_is_not_used(
         monkeypatch.setattr(os, "access", lambda *_: False)
     else:
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    with forkserver.forked_workers("ray.data"):
+    with forking.forked_workers("ray.data"):
         if place == "noexec":
             assert sys.executable == python
         else:
@@ -177,11 +180,74 @@ def test_another_server_takes_the_place_of_one_that_was_killed(cluster: None) ->
 
 @pytest.mark.parametrize(("switch", "forks"), [("0", False), ("1", True)])
 def test_it_can_be_switched_off(switch: str, forks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(forkserver.SWITCH, switch)
+    monkeypatch.setenv(forking.SWITCH, switch)
     python = sys.executable
-    with forkserver.forked_workers("ray.data"):
+    with forking.forked_workers("ray.data"):
         assert (sys.executable != python) is forks
     assert sys.executable == python
+
+
+EARLY = """
+import json
+import os
+import ray
+from pipeline.cluster.session import connect_later, connect_now, disconnect
+from tests.cluster.test_forkserver import Worker, own_python
+
+connect_later(False, {"A": "1"}, "pipeline.training.worker")
+connect_now()
+forked, other, started = Worker.remote(), Worker.remote(), own_python()
+pids = [ray.get(worker.pids.remote()) for worker in (forked, other)]
+about = [ray.get(worker.about.remote()) for worker in (forked, started)]
+raylet = ray.get(started.pids.remote())[1]
+print(json.dumps([os.getpid(), pids, *about, raylet], default=str), flush=True)
+os.kill(raylet, 9)
+input()
+"""
+
+
+@pytest.mark.system
+def test_a_server_that_a_driver_starts_early_serves_the_raylet_and_ends_with_it() -> None:
+    """Its workers are what started ones are; a killed raylet is the end of all of them, while the driver goes on."""
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", EARLY], text=True, **streams) as driver:
+        try:
+            assert driver.stdout
+            pid, pids, forked, started, raylet = json.loads(driver.stdout.readline())
+            (server,) = {parent for _, parent in pids}
+            assert psutil.Process(server).ppid() == pid
+            assert forked == started
+            deadline = time.monotonic() + 60
+            while any(is_alive(one) for one in (server, *(worker for worker, _ in pids))):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            assert driver.poll() is None
+            assert not is_alive(raylet)
+        finally:
+            driver.kill()
+
+
+@pytest.mark.parametrize("preload", ["no.such.module", "ray.data"])
+def test_an_early_server_that_nobody_calls_ends_with_its_driver(preload: str) -> None:
+    """Also one that can't import what it is told to, and does so at once."""
+    program = (
+        f"import sys\nfrom pipeline.cluster import forking\nforking.start_server({preload!r}, {{}})\ninput()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as driver:
+        try:
+            deadline = time.monotonic() + 60
+            while not (servers := psutil.Process(driver.pid).children()):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            (server,) = servers
+            while preload == "no.such.module" and is_alive(server.pid):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            driver.kill()
+    while is_alive(server.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.system

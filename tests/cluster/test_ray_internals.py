@@ -5,6 +5,8 @@ import importlib
 import inspect
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -152,3 +154,22 @@ def test_ray_tune_copies_the_variables_in_this_set_into_trials() -> None:
     assert ray_internals.ENV_VARS_TO_PROPAGATE is module.ENV_VARS_TO_PROPAGATE
     assert isinstance(module.ENV_VARS_TO_PROPAGATE, set)
     assert all(f'"{name}"' in inspect.getsource(module) for name in SECRETS)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_ray_of_a_jobs_own_runs_no_process_that_it_has_no_use_for(verbose: bool) -> None:
+    program = f"""
+import psutil
+from pipeline.cluster.session import connect
+connect(verbose={verbose})
+import ray
+assert ray.data.range(3).count() == 3
+print(*(" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)), sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300
+    )
+    found = {name for name in ("monitor.py", "log_monitor.py", "dashboard.py") if f"/{name} " in done.stdout}
+    assert "raylet" in done.stdout
+    assert found == ({"monitor.py", "log_monitor.py", "dashboard.py"} if verbose else set())

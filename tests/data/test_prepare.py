@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.data import decoded
+from pipeline.data import decoded, shards
 from pipeline.data.groups import read_rows
 from pipeline.data.images import decode
 from pipeline.data.index import open_dataset
@@ -58,7 +59,9 @@ def config(source: Path, output: Path | str, **changes: object) -> PrepareConfig
 def prepared(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """By a pool of actors."""
     output = tmp_path_factory.mktemp("prepared")
-    return output, prepare(config(source, output))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SMALL_BYTES", 0)
+        return output, prepare(config(source, output))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -172,8 +175,11 @@ def test_bad_images_are_counted_and_named(tmp_path: Path) -> None:
     assert named["cat/empty.png"] == "empty"
 
 
-def test_what_a_reader_refuses_on_a_node_is_one_line_here(cluster: None, tmp_path: Path) -> None:
+def test_what_a_reader_refuses_on_a_node_is_one_line_here(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file is sound when it is listed, and damaged when a worker comes to read it."""
+    monkeypatch.setattr(shards, "SMALL_BYTES", 0)
     pixels = np.zeros((6, 4, 4), np.uint8)
     write_idx(tmp_path / "in", pixels, np.arange(6))
     settings = PrepareConfig(str(tmp_path / "out"), "idx", str(tmp_path / "in"))
@@ -387,3 +393,16 @@ def test_killed_and_started_again_it_finishes_what_is_missing(tmp_path: Path) ->
     assert done == {name: (output / "parts" / name).stat().st_mtime_ns for name in done}
     prepare(config(source, tmp_path / "reference", rows_per_group=0, **options))
     assert contents(output) == contents(tmp_path / "reference")
+
+
+def test_little_data_needs_no_ray(prepared: tuple[Path, Manifest], source: Path, tmp_path: Path) -> None:
+    """The job does not even import it, and the shards are those that a pool of actors writes."""
+    flags = ["--source", "folder", "--input", source, "--output", tmp_path / "out", "--image-size", 12]
+    flags += ["--rows-per-shard", 60, "--rows-per-group", 16]
+    program = (
+        "import sys; from pipeline.commands import prepare\n"
+        f"print(prepare.main({[str(flag) for flag in flags]}), 'ray' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "0 False"
+    assert contents(tmp_path / "out") == contents(prepared[0])

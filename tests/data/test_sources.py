@@ -247,3 +247,12 @@ def test_threads_read_one_parquet_file_at_a_time_each_for_itself(tmp_path: Path)
         list(range(i, i + 20)) for i in range(0, 6000, 20)
     ]
     assert all(t.equals(found[n % 300]) for n, t in enumerate(found))
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    digits, items = load_digits(), read_all("digits", Path())
+    pixels = np.stack([item.data for item in items])
+    assert np.array_equal(pixels[..., 0], np.round(digits.images * (255 / 16)).astype(np.uint8))
+    assert [item.label for item in items] == [str(label) for label in digits.target]
