@@ -90,8 +90,8 @@ def addresses(node: Any) -> Iterator[tuple[str, int]]:
         for child in node.values() if isinstance(node, dict) else node:
             yield from addresses(child)
     elif isinstance(node, str) and " " not in node and "," not in node:
-        url = urlsplit(node if "://" in node else f"//{node}")
         try:
+            url = urlsplit(node if "://" in node else f"//{node}")
             host, port = url.hostname, url.port
         except ValueError:
             return
