@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,13 @@ def test_each_log_file_is_found_once(destination: str, tmp_path: Path) -> None:
         for day in (1, 2)
         for name in ("raylet.out", "job-driver-a.log", "raylet.err.1", "train/ray-train-app-controller.log")
     ]
-    for name in written:
+    for name in (*written, "session_2026-01-02_10-00-00_000001_7/logs/debug_state.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("a line\n")
     (tmp_path / "session_latest").symlink_to(tmp_path / "session_2026-01-02_10-00-00_000001_7")
     patterns = [pattern.removeprefix("/tmp/ray/") for pattern in read["path"].split(",")]
     found = [path for pattern in patterns for path in tmp_path.glob(pattern) if path.is_file()]
+    found = [path for path in found if not fnmatch(str(path), read["exclude_path"])]
     assert sorted(found) == sorted(tmp_path / name for name in written)
 
 

@@ -83,7 +83,11 @@ def test_with_kueue_jobs_wait_in_a_queue(overlay: str, jobs: list[Object], tmp_p
     assert {o["metadata"]["name"] for o in queued} == {o["metadata"]["name"] for o in jobs}
     for job in (o for o in queued if o["kind"] == "RayJob"):
         labels = job["metadata"]["labels"]
-        assert job_spec(job)["suspend"] is True
+        spec = job_spec(job)
+        assert spec["suspend"] is True
+        # Kueue's webhook refuses a growing cluster that is not elastic, and a cluster that outlives its job.
+        assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] and spec["shutdownAfterJobFinishes"]
+        assert job["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true"
         assert objects[labels["kueue.x-k8s.io/queue-name"]]
         priority = objects[labels["kueue.x-k8s.io/priority-class"]]
         assert priority["kind"] == "WorkloadPriorityClass"
