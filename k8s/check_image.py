@@ -1,4 +1,4 @@
-"""Whether an image is whole: every job can be imported, and --compile works, on the GPU where there is one.
+"""Check that an image is complete: every job can be imported, and --compile works, on the GPU if there is one.
 
 docker run --rm --interactive --read-only --tmpfs /tmp:exec IMAGE python - < k8s/check_image.py
 """
@@ -32,7 +32,7 @@ def main() -> None:
 
     exact, compiled = gradient(model), gradient(torch.compile(model, dynamic=False))
     assert torch.allclose(exact, compiled, atol=1e-3 * float(exact.abs().max())), (
-        "compiled, it computes something else"
+        "the compiled gradients differ"
     )
     print(f"{len(JOBS)} jobs; compiled for {device}")
 

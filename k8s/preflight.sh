@@ -1,5 +1,5 @@
 #!/bin/sh
-# Says what a Kubernetes cluster lacks of what the manifests need. It only reads.
+# Lists what the manifests need and a Kubernetes cluster lacks. It changes nothing.
 #
 #   k8s/preflight.sh [local|gpu]
 #
@@ -20,12 +20,16 @@ there() { echo "ok       $1"; }
 lacks() { echo "MISSING  $1: $2"; missing=1; }
 has() { kubectl get "$@" --request-timeout=10s > /dev/null 2>&1; }
 
+minor=$(kubectl get --raw /version --request-timeout=10s 2> /dev/null | sed -n 's/.*"minor": *"\([0-9]*\).*/\1/p')
+if [ "${minor:-0}" -ge 33 ]; then there "Kubernetes 1.33 or newer"
+else lacks "Kubernetes 1.33 or newer" "the cluster has ${minor:+1.}${minor:-an unknown version}"; fi
+
 for kind in rayclusters rayjobs raycronjobs; do
   if has crd "$kind.ray.io"; then there "KubeRay's $kind"
   else lacks "KubeRay's $kind" "install the operator's CRDs (RayCronJob came with 1.6)"; fi
 done
 
-# By the label that the network policy looks for: Helm's operator and kustomize's have it.
+# The network policy uses the same label. The operator has it whether Helm or kustomize installed it.
 operator=$(kubectl get pods -A -l app.kubernetes.io/component=kuberay-operator --request-timeout=10s \
   -o jsonpath='{range .items[*]}{.metadata.namespace}{" "}{.spec.containers[*].args}{" "}{.spec.containers[*].command}{"\n"}{end}' 2> /dev/null)
 if [ -z "$operator" ]; then lacks "the KubeRay operator" "install it in the namespace kuberay-system"
@@ -52,10 +56,10 @@ else lacks "the namespace ray-ddpm" "kubectl create namespace ray-ddpm"; fi
 
 if [ "$overlay" = gpu ]; then
   if has storageclass shared; then there "the storage class shared"
-  else lacks "the storage class shared" "one that many nodes can mount at once (ReadWriteMany)"; fi
+  else lacks "the storage class shared" "make one that many nodes can mount at once (ReadWriteMany)"; fi
   if kubectl get daemonsets -A --request-timeout=10s 2> /dev/null | grep -q nvidia-device-plugin
   then there "NVIDIA's device plugin"
-  else lacks "NVIDIA's device plugin" "without it no node has nvidia.com/gpu"; fi
+  else lacks "NVIDIA's device plugin" "install it: without it no node offers nvidia.com/gpu"; fi
 fi
 [ "$missing" = 0 ] && echo "nothing is missing" || echo "see docs/operations.md"
 exit "$missing"

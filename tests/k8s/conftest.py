@@ -8,7 +8,7 @@ from tests.k8s.render import K8S, Object, render
 
 @pytest.fixture(scope="session")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
-    """What k8s/secrets makes once a person has filled in every example."""
+    """The Secrets that k8s/secrets makes once every example is filled in."""
     folder: Path = tmp_path_factory.mktemp("k8s") / "secrets"
     shutil.copytree(K8S / "secrets", folder, ignore=shutil.ignore_patterns("*.env"))
     for example in folder.glob("*.env.example"):

@@ -1,4 +1,4 @@
-"""Who talks to whom: what the objects' addresses say, against what the network policies let through."""
+"""Compare the connections that pods make with those that the network policies allow."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from tests.k8s.references import addresses, containers, matches, ports
 from tests.k8s.render import Object
 
-# A pod, what it opens a connection to, and the port; ANY stands for every port.
+# Source, destination and port of a connection. ANY stands for every port.
 Pair = tuple[str, str, int]
 ANY = 0
 RAY = ("head", "worker")
@@ -16,11 +16,11 @@ OUTSIDE = "outside"
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod that an object leads to.
+    """A kind of pod that an object creates.
 
     Attributes:
-        name: of its kind: those of all clusters are one, as they have the same labels but for the cluster's name.
-        template: None for one that KubeRay makes all by itself.
+        name: the kind, such as `head`. Heads of all clusters are one kind, as only the cluster's name tells them apart.
+        template: the pod's spec; None where KubeRay makes the pod without a template.
     """
 
     name: str
@@ -58,7 +58,7 @@ def pods(objects: list[Object]) -> list[Pod]:
 
 
 def talking(objects: list[Object]) -> set[Pair]:
-    """The pairs that talk: by the addresses in a pod's own settings, and what Ray and KubeRay do by themselves."""
+    """Pairs that connect, by an address in a pod's settings or because Ray and KubeRay do so by themselves."""
     known = {(o["kind"], o["metadata"]["name"]): o for o in objects}
     every = pods(objects)
     pairs: set[Pair] = {(a, b, ANY) for a in RAY for b in RAY} | {("submitter", "head", 8265)}
@@ -79,13 +79,13 @@ def talking(objects: list[Object]) -> set[Pair]:
                 continue
             selector = known["Service", host]["spec"]["selector"]
             servers = [other.name for other in every if matches({"matchLabels": selector}, other.labels)]
-            # A host's own name among those that it answers to is no call.
+            # A server that lists its own name does not call itself.
             pairs |= {(pod.name, name, port) for name in servers if name != pod.name}
     return pairs
 
 
 def allowed(objects: list[Object]) -> tuple[set[Pair], set[Pair]]:
-    """The pairs that policies let out, and those that they let in."""
+    """Pairs that egress rules allow, and pairs that ingress rules allow."""
     every = pods(objects)
     out, into = set[Pair](), set[Pair]()
     for policy in (o["spec"] for o in objects if o["kind"] == "NetworkPolicy"):
@@ -109,7 +109,7 @@ def _peers(rules: list[Object], side: str, every: list[Pod]) -> Iterator[tuple[s
 
 
 def mistakes(objects: list[Object]) -> list[str]:
-    """Pairs that talk and may not, and pairs that may talk and don't."""
+    """Connections that are made and not allowed, and those that are allowed and never made."""
     every, needed, (out, into) = pods(objects), talking(objects), allowed(objects)
 
     def covers(pairs: set[Pair], pair: Pair) -> bool:

@@ -1,4 +1,4 @@
-"""Names that objects give each other: whatever is referred to must be there."""
+"""Check that every name exists that an object refers to."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,12 +6,12 @@ from urllib.parse import urlsplit
 
 from tests.k8s.render import Object
 
-# What every namespace has without anyone making it.
+# Kubernetes puts these into every namespace.
 BUILT_IN = {("ConfigMap", "kube-root-ca.crt")}
 
 
 def pod_templates(thing: Any, path: str = "") -> Iterator[tuple[str, Object]]:
-    """Every pod template in an object, wherever it hangs."""
+    """Every pod template in an object, at any depth, with its path."""
     if isinstance(thing, dict):
         if isinstance(thing.get("containers"), list):
             yield path, thing
@@ -85,13 +85,13 @@ def _named(node: Any) -> Iterator[tuple[str, str, str | None]]:
 
 
 def addresses(node: Any) -> Iterator[tuple[str, int]]:
-    """HOST:PORT of services in this namespace: host names without a dot."""
+    """Every HOST:PORT of a service in this namespace, that is, without a dot in the host's name."""
     if isinstance(node, list | dict):
         for child in node.values() if isinstance(node, dict) else node:
             yield from addresses(child)
     elif isinstance(node, str) and " " not in node and "," not in node:
-        url = urlsplit(node if "://" in node else f"//{node}")
         try:
+            url = urlsplit(node if "://" in node else f"//{node}")
             host, port = url.hostname, url.port
         except ValueError:
             return
@@ -100,7 +100,7 @@ def addresses(node: Any) -> Iterator[tuple[str, int]]:
 
 
 def _inside(pod: Object, images: set[str], thing: Object) -> Iterator[str]:
-    """Volumes, mounts, probes and images of one pod."""
+    """What is wrong with the volumes, mounts, probes and images of one pod."""
     volumes = {v["name"] for v in pod.get("volumes", [])}
     volumes |= {c["metadata"]["name"] for c in thing["spec"].get("volumeClaimTemplates", [])}
     used = set()
@@ -125,7 +125,7 @@ def _inside(pod: Object, images: set[str], thing: Object) -> Iterator[str]:
 
 
 def labelled_pods(objects: list[Object]) -> list[tuple[dict[str, str], set[Any]]]:
-    """Labels and ports (names and numbers) of every pod that these objects lead to."""
+    """Labels and ports (names and numbers) of every pod that these objects create."""
     found = []
     for thing in objects:
         spec = thing.get("spec", {})
@@ -149,7 +149,7 @@ def ports(pod: Object) -> set[Any]:
 
 
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    """A label selector, of matchLabels and matchExpressions with In."""
+    """Whether a label selector matches; it may have matchLabels, and matchExpressions with In."""
     assert set(selector) <= {"matchLabels", "matchExpressions"}, selector
     assert all(e["operator"] == "In" for e in selector.get("matchExpressions", []))
     return all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items()) and all(
@@ -176,7 +176,7 @@ def _services(objects: list[Object]) -> list[str]:
 
 
 def _policies(objects: list[Object]) -> list[str]:
-    """Each policy selects a pod, lets in only on ports that these pods have, and each peer of ours exists."""
+    """Policies that select no pod, allow a port that no pod has, or name a peer that this namespace lacks."""
     pods, problems = labelled_pods(objects), []
     for thing in objects:
         if thing["kind"] != "NetworkPolicy":

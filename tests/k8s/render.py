@@ -1,4 +1,4 @@
-"""What `kubectl apply -k` would send, by kubectl itself."""
+"""Render kustomizations by kubectl, as `kubectl apply -k` would send them."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ K8S = ROOT / "k8s"
 
 
 def render(folder: Path) -> list[Object]:
-    """All objects of a kustomization; skips where nothing can make them."""
+    """All objects of a kustomization; skips the test where neither kubectl nor kustomize is installed."""
     if shutil.which("kubectl"):
         command = ["kubectl", "kustomize"]
     elif shutil.which("kustomize"):

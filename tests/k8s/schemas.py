@@ -1,4 +1,4 @@
-"""Objects against the Kubernetes schemas, strictly, and Ray's against KubeRay's published definitions, CEL rules too."""
+"""Check objects strictly against the schemas of Kubernetes and KubeRay, with the CEL rules of the latter."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -30,7 +30,7 @@ RULES = cel.NewEnv(variables={"self": cel.Type.DYN, "oldSelf": cel.Type.DYN})
 
 
 def keep_rules(validator: Any, rules: list[dict[str, str]], thing: Any, schema: Any) -> Iterator[Any]:
-    """The keyword `x-kubernetes-validations`; a rule of `oldSelf` is about changes alone."""
+    """The keyword `x-kubernetes-validations`. Rules with `oldSelf` are left out, since they concern changes."""
     for rule in rules:
         if (
             "oldSelf" not in rule["rule"]
@@ -50,7 +50,7 @@ def ray_validator(kind: str, version: str) -> Any:
     definition = yaml.load(text, yaml.CSafeLoader)["spec"]
     (found,) = [v for v in definition["versions"] if f"ray.io/{v['name']}" == version]
     schema = found["schema"]["openAPIV3Schema"]
-    # The API server itself knows these two.
+    # Definitions leave these two to the API server.
     schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}}
     strict = _refuse_unknown(schema)
     strict["properties"]["metadata"] = {"type": "object"}
@@ -58,7 +58,7 @@ def ray_validator(kind: str, version: str) -> Any:
 
 
 def _refuse_unknown(schema: Any) -> Any:
-    """The same schema, where an object has no other properties than those named."""
+    """The same schema, refusing properties that it does not name."""
     if isinstance(schema, list):
         return [_refuse_unknown(child) for child in schema]
     if not isinstance(schema, dict):

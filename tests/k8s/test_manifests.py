@@ -1,4 +1,4 @@
-"""Every overlay, as it would be applied: valid, complete, locked down; and a broken one is found out."""
+"""Every overlay is valid, complete and locked down, and the checks find a broken one."""
 
 import copy
 import importlib
@@ -23,7 +23,7 @@ ENTRYPOINTS = {"prepare", "train", "tune", "generate", "evaluate"}
 
 @pytest.fixture(scope="module")
 def whole() -> str:
-    """Everything of one overlay, as text to put mistakes into."""
+    """All objects of one overlay, as text for tests to break."""
     overlay = K8S / "overlays" / "local"
     return yaml.dump_all(render(overlay) + render(overlay / "jobs"), Dumper=yaml.CSafeDumper)
 
@@ -38,7 +38,7 @@ def job_spec(thing: Object) -> Object:
 
 
 def expand(entrypoint: str) -> list[str]:
-    """The entry point's words, as the submitter's bash makes them."""
+    """An entry point's words after the submitter's shell has expanded them."""
     printed = subprocess.run(
         ["bash", "-c", f"printf '%s\\0' {entrypoint}"], capture_output=True, text=True, check=True
     )
@@ -46,7 +46,7 @@ def expand(entrypoint: str) -> list[str]:
 
 
 def parse_entrypoint(entrypoint: str) -> object:
-    """By the job's own parser."""
+    """The configuration that the job's own parser makes of an entry point."""
     python, script, *flags = expand(entrypoint)
     job = re.fullmatch(r"/app/jobs/(\w+)\.py", script)
     assert python == "python" and job, entrypoint
@@ -165,7 +165,7 @@ def test_no_secret_stands_in_the_tree(standing: list, jobs: list) -> None:
 
 
 def metric_ports(standing: list) -> tuple[dict[str, int], set[int]]:
-    """The head's ports by name, and those at which Prometheus is let in."""
+    """The head's ports by name, and the ports that Prometheus may reach."""
     spec = find(standing, "RayCluster", "ray-ddpm")["spec"]
     ports = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
     policies = [find(standing, "NetworkPolicy", name) for name in ("ray-metrics", "ray-head-metrics")]
@@ -219,7 +219,7 @@ def test_a_wrong_field_or_type_is_refused(
     ],
 )
 def test_a_rule_of_a_definition_is_kept(strategy: dict, complaint: str, jobs: list) -> None:
-    """Rules in CEL say what no schema can."""
+    """CEL rules state what a schema can't."""
     thing = copy.deepcopy(find(jobs, "RayJob", "train"))
     thing["spec"]["deletionStrategy"] = strategy
     if not complaint:

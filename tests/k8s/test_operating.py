@@ -1,4 +1,4 @@
-"""What operators add: monitoring, queues, and the script that says what a cluster lacks."""
+"""What operators add (monitoring, queues, large nodes), and the script that lists what a cluster lacks."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def monitoring() -> list[Object]:
 
 
 def exported() -> set[str]:
-    """Names of Ray's metrics, as its own dashboards use them, and of ours."""
+    """Names of the metrics in Ray's own dashboards, and of this project's."""
     texts = [path.read_text() for path in Path(dashboards.__file__).parent.glob("*.py")]
     return set(re.findall(r"\bray_[a-z_]+", " ".join(texts))) | {f"ray_{name}" for name in GAUGES}
 
@@ -83,7 +83,11 @@ def test_with_kueue_jobs_wait_in_a_queue(overlay: str, jobs: list[Object], tmp_p
     assert {o["metadata"]["name"] for o in queued} == {o["metadata"]["name"] for o in jobs}
     for job in (o for o in queued if o["kind"] == "RayJob"):
         labels = job["metadata"]["labels"]
-        assert job_spec(job)["suspend"] is True
+        spec = job_spec(job)
+        assert spec["suspend"] is True
+        # Kueue's webhook refuses a growing cluster that is not elastic, and a cluster that outlives its job.
+        assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] and spec["shutdownAfterJobFinishes"]
+        assert job["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true"
         assert objects[labels["kueue.x-k8s.io/queue-name"]]
         priority = objects[labels["kueue.x-k8s.io/priority-class"]]
         assert priority["kind"] == "WorkloadPriorityClass"
@@ -92,10 +96,11 @@ def test_with_kueue_jobs_wait_in_a_queue(overlay: str, jobs: list[Object], tmp_p
 
 
 CLUSTER = """#!/bin/sh
-# Answers as a cluster of which some things are missing.
+# Answers like a cluster that lacks some things.
 case "$*" in
   *{missing}*) exit 1 ;;
   version*) exit 0 ;;
+  *--raw*/version*) printf '{{\n  "major": "1",\n  "minor": "{minor}"\n}}\n' ;;
   *kuberay-operator*) echo "{space} [--feature-gates={gates}]" ;;
   *storageclass*jsonpath*) echo '{{"storageclass.kubernetes.io/is-default-class":"true"}}' ;;
   *daemonsets*) echo "kube-system nvidia-device-plugin" ;;
@@ -104,22 +109,44 @@ esac
 
 
 @pytest.mark.parametrize(
-    ("missing", "space", "gates", "said"),
+    ("missing", "space", "gates", "minor", "said"),
     [
-        ("nothing-at-all", "kuberay-system", "RayCronJob=true", ""),
-        ("raycronjobs", "kuberay-system", "RayCronJob=true", "MISSING  KubeRay's raycronjobs: "),
-        ("nothing-at-all", "default", "RayCronJob=true", "it runs in default: "),
-        ("nothing-at-all", "kuberay-system", "RayJob=true", "--feature-gates=RayCronJob=true"),
-        ("secret postgres", "kuberay-system", "RayCronJob=true", "kubectl apply -k k8s/secrets"),
-        ("namespace ray-ddpm", "kuberay-system", "RayCronJob=true", "kubectl create namespace ray-ddpm"),
-        ("storageclass shared", "kuberay-system", "RayCronJob=true", "MISSING  the storage class shared: "),
+        ("nothing-at-all", "kuberay-system", "RayCronJob=true", "33", ""),
+        ("nothing-at-all", "kuberay-system", "RayCronJob=true", "34+", ""),
+        ("nothing-at-all", "kuberay-system", "RayCronJob=true", "9", "1.33 or newer: the cluster has 1.9"),
+        ("--raw", "kuberay-system", "RayCronJob=true", "33", "the cluster has an unknown version"),
+        ("raycronjobs", "kuberay-system", "RayCronJob=true", "33", "MISSING  KubeRay's raycronjobs: "),
+        ("nothing-at-all", "default", "RayCronJob=true", "33", "it runs in default: "),
+        ("nothing-at-all", "kuberay-system", "RayJob=true", "33", "--feature-gates=RayCronJob=true"),
+        ("secret postgres", "kuberay-system", "RayCronJob=true", "33", "kubectl apply -k k8s/secrets"),
+        (
+            "namespace ray-ddpm",
+            "kuberay-system",
+            "RayCronJob=true",
+            "33",
+            "kubectl create namespace ray-ddpm",
+        ),
+        (
+            "storageclass shared",
+            "kuberay-system",
+            "RayCronJob=true",
+            "33",
+            "MISSING  the storage class shared: ",
+        ),
     ],
 )
 def test_what_a_cluster_lacks_is_said(
-    missing: str, space: str, gates: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    missing: str,
+    space: str,
+    gates: str,
+    minor: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = tmp_path / "kubectl"
-    fake.write_text(CLUSTER.format(missing=missing.replace(" ", "\\ "), space=space, gates=gates))
+    answers = {"space": space, "gates": gates, "minor": minor}
+    fake.write_text(CLUSTER.format(missing=missing.replace(" ", "\\ "), **answers))
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     done = subprocess.run([K8S / "preflight.sh", "gpu"], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What each job's cluster is made of: it begins with the head alone, and has no group that the job does not need."""
+"""Each job's cluster begins with the head alone, and has only the groups that the job needs."""
 
 import pytest
 
@@ -82,12 +82,12 @@ def test_a_job_that_was_refused_leaves_its_note_where_the_next_head_finds_it(job
         (folder,) = [one["value"] for one in head["env"] if one["name"] == attempts.FOLDER]
         assert any(folder.startswith(mount["mountPath"] + "/") for mount in head["volumeMounts"])
     standing = render(K8S / "overlays" / "local")
-    assert attempts.FOLDER not in str(standing)  # whoever submits again there means it
+    assert attempts.FOLDER not in str(standing)  # who submits again there does so on purpose
 
 
 @pytest.fixture
 def kept(overlay: str, tmp_path) -> list[Object]:
-    """The jobs, with the component that keeps what failed."""
+    """The jobs, with the component that keeps failed clusters."""
     folder = tmp_path / "kept"
     folder.mkdir()
     up = "../" * len(folder.parts[1:])
@@ -103,7 +103,7 @@ def test_failed_clusters_are_kept_by_a_component(kept: list) -> None:
     for thing in kept:
         schemas.check(thing)
         spec = thing["spec"]
-        # KubeRay takes one way to delete or the other.
+        # KubeRay accepts only one of the two ways to delete a cluster.
         assert not {"shutdownAfterJobFinishes", "ttlSecondsAfterFinished"} & set(spec)
         assert spec["backoffLimit"] == 0
         rules = [rule["condition"] for rule in spec["deletionStrategy"]["deletionRules"]]

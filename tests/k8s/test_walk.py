@@ -1,4 +1,4 @@
-"""A walk over all that is applied: every selector finds something, every volume fits, every policy's pair talks."""
+"""Walk over all that is applied: selectors match, volumes fit, policies allow what is needed and nothing else."""
 
 import copy
 import re
@@ -85,12 +85,12 @@ def test_a_volume_that_does_not_fit_is_found(standing: list) -> None:
 
 
 def test_every_patch_finds_what_it_changes() -> None:
-    """kustomize says nothing of a patch whose target is not there."""
+    """kustomize ignores a patch whose target does not exist, without a word."""
     from tests.k8s.conftest import _render
 
     rendered = [o for name in ("local", "gpu") for part in ("", "/jobs") for o in _render(name + part)]
     known = {(o["kind"], o["metadata"]["name"]) for o in rendered}
-    known |= {("PodTemplate", "submitter")}  # copied into the jobs, and left out itself
+    known |= {("PodTemplate", "submitter")}  # copied into the jobs, not rendered itself
     targets = []
     for file in K8S.rglob("kustomization.yaml"):
         settings = yaml.safe_load(file.read_text())

@@ -1,4 +1,4 @@
-"""Whether what pods mount fits them: sizes, users, and how many may share it."""
+"""Check that volumes fit the pods that mount them: size, user, and how many nodes may share one."""
 
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ def misfits(objects: list[Object], one_node: bool) -> list[str]:
     """Every volume that does not fit, as "KIND/NAME: why".
 
     Args:
-        one_node: all pods are on one node, where a volume of one node can be shared.
+        one_node: all pods are on one node, so that they may share a ReadWriteOnce volume.
     """
     claims = {o["metadata"]["name"]: o["spec"] for o in objects if o["kind"] == "PersistentVolumeClaim"}
     users, found = Counter[str](), []
@@ -57,7 +57,7 @@ def _in_pod(pod: Object, made: set[str]) -> Iterator[str]:
     if memory > sum(size(one["memory"]) for one in limits):
         yield "volumes in memory are larger than the memory"
     bounded = all("ephemeral-storage" in one for one in limits)
-    # A container's own files count as well.
+    # Equal is too much: a container's own files count as well.
     if bounded and disk >= sum(size(one["ephemeral-storage"]) for one in limits):
         yield "volumes on the node's disk are larger than the pod may use of it"
     if (made or _of(pod, "persistentVolumeClaim")) and "fsGroup" not in pod["securityContext"]:
@@ -66,6 +66,6 @@ def _in_pod(pod: Object, made: set[str]) -> Iterator[str]:
         places = Counter(mount["mountPath"].rstrip("/") for mount in container.get("volumeMounts", []))
         if twice := [place for place, count in places.items() if count > 1]:
             yield f"{container['name']} mounts {twice} twice"
-        # The home folder of our images, and where Ray and MLflow keep what they need meanwhile.
+        # /tmp is the home folder of our images, and Ray and MLflow keep temporary files there.
         if "ray-ddpm" in container["image"] and "/tmp" not in places:
             yield f"{container['name']} has a root that it can't write to, and no /tmp"
