@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.cluster.submit import SubmitConfig
 from pipeline.commands import cli
+from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.errors import InputError
 from tests.test_architecture import modules
 from tests.test_ranges import CONFIGS
@@ -101,3 +102,17 @@ def test_every_command_is_taken_by_its_job_or_gets_the_line_that_is_shown(docume
 
 def test_commands_are_found() -> None:
     assert {job for job, _ in commands(ROOT / "README.md")} >= CONFIGS.keys() - {"demo"}
+
+
+def test_the_photos_of_the_first_run_are_prepared_as_it_shows(
+    prepared_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "first_run.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
+    words = next(
+        words for job, words in commands(ROOT / "docs" / "first_run.md") if "--max-bad-fraction" in words
+    )
+    prepare(cli.parse(PrepareConfig, words, "prepare", ""))
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if " is folder: " in line]
+    assert said in " ".join(page.split())
