@@ -26,7 +26,7 @@ version. What this page does not name may change in any release. `pipeline.__ver
 types such as `Positive` stand for ranges of numbers (`pipeline/ranges.py`). A configuration's fields are the flags of
 its job.
 """
-SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$")
+SECTION = re.compile(r"^(Args|Attributes|Keys|Returns|Raises):$")
 
 
 def page() -> str:
@@ -40,11 +40,16 @@ def entry(name: str) -> Iterator[str]:
     """One public name: where it is, how it is called, what its docstring says."""
     module = pipeline._PUBLIC[name]
     file = f"{module.replace('.', '/')}.py"
-    node = next(n for n in ast.parse((ROOT / file).read_text()).body if getattr(n, "name", "") == name)
+    defined = {getattr(n, "name", ""): n for n in ast.parse((ROOT / file).read_text()).body}
+    node = defined[name]
     yield f"\n## {name}\n\n[{file}](../{file})\n"
     if isinstance(node, ast.FunctionDef):
         yield f"```python\n{signature(node)}\n```\n"
     yield from described(node)
+    if isinstance(node, ast.FunctionDef) and node.args.kwarg:
+        settings = ast.unparse(node.args.kwarg.annotation).removeprefix("Unpack[").removesuffix("]")
+        yield f"`{settings}`:\n"
+        yield from described(defined[settings])
     if isinstance(node, ast.ClassDef):
         yield from fields(node, choices(file) | choices("pipeline/config.py"))
         for part in node.body:
@@ -69,6 +74,7 @@ def signature(node: ast.FunctionDef) -> str:
     words = [one(*pair) for pair in zip(places, defaults, strict=True)]
     words += ["*"] * bool(node.args.kwonlyargs)
     words += [one(*pair) for pair in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+    words += [f"**{ast.unparse(node.args.kwarg)}"] if node.args.kwarg else []
     return f"{node.name}(\n    " + ",\n    ".join(words) + f",\n){returns}"
 
 
