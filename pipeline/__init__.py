@@ -35,6 +35,7 @@ _MODULES = {
     "pipeline.models.export": ("load_model", "save_model"),
     "pipeline.models.diffusers": ("export_diffusers",),
     "pipeline.models.sampling": ("sample_images",),
+    "pipeline.pictures.make": ("draw_samples", "process_strip"),
 }  # fmt: skip
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_PUBLIC]

@@ -4,6 +4,7 @@ Each `*_step` goes from x_t to x_{t-1} of a (respaced) process, given what the m
 """
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -111,8 +112,8 @@ def sample(
         InputError: `steps` is outside 1 to T (to the first step, where that is another), `eta` outside 0 to 1, an
             unknown sampler, no step of such an alpha_bar, or guidance without labels.
     """
-    if sampler not in ("ancestral", "ddim", "dpm_solver"):
-        raise InputError(f"sampler: {sampler!r} is not one of ancestral, ddim, dpm_solver")
+    if sampler not in (names := get_args(SamplerName)):
+        raise InputError(f"sampler: {sampler!r} is not one of {', '.join(names)}")
     if not 0 <= eta <= 1:
         raise InputError(f"eta: {eta} is outside 0 to 1")
     if guidance != 1 and (labels is None or null_label is None):

@@ -16,6 +16,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.diffusion.losses import vlb_term
 from pipeline.diffusion.process import make_process, q_sample, snr
 from pipeline.diffusion.samplers import sample
+from pipeline.diffusion.schedules import SCHEDULES
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.models.sampling import from_pixels, preview, to_pixels
@@ -23,7 +24,6 @@ from pipeline.models.unet import UNet
 from pipeline.pictures import draw
 from pipeline.rng import Purpose, normal
 
-NAMED_SCHEDULES = ("linear", "quadratic", "cosine", "sigmoid", "constant", "log_snr")
 STRIP_COLUMNS = 9
 BOUND_POINTS = 64
 ROWS_AT_A_TIME = 64
@@ -85,7 +85,7 @@ def schedule_curves(spec: ModelSpec, path: Path) -> Path:
     own = make_process(spec.diffusion)
     curves = {
         name: make_process(DiffusionConfig(schedule=name, timesteps=spec.diffusion.timesteps))
-        for name in NAMED_SCHEDULES
+        for name in SCHEDULES
     }
     curves[f"this model ({spec.diffusion.schedule})"] = own
     draw.save_schedules({k: (p.alpha_bar.numpy(), snr(p).numpy()) for k, p in curves.items()}, path)
