@@ -5,6 +5,9 @@
 On a local Ray of its own, with handwritten digits. Prints one JSON line; the seconds are the medians of the kills:
 until the run's curve grows past the step at which the worker died. In terms of steps: how many of those that were
 made are made again, beside the most that a checkpoint interval allows.
+
+Beside it stands the least that Ray Train takes: a plain run on a plain Ray, whose two workers import torch, form the same
+process group and sum a number at every step.
 """
 
 import json
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -42,26 +46,38 @@ def main(smoke: bool) -> None:
         os.chdir(folder)
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         environment.pop("RAY_ADDRESS", None)
-        prepare = [sys.executable, str(ROOT / "jobs/prepare.py"), "--output", "digits"]
+        environment["PYTHONPATH"] = str(ROOT)
+        prepare = [sys.executable, str(ROOT / "jobs/prepare.py"), "--source", "digits", "--output", "digits"]
         subprocess.run(prepare, check=True, env=environment, capture_output=True)
-        reader, writer = os.pipe()
-        worker = subprocess.Popen(
-            [sys.executable, __file__, "--driver", str(writer)],
-            env=environment | {"PYTHONPATH": str(ROOT)},
-            pass_fds=[writer],
-            stdout=subprocess.DEVNULL,
+        ours = of_job("--driver", environment, kills)
+        plain = of_job("--plain", environment, kills)
+        seconds = ours["seconds_from_kill_to_next_new_step"], plain["seconds_from_kill_to_next_new_step"]
+        print(
+            json.dumps(
+                ours | {"plain_ray_train_seconds": seconds[1], "ratio": round(seconds[0] / seconds[1], 2)}
+            )
         )
-        os.close(writer)
-        try:
-            print(json.dumps(measure(worker.pid, reader, kills)))
-        finally:
-            worker.send_signal(signal.SIGKILL)
-            worker.wait()
 
 
-def measure(job: int, reader: int, kills: int) -> dict[str, float]:
-    """Kills a worker `kills` times, each time some steps after a checkpoint."""
-    steps = os.fdopen(reader)
+def of_job(kind: str, environment: dict[str, str], kills: int) -> dict[str, float]:
+    """Starts a training job of a kind, and kills its workers."""
+    os.mkfifo(pipe := Path(kind.strip("-")).absolute())
+    command = [sys.executable, __file__, kind, str(pipe)]
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with pipe.open() as steps:
+            return measure(job.pid, steps, kills)
+    finally:
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+
+
+def measure(job: int, steps: TextIO, kills: int) -> dict[str, float]:
+    """Kills a worker `kills` times, each time some steps after a checkpoint.
+
+    Args:
+        steps: a line for each step that was not made before.
+    """
     seconds, lost = [], []
 
     def next_step() -> int:
@@ -90,7 +106,7 @@ def measure(job: int, reader: int, kills: int) -> dict[str, float]:
     }
 
 
-def drive(writer: int) -> None:
+def drive(pipe: str) -> None:
     """The training job, which writes each new point's step to a pipe."""
     from pipeline.cluster.session import connect
     from pipeline.config import DiffusionConfig, ModelConfig, TrainConfig
@@ -111,14 +127,51 @@ def drive(writer: int) -> None:
         diffusion=DiffusionConfig(timesteps=100),
         log_every=1,
         checkpoint_every=CHECKPOINT_EVERY,
-        max_failures=-1,
+        max_failures=1000,
     )
-    with os.fdopen(writer, "w", buffering=1) as pipe:
-        train(config, on_point=lambda step, values: print(step, file=pipe))
+    with Path(pipe).open("w", buffering=1) as steps:
+        train(config, on_point=lambda step, values: print(step, file=steps))
+
+
+def plain_loop(settings: dict[str, str]) -> None:
+    """A worker of the plain run. The steps of a group that was started again go on where the time has got to."""
+    import ray.train
+    import torch
+    import torch.distributed
+
+    rank = ray.train.get_context().get_world_rank()
+    with Path(settings["pipe"]).open("a", buffering=1) as steps:
+        while True:
+            torch.distributed.all_reduce(torch.ones(1))
+            time.sleep(0.1)
+            if rank == 0:
+                print(int(10 * (time.time() - float(settings["began"]))), file=steps)
+
+
+def drive_plainly(pipe: str) -> None:
+    """A training job by Ray Train alone."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    ray.init(address="local", runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    TorchTrainer(
+        plain_loop,
+        train_loop_config={"pipe": pipe, "began": str(time.time())},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(
+            storage_path=str(Path("plain-run").absolute()), failure_config=FailureConfig(-1)
+        ),
+    ).fit()
 
 
 if __name__ == "__main__":
     if "--driver" in sys.argv:
-        drive(int(sys.argv[-1]))
+        drive(sys.argv[-1])
+    elif "--plain" in sys.argv:
+        from benchmarks.recovery import drive_plainly as by_module
+
+        by_module(sys.argv[-1])  # so that Ray's workers find its loop by its module
     else:
         main("--smoke" in sys.argv)

@@ -1,74 +1,23 @@
-"""Two workers of one thread over one worker of one thread; and where the seconds before the first step go.
+"""Images/s of two workers of one thread over those of one worker of one thread.
 
     python -m benchmarks.scaling [--smoke]
 
 Both runs are whole pipelines (Ray Data, Ray Train, MLflow) in one Ray, with the same global batch. The machine's
-own limit stands beside their ratio: bare steps in two processes at once, on half a batch each, over those in one. The
-start-up is that of the first run, in this process: from its start to the end of the first optimizer step.
+own limit stands beside their ratio: bare steps in two processes at once, on half a batch each, over those in one.
 """
 
-import time
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
-BEGAN = time.time()
-
-import argparse  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import tempfile  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-from pipeline.cluster.session import connect  # noqa: E402
-from pipeline.commands import cli  # noqa: E402
-from pipeline.config import ImageConfig, ModelConfig, TrainConfig  # noqa: E402
-from pipeline.tracking import address, runs  # noqa: E402
-
-
-class Clock:
-    """Seconds between calls, by name."""
-
-    def __init__(self, began: float) -> None:
-        self._last = began
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, name: str, until: float = 0.0) -> None:
-        now = until or time.time()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-
-def start_up(config: TrainConfig, clock: Clock) -> None:
-    """Trains one step, telling `clock` of every part on the way."""
-    from pipeline.training import trainer
-
-    clock("imports")
-    trainer.check(config)
-    clock("checks of data and settings")
-    opened = trainer.open_run
-    reported: list[float] = []
-
-    def open_run(*arguments: Any) -> Any:
-        clock("driver")
-        run = opened(*arguments)
-        clock("MLflow")
-        return run
-
-    def deliver(run: runs.Run, points: list[tuple[int, int, dict[str, float]]]) -> None:
-        if not reported:
-            at, _, values = points[0]
-            reported.extend(
-                [at / 1000, values["data_wait_share"], config.batch_size / values["images_per_second"]]
-            )
-
-    trainer.open_run = open_run
-    log_points, runs.log_points = runs.log_points, deliver
-    trainer.train(config)
-    trainer.open_run, runs.log_points = opened, log_points
-    ended, share, seconds = reported
-    clock("Ray Train: controller, worker, its imports, the model", ended - seconds)
-    clock("Ray Data: first batch", ended - seconds + share * seconds)
-    clock("first step", ended)
+from benchmarks.common import on_disk, pipeline_rate, two_over_one
+from pipeline.cluster.session import connect
+from pipeline.commands import cli
+from pipeline.config import ImageConfig, ModelConfig, TrainConfig
+from pipeline.tracking import address
 
 
 def bare_rate(config: TrainConfig, image: ImageConfig, steps: int) -> float:
@@ -97,17 +46,8 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
             experiment="scaling",
         )
 
-    clock = Clock(BEGAN)
-    clock("imports")
     connect(environment=address.environment(), preload="pipeline.training.worker")
-    clock("Ray")
-    from benchmarks.common import on_disk, pipeline_rate, two_over_one
-
-    clock("imports")
     on_disk(folder, 64 if smoke else 640, image)
-    clock("(making the data)")
-    start_up(settings(1, 1, 1), clock)
-    del clock.seconds["(making the data)"]
     steps, every = (4, 2) if smoke else (9, 3)
     one, _ = pipeline_rate(settings(1, steps, every))
     two, points = pipeline_rate(settings(2, steps, every))
@@ -122,8 +62,6 @@ def main(smoke: bool, folder: Path) -> dict[str, object]:
         ),
         "ratio": round(two / one, 3),
         "ratio_of_bare_steps": round(limit, 3),
-        "start_up_seconds": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
-        "start_up_seconds_in_all": round(sum(clock.seconds.values()), 1),
     }
 
 

@@ -33,8 +33,6 @@ from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import locked
 from pipeline.models.export import load_model, save_model
 from pipeline.patience import arrow_fs, patiently
-from pipeline.pictures.draw import file_of
-from pipeline.pictures.make import draw_samples
 from pipeline.tracking import registry, runs
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, worker
@@ -143,6 +141,10 @@ def train(
 
 def draw_exported(output: str, seed: int) -> None:
     """Draws samples of a run's exported model into its output; the model's description in MLflow shows them."""
+    # matplotlib takes a second to import, before the first step.
+    from pipeline.pictures.draw import file_of
+    from pipeline.pictures.make import draw_samples
+
     model = load_model(storage.join(output, "model"))
     rows = max(1, 128 // max(32, model[1].image.size))  # large images take a head node without a GPU long
     picture = file_of(lambda path: draw_samples(*model, path, rows=rows, seed=seed))
