@@ -1,8 +1,8 @@
-"""Writing Parquet image shards, in exactly the Hugging Face convention, as a Ray Data job over the cluster.
+"""jobs/prepare.py: writes images as Parquet shards in exactly the Hugging Face convention, on the whole cluster.
 
-Two stages: each part of the source is decoded (decoded.py), then the images of all parts are mixed into shards
-(shuffle.py). A run that was killed goes on with what is missing. A run on a source that has changed decodes what is new,
-and gives the bytes that a run from nothing would give.
+There are two stages. The first decodes each part of the source (decoded.py). The second mixes the images of all parts
+into shards (shuffle.py). A run after a killed one does only what is missing. A run on a source that changed decodes
+only what is new, and writes the same bytes as a run from scratch.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from pipeline.ranges import Natural, Positive, Range, Share, check_ranges
 from pipeline.versions import PREPARING
 
 NAMED_BAD_IMAGES = 5
-# A part is decoded in memory; images whose size is not known yet count as these.
+# A part is decoded in memory. Images of unknown size count as UNKNOWN_SIZE pixels wide and high.
 PART_BYTES, UNKNOWN_SIZE = 256 * 2**20, 256
 SMALL_BYTES = 16 * 2**20
 Byte = Annotated[int, Range(ge=0, le=255)]
@@ -46,43 +46,43 @@ Byte = Annotated[int, Range(ge=0, le=255)]
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to read, and the images to make of it."""
+    """Settings of jobs/prepare.py: what to read, and what images to make of it."""
 
     output: str
     """Folder for the shards (URI)."""
     source: Source = "auto"
     """Kind of --input; auto looks into it. digits is embedded and needs no --input."""
     input: str = ""
-    """Where the images are (URI)."""
+    """The images to read (URI)."""
     image_size: ImageSize = 0
-    """Width and height in pixels; 0 = the source's own, where all its images have one."""
+    """Width and height in pixels; 0 = the source's own, if all its images share one size."""
     channels: Literal[0, 1, 3, 4] = 0
-    """1 = grey, 3 = colour, 4 = colour and alpha; 0 = the source's own, colour where it varies."""
+    """1 = grey, 3 = colour, 4 = colour and alpha; 0 = the source's own (colour if some of its images have colours)."""
     validation_fraction: Annotated[float, Range(ge=0, lt=1)] = VALIDATION_FRACTION
-    """Share of images held out, by a hash of their content, where the source has no split for that."""
+    """Share of images held out for validation, by a hash of their content, if the source has no such split."""
     rows_per_shard: Positive = 10_000
-    """About so many images in one shard."""
+    """Approximate number of images in one shard."""
     rows_per_group: Natural = 0
-    """Images in one row group, the unit of reading and shuffling; 0 = as the number and size of all images ask for."""
+    """Images in one row group, the unit of reading and shuffling; 0 = chosen from the number and size of the images."""
     max_bad_fraction: Share = 0.01
-    """Share of images that can't be used at which the job stops."""
+    """The job stops if a larger share of the images can't be used."""
     crop: Literal["centre", "none"] = "centre"
-    """Cut a square out of the middle, or keep all of the longer side (then training can crop at random)."""
+    """centre = crop a square from the centre; none = keep the whole longer side, so that training can crop at random."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Colour under transparent images, red green blue in 0..255."""
+    """Colour behind transparent pixels: red green blue, 0 to 255."""
     image_column: str = ""
-    """Column with the images in Parquet and Arrow files; found by its type where there is only one."""
+    """Column with the images in Parquet and Arrow files; needed only if several columns hold images."""
     label_column: str = ""
-    """Column with the labels in Parquet and Arrow files, or in the metadata of a folder; none = take no labels."""
+    """Column with the labels in Parquet and Arrow files, or in a folder's metadata; "none" = no labels."""
     split: tuple[str, ...] = ()
-    """The source's own splits to use; all, but a test split is left alone where there is a validation split."""
+    """The source's own splits to use. By default all, except a test split where there is a validation split."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
     """Writes `data/SPLIT-NNNNN.parquet`, manifest.json, quarantine.jsonl, ignored.jsonl and a dataset card.
 
     Raises:
-        InputError: a setting, an input or an output that can't be used; too many images that can't be used.
+        InputError: a setting, the input or the output can't be used, or too many images can't be used.
     """
     _check(config)
     size = config.image_size or UNKNOWN_SIZE
@@ -128,7 +128,7 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
     if not given:
         raise InputError(f"--input {config.input}: holds no images")
     if not good or len(bad) > config.max_bad_fraction * given:
-        # Beside a manifest lies what that says: the list of a run that is refused does not replace it.
+        # quarantine.jsonl beside a manifest belongs to that manifest. A refused run must not replace it.
         finished = storage.exists(storage.join(output, MANIFEST))
         listed = storage.join(output, PARTS, QUARANTINE) if finished else storage.join(output, QUARANTINE)
         write_list(listed, bad)
@@ -161,12 +161,12 @@ def _image(config: PrepareConfig, opened: Opened) -> ImageConfig:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the bytes of the shards."""
+    """The settings that decide the bytes of the shards."""
     return {key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")}
 
 
 def _decode(config: PrepareConfig, opened: Opened, image: ImageConfig, output: str) -> dict[str, Decoded]:
-    """The first stage: what came of every part that is used, by key, in the order of the parts."""
+    """The first stage: decodes every part in use. Returns the records by key, in the order of the parts."""
     pixels = Pixels(
         image.size, image.channels, config.image_size > 0, config.crop == "none", config.background
     )
@@ -197,10 +197,10 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _shuffle(work: WriteShards, tasks: list[ShardTask], size: int) -> None:
-    """The second stage: writes the shards that are not there yet.
+    """The second stage: writes the shards that are missing.
 
     Args:
-        size: bytes of all images.
+        size: size of all decoded images, in bytes.
     """
     left = missing(tasks, work.output)
     if not left:
@@ -213,5 +213,5 @@ def _shuffle(work: WriteShards, tasks: list[ShardTask], size: int) -> None:
 
 
 def _pool(tasks: int, small: bool) -> Pool:
-    """Who does them: this process where starting others would take longer than the work."""
+    """This process for little work, since starting others would take longer; else actors on the cluster."""
     return in_process if small else ActorPool(tasks, gpu=False, least=1, ordered=False)
