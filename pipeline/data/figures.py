@@ -33,7 +33,7 @@ def record(uri: str, fingerprint: str, metrics: dict[str, float], on: dict[str, 
         with locked(uri):
             manifest = read_manifest(uri, "--samples") or {}
             if manifest.get("sha256") != fingerprint:
-                raise InputError("there are other samples than were measured")
+                raise InputError("the samples changed since they were measured")
             others = [one for one in _read(uri, fingerprint) if one["on"] != on]
             evaluations = [*others, {"on": on, "metrics": metrics}]
             content = {"sha256": fingerprint, "evaluations": evaluations}

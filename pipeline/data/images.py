@@ -147,9 +147,9 @@ def _from_file(data: bytes, at_least: int) -> Image.Image:
         raise DecodeError("empty")
     kind = told_by_all(data)
     if kind is None:
-        raise DecodeError("UnidentifiedImageError: no image format that is known")
+        raise DecodeError("UnidentifiedImageError: not a known image format")
     if kind not in FORMATS:
-        raise DecodeError(f"{kind}, which this Pillow can't decode")
+        raise DecodeError(f"{kind}, which Pillow can't decode here")
     try:
         return _read(kind, data, at_least)
     except DecodeError:

@@ -175,7 +175,7 @@ def open_splits(
     if storage.exists(storage.join(uri, MANIFEST)):
         return _open_prepared(uri, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
-        raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run that again, it goes on")
+        raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run it again to continue")
     kept = storage.join(output, SCAN) if output else ""
     splits = _open_source(uri, image_size, reading, split, kept)
     print(f"--data {splits.found}", file=sys.stderr, flush=True)
@@ -190,7 +190,9 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
             files_of(uri, manifest, "--data")
             return _open_source(storage.join(uri, SAMPLES), image_size, AS_FOUND, ())
         if manifest["format"] != FORMAT:
-            raise InputError(f"--data {uri}: {MANIFEST} is not one of jobs/prepare.py or jobs/generate.py")
+            raise InputError(
+                f"--data {uri}: {MANIFEST} was not written by jobs/prepare.py or jobs/generate.py"
+            )
         stored = manifest["image"]
         image = ImageConfig(image_size or stored["size"], stored["channels"], tuple(stored["classes"]))
         indexes = {

@@ -93,7 +93,7 @@ def name_classes(labels: Iterable[str]) -> tuple[str, ...]:
         return _counted(top + 1) if top < MOST_UNNAMED_CLASSES else ()
     if len(found) > MOST_UNNAMED_CLASSES:
         raise InputError(
-            f"more than {MOST_UNNAMED_CLASSES:,} different labels, such as {min(found)!r}: those are no classes"
+            f"more than {MOST_UNNAMED_CLASSES:,} different labels, such as {min(found)!r}: too many for classes"
         )
     return tuple(sorted(found))
 

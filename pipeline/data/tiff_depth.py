@@ -39,7 +39,7 @@ def load_tiff(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
     elif bits == 32 and values.dtype == np.int32 and not signed:
         values = values.view(np.uint32)
     if not np.isfinite(values).all():
-        raise DecodeError("values that are no numbers, or infinite")
+        raise DecodeError("values that are not finite")
     if (limits := _tiff_range(tags, signed)) is None and bits < 16 and not signed:
         limits = 0, (1 << bits) - 1
     if limits is not None:

@@ -478,7 +478,7 @@ FOREIGN = [
 def test_images_that_cannot_be_read_are_named(kind: str, data: bytes) -> None:
     assert sniff(data) == kind
     assert kind not in FORMATS
-    assert refused(data) == f"{kind}, which this Pillow can't decode"
+    assert refused(data) == f"{kind}, which Pillow can't decode here"
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "WEBP", "JPEG2000"])

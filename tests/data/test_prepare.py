@@ -179,7 +179,9 @@ def test_what_a_reader_refuses_on_a_node_is_one_line_here(cluster: None, tmp_pat
     settings = PrepareConfig(str(tmp_path / "out"), "idx", str(tmp_path / "in"))
     assert open_source(settings.source, settings.input, Request(10)).listing.parts
     (tmp_path / "in" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bdamaged")
-    with pytest.raises(InputError, match=r"^\S+train-images-idx3-ubyte.gz: damaged, get it again") as error:
+    with pytest.raises(
+        InputError, match=r"^\S+train-images-idx3-ubyte.gz: damaged, download it again"
+    ) as error:
         prepare(settings)
     assert "\n" not in str(error.value)
 
