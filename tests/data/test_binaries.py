@@ -114,19 +114,19 @@ GOOD = idx(grey(4))
 FAULTS: dict[str, tuple[bytes | None, bytes | None, str]] = {
     "floats": (idx(grey(4).astype(">f4"), 13), None, "begins with 3331"),
     "four dimensions": (idx(grey(4)[..., None]), None, "begins with 2052"),
-    "labels": (idx(np.zeros(4, np.uint8)), None, "no IDX file of 8-bit images"),
+    "labels": (idx(np.zeros(4, np.uint8)), None, "not an IDX file of 8-bit images"),
     "empty": (b"", None, "cut short"),
     "header": (GOOD[:15], None, "cut short"),
     "cut": (GOOD[:-1], None, "cut short: 211 bytes, 212 expected"),
     "long": (GOOD + b"x", None, "longer than its header says"),
     "no pixels": (idx(grey(4, 0, 7)), None, "0x7 pixels"),
-    "web page": (b"<html>404 not found</html>", None, "no IDX file of 8-bit images"),
+    "web page": (b"<html>404 not found</html>", None, "not an IDX file of 8-bit images"),
     "fewer labels": (None, idx(np.zeros(3, np.uint8)), "3 labels for the 4 images"),
     "more labels": (None, idx(np.zeros(5, np.uint8)), "5 labels for the 4 images"),
-    "other labels": (None, idx(np.zeros(4, ">i4"), 12), "no IDX file of 8-bit labels"),
+    "other labels": (None, idx(np.zeros(4, ">i4"), 12), "not an IDX file of 8-bit labels"),
     "labels cut": (None, idx(np.zeros(4, np.uint8))[:-1], "3 labels or more, 4 expected"),
     "labels long": (None, idx(np.zeros(4, np.uint8)) + b"x", "5 labels or more, 4 expected"),
-    "no labels": (None, b"", "no IDX file of 8-bit labels"),
+    "no labels": (None, b"", "not an IDX file of 8-bit labels"),
 }
 
 

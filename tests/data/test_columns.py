@@ -124,8 +124,8 @@ def test_where_several_columns_may_be_meant_one_is_asked_for(
             {"label_column": "class"},
             "--label-column class: there is no such column; a.parquet has image, n, label, box",
         ),
-        ({"label_column": "box"}, "--label-column box: holds struct<x: int64> in a.parquet, no labels"),
-        ({"label_column": "image"}, "--label-column image: holds struct<.*> in a.parquet, no labels"),
+        ({"label_column": "box"}, "--label-column box: holds struct<x: int64> in a.parquet, not labels"),
+        ({"label_column": "image"}, "--label-column image: holds struct<.*> in a.parquet, not labels"),
     ],
 )
 def test_a_column_that_is_not_there_or_holds_something_else_is_refused(

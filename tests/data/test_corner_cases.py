@@ -113,7 +113,7 @@ def test_an_output_that_a_pattern_of_the_input_would_match_is_refused(
         storage.write_atomic(f"{root}/old/{i}.png", data)
     for output in ("out", "out/deeper"):
         with pytest.raises(
-            InputError, match=r"^--output \S+ lies inside of --input \S+: choose a folder beside it$"
+            InputError, match=r"^--output \S+ lies inside --input \S+: choose a folder beside it$"
         ):
             run(f"{root}/{pattern}", f"{root}/{output}")
     assert sum(split.rows for split in run(f"{root}/old/*.png", f"{root}/old/out").splits.values()) == 5

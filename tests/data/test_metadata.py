@@ -230,7 +230,7 @@ def test_names_in_metadata_are_found_however_they_are_written(written: str, tmp_
         ("metadata.jsonl", b'{"file_name": 7, "label": 1}\n', "values that are not file names"),
         ("dataset.json", b'{"labels": [["a.png", 1], ["b.p', "damaged"),
         ("dataset.json", b'{"labels": [["a.png", 1], "b.png"]}', "not all pairs"),
-        ("dataset.json", b'{"labels": [["a.png", [0.25, 0.5]]]}', "vectors, no classes"),
+        ("dataset.json", b'{"labels": [["a.png", [0.25, 0.5]]]}', "vectors, not classes"),
     ],
 )  # fmt: skip
 def test_damaged_files_of_labels_are_refused_in_one_line(

@@ -336,7 +336,7 @@ def test_a_refused_run_goes_on_once_the_bad_images_are_mended_removed_or_allowed
 def test_an_output_inside_of_its_input_is_refused(tmp_path: Path, place: str) -> None:
     source = write_folder(tmp_path / "in", IMAGES[:10])
     (tmp_path / "link").symlink_to(source)
-    with pytest.raises(InputError, match="lies inside of --input"):
+    with pytest.raises(InputError, match="lies inside --input"):
         prepare(config(source, tmp_path / place))
     assert sorted(p.name for p in source.iterdir()) == sorted(CLASSES)
 
