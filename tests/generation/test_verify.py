@@ -83,7 +83,7 @@ def test_a_flipped_bit_is_found_and_the_next_run_mends_it(model: Path, dataset: 
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     changed = everything(dataset)
-    with pytest.raises(InputError, match=r": train-\S+ is damaged\. Remove what is damaged"):
+    with pytest.raises(InputError, match=r": train-\S+ is damaged\. Remove the damaged files"):
         checked(dataset, model)
     assert everything(dataset) == changed
     victim.unlink()
@@ -147,7 +147,7 @@ def test_a_false_checksum_of_the_manifest_is_said(model: Path, dataset: Path) ->
     with pytest.raises(InputError) as error:
         checked(dataset, model)
     assert "manifest.json says of train-000000000008-000000000016" in str(error.value)
-    assert "manifest.json says blank = 7, its files 0" in str(error.value)
+    assert "manifest.json says blank = 7, but its files have 0" in str(error.value)
 
 
 def test_damage_that_an_ordinary_run_comes_across_is_sent_to_verify(
@@ -156,7 +156,7 @@ def test_damage_that_an_ordinary_run_comes_across_is_sent_to_verify(
     before = digests(dataset)
     victim = dataset / "data" / sorted(before, key=lambda name: name.rpartition("/")[2])[0]
     victim.write_bytes(b"x" * victim.stat().st_size)
-    with pytest.raises(InputError, match="run --verify, which names"):
+    with pytest.raises(InputError, match="run with --verify to list"):
         make(config(dataset, format=form, count=20), model)
     with pytest.raises(InputError, match="is damaged"):
         checked(dataset, model)
