@@ -94,7 +94,9 @@ def make_betas(config: DiffusionConfig) -> Tensor:
             )
         return _checked(torch.tensor(config.betas, dtype=torch.float64))
     if config.betas:
-        raise InputError(f"betas: given together with the schedule {config.schedule!r}; leave one of the two out")
+        raise InputError(
+            f"betas: given together with the schedule {config.schedule!r}; leave one of the two out"
+        )
     if config.schedule not in SCHEDULES:
         raise InputError(_unknown(config.schedule))
     named = SCHEDULES[config.schedule]
