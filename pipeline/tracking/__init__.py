@@ -1,4 +1,4 @@
-"""What is logged to MLflow."""
+"""Logging to MLflow, and its model registry."""
 
-# Of curves: milliseconds since 1970, step, values.
+# A point of the curves: milliseconds since 1970, step, values by curve.
 Point = tuple[int, int, dict[str, float]]
