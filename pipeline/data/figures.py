@@ -42,7 +42,9 @@ def record(uri: str, fingerprint: str, metrics: dict[str, float], on: dict[str, 
                 text = storage.read_bytes(card).decode().split(_HEAD)[0]
                 storage.write_atomic(card, (text + section(uri, fingerprint)).encode())
     except (InputError, OSError, UnicodeDecodeError) as error:
-        print(f"evaluate: the metrics were not added to the card of {uri}: {one_line(error)}", file=sys.stderr)
+        print(
+            f"evaluate: the metrics were not added to the card of {uri}: {one_line(error)}", file=sys.stderr
+        )
 
 
 def section(uri: str, fingerprint: str) -> str:
