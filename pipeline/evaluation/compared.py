@@ -117,7 +117,7 @@ def _check_length(
     if numbers != len(statistics.mean):
         raise InputError(
             f"--reference-statistics {config.reference_statistics}: of {len(statistics.mean)} features, --features "
-            f"{config.features} gives {numbers}: they are of another network"
+            f"{config.features} gives {numbers}: they belong to another network"
         )
 
 
@@ -142,6 +142,6 @@ def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
         for metric in config.metrics:
             if rows < least.get(metric, 0):
                 raise InputError(
-                    f"--metrics {metric} needs at least {least[metric]} images a side, the {index.split} of "
-                    f"{index.uri} give {rows}: give more, or leave it out"
+                    f"--metrics {metric} needs at least {least[metric]} images on each side, but {index.split} of "
+                    f"{index.uri} has {rows}: give more images, or leave the metric out"
                 )

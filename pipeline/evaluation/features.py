@@ -105,7 +105,7 @@ class FeatureWork:
             )
             if len(bad := ids[~np.isfinite(features).all(axis=1)]):
                 some = ", ".join(image_names(self.index, bad[:NAMED])) + ", …" * (len(bad) > NAMED)
-                raise InputError(f"--features: not finite for {len(bad)} images: {some}")
+                raise InputError(f"--features: the features of {len(bad)} images are not finite: {some}")
             moments, kept = moments_of(features), np.isin(ids, self.kept)
             return {
                 "count": np.array([moments.count]),

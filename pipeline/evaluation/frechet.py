@@ -108,7 +108,7 @@ def read_statistics(uri: str) -> Statistics:
         raise InputError(f"--reference-statistics {uri}: can't be read: {one_line(error)}") from None
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"--reference-statistics {uri}: no npz file with mu [D] and sigma [D, D]: {one_line(error)}"
+            f"--reference-statistics {uri}: not an npz file with mu [D] and sigma [D, D]: {one_line(error)}"
         ) from None
 
 
@@ -117,7 +117,7 @@ def _published(mean: np.ndarray, covariance: np.ndarray) -> Moments:
     if mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
         raise ValueError(f"they are {list(mean.shape)} and {list(covariance.shape)}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("not all of their numbers are finite")
+        raise ValueError("not all of the numbers are finite")
     return Moments(2, mean, covariance)  # with count 2, the covariance is m2 / 1
 
 

@@ -88,7 +88,7 @@ def _features(net: Any, takes: set[str]) -> Callable[[Tensor], Any]:
 def _probabilities(net: Any, takes: set[str]) -> Callable[[Tensor], Any]:
     if "no_output_bias" not in takes:
         raise _lacks(
-            "probabilities", "forward takes no no_output_bias, as that of inception-2015-12-05.pt does"
+            "probabilities", "its forward takes no no_output_bias, unlike that of inception-2015-12-05.pt"
         )
     return lambda images: net(images, no_output_bias=True)
 
@@ -97,7 +97,7 @@ def _spatial(net: Any, takes: set[str]) -> Callable[[Tensor], Any]:
     layers = _children(_children(net).get("layers"))
     last = _children(layers.get(_LAYER)).get(_PART)
     if last is None:
-        raise _lacks("spatial", f"no layers.{_LAYER}.{_PART}, as that of inception-2015-12-05.pt has")
+        raise _lacks("spatial", f"it has no layers.{_LAYER}.{_PART}, unlike inception-2015-12-05.pt")
     chain = [layers[name] for name in takewhile(lambda name: name != _LAYER, layers)]
 
     def run(images: Tensor) -> Tensor:
@@ -118,7 +118,9 @@ def _children(module: Any) -> dict[str, Any]:
 
 
 def _lacks(output: Output, what: str) -> InputError:
-    return InputError(f"--metrics {OF_INCEPTION[output]}: the network of --features has {what}: leave it out")
+    return InputError(
+        f"--metrics {OF_INCEPTION[output]}: the network of --features does not fit ({what}): leave the metric out"
+    )
 
 
 def resized(images: Tensor) -> Tensor:

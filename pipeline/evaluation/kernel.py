@@ -38,7 +38,9 @@ def kernel_distance(
     least = min(len(real), len(fake))
     size = min(subset_size, least // LEAST_SUBSETS)
     if size < 2:
-        raise InputError(f"the kernel distance needs at least {LEAST_IMAGES} images a side, got {least}")
+        raise InputError(
+            f"the kernel distance needs at least {LEAST_IMAGES} images on each side, got {least}"
+        )
     real_order, fake_order = _shuffled(len(real), seed, 0), _shuffled(len(fake), seed, 1)
     estimates = [
         squared_mmd(real[real_order[start : start + size]], fake[fake_order[start : start + size]])

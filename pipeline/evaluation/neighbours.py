@@ -33,7 +33,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
 def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
     if len(points) <= k:
         raise InputError(
-            f"precision and recall with k = {k} need more than {k} images a side, got {len(points)}"
+            f"precision and recall with k = {k} need more than {k} images on each side, got {len(points)}"
         )
     radii = np.empty(len(points))
     for rows, distances in squared_distances(points, points):

@@ -88,8 +88,8 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
         fingerprint = str(manifest.get("sha256", ""))
         if model not in ("", manifest["settings"]["model_fingerprint"]):
             raise InputError(
-                f"--samples {uri}: made by another model than --model: by {manifest['model']}: name that one, or "
-                "generate anew"
+                f"--samples {uri}: made by {manifest['model']}, not by --model: give that model, or "
+                "generate new samples"
             )
         files = storage.with_suffix(files_of(uri, manifest, "--samples"), *FORMATS)
     tables = storage.with_suffix(files, FORMATS[0])
@@ -119,7 +119,7 @@ def _arrays(files: list[str]) -> Groups:
             raise InputError(f"--samples {uri}: {why}")
         for part in cast(tuple[ArrayPart, ...], listing.parts):
             if part.faults or not all(label is None or is_number(label) for label in part.labels):
-                raise InputError(f"--samples {uri}: its labels are no class numbers")
+                raise InputError(f"--samples {uri}: its labels are not class numbers")
             labels = np.array([-1 if label is None else int(label) for label in part.labels], np.int64)
             groups.append(Group(part, len(labels), np.arange(len(labels)), labels))
     return pack(groups) if groups else row_groups(())
