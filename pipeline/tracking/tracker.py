@@ -229,7 +229,7 @@ class Tracker:
             if storage.exists(uri := storage.join(self._output, content[0])):
                 runs.log_bytes(run, content[0], storage.read_bytes(uri))
             else:
-                self._say(f"{uri} no longer exists, so MLflow does not get it")
+                self._say(f"{uri} no longer exists: MLflow does not get it")
         elif kind == "dataset":
             runs.log_dataset(run, *content)
         elif kind == "params":
