@@ -71,7 +71,7 @@ def describe(
         **totals(whole),
     }
     if config.format == "npz":
-        head[npz.SAID] = npz.write_all(output, whole, head["sha256"])
+        head[npz.ENTRY] = npz.write_all(output, whole, head["sha256"])
     suffix = writers.SUFFIX[config.format]
     files = (
         json.dumps(

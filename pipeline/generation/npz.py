@@ -22,7 +22,7 @@ from pipeline.generation.chunks import Chunk, file_name
 from pipeline.redact import one_line
 from pipeline.stretches import open_file
 
-ALL, SAID = "samples.npz", "one_file"  # SAID: key of the entry in the manifest
+ALL, ENTRY = "samples.npz", "one_file"  # ENTRY: key of the entry in the manifest
 IMAGES, LABELS = "arr_0", "arr_1"
 _COPY_BYTES = 2**22
 _COLOURS = 3
@@ -49,7 +49,7 @@ class _Digested:
         if self._file:
             self._file.flush()
 
-    def said(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
         return {"file": ALL, "bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
 
@@ -88,7 +88,7 @@ def write_all(output: str, chunks: Iterable[Chunk], digest: str) -> dict[str, An
     for name in there:
         if name.startswith(f"{ALL}.") and name.endswith(PARTIAL):  # a killed job left it
             storage.remove(storage.join(output, name))
-    before = _said(output, there)
+    before = _entry(output, there)
     if before.get("of") == digest and ALL in there and there[ALL]["size"] == before["bytes"]:
         return before
     with storage.writing(storage.join(output, ALL)) as file:
@@ -97,7 +97,7 @@ def write_all(output: str, chunks: Iterable[Chunk], digest: str) -> dict[str, An
 
 def differences(output: str, chunks: Iterable[Chunk], manifest: dict[str, Any]) -> Iterator[str]:
     """Describes what is wrong with samples.npz. The files of the chunks must be intact."""
-    if manifest.get(SAID) != _collect(_Digested(None), output, list(chunks)) | {"of": manifest["sha256"]}:
+    if manifest.get(ENTRY) != _collect(_Digested(None), output, list(chunks)) | {"of": manifest["sha256"]}:
         yield f"{ALL} in {MANIFEST} does not match the files in {SAMPLES}"
         return
     stored = hashlib.sha256()
@@ -108,16 +108,16 @@ def differences(output: str, chunks: Iterable[Chunk], manifest: dict[str, Any]) 
     except FileNotFoundError:
         yield f"{ALL} is lost"
         return
-    if stored.hexdigest() != manifest[SAID]["sha256"]:
+    if stored.hexdigest() != manifest[ENTRY]["sha256"]:
         yield f"{ALL} is damaged"
 
 
-def _said(output: str, there: dict[str, Any]) -> dict[str, Any]:
+def _entry(output: str, there: dict[str, Any]) -> dict[str, Any]:
     if MANIFEST not in there:
         return {}
     try:
-        said = json.loads(storage.read_bytes(storage.join(output, MANIFEST)))[SAID]
-        return dict(said) if said.keys() == {"file", "bytes", "sha256", "of"} else {}
+        found = json.loads(storage.read_bytes(storage.join(output, MANIFEST)))[ENTRY]
+        return dict(found) if found.keys() == {"file", "bytes", "sha256", "of"} else {}
     except (ValueError, KeyError, TypeError, AttributeError):  # a damaged manifest is rewritten at the end
         return {}
 
@@ -137,7 +137,7 @@ def _collect(file: _Digested, output: str, chunks: list[Chunk]) -> dict[str, Any
 
     count = sum(chunk.stop - chunk.start for chunk in chunks)
     _write(file, (count, *shape[:2], _COLOURS if grey else shape[2]), images(), labels)
-    return file.said()
+    return file.entry()
 
 
 def _write(

@@ -90,7 +90,7 @@ def verify(
     different = list(_of_manifest(setup, spec, manifest, listed))
     again = {chunk for chunk in listed if random.random() < config.verify_share}
     again |= {random.choice(list(listed))} if listed else set()
-    tasks = [Sealed(chunk, str(entry["sha256"]), chunk in again) for chunk, entry in listed.items()]
+    tasks = [VerifyTask(chunk, str(entry["sha256"]), chunk in again) for chunk, entry in listed.items()]
     checked = 0
     with Display("verify", len(tasks), "files") as display:
         for chunk, how in pool(VerifyWork(setup), tasks):
@@ -184,7 +184,7 @@ def _of_what_is_beside(
             yield f"{name} is not as it was written"
 
 
-class Sealed(NamedTuple):
+class VerifyTask(NamedTuple):
     """A chunk to check: the hash in its manifest, and True if it should be made again."""
 
     chunk: Chunk
@@ -198,14 +198,14 @@ class VerifyWork:
 
     setup: Setup
 
-    def start(self, device: str) -> Callable[[Sealed], tuple[Chunk, str]]:
+    def start(self, device: str) -> Callable[[VerifyTask], tuple[Chunk, str]]:
         """Loads the model. Raises InputError as `Renderer` and `arithmetic.check`."""
         renderer, output = Renderer(self.setup, device), self.setup.output
         arithmetic.check(output, renderer.arithmetic, self.setup.config.mixed_arithmetic)
         return partial(_check, output, renderer)
 
 
-def _check(output: str, renderer: Renderer, task: Sealed) -> tuple[Chunk, str]:
+def _check(output: str, renderer: Renderer, task: VerifyTask) -> tuple[Chunk, str]:
     chunk = task.chunk
     try:
         stored = _sha256(map(storage.read_bytes, uris_of(renderer.config, renderer.spec, output, chunk)))

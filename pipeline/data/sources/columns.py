@@ -53,7 +53,7 @@ def image_columns(look: Look) -> list[str]:
     return [name for name in maybe if one_form(look.type_of(name)) == "struct"]
 
 
-def says_more(look: Look, images: list[str]) -> bool:
+def holds_source(look: Look, images: list[str]) -> bool:
     """True if a file holds images, or a column that is named like images and must be refused.
 
     A file with only paths of images, without labels or a split, does not count: the images' own folders say more.

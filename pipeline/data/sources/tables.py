@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 
 from pipeline.data.sources.cells import images_of, name_beside
-from pipeline.data.sources.columns import by_schema, says_more
+from pipeline.data.sources.columns import by_schema, holds_source
 from pipeline.data.sources.fetch import THREADS
 from pipeline.data.sources.look import Look
 from pipeline.data.sources.loose import outweigh_images
@@ -42,7 +42,7 @@ def are_source(tree: Tree, names: list[str], look_at: Callable[[str], Look | str
         damaged += bad
         looks = [look for look in opened if look.has_rows()]
         columns = by_schema(looks)[0]
-        found = [look for look in looks if says_more(look, columns.get(look.name, []))]
+        found = [look for look in looks if holds_source(look, columns.get(look.name, []))]
         holding += [look.name for look in found]
         if holding and outweigh_images(tree, holding):
             return True
