@@ -46,36 +46,36 @@ Byte = Annotated[int, Range(ge=0, le=255)]
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of jobs/prepare.py: what to read, and what images to make of it."""
+    """What to read, and the images to make of it."""
 
     output: str
     """Folder for the shards (URI)."""
     source: Source = "auto"
     """Kind of --input; auto looks into it. digits is embedded and needs no --input."""
     input: str = ""
-    """The images to read (URI)."""
+    """Where the images are (URI)."""
     image_size: ImageSize = 0
-    """Width and height in pixels; 0 = the source's own, if all its images share one size."""
+    """Width and height in pixels; 0 = the source's own, where all its images have one."""
     channels: Literal[0, 1, 3, 4] = 0
-    """1 = grey, 3 = colour, 4 = colour and alpha; 0 = the source's own (colour if some of its images have colours)."""
+    """1 = grey, 3 = colour, 4 = colour and alpha; 0 = the source's own, colour where it varies."""
     validation_fraction: Annotated[float, Range(ge=0, lt=1)] = VALIDATION_FRACTION
-    """Share of images held out for validation, by a hash of their content, if the source has no such split."""
+    """Share of images held out, by a hash of their content, where the source has no split for that."""
     rows_per_shard: Positive = 10_000
-    """Approximate number of images in one shard."""
+    """About so many images in one shard."""
     rows_per_group: Natural = 0
-    """Images in one row group, the unit of reading and shuffling; 0 = chosen from the number and size of the images."""
+    """Images in one row group, the unit of reading and shuffling; 0 = as the number and size of all images ask for."""
     max_bad_fraction: Share = 0.01
-    """The job stops if a larger share of the images can't be used."""
+    """Share of images that can't be used at which the job stops."""
     crop: Literal["centre", "none"] = "centre"
-    """centre = crop a square from the centre; none = keep the whole longer side, so that training can crop at random."""
+    """Cut a square out of the middle, or keep all of the longer side (then training can crop at random)."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Colour behind transparent pixels: red green blue, 0 to 255."""
+    """Colour under transparent images, red green blue in 0..255."""
     image_column: str = ""
-    """Column with the images in Parquet and Arrow files; needed only if several columns hold images."""
+    """Column with the images in Parquet and Arrow files; found by its type where there is only one."""
     label_column: str = ""
-    """Column with the labels in Parquet and Arrow files, or in a folder's metadata; "none" = no labels."""
+    """Column with the labels in Parquet and Arrow files, or in the metadata of a folder; none = take no labels."""
     split: tuple[str, ...] = ()
-    """The source's own splits to use. By default all, except a test split where there is a validation split."""
+    """The source's own splits to use; all, but a test split is left alone where there is a validation split."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:

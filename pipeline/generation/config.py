@@ -13,58 +13,58 @@ Format = Literal["parquet", "webdataset", "png", "npz"]
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Settings of jobs/generate.py: which model to sample, how, and where the dataset goes."""
+    """What to sample from which model, and where it goes."""
 
     model: str = ""
-    """Exported model folder, models:/NAME/VERSION, or models:/NAME@ALIAS (resolved once, when the output is begun)."""
+    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS (pinned when the output is begun)."""
     output: str = ""
-    """Folder for the dataset (URI that all nodes can reach)."""
+    """Folder for the dataset (URI; all nodes must see it)."""
     count: Positive = 64
-    """Total number of samples. Raising it later only adds samples."""
+    """Samples in all; raised later, it only adds."""
     batch_size: Annotated[int, Range(ge=1, le=65_536)] = 64
-    """Samples computed at a time by one actor."""
+    """Samples computed together."""
     rows_per_file: Positive = 1024
-    """Samples in one file, which is written whole or not at all; a multiple of --batch-size."""
+    """Samples in one file, the unit that is written whole or not at all; a multiple of --batch-size."""
     sampler: SamplerName = "ancestral"
     """Sampler: ancestral (DDPM), ddim, dpm_solver (DPM-Solver++ 2M)."""
     sampling_steps: Natural = 0
-    """Number of sampler steps; 0 = the model's T."""
+    """Steps of the sampler; 0 = the model's T."""
     eta: Share = 0.0
-    """Noise of DDIM: 0 = deterministic, 1 = as ancestral."""
+    """Noise of DDIM: 0 deterministic, 1 as ancestral."""
     least_alpha_bar: Share = 0.0
-    """Start at the noisiest step whose alpha_bar is at least this; 0 = at T. For ddim and dpm_solver, cosine schedule."""
+    """Start at the noisiest step with at least this alpha_bar; 0 = at T. For ddim and dpm_solver, cosine schedule."""
     guidance: Finite = 1.0
-    """Scale of classifier-free guidance; 1 = no guidance (class-conditional models only)."""
+    """Classifier-free guidance; 1 = none (class-conditional models only)."""
     labels: tuple[str, ...] = ()
     """Classes to sample, by name or number; empty = all (class-conditional models only)."""
     label_weights: tuple[NotNegative, ...] = ()
-    """Relative frequencies of these classes; empty = all equally often."""
+    """How often, relative to each other, those classes are drawn; empty = equally often."""
     seed: Seed = 0
     """Seed: sample i is a function of (model, sampler settings, seed, i)."""
     actors: Natural = 0
-    """Exact number of sampler actors (sets --min-actors and --max-actors); 0 = use those two flags."""
+    """Sampler actors, exactly so many (short for equal --min-actors and --max-actors); 0 = as those two say."""
     min_actors: Positive = 1
-    """Smallest number of actors. The pool grows while work waits and shrinks when it runs out."""
+    """Fewest actors of the pool, which grows while work waits and shrinks when it runs out."""
     max_actors: Natural = 0
-    """Largest number of actors; 0 = one for each CPU (or GPU) of the cluster, including what an autoscaler can add."""
+    """Most actors of the pool; 0 = one for every CPU (or GPU) of the cluster, those included that an autoscaler adds."""
     gpu: bool = False
-    """Give each actor one GPU."""
+    """One GPU for each actor."""
     precision: Precision = "fp32"
     """Arithmetic of the network; auto = bf16 on GPU."""
     mixed_arithmetic: bool = False
-    """Allow several kinds of CPU or GPU in one dataset. Each kind rounds differently, so some pixels differ slightly."""
+    """Let CPUs and GPUs of several kinds make one dataset: each rounds otherwise, so some pixels differ a little."""
     compile: bool = False
-    """Compile the network with torch.compile (needs a C++ compiler on the nodes of the actors)."""
+    """Run the network through torch.compile (needs a C++ compiler where the actors run)."""
     format: Format = "parquet"
-    """parquet (Hugging Face image convention), webdataset (tars), png (folders by label), or npz (NumPy archives, and one
-    archive of all samples for guided-diffusion's evaluator)."""
+    """parquet (Hugging Face image convention), webdataset (tars), png (folders by label), npz (NumPy archives, and one of
+    all samples that guided-diffusion's evaluator takes)."""
     max_blank_fraction: Share = 0.01
-    """The job stops if a larger share of images has one colour only or values that are not finite."""
+    """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
     verify: bool = False
-    """Write nothing, but check every file of the dataset in --output, and that a share of them can be made again exactly.
-    Settings and model are read from --output."""
+    """Write nothing: check all that a reader of --output would open, and that a share of it comes out the same again.
+    Settings and model are those of --output."""
     verify_share: Share = 0.05
-    """Share of files that --verify makes again; at least one."""
+    """The share of files that --verify generates again; at least one is."""
 
     @property
     def bf16(self) -> bool:
