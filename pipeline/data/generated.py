@@ -50,18 +50,22 @@ def files_of(uri: str, manifest: dict[str, Any], flag: str) -> list[str]:
     Raises:
         InputError: a file is lost, cut short or changed, or the folder holds a file that is not in the manifest.
     """
-    again = f"run jobs/generate.py with its command again, or let it end: {flag} {uri}"
+    again = "wait until jobs/generate.py ends, or run the same command again"
     lengths = sizes(uri)
     if manifest["settings"].get("format") == "png":
         found = sum(name.endswith(_PNG) for name in lengths)
         if found != manifest["count"]:
-            raise InputError(f"{again} holds {found} images, its {MANIFEST} says {manifest['count']}")
+            raise InputError(
+                f"{flag} {uri} holds {found} images, but its {MANIFEST} says {manifest['count']}: {again}"
+            )
         return []
     named = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
     for name, length in named.items():
         if lengths.get(name) != length:
             state = "cut short or changed" if name in lengths else "lost"
-            raise InputError(f"{again}: {SAMPLES}/{name} is {state}")
+            raise InputError(f"{flag} {uri}: {SAMPLES}/{name} is {state}: {again}")
     if strange := foreign(lengths, named):
-        raise InputError(f"{again} holds {SAMPLES}/{strange[0]}, which its {MANIFEST} does not name")
+        raise InputError(
+            f"{flag} {uri} holds {SAMPLES}/{strange[0]}, which is not in its {MANIFEST}: {again}"
+        )
     return [storage.join(uri, SAMPLES, name) for name in named]

@@ -193,7 +193,7 @@ def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = 
         name, reason = next(iter(reasons.items()))
         return f"nothing in it can be read: {printable(name)}: {reason}"
     if not names:
-        hidden = f" ({len(tree.ignored)} hidden or special files are no data)" if tree.ignored else ""
+        hidden = f" ({len(tree.ignored)} hidden or special files are not data)" if tree.ignored else ""
         return f"is empty{hidden}: give a folder of images, or shards that jobs/prepare.py wrote"
     if source != "auto":
         return f"holds nothing that --source {source} reads"
