@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-_FOLDER, _BYTES = "RAY_DDPM_CACHE_DIR", "RAY_DDPM_CACHE_BYTES"  # of the reading processes
+_FOLDER, _BYTES = "RAY_DDPM_CACHE_DIR", "RAY_DDPM_CACHE_BYTES"  # environment variables
 _PARTIAL, _LOCK = ".partial", "lock"
 _CHECKSUM = 4  # bytes
 _STALE = 86_400.0  # seconds without a use, after which a file may be removed

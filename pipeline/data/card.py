@@ -32,7 +32,7 @@ def front_matter(
         columns: types of the columns after image and label, by name.
         files: file patterns by split; empty if `datasets` can't read the files.
         sizes: sizes by split; empty for a dataset that still grows, because `datasets` refuses data of other sizes.
-        tags: tags of the card, such as "text-to-image".
+        tags: tags of the card, such as "synthetic".
         described: True if readers of the files find these columns.
     """
     label: Any = (

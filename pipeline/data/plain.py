@@ -73,8 +73,7 @@ def _jpeg(data: bytes, at_least: int, most: int) -> np.ndarray | None:
         height, width = -(-height // scale), -(-width // scale)
     if width * height > most:
         return None
-    # simplejpeg's other settings are libjpeg's defaults, as in Pillow. It refuses every file that libjpeg warns
-    # about.
+    # simplejpeg's other settings are libjpeg's defaults, as in Pillow. It refuses files that libjpeg warns about.
     kind = "GRAY" if frame[5] == 1 else "RGB"
     pixels: np.ndarray = simplejpeg.decode_jpeg(data, kind, min_height=height, min_width=width)
     return pixels if pixels.shape[:2] == (height, width) else None
