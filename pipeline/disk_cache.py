@@ -151,6 +151,5 @@ class _Cache:
 @lru_cache(maxsize=1)
 def _cache() -> _Cache | None:
     folder, size = os.environ.get(_FOLDER), int(os.environ.get(_BYTES, 0))
-    # A new process starts as if it had written its share, because earlier ones may have been killed before they
-    # checked.
+    # A new process starts as if it had written its share, because earlier ones may have died before they checked.
     return _Cache(Path(folder), size, size, threading.Lock()) if folder and size else None

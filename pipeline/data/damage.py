@@ -100,8 +100,7 @@ def _repaired_png(data: bytes) -> bytes | None:
                 pixels = pixels or kind == b"IDAT"
             place += 12 + size
             continue
-        # A capital first letter marks a chunk that decoding needs. A palette of a true-colour image is only a
-        # proposal.
+        # A capital first letter marks a chunk that decoding needs, except the palette of a true-colour image.
         needed = kind.isalpha() and not kind[0] & 0x20 and (palette or kind != b"PLTE")
         if needed or kind == b"tRNS":
             return None

@@ -142,8 +142,8 @@ def _sweep(output: str, records: dict[str, Decoded], tasks: list[ShardTask], man
     stay = [shard.file for split in manifest.splits.values() for shard in split.shards]
     stay += [task.record(output) for task in tasks] + [record_uri(output, key) for key in records]
     stay += [chunk.file for record in records.values() for chunk in record.chunks]
-    # Files are compared by name, because a store may list a URI in another spelling, for example if --output ends in
-    # a slash.
+    # Files are compared by name, because a store may list a URI in another spelling, e.g. if --output ends in a
+    # slash.
     current = {storage.name(file) for file in stay}
     ours = re.compile(rf"[0-9a-f]{{40}}(-\d+\.\w+|\.json)|({'|'.join(SPLITS)})-\d{{5,}}\.(parquet|shard)")
     for uri in [file for name in (PARTS, SHARDS) for file in storage.list_files(storage.join(output, name))]:

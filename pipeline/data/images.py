@@ -38,8 +38,7 @@ _CODECS = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "PNG": "zlib",
 _OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>|\b0x[0-9a-fA-F]{8,}")
 
 Image.init()
-# Pillow warns of damaged metadata. It also warns of decompression bombs, but only above twice `MAX_PIXELS`, which is
-# checked here.
+# Pillow warns of damaged metadata, and of decompression bombs only above twice `MAX_PIXELS`, which is checked here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

@@ -24,8 +24,7 @@ from pipeline.versions import check_readable
 AS_FOUND = Reading()
 # Size of a group where each image could be read alone: small, so that a batch mixes many places of the source.
 GROUP_ROWS, GROUP_BYTES = 8, 256 * 2**10
-# `poorly_mixed` warns if batches hold a smaller share than POORLY of a random batch's classes, measured on LOOKED_AT
-# batches.
+# `poorly_mixed` warns if batches hold less than POORLY of a random batch's classes, measured on LOOKED_AT batches.
 POORLY, LOOKED_AT = 0.75, 8
 
 

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 CONSUMER_TABLES = 8
-# A reading process that dies repeats at most one span of steps: 1/SPANS of the run, or SPAN_BLOCKS blocks if that is
-# more.
+# A reading process that dies repeats at most one span of steps: 1/SPANS of the run, or SPAN_BLOCKS blocks if more.
 SPANS, SPAN_BLOCKS = 1000, 64
 CLOSING_SECONDS = 30.0
 

@@ -60,8 +60,7 @@ def knn_label_accuracy(
     if len(reference) < k:
         raise InputError(f"{k} nearest neighbours need at least {k} real images, got {len(reference)}")
     classes = int(reference_labels.max()) + 1
-    # Each vote counts one, plus a bonus that is larger for nearer voters. All bonuses together are less than one
-    # vote.
+    # Each vote counts one, plus a bonus that is larger for nearer voters. All bonuses together are less than one.
     weights = 1 + (k - np.arange(k)) / (k * (k + 1))
     right = 0
     for rows, distances in squared_distances(queries, reference):

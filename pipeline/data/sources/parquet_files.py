@@ -60,8 +60,7 @@ def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:
 
 
 def _source(uri: str) -> Any:
-    # pyarrow itself reads a local file. Reading through Python would cost a tenth of the time of decoding small
-    # images.
+    # pyarrow reads local files itself. Reading through Python would cost a tenth of the time to decode small images.
     return pa.OSFile(storage.open_fs(uri)[1]) if storage.is_local(uri) else _asked_once(uri)[0].again()
 
 

@@ -111,8 +111,7 @@ def _unpacked(uri: str, packed: str, version: str, expected: int) -> IO[bytes]:
     with refusing(uri), open_file(uri, ahead=_COPY_BYTES) as file:
         try:
             with gzip.open(file) if packed == GZIP else zipfile.ZipFile(file).open(packed) as content:
-                # Unpacks little more than the expected length, because a few bytes may unpack to more than any disk
-                # holds.
+                # Unpacks little more than expected, because a few bytes may unpack to more than a disk holds.
                 while copy.tell() <= expected and (piece := content.read(_COPY_BYTES)):
                     copy.write(piece)
         except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:

@@ -129,8 +129,7 @@ def _resolver(found: list[Member | Damage]) -> Callable[[int, Member], tuple[Mem
                     None if known else first,
                     f"a link to {printable(member.link)}, which is not in the tar",
                 )
-            # As in unpacking, a hard link leads to the last member before it, and a symbolic link to the last member
-            # of all.
+            # As in unpacking, a hard link leads to the last member before it, a symbolic link to the last of all.
             which = max(0, bisect_left(some, place, key=lambda one: one[0]) - 1) if hard else -1
             place, member = some[which]
             if place in seen:

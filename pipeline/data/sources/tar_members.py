@@ -13,8 +13,7 @@ BLOCK = tarfile.BLOCKSIZE
 # Types of members without file content: folders, and GNU's folder lists, lists of long names and volume labels.
 WITHOUT_CONTENT = (tarfile.DIRTYPE, b"D", b"N", b"V")
 CONTINUED = b"M"  # GNU: the rest of a file that begins in another tar
-# Limits for the headers of one member (long names, extended headers, sparse maps), since a damaged header may claim
-# any size.
+# Limits for one member's headers (long names, extended headers, sparse maps). A damaged header may claim any size.
 _MOST_HEADER_BYTES = 2**20
 _MOST_HEADER_READS = 64
 _SCANNED_BYTES = 2**20

@@ -144,8 +144,7 @@ def _local_tree(root: str, given: Iterable[str]) -> Tree:
     """The given files below a folder, and all files below the given folders ("." for the folder itself)."""
     given = sorted(given)
     tree = Tree(root, {}, whole=given == ["."])
-    # For each folder, the folders that it lies in. A link to one of these is not followed, since that would never
-    # end.
+    # For each folder, its parent folders. A link to one of these is not followed, since that would never end.
     outside = tuple(_identity(folder.stat()) for folder in Path(root).resolve().parents)
     identity = lru_cache(lambda folder: _identity(os.stat(posixpath.join(root, folder))))  # noqa: PTH116
     walked, waiting = set[str](), list[tuple[str, tuple[tuple[int, int], ...]]]()

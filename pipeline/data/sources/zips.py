@@ -119,8 +119,7 @@ def _arrange(tree: Tree, name: str, archive: Archive, split: str, request: Reque
     folders = [folder for image in archive.images if (folder := posixpath.dirname(image))]
     wrapping = posixpath.commonpath(folders) if is_most(len(folders), len(archive.images)) else ""
     if set(folders) == {wrapping}:
-        # A single folder is a class, unless its name gives the same split as the archive's: train2017.zip holds
-        # train2017/.
+        # A single folder is a class, unless its name gives the archive's own split: train2017.zip holds train2017/.
         alone = posixpath.basename(wrapping)
         wrapping = (
             wrapping if split and splits_of_files([alone]) == {alone: split} else posixpath.dirname(wrapping)
