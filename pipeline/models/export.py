@@ -80,7 +80,7 @@ def load_model(model: str | Path | Packed) -> tuple[UNet, ModelSpec]:
     """Rebuilds a model from its folder (path or URI), in eval mode, on the CPU.
 
     Raises:
-        InputError: the folder holds no model or a damaged one, or can't be read.
+        InputError: not a model folder, a damaged one, or one that can't be read.
     """
     packed = pack_model(model)
     spec = read_spec(packed)

@@ -1,4 +1,4 @@
-"""Logging to MLflow, and its model registry."""
+"""What is logged to MLflow."""
 
-# A point of the curves: milliseconds since 1970, step, values by curve.
+# Of curves: milliseconds since 1970, step, values.
 Point = tuple[int, int, dict[str, float]]

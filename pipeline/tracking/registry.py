@@ -34,7 +34,7 @@ from pipeline.models.export import (
 )
 from pipeline.models.sampling import SERVED
 from pipeline.redact import printable
-from pipeline.tracking import runs  # importing it also configures MLflow
+from pipeline.tracking import runs  # also for its settings of MLflow
 
 MODEL_FOLDER = "model"
 PICTURE = "samples.png"  # artifact of a run: samples of its trained model
@@ -198,14 +198,13 @@ def resolve_model(model: str) -> tuple[Packed, str]:
 
 
 def log_figures(model: str, figures: dict[str, float], pictures: list[str]) -> None:
-    """Logs metrics of a registered model to the run that trained it, as `evaluate/NAME`, and as tags of the version.
+    """Figures of a registered model go to the run that trained it, as `evaluate/NAME`, and onto the version as tags.
 
-    A failure is reported in one line on stderr and is no error, because the caller has the metrics anyway.
+    Where MLflow is away or does not allow it a line on stderr says so: the caller has the figures.
 
     Args:
-        model: `models:/NAME/VERSION`. For any other model nothing is logged.
-        figures: metrics by name.
-        pictures: URIs of files to log with them.
+        model: `models:/NAME/VERSION`; of any other model nothing is logged.
+        pictures: URIs of files that go beside them.
     """
     if not (match := re.fullmatch(r"models:/([^/@]+)/(\d+)", model)):
         return
@@ -227,7 +226,7 @@ def log_figures(model: str, figures: dict[str, float], pictures: list[str]) -> N
     try:
         runs.wait_for_mlflow(log, PATIENCE)
     except InputError as error:
-        print(f"evaluate: MLflow did not get the metrics: {error}", file=sys.stderr)
+        print(f"evaluate: the figures are not in MLflow: {error}", file=sys.stderr)
 
 
 def _download(model: str) -> tuple[Packed, str]:

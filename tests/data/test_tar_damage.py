@@ -94,7 +94,7 @@ def test_a_tar_that_is_cut_short_anywhere(tmp_path: Path) -> None:
         if begun:
             assert items[-1].path == f"a.tar/{begun[0].name}"
             assert items[-1].reason.startswith(
-                f"cut short: {begun[0].offset_data + begun[0].size - size} of its"
+                f"cut short: the last {begun[0].offset_data + begun[0].size - size} bytes"
             )
         elif len(items) > len(whole):
             assert "damaged at byte" in items[-1].path

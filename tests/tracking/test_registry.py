@@ -183,8 +183,8 @@ def test_figures_of_a_model_stay_with_who_measured_it_where_mlflow_does_not_take
     registry.log_figures("runs/model", {"bits_per_dim": 1.0}, [])
     assert not capsys.readouterr().err
     registry.log_figures("models:/nobody/3", {"bits_per_dim": 1.0}, [])
-    assert "MLflow did not get the metrics" in capsys.readouterr().err
+    assert "the figures are not in MLflow" in capsys.readouterr().err
     monkeypatch.setattr(registry, "PATIENCE", 0.5)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     registry.log_figures("models:/digits/1", {"bits_per_dim": 1.0}, [])
-    assert "MLflow did not get the metrics: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
+    assert "the figures are not in MLflow: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
