@@ -179,7 +179,7 @@ def test_samples_are_those_of_the_manifest_and_of_the_model(
 
     (folder / "data" / ".hidden").write_bytes(b"")
     assert open_samples(str(folder), DIGITS).rows == 16
-    with pytest.raises(InputError, match=r"--samples .*another model .*models:/digits/1"):
+    with pytest.raises(InputError, match=r"--samples .*made by models:/digits/1, not by --model"):
         open_samples(str(folder), DIGITS, "of another one")
     for change, reason in (
         (lambda data: shutil.copy(data / "part-0.parquet", data / "part-9.parquet"), "part-9.parquet, which"),
