@@ -191,7 +191,7 @@ def test_samples_are_those_of_the_manifest_and_of_the_model(
         shutil.copytree(folder, changed)
         change(changed / "data")
         for read, flag in ((lambda uri: open_samples(uri, DIGITS), "--samples"), (open_splits, "--data")):
-            with pytest.raises(InputError, match=f"generate.py .*{flag} .*{reason}"):
+            with pytest.raises(InputError, match=f"{flag} .*{reason}.*: wait until jobs/generate.py ends"):
                 read(str(changed))
 
 
