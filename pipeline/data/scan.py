@@ -143,7 +143,7 @@ def _scan_all(parts: list[Part], size: int) -> list[list[ScannedPart]]:
 
 
 def _bytes_of(parts: list[Part], opened: Opened) -> int:
-    """Size in bytes of the files that the parts are in, each file counted once."""
+    """Of the files that the parts are in, each counted once."""
     files = opened.tree.files
     return sum(files[name].size for name in {name for part in parts for name in part.names} if name in files)
 

@@ -213,5 +213,5 @@ def _shuffle(work: WriteShards, tasks: list[ShardTask], size: int) -> None:
 
 
 def _pool(tasks: int, small: bool) -> Pool:
-    """This process for little work, since starting others would take longer; else actors on the cluster."""
+    """Who does them: this process where starting others would take longer than the work."""
     return in_process if small else ActorPool(tasks, gpu=False, least=1, ordered=False)
