@@ -1,14 +1,15 @@
-"""Stretches of remote files, kept on a node's disk for all of its processes: a second epoch does without the network.
+"""Caches byte ranges of remote files on a node's disk, for all of its processes. A second epoch then needs no network.
 
-Each stretch is a file of its own, named after what it holds: stretches are what is fetched, and of a large dataset a node
-sees a part of each file. A file is written under another name and renamed, and ends with a checksum: a process may be
+Each range is a file of its own, named by a hash of what it holds, because a node reads only parts of the files of a
+large dataset. A file is written under another name, renamed, and ends with a checksum, because a process may be
 killed at any moment.
 
-A run reads each stretch once an epoch, in another order each time: of what there is no room for, what was read last is
-needed last. So what is there stays, until it was not used for a day; room for half of the data then saves half of the
-reading, where room for what was used last would save an eighth.
+A run reads each range once an epoch, each time in another order, so a range that was read last is needed last. A
+cached file therefore stays until it was not used for a day. With room for half of the data, that saves half of the
+reading. Keeping the most recently used files would save an eighth.
 
-fsspec's caches grow without bound, and either keep whole files or are not made for several processes.
+fsspec's own caches do not fit: they grow without bound, and either keep whole files or are not made for several
+processes.
 """
 
 import contextlib
@@ -24,32 +25,37 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-_FOLDER, _BYTES = "RAY_DDPM_CACHE_DIR", "RAY_DDPM_CACHE_BYTES"  # variables of the processes that read
+_FOLDER, _BYTES = "RAY_DDPM_CACHE_DIR", "RAY_DDPM_CACHE_BYTES"  # environment variables
 _PARTIAL, _LOCK = ".partial", "lock"
 _CHECKSUM = 4  # bytes
-_STALE = 86_400.0  # seconds without a use
-_ABANDONED = 3600.0  # seconds after which a file that was begun is taken for that of a killed process
-_PERIOD = 60.0  # seconds in which uses of a file count as one
-# Shares of the room: what a process writes before it looks for what is too much, and what is kept.
+_STALE = 86_400.0  # seconds without a use, after which a file may be removed
+_ABANDONED = 3600.0  # seconds after which a partial file counts as left by a killed process
+_PERIOD = 60.0  # seconds in which several uses of a file count as one
+# As shares of the room: what a process writes before it checks the size, and the size to shrink to.
 _UNSEEN, _LEFT = 1 / 128, 7 / 8
 
 
 def environment(folder: str, gigabytes: float) -> dict[str, str]:
-    """Variables with which processes keep what they read; none where no folder is given."""
+    """Environment variables that make processes use the cache; empty without a folder.
+
+    Args:
+        folder: folder of the cache on each node; "" = no cache.
+        gigabytes: room for it, in 10^9 bytes.
+    """
     return {_FOLDER: str(Path(folder).absolute()), _BYTES: str(int(gigabytes * 1e9))} if folder else {}
 
 
 def is_used() -> bool:
-    """Whether this process keeps what it reads."""
+    """True if this process caches what it reads."""
     return _cache() is not None
 
 
 def kept(what: str, size: int, fetch: Callable[[], bytes]) -> bytes:
-    """Bytes that are on this node's disk, or are fetched and kept there.
+    """Bytes from this node's disk, or else fetched and cached there.
 
     Args:
-        what: names them: other bytes have another name.
-        size: of them; a stretch of another size is fetched, and not kept.
+        what: name of the bytes. Different bytes must have different names.
+        size: number of bytes. If `fetch` returns another number, the result is not cached.
     """
     cache = _cache()
     if cache is None or not 0 < size <= cache.room * _UNSEEN:
@@ -70,10 +76,10 @@ def _read(path: Path, size: int) -> bytes | None:
             age = time.time() - os.fstat(file.fileno()).st_mtime
         data = stored[:-_CHECKSUM]
         if len(data) != size or _checksum(data) != stored[-_CHECKSUM:]:
-            return None  # is written anew
+            return None  # damaged: it will be written again
         if age > _PERIOD:
             os.utime(path)
-    except OSError:  # it isn't there, or has just been removed
+    except OSError:  # it isn't there, or was just removed
         return None
     return data
 
@@ -84,7 +90,13 @@ def _checksum(data: bytes) -> bytes:
 
 @dataclass
 class _Cache:
-    """The folder, and how much of it this process has filled since it last looked for what is too much."""
+    """The cache's folder, and the bytes that this process wrote since it last checked the size.
+
+    Attributes:
+        room: most bytes in the folder.
+        unseen: bytes written since the last check.
+        is_full: True if the last check found no room for more.
+    """
 
     folder: Path
     room: int
@@ -93,7 +105,7 @@ class _Cache:
     is_full: bool = False
 
     def write(self, path: Path, data: bytes) -> None:
-        """A disk that is full or away costs nothing but the time of the network."""
+        """Writes one file. If the disk is full or gone, nothing is cached, and reading goes on over the network."""
         with self.lock:
             self.unseen += len(data)
             look = self.unseen >= self.room * _UNSEEN
@@ -113,9 +125,9 @@ class _Cache:
                 partial.unlink(missing_ok=True)
 
     def shrink(self) -> None:
-        """Removes what was not used for a day, and what there is no room for."""
+        """Removes files, the longest unused first: stale files down to 7/8 of the room, others down to the room."""
         with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # others that write wait: the room is never exceeded
+            fcntl.flock(lock, fcntl.LOCK_EX)  # only one process at a time looks and removes
             found = list[tuple[float, int, str]]()
             for folder in filter(Path.is_dir, self.folder.iterdir()):
                 for entry in os.scandir(folder):
@@ -139,5 +151,5 @@ class _Cache:
 @lru_cache(maxsize=1)
 def _cache() -> _Cache | None:
     folder, size = os.environ.get(_FOLDER), int(os.environ.get(_BYTES, 0))
-    # As if this process had filled its share: those before it may have been killed before they looked.
+    # A new process starts as if it had written its share, because earlier ones may have died before they checked.
     return _Cache(Path(folder), size, size, threading.Lock()) if folder and size else None

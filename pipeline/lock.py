@@ -1,8 +1,8 @@
-"""One driver an output: a lease in `lock.json`, and on disks the kernel's lock of the folder beside it.
+"""Ensures one driver for each output, by a lease in `lock.json` and, on disks, the kernel's lock of the folder.
 
-The kernel's lock goes with its process, however that ends. The lease also counts for machines whose kernels do not know
-of each other, and on object stores: its owner renews it, and when it has expired another driver takes it over. Both
-takings are conditional, so of many drivers one succeeds. An owner that finds its lease taken over stops at once.
+The kernel's lock ends with its process, however that ends. The lease also works on object stores and between machines
+with separate kernels. Its owner renews it, and another driver takes it over once it has expired. Both are taken
+conditionally, so only one of several drivers succeeds. An owner whose lease was taken over stops at once.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ LOCK = "lock.json"
 
 
 class LeaseLost(Outage):
-    """Another driver has taken over the output; this one must not write there any more."""
+    """Another driver took over the output, so this one must not write there any more."""
 
 
 @contextlib.contextmanager
 def locked(output: str) -> Iterator[threading.Event]:
-    """Holds the lock of an output, and releases it afterwards.
+    """Holds the lock of an output, and releases it at the end.
 
     Yields:
-        an event that is set when another driver has taken the output over.
+        an event that is set when another driver takes over the output.
 
     Raises:
-        Outage: another driver that is alive holds it.
-        LeaseLost: another driver took it over. In the main thread it interrupts whatever the program does.
+        Outage: another live driver holds it.
+        LeaseLost: another driver took it over. In the main thread this interrupts whatever the program does.
     """
     with _folder_locked(output) as held:
         lease = _Lease(output, held)
@@ -58,7 +58,7 @@ def locked(output: str) -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _folder_locked(output: str) -> Iterator[bool]:
-    """Locks a folder by the kernel, where the file system can; yields whether it did."""
+    """Locks a folder with the kernel if the file system supports it; yields True if it is locked."""
     if not storage.is_local(output):
         yield False
         return
@@ -79,10 +79,10 @@ def _folder_locked(output: str) -> Iterator[bool]:
 
 
 class _Lease:
-    """The file that says who writes to an output, and when it last said so.
+    """The file that says who writes to an output, and when its owner last renewed it.
 
     Args:
-        held: whether the kernel has locked the folder for this process.
+        held: True if the kernel has locked the folder for this process.
     """
 
     def __init__(self, output: str, held: bool) -> None:
@@ -90,7 +90,7 @@ class _Lease:
         self._place, self._owner = storage.join(output, LOCK), uuid.uuid4().hex
 
     def read(self) -> tuple[dict[str, Any], str | None]:
-        """The content (empty where the file is damaged) and the version (None where there is no file)."""
+        """The content ({} if the file is damaged) and the version (None if there is no file)."""
         try:
             content, version = storage.read_version(self._place)
         except FileNotFoundError:
@@ -101,7 +101,7 @@ class _Lease:
         return {}, version
 
     def other(self) -> dict[str, Any]:
-        """The content that another owner wrote, if that owner may be alive; empty otherwise."""
+        """The content that another owner wrote, if that owner may be alive; else {}."""
         lock, _ = self.read()
         if _is_here(lock):
             by_process = lock.get("pids", _pids()) == _pids() and not psutil.pid_exists(lock.get("pid", 0))
@@ -109,22 +109,26 @@ class _Lease:
         return lock
 
     def take(self, seen: dict[str, Any]) -> bool:
-        """Takes a free lease, or a dead owner's; of many who try, one does."""
+        """Takes a free lease, or that of a dead owner; only one of several drivers succeeds.
+
+        Args:
+            seen: the dead owner's content; the lease is not taken if it has changed since.
+        """
         lock, version = self.read()
         if version is None:
             return storage.create(self._place, self._content())
         if seen and lock != seen:
             return False
-        # Some stores ignore the condition: there the one that wrote last has it.
+        # Some stores ignore the condition. On those, the last writer has the lease.
         return storage.replace(self._place, self._content(), version) and self._is_ours(self.read()[0])
 
     def renew(self) -> bool:
-        """Renews the lease, if it still is ours; returns whether it was."""
+        """Renews the lease if it is still ours, and returns True if it was."""
         lock, version = self.read()
         return self._is_ours(lock) and storage.replace(self._place, self._content(), version or "")
 
     def release(self) -> None:
-        with contextlib.suppress(Exception):  # it expires by itself
+        with contextlib.suppress(Exception):  # the lease expires by itself
             if self._is_ours(self.read()[0]):
                 storage.remove(self._place)
 
@@ -136,10 +140,10 @@ class _Lease:
 
 
 def _take(lease: _Lease) -> None:
-    """Takes the lease. An owner that may be dead has until it ends to show that it is not."""
+    """Takes the lease. Waits until the lease of an owner that may be dead expires, unless the owner renews it."""
     seen, since = lease.other(), time.monotonic()
     while True:
-        # By the clock of who wrote it, or by ours: whichever says first that it has ended.
+        # Measured by the time that the owner wrote and by our own clock, whichever shows the end first.
         silent = max(time.time() - seen.get("time", 0.0), time.monotonic() - since)
         if expired := silent >= LEASE_SECONDS:
             if lease.take(seen):
@@ -147,7 +151,7 @@ def _take(lease: _Lease) -> None:
         elif time.monotonic() - since < POLL_SECONDS:
             print(
                 f"--output {lease.output} is held by {_holder(seen)}, which may be dead: "
-                f"taking over in {LEASE_SECONDS - silent:.0f} s unless it says that it is not",
+                f"taking over in {LEASE_SECONDS - silent:.0f} s unless it renews its lease",
                 file=sys.stderr,
                 flush=True,
             )
@@ -160,12 +164,12 @@ def _take(lease: _Lease) -> None:
 
 @contextlib.contextmanager
 def _renewed(lease: _Lease) -> Iterator[threading.Event]:
-    """Renews a lease from a thread. A storage that is away only delays that: nobody else can take it there."""
+    """Renews a lease from a thread. If the storage fails, renewal is late, but nobody else can take the lease there."""
     done, lost = threading.Event(), threading.Event()
     main = threading.current_thread() is threading.main_thread()
     error = LeaseLost(
-        f"--output {lease.output} was taken over by another driver while this one was silent: it stops here, the other "
-        "one goes on"
+        f"--output {lease.output} was taken over by another driver while this one was silent: this driver stops, the "
+        "other one continues"
     )
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -173,7 +177,7 @@ def _renewed(lease: _Lease) -> Iterator[threading.Event]:
 
     def run() -> None:
         while not done.wait(RENEW_SECONDS):
-            with contextlib.suppress(Exception):  # object stores raise errors of their own kinds
+            with contextlib.suppress(Exception):  # object stores raise errors of their own
                 if not lease.renew():
                     lost.set()
                     if main:
@@ -186,7 +190,7 @@ def _renewed(lease: _Lease) -> Iterator[threading.Event]:
     try:
         yield lost
     except Exception:
-        if lost.is_set():  # Ray's core makes errors of its own of what interrupts it
+        if lost.is_set():  # Ray's core turns an interrupt into errors of its own
             raise error from None
         raise
     finally:
@@ -199,7 +203,7 @@ def _renewed(lease: _Lease) -> Iterator[threading.Event]:
 
 
 def _refusal(output: str, lock: dict[str, Any]) -> Outage:
-    return Outage(  # it ends some day, and the same command goes on then
+    return Outage(  # the same command may succeed later
         f"--output {output} is being written by {_holder(lock)}: wait for it, or choose another folder"
     )
 
@@ -212,7 +216,7 @@ def _self() -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
-        # This start of the kernel, which containers share.
+        # Identifies this boot of the kernel, which containers share.
         "machine": boot.read_text().strip() if boot.exists() else socket.gethostname(),
         "pids": _pids(),
         "pid": os.getpid(),
@@ -221,13 +225,13 @@ def _self() -> dict[str, Any]:
 
 
 def _is_here(lock: dict[str, Any]) -> bool:
-    """Whether a process under this machine's kernel wrote it; 0.1.0 knew machines by name."""
+    """True if a process under this machine's kernel wrote the lease. Release 0.1.0 identified machines by host name."""
     key = "machine" if "machine" in lock else "host"
     return bool(lock.get(key) == _self()[key])
 
 
 def _pids() -> str:
-    """Where process ids mean the same: not in another container."""
+    """The namespace of process ids, which differs between containers."""
     with contextlib.suppress(OSError):
         return str(Path("/proc/self/ns/pid").readlink())
     return ""

@@ -1,4 +1,4 @@
-"""Text from outside in a card or a description: one line, with nothing in it that Markdown or HTML would act on."""
+"""Formats untrusted text for cards and descriptions: one line, with everything escaped that Markdown or HTML acts on."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ def plain(value: Any) -> str:
 
 
 def table(head: str, rows: dict[str, Any]) -> str:
-    """A Markdown table of two columns, with its text escaped."""
+    """A Markdown table of two columns, with keys and values escaped."""
     lines = "".join(f"| {plain(key)} | {plain(value)} |\n" for key, value in rows.items())
     return f"| {head} | |\n| --- | --- |\n{lines}"
 
 
 def grid(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of any columns, with the text of its rows escaped."""
+    """A Markdown table with any number of columns. The text of its rows is escaped, the head is not."""
     lines = [head, ["---"] * len(head), *([plain(value) for value in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,19 +1,19 @@
-"""Memory of a process that computes on a CPU."""
+"""Sets malloc up for a process that trains on a CPU."""
 
 import ctypes
 
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
-AHEAD = 2**27  # more than a heap of a thread can hold, so that none is given back
+AHEAD = 2**27  # bytes; more than a thread's heap can hold, so that no memory is returned
 
 
 def keep() -> None:
-    """Keeps what is freed for the next allocation, from now on, instead of giving it back to the system.
+    """Makes malloc keep freed memory for the next allocation, instead of returning it to the system.
 
-    A training step frees a gigabyte, and the next one asks for it again. Memory from the system comes page by page,
-    each of them cleared: that takes up to 7 % of a step. The process becomes no larger at its largest, but stays so.
-    Blocks of more than 64 MB that another thread than the first one frees are given back all the same: glibc holds no
-    more in a thread's heap. Other C libraries are left as they are.
+    A training step frees a gigabyte, and the next step allocates it again. Memory from the system comes page by page,
+    each of them cleared, which takes up to 7 % of a step. The process's peak size does not grow, but its size stays
+    at the peak. glibc still returns blocks of more than 64 MB that a thread other than the first one frees, because a
+    thread's heap can't hold more. Other C libraries are left unchanged.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

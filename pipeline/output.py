@@ -1,4 +1,4 @@
-"""Whose an output folder is: one set of settings, from its first file on."""
+"""Ties an output folder to one set of settings, from its first file on."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from pipeline.versions import OF_0_1_0, TRAINING, VERSIONS, check_same
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON. Numbers that are not finite become null, since JSON has no word for them."""
+    """Strict JSON. Numbers that are not finite become null, because JSON can't express them."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -24,14 +24,13 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def read_claim(output: str, name: str) -> dict[str, Any] | None:
-    """What an output was begun with; None where it is new.
+    """The settings that an output was begun with; None if the output is new.
 
     Args:
-        name: of the file that says it.
+        name: name of the file that holds them.
 
     Returns:
-        `fixed`, the settings; `versions`; and what else was kept beside them.
-
+        `fixed`, the settings; `versions`; and whatever `write_claim` kept beside them.
     Raises:
         InputError: the file is damaged.
     """
@@ -44,7 +43,7 @@ def read_claim(output: str, name: str) -> dict[str, Any] | None:
         raise InputError(f"{uri} is damaged: {error}: restore it, or choose another folder") from None
     if not isinstance(content, dict):
         raise InputError(f"{uri} is damaged: restore it, or choose another folder")
-    # 0.1.0 kept some settings without a name around them, and no versions.
+    # Release 0.1.0 wrote some settings at the top level, and no versions.
     return content if "fixed" in content else {"fixed": content, "versions": OF_0_1_0, **content}
 
 
@@ -56,17 +55,17 @@ def check_claim(
     hints: dict[str, str] | None = None,
     of: tuple[str, ...] = TRAINING,
 ) -> None:
-    """Refuses to continue an output with other settings than it was begun with.
+    """Refuses to continue an output with settings other than those it was begun with.
 
     Args:
-        before: what `read_claim` returned.
+        before: result of `read_claim`.
         fixed: the settings of this run that must equal those the output was begun with.
         defaults: values of settings that an older release did not write.
-        hints: by setting, words that the error adds to the former value.
-        of: the versions that the work depends on.
+        hints: text that the error adds after the former value, by setting.
+        of: names of the versions that the work depends on.
 
     Raises:
-        InputError: other settings, or a release that works otherwise.
+        InputError: a setting differs, or the output was begun by a release that works differently.
     """
     check_same(before.get("versions"), f"--output {output}", of)
     for key, now in fixed.items():
@@ -78,29 +77,30 @@ def check_claim(
 
 
 def write_claim(output: str, name: str, fixed: dict[str, Any], **beside: Any) -> None:
-    """Makes an output belong to `fixed`; what is `beside` it is kept, and may change."""
+    """Writes the settings that an output belongs to. Values in `beside` are kept too, and may change later."""
     content = {"versions": {**VERSIONS, "release": f"ray-ddpm {__version__}"}, "fixed": fixed, **beside}
     storage.write_atomic(storage.join(output, name), json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def check_apart(output: str, flag: str, source: str) -> None:
-    """Refuses an output inside of the data that it is made from: the next run would take it for data.
+    """Refuses an output inside the data that it is made from, because the next run would read it as data.
 
     Args:
-        flag: that the data was given with.
+        flag: flag that the data was given with.
+        source: URI of the data.
 
     Raises:
-        InputError: it lies inside, or is the same folder.
+        InputError: the output lies inside the data, or is the same folder.
     """
     if source and is_inside(output, source):
-        raise InputError(f"--output {output} lies inside of {flag} {source}: choose a folder beside it")
+        raise InputError(f"--output {output} lies inside {flag} {source}: choose a folder beside it")
 
 
 def is_inside(uri: str, folder: str) -> bool:
-    """Whether a file or a folder lies in another folder, or is that, whatever links lead there.
+    """True if a file or folder lies in another folder, or is that folder. Links are resolved.
 
     Args:
-        folder: or a pattern: then whether it lies in what that would match.
+        folder: folder or pattern; for a pattern, True if `uri` lies in something that it would match.
     """
 
     fs, mine = storage.open_fs(uri)

@@ -1,4 +1,4 @@
-"""Calls of a storage that are repeated while it fails: most outages end within minutes."""
+"""Repeats calls of a storage while it fails. Most outages end within minutes."""
 
 import errno
 import io
@@ -16,20 +16,20 @@ from pipeline.redact import one_line
 from pipeline.storage import StorageError, is_storage_error, open_fs
 
 T = TypeVar("T")
-# Seconds; each is twice the one before.
+# Seconds between two tries; each pause is twice the one before.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
-# What no waiting mends: no room, read only, too large.
+# Errors that waiting does not cure: no space, quota used up, read-only, too large.
 PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Patient(Protocol):
-    """`patiently`, for so many seconds and with somebody to tell."""
+    """`patiently` with its time limit and its messages already chosen."""
 
     def __call__(self, do: Callable[[], T], what: str) -> T: ...
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same call may succeed later: not where there is no such file, or no room for it."""
+    """True if the same call may succeed later. It can't if the file does not exist or there is no room for it."""
     if isinstance(error, StorageError):
         return True
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
@@ -47,14 +47,14 @@ def patiently(
     """Calls `do` until it succeeds.
 
     Args:
-        what: fails, for messages: "the checkpoints in s3://… can't be read".
-        seconds: after which it gives up.
-        say: is told, once, what fails and for how long it will be tried again.
-        may_pass: whether waiting can mend an error.
+        what: what fails, for messages: "the checkpoints in s3://… can't be read".
+        seconds: time after which it gives up.
+        say: called once with a line that says what fails and how long it will be tried again.
+        may_pass: returns True for an error that waiting may cure.
 
     Raises:
-        Outage: it did not succeed in that time.
-        Exception: what `do` raised, where no waiting mends it.
+        Outage: `do` did not succeed in that time.
+        Exception: the error of `do`, if waiting does not cure it.
     """
     began, pause = time.monotonic(), FIRST_PAUSE
     while True:
@@ -73,9 +73,9 @@ def patiently(
 
 
 def arrow_fs(uri: str, patient: Patient) -> tuple[Any, str]:
-    """The file system of a URI for those who want pyarrow's interface, and the path in it.
+    """A pyarrow file system for a URI, and the path in it.
 
-    Ray Train's controller ends with the first call of it that fails.
+    Its calls are repeated while they fail, because Ray Train's controller ends at the first call that fails.
     """
     fs, path = open_fs(uri)
     if isinstance(fs, LocalFileSystem):
@@ -85,7 +85,7 @@ def arrow_fs(uri: str, patient: Patient) -> tuple[Any, str]:
 
 
 class _Handler(pyarrow.fs.FSSpecHandler):
-    """fsspec for pyarrow: every call is patient, files are small, and a folder is deleted by its own name."""
+    """Adapts fsspec to pyarrow. Failing calls are repeated, files are small, and folder names are never patterns."""
 
     def __init__(self, fs: Any, patient: Patient) -> None:
         super().__init__(fs)
@@ -120,7 +120,7 @@ class _Handler(pyarrow.fs.FSSpecHandler):
 
 
 class _WrittenAtTheEnd(io.BytesIO):
-    """A file that is handed on whole when it is closed."""
+    """A file in memory that is passed on whole when it is closed."""
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Secrets in addresses and settings: masked in whatever is shown, refused wherever they would be kept."""
+"""Finds secrets in addresses and settings: masks them in messages, and refuses settings that contain them."""
 
 import dataclasses
 import os
@@ -9,43 +9,43 @@ from typing import Any
 from pipeline.errors import InputError
 
 MASK = "***"
-# Variables whose values are secret, whatever they look like and however they get into a message.
+# Environment variables whose values are always secret, wherever they appear in a message.
 SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN", "HF_TOKEN", "REDIS_PASSWORD", "AZURE_STORAGE_KEY", "AZURE_CLIENT_SECRET",
 )  # fmt: skip
-# Others, by the last word of their names.
+# Other variables whose values are secret, by the last word of their names.
 _SECRET_NAME = re.compile(
     r"(?i)(?:^|_)(?:(?<!public_)key|secret|token|pass|passwd|password|passphrase|pwd|credentials?|connection_string)$"
 )
 _SHORTEST_SECRET = 8
-# scheme://USER:PASSWORD@; what looks like scheme://host:port/…@ is none. AWS's secret keys may hold slashes.
+# scheme://USER:PASSWORD@, but not scheme://host:port/…@. AWS secret keys may contain slashes.
 _PASSWORD = re.compile(r"(?<=://)[^/\s@:'\"]*:(?!\d+(?:/|$))[^\s'\"]*@")
-# https://TOKEN@host; other schemes have names there (container@account, user@host).
+# https://TOKEN@host. Other schemes have names in that place (container@account, user@host).
 _WEB_USER = re.compile(r"(?:(?<=https://)|(?<=http://))[^/\s@'\"]+@")
 _QUERY = re.compile(
     r"(?i)([?&](?:[\w.-]*(?:token|secret|password|signature|credential|key)[\w.-]*|sig)=)[^&\s'\"]+"
 )
-# Secrets that are known by how they look, as those who give them out describe them.
+# Secrets with a known format, as their issuers document it.
 _SHAPES = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\w+/=\s\\-]*-----END [A-Z ]*PRIVATE KEY-----)?",
-    "a key of AWS": r"\b(?:AKIA|ASIA)[A-Z2-7]{16}\b",
-    "a key of Azure": r"(?i:(?<=AccountKey=)|(?<=SharedAccessKey=))[\w+/]{40,}={0,2}",
-    "a secret of Azure": r"(?<![\w~.-])[\w~.-]{3}\dQ~[\w~.-]{31,34}(?![\w~.-])",
-    "a signature of Azure": r"\bsig=[A-Za-z0-9%+/]{40,}={0,2}",
-    "a key of Google": r"\bAIza[\w-]{35}(?![\w-])|\bGOCSPX-[\w-]{28}|\bya29\.[\w-]{20,}",
-    "a token of Hugging Face": r"\b(?:hf|api_org)_[A-Za-z0-9]{34,}\b",
-    "a token of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{36,}",
-    "a token of GitLab": r"\bglpat-[\w-]{20,}",
-    "a token of Docker": r"\bdckr_[a-z]{3}_[\w-]{27,}",
-    "a token of npm": r"\bnpm_[A-Za-z0-9]{36}\b",
-    "a token of PyPI": r"\bpypi-AgE[\w-]{50,}",
-    "a token of Slack": r"\bxox[abeoprs]-[\w-]{10,}",
-    "a token of Databricks": r"\bdapi[0-9a-f]{32}\b",
+    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z2-7]{16}\b",
+    "an Azure key": r"(?i:(?<=AccountKey=)|(?<=SharedAccessKey=))[\w+/]{40,}={0,2}",
+    "an Azure secret": r"(?<![\w~.-])[\w~.-]{3}\dQ~[\w~.-]{31,34}(?![\w~.-])",
+    "an Azure signature": r"\bsig=[A-Za-z0-9%+/]{40,}={0,2}",
+    "a Google key": r"\bAIza[\w-]{35}(?![\w-])|\bGOCSPX-[\w-]{28}|\bya29\.[\w-]{20,}",
+    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{34,}\b",
+    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{36,}",
+    "a GitLab token": r"\bglpat-[\w-]{20,}",
+    "a Docker token": r"\bdckr_[a-z]{3}_[\w-]{27,}",
+    "an npm token": r"\bnpm_[A-Za-z0-9]{36}\b",
+    "a PyPI token": r"\bpypi-AgE[\w-]{50,}",
+    "a Slack token": r"\bxox[abeoprs]-[\w-]{10,}",
+    "a Databricks token": r"\bdapi[0-9a-f]{32}\b",
     "a signed token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{16,}",
 }
 _SHAPE = re.compile("|".join(f"(?:{shape})" for shape in _SHAPES.values()))
-# A password in an address, as it stands in a file; a place for one is none, nor is an example.
+# A password in an address as written in a file. Placeholders and examples do not count.
 _WRITTEN_PASSWORD = re.compile(
     r"\b[a-z][a-z0-9+.-]*://(?P<user>[^/\s@:'\"]*):(?P<password>[^/\s@'\"<>{}$%*()\[\]]{8,})@[\w.-]+"
 )
@@ -53,7 +53,7 @@ _EXAMPLE = re.compile(r"(?i)pass(?:word|wort|phrase)|secret|changeme|example|xxx
 
 
 def redact(text: str) -> str:
-    """A text without the passwords of the URIs in it, and without the values of secret variables."""
+    """The text with passwords in URIs, secrets of known format, and values of secret variables masked."""
     text = _WEB_USER.sub(f"{MASK}@", _PASSWORD.sub(f"{MASK}@", text))
     text = _SHAPE.sub(MASK, _QUERY.sub(rf"\g<1>{MASK}", text))
     for value in secret_values().values():
@@ -62,24 +62,24 @@ def redact(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text as it can be shown and listed in one line: control characters, and bytes that are no UTF-8, are escaped."""
+    """The text in one printable line: control characters and bytes that are not UTF-8 are escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how a byte of a name stands that is no UTF-8
+    if "\udc80" <= character <= "\udcff":  # surrogateescape: a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """An error's words in one printable line without secrets; its kind, where it has no words."""
+    """An error's message in one printable line without secrets, at most `limit` characters; its type if it is empty."""
     words = printable(" ".join(str(error).split())) or type(error).__name__
     return redact(words)[:limit]
 
 
 def secret_values() -> dict[str, str]:
-    """The secrets that this process knows of, by the name of their variable; no path is one, and no plain word."""
+    """Values of the secret environment variables, by name. Paths and plain words under other names do not count."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -92,7 +92,7 @@ def secret_values() -> dict[str, str]:
 
 
 def find_secret(text: str) -> str:
-    """What secret a file's text holds, in words; "" where none is known."""
+    """A description of a secret that a text contains; "" if none is found."""
     for name, value in secret_values().items():
         if value in text:
             return f"the value of {name}"
@@ -107,16 +107,16 @@ def find_secret(text: str) -> str:
 
 
 def refuse_secrets(config: Any) -> None:
-    """Refuses a configuration with a secret in it: flags are written to MLflow, model cards and logs.
+    """Refuses a configuration that contains a secret, because flags are written to MLflow, model cards and logs.
 
     Raises:
-        InputError: names the flag, with the secret masked.
+        InputError: a flag holds a secret; the message names the flag and masks the secret.
     """
     for name, value in _strings(config):
         if redact(value) != value:
             raise InputError(
-                f"--{name.replace('_', '-')} {redact(value)} holds a secret, and flags are logged: credentials "
-                "come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for S3)"
+                f"--{name.replace('_', '-')} {redact(value)} holds a secret, but flags are logged: put "
+                "credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3)"
             )
 
 

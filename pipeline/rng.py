@@ -17,16 +17,17 @@ from torch import Tensor
 from pipeline.gpu import available
 
 EPOCHS = 2**24
-"""Epochs (and sampling steps) that there are different numbers for."""
+"""Number of epochs, or of sampling steps, with distinct random numbers."""
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for: streams of different purposes never overlap.
+    """The use of a random number. Streams of different purposes never overlap.
 
-    Each is drawn in one place, so that no number serves two ends: what chooses an image must not be its noise.
+    Each purpose is used in one place only, so no number serves two uses: the number that chooses an image must not be
+    its noise.
     """
 
     NOISE = 0
@@ -45,7 +46,7 @@ class Purpose(IntEnum):
 
 
 class Choice(IntEnum):
-    """Uses for which images are chosen. Each is an epoch of `Purpose.IMAGES`, so no two share random numbers."""
+    """Reasons for choosing images at random. Each is an epoch of `Purpose.IMAGES`, so no two share random numbers."""
 
     BOUND = 0
     CLASSIFIER = 1
@@ -55,7 +56,7 @@ class Choice(IntEnum):
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Sequence[int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32.
+    """Ten rounds of Philox4x32 (Salmon et al. 2011).
 
     Args:
         counter: four int64 tensors of one shape, each element in [0, 2^32).
@@ -84,10 +85,10 @@ def bits(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, count: i
 
     Args:
         seed: any integer; its low 64 bits are the key.
-        epoch: in [0, 2^24); an int, or an int64 tensor of the shape of `ids`. Where samples are generated
-            this is the sampling step.
+        epoch: in [0, 2^24); an int, or an int64 tensor of the shape of `ids`. When samples are generated, this is the
+            sampling step.
         ids: sample ids, int64, shape [N], in [0, 2^63).
-        purpose: which stream.
+        purpose: stream to draw from.
         count: words per sample.
 
     Returns:
@@ -97,14 +98,14 @@ def bits(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, count: i
 
 
 def uniform(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, count: int = 1) -> Tensor:
-    """Uniform numbers strictly inside (0, 1): float64, shape [N, count], 32 random bits each."""
+    """Uniform numbers strictly inside (0, 1): float64, shape [N, count], with 32 random bits each."""
     return _inside(bits(seed, epoch, ids, purpose, count))
 
 
 def uniforms(
     seed: int, epoch: int | Tensor, ids: Tensor, purposes: tuple[Purpose, ...]
 ) -> dict[Purpose, Tensor]:
-    """The first number of `uniform` for several purposes, drawn together: float64 [N] of each."""
+    """The first number of `uniform` for several purposes, drawn together: float64 [N] for each."""
     columns = _inside(_words(seed, epoch, ids, purposes, 1)[:, :, 0]).T.contiguous().unbind()
     return dict(zip(purposes, columns, strict=True))
 
@@ -125,13 +126,13 @@ def normal(seed: int, epoch: int | Tensor, ids: Tensor, purpose: Purpose, shape:
 
 
 def generator_seed(seed: int, epoch: int, number: int, purpose: Purpose) -> int:
-    """A seed in [0, 2^64) for code that can only draw from a torch generator, as dropout does."""
+    """A seed in [0, 2^64) for code that can only draw from a torch generator, such as dropout."""
     low, high = bits(seed, epoch, torch.tensor([number]), purpose, 2)[0].tolist()
     return int(high << 32 | low)
 
 
 def _words(seed: int, epoch: int | Tensor, ids: Tensor, purposes: tuple[Purpose, ...], count: int) -> Tensor:
-    """int64 [N, P, count]: `bits` for each of the purposes."""
+    """`bits` for each of P purposes: int64 [N, P, count]."""
     purpose = _column(purposes, ids.device)
     if not ids.is_cpu and available.work():
         from pipeline.gpu import philox
@@ -148,7 +149,7 @@ def _words(seed: int, epoch: int | Tensor, ids: Tensor, purposes: tuple[Purpose,
 
 @cache
 def _column(purposes: tuple[Purpose, ...], device: torch.device) -> Tensor:
-    """Kept, because a GPU would have to wait for the copy."""
+    """The purposes as a tensor. It is cached, because a GPU would have to wait for the copy."""
     return torch.tensor(purposes, dtype=torch.int64, device=device)
 
 

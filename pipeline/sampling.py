@@ -1,4 +1,4 @@
-"""Where models that 0.1.0 registered in MLflow look for `sample_images`: their pyfunc script imports it from here."""
+"""Keeps models that release 0.1.0 registered in MLflow working: their pyfunc script imports `sample_images` from here."""
 
 from pipeline.models.sampling import sample_images
 

@@ -1,4 +1,4 @@
-"""Files wherever they are: local paths, s3://, gs://, hf:// and the rest, through fsspec."""
+"""Files on any storage, through fsspec: local paths, s3://, gs://, hf:// and others."""
 
 import contextlib
 import errno
@@ -24,29 +24,29 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "huggingface_hub", "httpx", "httpx2")
 _SCHEME = re.compile(r"([A-Za-z][\w+.:-]*)://")
 _READ_TOGETHER = 32
-# Else botocore opens ten, and threads wait for each other.
+# By default botocore opens only ten connections, and threads would wait for each other.
 _CONNECTIONS = {"max_pool_connections": _READ_TOGETHER}
-# The only errors that say that something is not there.
+# The only errors that mean that something does not exist.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class StorageError(Outage):
-    """The storage can't say now what it is asked."""
+    """The storage can't answer at the moment."""
 
 
 def open_fs(uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it.
+    """The fsspec file system of a URI, and the path in it.
 
     Raises:
-        InputError: a scheme that nothing installed can open.
+        InputError: no installed package opens this scheme.
     """
-    if uri.startswith("~"):  # the home folder, unless something here is called so
+    if uri.startswith("~"):  # the home folder, unless a file here has this name
         uri = os.path.abspath(uri) if os.path.lexists(uri) else os.path.expanduser(uri)  # noqa: PTH100, PTH111
     scheme = found[1] if (found := _SCHEME.match(uri)) else "file"
     try:
         if scheme not in ("file", *_EXTRAS):
             return fsspec.core.url_to_fs(uri)
-        # Not url_to_fs: it takes `::` in a name for a chain of file systems.
+        # url_to_fs would take `::` in a name for a chain of file systems.
         kind = fsspec.get_filesystem_class(scheme)
         options = kind._get_kwargs_from_urls(uri)
         if scheme in ("s3", "s3a"):
@@ -63,19 +63,19 @@ def open_fs(uri: str) -> tuple[Any, str]:
 
 
 def join(uri: str, *parts: str) -> str:
-    """A URI further down."""
+    """The URI with further path components."""
     return posixpath.join(uri.rstrip("/") or "/", *parts)
 
 
 def name(uri: str) -> str:
-    """The last part of a URI."""
+    """The last component of a URI."""
     return posixpath.basename(uri.rstrip("/"))
 
 
 def title(uri: str) -> str:
-    """What data are called where others read of them: an address that is the same for everybody, or a name alone.
+    """A name for data that other people may read, as in MLflow or a card: a remote address, or a path's last component.
 
-    A path is nobody else's, and may tell whose machine it is on.
+    A local path means nothing to others, and may reveal on whose machine it is.
     """
     if not is_local(uri):
         return redact(uri)
@@ -84,27 +84,27 @@ def title(uri: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, so that workers elsewhere on the machine find it; other URIs as they are."""
+    """The absolute form of a local path, so that other processes on the machine find it; other URIs unchanged."""
     fs, path = open_fs(uri)
     return path if isinstance(fs, LocalFileSystem) else uri
 
 
 def is_local(uri: str) -> bool:
-    """Whether a URI is a path on this machine's file systems (shared ones among them)."""
+    """True if a URI is a path on this machine's file systems, shared ones included."""
     return isinstance(open_fs(uri)[0], LocalFileSystem)
 
 
 def exists(uri: str, pattern: bool = False) -> bool:
-    """Whether there is a file or a folder of that very name.
+    """True if a file or folder of exactly this name exists.
 
     Args:
-        pattern: also accept a pattern that matches some files or folders, as `list_files` does.
+        pattern: also accept a pattern that matches some file or folder, as `list_files` does.
 
     Raises:
-        InputError: the storage can't say.
+        StorageError: the storage can't answer.
     """
     fs, path = open_fs(uri)
-    fs.invalidate_cache()  # others write there too
+    fs.invalidate_cache()  # other processes write there too
     if found := pattern_of(uri):
         with _asking(uri):
             return pattern and bool(_glob(fs, found))
@@ -113,22 +113,22 @@ def exists(uri: str, pattern: bool = False) -> bool:
 
 
 def _kind(fs: Any, path: str) -> str | None:
-    """What lies there: file, directory or other."""
+    """The kind of entry at a path: "file", "directory" or "other"; None if there is none."""
     try:
-        return str(fs.info(path)["type"])  # its `exists` takes every failure for a no
+        return str(fs.info(path)["type"])  # fsspec's `exists` returns False on every failure
     except _ABSENT:
         return None
 
 
 def _find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-    """Every file below a folder; nothing where there is none."""
+    """Every file below a folder, with details; empty if the folder does not exist."""
     if not isinstance(fs, LocalFileSystem):
         try:
             return dict(fs.find(path, detail=True))
         except _ABSENT:
             return {}
     found, folders = dict[str, dict[str, Any]](), [path]
-    while folders:  # on disks `find` leaves out what it can't list
+    while folders:  # on disks, fsspec's `find` silently skips folders that it can't list
         with contextlib.suppress(*_ABSENT):
             for entry in fs.ls(folders.pop(), detail=True):
                 if entry["type"] == "directory":
@@ -139,13 +139,13 @@ def _find(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def pattern_of(uri: str) -> tuple[str, str] | None:
-    """A path that is a pattern, as the folder before its first name with *, ? or [] in it, and the rest.
+    """Splits a path that is a pattern into the folder before the first component with *, ? or [], and the rest.
 
     Returns:
-        None for other paths, and for one that is there as it stands.
+        None for other paths, and for a path that exists with these very characters.
 
     Raises:
-        InputError: the storage can't say.
+        StorageError: the storage can't answer.
     """
     fs, path = open_fs(uri)
     with _asking(uri):
@@ -157,15 +157,15 @@ def pattern_of(uri: str) -> tuple[str, str] | None:
 
 
 def _glob(fs: Any, pattern: tuple[str, str]) -> dict[str, dict[str, Any]]:
-    """What there is that a pattern matches: see `pattern_of`."""
+    """Everything that a pattern matches, with details; see `pattern_of`."""
     return dict(fs.glob(posixpath.join(escape(pattern[0]), pattern[1]), detail=True))
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Returns a function that says whether a pattern matches a name, or a folder in it.
+    """Returns a function that is True for a name that matches a pattern, or that lies in a folder that matches.
 
     Raises:
-        InputError: it is no pattern.
+        InputError: the pattern is not valid.
     """
     try:
         match = re.compile(glob_translate(pattern)).match
@@ -180,22 +180,22 @@ def _asking(uri: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:  # every store has its own errors: no credentials, no network, no such bucket
+    except Exception as error:  # stores raise errors of their own: no credentials, no network, no such bucket
         raise StorageError(f"{uri}: can't be read: {one_line(error)}") from None
 
 
 def read_bytes(uri: str) -> bytes:
-    """A whole file."""
+    """The content of a file."""
     fs, path = open_fs(uri)
     data: bytes = fs.cat_file(path)
     return data
 
 
 def read_many(uris: list[str]) -> dict[str, bytes]:
-    """Whole small files, many at a time; those that are not there are left out.
+    """The contents of small files, read many at a time. Files that do not exist are left out.
 
     Raises:
-        InputError: one can't be read.
+        StorageError: a file can't be read.
     """
 
     def read(uri: str) -> bytes | None:
@@ -210,10 +210,10 @@ def read_many(uris: list[str]) -> dict[str, bytes]:
 
 
 def sizes(uri: str) -> dict[str, int]:
-    """Bytes of every file below a folder, by URI, from one listing; nothing where there is no such folder.
+    """Size in bytes of every file below a folder, by URI, from one listing; empty if the folder does not exist.
 
     Raises:
-        InputError: it can't be read.
+        StorageError: the folder can't be read.
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()
@@ -230,19 +230,19 @@ def remove(uri: str) -> None:
 
 
 def move(uri: str, to: str) -> None:
-    """Gives a file another name in the same store."""
+    """Renames a file within one store."""
     fs, path = open_fs(uri)
     target = open_fs(to)[1]
     if isinstance(fs, LocalFileSystem):
         fs.makedirs(posixpath.dirname(target), exist_ok=True)
         fs.mv(path, target)
     else:
-        fs.cp_file(path, target)  # its `mv` takes names for patterns
+        fs.cp_file(path, target)  # fsspec's `mv` takes names for patterns
         fs.rm_file(path)
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Writes a file if there is none yet; returns whether it did. Atomic where the store can: S3 and GCS can."""
+    """Writes a file if it does not exist yet, and returns True if it did. Atomic on S3 and GCS."""
     fs, path = open_fs(uri)
     try:
         fs.pipe_file(path, data, mode="create")
@@ -252,16 +252,16 @@ def create(uri: str, data: bytes) -> bool:
 
 
 def read_version(uri: str) -> tuple[bytes, str]:
-    """A whole file and its version, by which `replace` recognises it (empty where the store has no versions)."""
+    """The content of a file, and its version for `replace` ("" if the store has no versions)."""
     fs, path = open_fs(uri)
     fs.invalidate_cache()
-    # The version first: if the file changes between the two, `replace` finds that out.
+    # The version is read first. If the file changes before the content is read, `replace` notices it.
     version = str(fs.info(path).get("ETag", ""))
     return fs.cat_file(path), version
 
 
 def replace(uri: str, data: bytes, version: str) -> bool:
-    """Overwrites a file if it still has that version; returns whether it did. Atomic on S3 alone."""
+    """Overwrites a file if it still has that version, and returns True if it did. Atomic only on S3."""
     if not version:
         write_atomic(uri, data)
         return True
@@ -271,23 +271,23 @@ def replace(uri: str, data: bytes, version: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what s3fs makes of a condition that does not hold
+        if error.errno != errno.EINVAL:  # s3fs raises EINVAL if the condition does not hold
             raise
         return False
     return True
 
 
 def remove_folder(uri: str) -> None:
-    """Deletes a folder and all that is in it; one that isn't there is fine."""
+    """Deletes a folder with everything in it. A folder that does not exist is fine."""
     fs, path = open_fs(uri)
     with contextlib.suppress(FileNotFoundError):
-        # Stores take a name for a pattern, and may not have heard of what others wrote.
+        # fsspec takes names for patterns on stores, and its cache may lack files that others wrote.
         fs.invalidate_cache()
         fs.rm(path if isinstance(fs, LocalFileSystem) else escape(path), recursive=True)
 
 
 def write_atomic(uri: str, data: bytes) -> None:
-    """Writes a file that appears whole or not at all: renamed locally, one put on an object store."""
+    """Writes a file that appears whole or not at all: by a rename on disks, by a single put on object stores."""
     fs, path = open_fs(uri)
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
@@ -298,9 +298,9 @@ def write_atomic(uri: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(uri: str) -> Iterator[IO[bytes]]:
-    """A file to be filled, of any length, that appears whole or not at all.
+    """Yields a file to write, of any length, that appears whole or not at all.
 
-    For an object store it is filled on this machine's disk first.
+    For an object store the file is first written on this machine's disk.
     """
     fs, path = open_fs(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -324,16 +324,16 @@ def writing(uri: str) -> Iterator[IO[bytes]]:
 
 
 def list_details(uri: str) -> dict[str, dict[str, Any]]:
-    """A file, every file below a folder, or, where neither is there, all of that for each match of a pattern.
+    """Lists a file, every file below a folder, or both for each match of a pattern.
 
     Returns:
-        what the storage says of each (at least `size`), by its path in the file system that `open_fs` gives.
+        the storage's details of each file (at least `size`), by its path in the file system of `open_fs`.
 
     Raises:
-        InputError: there is none of these, or it can't be read.
+        InputError: nothing of that name exists, or it can't be read.
     """
     fs, path = open_fs(uri)
-    fs.invalidate_cache()  # others write there too
+    fs.invalidate_cache()  # other processes write there too
     pattern = pattern_of(uri)
     with _asking(uri):
         if pattern:
@@ -352,10 +352,10 @@ def list_details(uri: str) -> dict[str, dict[str, Any]]:
 
 
 def list_folder(uri: str) -> dict[str, dict[str, Any]]:
-    """What the storage says of each file straight in a folder, by its name there.
+    """The storage's details of each file directly in a folder, by name.
 
     Raises:
-        InputError: the folder can't be read.
+        StorageError: the folder can't be read.
     """
     fs, path = open_fs(uri)
     with _asking(uri):
@@ -363,10 +363,10 @@ def list_folder(uri: str) -> dict[str, dict[str, Any]]:
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """The URIs of what `list_details` finds, sorted.
+    """The URIs of the files that `list_details` finds, sorted.
 
     Args:
-        suffixes: only names that end in one of these, in upper or lower case.
+        suffixes: list only names that end in one of these, in upper or lower case.
 
     Raises:
         InputError: as `list_details`.
@@ -383,17 +383,17 @@ def with_suffix(files: list[str], *suffixes: str) -> list[str]:
 
 
 def is_storage_error(error: Exception) -> bool:
-    """Whether the storage is at fault for what was raised, and not the bytes that it gave."""
+    """True if an error is the fault of the storage and not of the bytes that it returned."""
     if isinstance(error, OSError):  # pyarrow raises a bare OSError for damaged bytes
         return type(error) is not OSError or error.errno is not None
     return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def list_folders(uri: str, prefix: str) -> list[str]:
-    """The folders straight below one whose names begin with `prefix`, sorted; none where there is no such folder.
+    """The folders directly in a folder whose names begin with `prefix`, sorted; empty if the folder does not exist.
 
     Raises:
-        InputError: it can't be read.
+        StorageError: the folder can't be read.
     """
     fs, path = open_fs(uri)
     fs.invalidate_cache()
@@ -407,10 +407,10 @@ def list_folders(uri: str, prefix: str) -> list[str]:
 
 
 def check_writable(uri: str) -> None:
-    """Whether a folder can be made and written to; leaves nothing behind.
+    """Checks that a folder can be created and written to, and leaves nothing behind.
 
     Raises:
-        InputError: it can't, and why.
+        InputError: it can't; the message says why.
     """
     fs, path = open_fs(uri)
     if isinstance(fs, LocalFileSystem):
@@ -427,5 +427,5 @@ def check_writable(uri: str) -> None:
     try:
         fs.pipe_file(probe, b"")
         fs.rm_file(probe)
-    except Exception as error:  # every store has its own errors
+    except Exception as error:  # stores raise errors of their own
         raise InputError(f"--output {uri}: can't be written: {one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Stretches of files on any storage: only bytes that are needed are fetched, and a storage that fails is asked again."""
+"""Reads byte ranges of files on any storage. Only the bytes needed are fetched, and failed requests are repeated."""
 
 import copy
 import io
@@ -15,16 +15,16 @@ from pipeline.errors import Outage
 from pipeline.patience import may_pass, patiently
 
 T = TypeVar("T")
-SECONDS = 60.0  # for which a remote storage may fail
-TOGETHER = 16  # requests
+SECONDS = 60.0  # how long to repeat requests to a failing remote storage
+TOGETHER = 16  # requests at a time
 _KNOWN_FILES = 4096
-_WRITTEN_ANEW = "FileExpired"  # of s3fs
+_WRITTEN_ANEW = "FileExpired"  # s3fs raises this for a file that was overwritten
 
 
 def steadily(do: Callable[[], T], uri: str) -> T:
-    """Calls `do`, which reads a file, until it succeeds or has failed for `SECONDS`; raises what it raised last.
+    """Calls `do`, which reads a file, until it succeeds or has failed for `SECONDS`; then raises its last error.
 
-    A file on a disk, one that isn't there, that may not be read or that was written anew fails at once.
+    Some errors are raised at once: those of local files, missing files, missing permission, and overwritten files.
     """
 
     def passes(error: Exception) -> bool:
@@ -34,25 +34,26 @@ def steadily(do: Callable[[], T], uri: str) -> T:
     say = partial(print, file=sys.stderr, flush=True)
     try:
         return patiently(do, f"{uri} can't be read", SECONDS, say, passes)
-    except Outage as outage:  # of `patiently`, with the error as its cause; or what `do` raised
+    except Outage as outage:  # from `patiently`, with the last error as its cause; or from `do` itself
         raise outage.__cause__ or outage from None
 
 
 def version_of(info: dict[str, Any]) -> str:
-    """What differs whenever a file's content does, of what the storage says of it."""
-    names = ("ETag", "etag", "md5Hash", "sha256", "blob_id")  # the last one of the Hugging Face hub
+    """A text that changes whenever a file's content does, from the storage's details of the file."""
+    names = ("ETag", "etag", "md5Hash", "sha256", "blob_id")  # blob_id: Hugging Face Hub
     etag = next(filter(None, map(info.get, names)), None)
     return str(etag or (info["size"], info.get("mtime") or info.get("LastModified")))
 
 
 def read_stretch(uri: str, start: int, stop: int) -> bytes:
-    """Bytes of a file, in one request; fewer where it ends before."""
+    """The bytes [start, stop) of a file, in one request; fewer if the file ends earlier."""
     if disk_cache.is_used() and not storage.is_local(uri):
         with _opened(uri).again() as file:
             file.seek(start)
             return file.read(stop - start)
     fs, path = storage.open_fs(uri)
-    # fsspec's own `cat_file` (hf://, sftp://) opens a file, see `_open`; those of object stores ask for just the stretch.
+    # fsspec's generic `cat_file` (hf://, sftp://) opens the file, so it needs the same option as `_open`. Object
+    # stores have their own `cat_file`, which requests only the range.
     own = getattr(fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file
     options = {"cache_type": "none"} if own else {}
     data: bytes = steadily(lambda: fs.cat_file(path, start=start, end=stop, **options), uri)
@@ -60,7 +61,7 @@ def read_stretch(uri: str, start: int, stop: int) -> bytes:
 
 
 def read_stretches(uri: str, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Several stretches, up to `TOGETHER` at a time."""
+    """Several ranges [start, stop) of a file, up to `TOGETHER` requests at a time."""
     if len(wanted) < 2 or storage.is_local(uri):
         return [read_stretch(uri, *stretch) for stretch in wanted]
     with ThreadPoolExecutor(TOGETHER) as pool:
@@ -68,10 +69,11 @@ def read_stretches(uri: str, wanted: Sequence[tuple[int, int]]) -> list[bytes]:
 
 
 def open_file(uri: str, ahead: int = 0) -> IO[bytes]:
-    """A file for reading at any place.
+    """Opens a file for random reading.
 
     Args:
-        ahead: bytes that are fetched at least and kept, for small reads; 0 = each read is a request of just its bytes.
+        ahead: least number of bytes to fetch and buffer, for small reads; 0 = each read is a request of exactly its
+            bytes.
     """
     fs, path = storage.open_fs(uri)
     if storage.is_local(uri):
@@ -82,25 +84,25 @@ def open_file(uri: str, ahead: int = 0) -> IO[bytes]:
 
 def _open(uri: str) -> "RemoteFile":
     fs, path = storage.open_fs(uri)
-    # fsspec's own caches would read megabytes ahead (s3fs: 50 MiB).
+    # fsspec's default caches would read megabytes ahead (s3fs: 50 MiB).
     return RemoteFile(uri, steadily(lambda: fs.open(path, "rb", cache_type="none"), uri))
 
 
 @lru_cache(maxsize=_KNOWN_FILES)
 def _opened(uri: str) -> "RemoteFile":
-    """The version of a file is asked for once, where many stretches of it are on this node's disk."""
+    """Keeps remote files open where ranges are cached on this node's disk, so that each version is requested once."""
     return _open(uri)
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of which each read is one request; S3 refuses it once the file was written anew. Not for several threads."""
+    """A remote file; each read is one request. S3 refuses reads once the file was overwritten. Not thread-safe."""
 
     def __init__(self, uri: str, file: Any) -> None:
         self._uri, self._file, self._place = uri, file, 0
         self.size = int(file.size)
 
     def again(self) -> "RemoteFile":
-        """The same file at a place of its own, without a request."""
+        """The same file with a position of its own, without a request."""
         return RemoteFile(self._uri, copy.copy(self._file))
 
     def readable(self) -> bool:

@@ -1,7 +1,7 @@
-"""Versions of what a release may change under files that users have.
+"""Version numbers of the behaviour and formats that a release may change, for files that users keep.
 
-Every run, checkpoint, manifest and model says with which it was written. What was written before 0.2.0 says nothing, and
-has those of 0.1.0.
+Every run, checkpoint, manifest and model records the versions that wrote it. Files from before 0.2.0 record none and
+count as 0.1.0.
 """
 
 from typing import Any
@@ -9,20 +9,20 @@ from typing import Any
 from pipeline.errors import InputError
 
 VERSIONS = {
-    "order": 3,  # which samples form global batch k
-    "noise": 2,  # which random numbers a sample gets
-    "kernels": 3,  # how the network's arithmetic is done, to the bit
-    "format": 2,  # how files are laid out
+    "order": 3,  # choice of the samples in global batch k
+    "noise": 2,  # random numbers of a sample
+    "kernels": 3,  # arithmetic of the network, bit by bit
+    "format": 2,  # layout of files
 }
 TRAINING, SAMPLING, PREPARING = ("order", "noise", "kernels"), ("noise", "kernels"), ("order",)
 OF_0_1_0 = {"order": 1, "noise": 1, "kernels": 1, "format": 2}
 
 
 def check_readable(found: dict[str, Any] | None, where: str) -> None:
-    """Whether this release can read a file: it reads every older layout.
+    """Checks that this release can read a file. It reads all older layouts.
 
     Raises:
-        InputError: a later release wrote it.
+        InputError: a later release wrote the file.
     """
     its = (found or OF_0_1_0)["format"]
     if its > VERSIONS["format"]:
@@ -33,19 +33,19 @@ def check_readable(found: dict[str, Any] | None, where: str) -> None:
 
 
 def check_same(found: dict[str, Any] | None, where: str, of: tuple[str, ...] = TRAINING) -> None:
-    """Whether work that was begun can go on and come out as if nothing had stopped it.
+    """Checks that work that was begun can continue with the same result as without an interruption.
 
     Args:
-        of: the versions that such work depends on.
+        of: names of the versions that the work depends on.
 
     Raises:
-        InputError: this release orders data, draws noise or computes otherwise than the one that began it.
+        InputError: this release orders data, draws noise or computes differently from the one that began the work.
     """
     check_readable(found, where)
     its = found or OF_0_1_0
     changed = [f"{name} {its[name]}, now {VERSIONS[name]}" for name in of if its[name] != VERSIONS[name]]
     if changed:
         raise InputError(
-            f"{where}: begun by {its.get('release', 'ray-ddpm 0.1.0')}, which works otherwise ({'; '.join(changed)}): "
-            "go on with that release, or choose another folder"
+            f"{where}: begun by {its.get('release', 'ray-ddpm 0.1.0')}, which works differently ({'; '.join(changed)}): "
+            "continue with that release, or choose another folder"
         )

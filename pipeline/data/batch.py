@@ -1,4 +1,4 @@
-"""What the stream hands to the training loop. Torch alone, no Ray."""
+"""One rank's batches, as the stream hands them to the training loop. This module imports torch, not Ray."""
 
 from dataclasses import dataclass, field, replace
 
@@ -16,12 +16,12 @@ class Batch:
     """One rank's part of a global batch.
 
     Attributes:
-        images: uint8 [N, C, H, W], laid out channels last.
-        labels: int64 [N]; -1 where the data has none.
+        images: uint8 [N, C, H, W], in channels-last memory format.
+        labels: class numbers, int64 [N]; -1 for an image without a label.
         ids: sample ids, int64 [N].
         epochs: the epoch of each sample, int64 [N].
         weights: float32 [N]; 0 for an image that could not be decoded, else 1.
-        bad: path and reason of each image that could not be decoded.
+        bad: reason by path, for each image that could not be decoded.
     """
 
     images: Tensor
@@ -38,7 +38,12 @@ class Batch:
 
 
 def from_tables(pieces: list[pa.Table], image: ImageConfig) -> Batch:
-    """Copies the rows of some tables out of the object store, into one batch."""
+    """Copies decoded rows out of the object store into one batch.
+
+    Args:
+        pieces: tables that `blocks.Decode` made.
+        image: size and channels of the pixels in them.
+    """
     count = sum(piece.num_rows for piece in pieces)
     images = torch.empty((count, image.size, image.size, image.channels), dtype=torch.uint8)
     first = 0

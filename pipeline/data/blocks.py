@@ -1,6 +1,6 @@
-"""Blocks of images between the processes of a stream: how encoded ones are decoded, and what holds them.
+"""Blocks of images that the processes of a stream hand to each other, and the decoding of encoded blocks.
 
-Free of torch and of Ray.
+This module imports neither torch nor Ray.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pipeline.data.order import crop_place
 
 BLOCK_BYTES = 16 * 2**20
 ROWS_PER_BLOCK = 512, 4096
-# What bridges a storage that hesitates for some steps; more would be decoded beside a run's first steps.
+# Enough to keep training while storage stalls for a few steps. More would be decoded during a run's first steps.
 BATCHES_AHEAD = 8
 CENTRE = (0.5, 0.5)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -25,11 +25,12 @@ _KEPT_BYTES = 2**30
 
 
 class Decode:
-    """Decodes what `Read` reads.
+    """Decodes the blocks that `reads.Read` yields.
 
     Args:
-        seed: the plan's.
-        random_crop: cut the square out of an image's longer side at random, not in its centre.
+        image: size and channels to decode to.
+        seed: seed of the plan; it decides the random crops.
+        random_crop: crop the square at a random place along the longer side, not at the centre.
     """
 
     def __init__(self, image: ImageConfig, seed: int, random_crop: bool) -> None:
@@ -40,7 +41,14 @@ class Decode:
         yield from (as_row(self.decoded(table)) for table in tables_of(blocks))
 
     def decoded(self, table: pa.Table) -> pa.Table:
-        """Pixels, label, id, epoch, path, and bad = why it could not be decoded."""
+        """The table with `bytes` replaced by `pixels`, and `bad`: why the image could not be decoded, null if it was.
+
+        Args:
+            table: columns bytes, label, id, epoch and path, one row an image.
+
+        Returns:
+            columns label, id, epoch, path, pixels (fixed-size binary, H*W*C bytes; zeros for a bad image) and bad.
+        """
         image, count = self._image, table.num_rows
         pixels = np.empty((count, image.size, image.size, image.channels), np.uint8)
         bad: list[str | None] = [None] * count
@@ -61,26 +69,26 @@ class Decode:
 
 
 def as_row(table: pa.Table) -> pa.Table:
-    """A table as one row of lists, uncopied: Ray Data merges and cuts tables by their size, but leaves a row whole."""
+    """A table as one row of lists, without a copy. Ray Data splits and merges tables by size but keeps a row whole."""
     ends = pa.array([0, table.num_rows], pa.int64())
     wholes = [c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in table.columns]
     return pa.table([pa.LargeListArray.from_arrays(ends, whole) for whole in wholes], table.column_names)
 
 
 def tables_of(rows: pa.Table) -> Iterator[pa.Table]:
-    """The tables that `as_row` made rows of."""
+    """The tables back from rows that `as_row` made."""
     for row in range(rows.num_rows):
         yield pa.table({name: rows[name][row].values for name in rows.column_names})
 
 
 @lru_cache(maxsize=1)
 def _keep_freed_memory() -> None:
-    """Keeps what images were decoded into for the next ones, for as long as the process lives.
+    """Makes malloc keep the memory of decoded images for the next ones, as long as the process lives.
 
-    glibc gives large blocks back to the system, which costs a page fault for every 4 KiB of the next image: a fifth
-    of the time that decoding 256x256 pixels takes. How much is kept is bounded by what one read needs.
+    By default glibc returns large blocks to the system. Each 4 KiB of the next image then costs a page fault, a fifth
+    of the time of decoding 256x256 pixels. The memory kept is bounded by what one read needs.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
@@ -91,7 +99,7 @@ def pixel_bytes(image: ImageConfig) -> int:
 
 
 def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
-    """The images of a table that `Decode` made: uint8 [N, H, W, C], not copied where it is one chunk."""
+    """The images of a table that `Decode` made: uint8 [N, H, W, C]. A table of one chunk is not copied."""
     size = pixel_bytes(image)
     parts = [
         np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
@@ -102,11 +110,11 @@ def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
 
 
 def block_rows(image: ImageConfig, image_bytes: int, local_batch: int) -> int:
-    """Rows that are read and decoded together: a few batches, and about a block.
+    """Rows to read and decode together: a few batches, and at most about `BLOCK_BYTES`.
 
     Args:
-        image_bytes: mean size of an encoded image.
-        local_batch: rows of a rank in one batch.
+        image_bytes: mean size of an encoded image, in bytes.
+        local_batch: rows of one rank in one batch.
     """
     least, most = ROWS_PER_BLOCK
     rows = min(most, max(least, BATCHES_AHEAD * local_batch))

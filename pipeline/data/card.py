@@ -1,4 +1,4 @@
-"""The front matter of a dataset card, by which Hugging Face's `datasets` opens a folder and tells it from others."""
+"""The front matter of a dataset card. Hugging Face's `datasets` uses it to open a folder and to key its cache."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import yaml
 
 
 class SplitSize(NamedTuple):
-    """Images of a split, and bytes of their files."""
+    """Number of images in a split, and size of its files in bytes."""
 
     rows: int
     bytes: int
@@ -24,15 +24,16 @@ def front_matter(
 ) -> str:
     """YAML between two lines of dashes.
 
-    `datasets` keeps what it has read under a hash of this: so the fingerprint is in it, and another or a grown dataset
-    in a folder of the same name is read anew.
-
+    `datasets` caches what it read under a hash of this text. The text includes the fingerprint, so a dataset that
+    grew, or another one in a folder of the same name, is read anew.
     Args:
-        classes: names of the labels; empty = numbers.
-        columns: what follows image and label, with their types.
-        files: patterns by split; none where `datasets` can't read them.
-        described: whether readers find these columns.
-        sizes: by split; empty for a dataset that is still growing, since `datasets` refuses other numbers.
+        fingerprint: hash of the dataset's content, hexadecimal.
+        classes: names of the labels; empty = the labels are plain numbers.
+        columns: types of the columns after image and label, by name.
+        files: file patterns by split; empty if `datasets` can't read the files.
+        sizes: sizes by split; empty for a dataset that still grows, because `datasets` refuses data of other sizes.
+        tags: tags of the card, such as "synthetic".
+        described: True if readers of the files find these columns.
     """
     label: Any = (
         {"class_label": {"names": {str(i): name for i, name in enumerate(classes)}}} if classes else "int64"

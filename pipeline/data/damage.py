@@ -1,4 +1,4 @@
-"""Damaged files: good pixels are used whatever is broken beside them, and parts of an image never are."""
+"""Damaged image files: complete pixels are used whatever else is broken, and incomplete images are refused."""
 
 import re
 import struct
@@ -14,11 +14,11 @@ from pipeline.data.jpeg_damage import all_blocks, repaired_jpeg, segment_end
 
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"eXIf", b"IDAT")
 _PNG_KNOWN = re.compile(rb"PLTE|tRNS|sBIT|eXIf|IDAT|IEND")
-_TRIES = 1000  # names of chunks that are looked at in what isn't one
+_TRIES = 1000  # most places to test for the next intact chunk after a broken one
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _WEBP_PIXELS = (b"VP8X", b"ALPH", b"VP8 ", b"VP8L", b"ANIM", b"ANMF")
 _WEBP_KNOWN = re.compile(rb"VP8X|ALPH|VP8 |VP8L|ANIM|ANMF|EXIF")
-# Every tag that tells what the pixels are, and the orientation; the others tell of them.
+# The tags that decide the pixels, and the orientation. All other tags are metadata.
 _TIFF_KEPT = {
     *range(254, 260), 262, 266, *range(273, 275), *range(277, 282), 284, 292, 293, 317, 320, *range(322, 326), 332,
     *range(338, 342), 347, *range(512, 522), *range(529, 533),
@@ -26,30 +26,35 @@ _TIFF_KEPT = {
 
 
 def repaired(kind: str, data: bytes) -> bytes | None:
-    """A file whose pixels are whole, without what is broken in it; None where that can't be made of it."""
+    """The file without its broken parts, if its pixels are complete; None if no such file can be made.
+
+    Args:
+        kind: format, a name of `formats.FORMATS`.
+    """
     repair = _REPAIRS.get(kind)
     try:
         return repair(data) if repair else None
-    except (struct.error, IndexError, zlib.error):  # it ends too early
+    except (struct.error, IndexError, zlib.error):  # the file ends too early
         return None
 
 
 def check_whole(kind: str, data: bytes, image: Image.Image, at_least: int) -> None:
-    """Finds images that Pillow has filled up, of which only a part is in the file.
+    """Refuses images that Pillow filled up because the file holds only a part of the pixels.
 
     Args:
-        image: what Pillow made of it.
+        kind: format, a name of `formats.FORMATS`.
+        image: Pillow's decoding of `data`.
         at_least: see `images.open_image`.
 
     Raises:
-        DecodeError: some of the pixels are missing.
+        DecodeError: some pixels are missing.
     """
     if kind == "PNG":
-        # Missing rows are black or transparent; those of an interlaced image lie between others.
+        # Pillow fills missing rows with black or transparent. Missing rows of an interlaced image lie between others.
         if (data[28] or not _any(image)) and not _all_rows(data):
             raise DecodeError("PNG that ends before its last row")
     elif kind == "JPEG":
-        # Missing blocks are grey.
+        # Pillow fills missing blocks with grey.
         if _last(image) in (128, (128, 128, 128)) and not all_blocks(data, image, at_least):
             raise DecodeError("JPEG that ends before its last pixels")
     elif kind == "JPEG2000" and not _all_tiles(data):
@@ -66,7 +71,7 @@ def _any(image: Image.Image) -> bool:
 
 
 def _all_rows(data: bytes) -> bool:
-    """Whether a PNG file holds as many bytes of pixels as it says."""
+    """True if a PNG file holds all bytes of pixels that its header announces."""
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     size = 0
@@ -95,20 +100,20 @@ def _repaired_png(data: bytes) -> bytes | None:
                 pixels = pixels or kind == b"IDAT"
             place += 12 + size
             continue
-        # Capital letters name what can't be done without, but for a palette that is only a proposal.
+        # A capital first letter marks a chunk that decoding needs, except the palette of a true-colour image.
         needed = kind.isalpha() and not kind[0] & 0x20 and (palette or kind != b"PLTE")
         if needed or kind == b"tRNS":
             return None
         starts = (match.start() - 4 for match in islice(_PNG_KNOWN.finditer(data, place + 5), _TRIES))
         place = next((start for start in starts if _is_chunk(data, start)), len(data))
         if pixels and data[place + 4 : place + 8] == b"IDAT":
-            return None  # what lay between may have been pixels
+            return None  # the broken part may have held pixels
     whole = b"".join([*kept, _chunk(b"IEND", b"")])
     return whole if pixels and _all_rows(whole) else None
 
 
 def _is_chunk(data: bytes, place: int) -> bool:
-    """Whether a chunk with the right checksum is there, or pixels that are cut off by the end of the file."""
+    """True if an intact chunk starts at `place`, or a chunk of pixels that the end of the file cuts off."""
     size, kind = struct.unpack_from(">I4s", data, place)
     end = place + 8 + size
     if end + 4 > len(data):
@@ -121,23 +126,23 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _all_tiles(data: bytes) -> bool:
-    """Whether every tile of a JPEG 2000 file is there, as long as it says."""
+    """True if every tile of a JPEG 2000 file is there in full length."""
     return _tiles_end(data) is not None
 
 
 def _tiles_end(data: bytes) -> int | None:
-    """Where the last tile of a JPEG 2000 file ends; None where some are cut off or missing."""
+    """End of a JPEG 2000 file's last tile, as a byte offset; None if tiles are cut off or missing."""
     place = data.find(b"\xff\x4f\xff\x51") + 2
     width, height, _, _, tile_width, tile_height, x, y = struct.unpack_from(">8I", data, place + 6)
     wanted = -((x - width) // tile_width) * -((y - height) // tile_height)
-    while data[place : place + 2] != b"\xff\x90":  # a tile's header
+    while data[place : place + 2] != b"\xff\x90":  # start of a tile-part
         place = segment_end(data, place)
         if place >= len(data):
             return None
     parts, seen = dict[int, int](), dict[int, int]()
     while data[place : place + 2] == b"\xff\x90":
         tile, size, _, count = struct.unpack_from(">HIBB", data, place + 4)
-        if not size:  # up to the end of the file
+        if not size:  # length 0: the tile runs to the end of the file
             return len(data) if data.endswith(b"\xff\xd9") else None
         place += size
         if place > len(data):
@@ -172,7 +177,7 @@ def _repaired_webp(data: bytes) -> bytes | None:
         if kind in _WEBP_PIXELS or kind == b"EXIF":
             kept.append(kind + struct.pack("<I", size) + content + b"\0" * (size % 2))
         place = end
-    if kept and kept[0].startswith(b"VP8X"):  # its flags announce what follows: no colour profile, no XMP
+    if kept and kept[0].startswith(b"VP8X"):  # update its flags: no colour profile, no XMP
         flags = kept[0][8] & ~0x2C | (0x08 if any(chunk.startswith(b"EXIF") for chunk in kept) else 0)
         kept[0] = kept[0][:8] + bytes([flags]) + kept[0][9:]
     chunks = b"WEBP" + b"".join(kept)
@@ -180,7 +185,7 @@ def _repaired_webp(data: bytes) -> bytes | None:
 
 
 def _repaired_tiff(data: bytes) -> bytes | None:
-    """The first image's tags are cut down to those that tell of its pixels."""
+    """The file with only the first image, and of its tags only those that decide the pixels."""
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     counts, links, size, first = ("Q", "Q", 20, 8) if big else ("H", "I", 12, 4)

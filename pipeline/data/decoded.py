@@ -1,8 +1,8 @@
-"""The first stage of jobs/prepare.py: the images of one part of the source, decoded once and kept for the next run.
+"""The first stage of jobs/prepare.py: decodes each part of the source once and keeps the images for later runs.
 
-The files of a part are named after what it was made of: a run that was killed, or that is given more images, finds
-what is there and decodes the rest. Their rows lie in the order of the shuffle, so that the second stage (shuffle.py)
-reads only what a shard needs.
+A part's files are named by a hash of its input files and settings. A run that follows a killed one, or a run on a
+source that grew, finds the finished parts and decodes the rest. Rows are sorted by the shuffle's key, so the second
+stage (shuffle.py) reads only the rows that a shard needs.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ from pipeline.data.sources.parts import Item, Part
 from pipeline.data.sources.splits import held_out
 from pipeline.data.sources.tree import Tree
 
-CHUNK_BYTES = 128 * 2**20  # of encoded images that are sorted at once
+CHUNK_BYTES = 128 * 2**20  # encoded images that are sorted in memory at once
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What decides the pixels that are made of an image.
+    """The settings that decide an image's pixels.
 
     Attributes:
         size: width and height in pixels.
-        channels: 1, 3 or 4.
-        resize: bring images of other sizes to this one; else they are refused.
-        whole: keep all of the longer side, instead of a square out of the middle.
-        background: red, green, blue under transparent images.
+        channels: 1 = grey, 3 = RGB, 4 = RGBA.
+        resize: resize images of another size; if False, they are refused.
+        whole: keep the whole longer side, instead of a square from the centre.
+        background: red, green and blue behind transparent pixels, 0 to 255.
     """
 
     size: int
@@ -42,10 +42,10 @@ class Pixels:
     background: tuple[int, int, int]
 
     def of(self, item: Item) -> np.ndarray:
-        """Its pixels, uint8 [H, W, channels].
+        """The pixels of one image, uint8 [H, W, channels].
 
         Raises:
-            DecodeError: it can't be used, and why.
+            DecodeError: the image can't be used; the message says why.
         """
         if item.reason:
             raise DecodeError(item.reason)
@@ -60,8 +60,9 @@ class Task:
     """One part to decode.
 
     Attributes:
-        key: of its files.
-        before: files of earlier runs in which some of its images may be.
+        key: name of the part's files; see `key_of`.
+        slot: place of the part in the source; see `slots_of`.
+        before: chunk files of earlier runs that may hold some of its images.
     """
 
     part: Part
@@ -72,7 +73,7 @@ class Task:
 
 @dataclass(frozen=True)
 class DecodeParts:
-    """Decodes parts over the cluster, and says how many images can be used; see `pool.Work`."""
+    """Decodes parts on the cluster and returns the number of usable images in each; see `pool.Work`."""
 
     pixels: Pixels
     fraction: float
@@ -83,13 +84,17 @@ class DecodeParts:
 
 
 def key_of(part: Part, tree: Tree, pixels: Pixels) -> str:
-    """A name for what is made of a part: another one as soon as its files or the settings are others."""
+    """Hash that names a part's decoded files. It changes when the part's files or the settings change."""
     versions = [tree.files[name].version for name in part.names if name in tree.files]
     return hashlib.sha256(repr((part, versions, pixels)).encode(errors="surrogateescape")).hexdigest()[:40]
 
 
 def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> int:
-    """Decodes one part, or takes its images from earlier runs, and writes its record last."""
+    """Decodes one part, reusing images of earlier runs, and writes its record last.
+
+    Returns:
+        the number of usable images.
+    """
     done, known = Decoded(task.part.split, task.slot), _known_rows(output, task.before)
     waiting, size, labels = list[dict[str, Any]](), 0, Counter[str]()
 
@@ -101,7 +106,8 @@ def _decode_part(task: Task, pixels: Pixels, fraction: float, output: str) -> in
     for item in task.part.read():
         digest = item.digest
         if item.label is not None:
-            # A damaged image names its class too: raw data is not decoded before its classes are known.
+            # A damaged image counts for the list of classes too. Training on raw files lists classes before it
+            # decodes, so both must agree.
             labels[item.label] += 0
         row = known.get(digest)
         try:
@@ -142,12 +148,12 @@ def _row(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def _order_key(digest: bytes, path: str) -> int:
-    """A uniform 64-bit number, independent of the one by which images are held out."""
+    """A uniform 64-bit sort key, independent of the hash that decides which images are held out."""
     return int.from_bytes(hashlib.sha256(digest + path.encode()).digest()[:8], "big")
 
 
 def _known_rows(output: str, files: tuple[str, ...]) -> dict[bytes, dict[str, Any]]:
-    """Decoded images of earlier runs, by the digest of what they were made of."""
+    """Rows of decoded images from earlier runs, by the SHA-256 of the encoded image."""
     known = dict[bytes, dict[str, Any]]()
     for file in files:
         columns = ["digest", "pixels", "count", "sum", "squares", "image"]
@@ -157,9 +163,10 @@ def _known_rows(output: str, files: tuple[str, ...]) -> dict[bytes, dict[str, An
 
 
 def slots_of(parts: tuple[Part, ...], pixels: Pixels) -> list[str]:
-    """The place of each part in the source: where one starts with the other, an older part may hold the same images.
+    """A string for each part's place in the source. If one part's string starts with another's, they may share images.
 
-    Images that were decoded otherwise are others: the source's own number of channels may have changed.
+    The string begins with the pixel settings, since images that were decoded with other settings can't be reused.
+    Those settings include the source's own number of channels, which may have changed.
     """
     counts, slots = Counter[str](), list[str]()
     for part in parts:

@@ -1,4 +1,4 @@
-"""Samples that aren't 0 to 255 brought there, by what the file says of their range; what says nothing is refused."""
+"""Scales samples to 0..255 by the range that the file states. A deep image without a stated range is refused."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -10,18 +10,23 @@ from pipeline.data.formats import DecodeError
 from pipeline.data.scaling import DARK, DEEP, TOO_DARK, WHITE, as_image, both_bytes, by_use, load_as, to_bytes
 from pipeline.data.tiff_depth import load_tiff
 
-_FEW = 8  # different values
+_FEW = 8  # distinct values; fewer do not tell where the significant bits are
 _CODESTREAM = b"\xff\x4f\xff\x51"
 
 
 def load(kind: str, data: bytes, image: ImageFile.ImageFile) -> Image.Image:
-    """The pixels of an image that was opened.
+    """The pixels of an opened image.
+
+    Args:
+        kind: format, a name of `formats.FORMATS`.
+        data: the whole file.
+        image: the file as Pillow opened it.
 
     Returns:
-        an image of eight bits a sample: any mode but I, F and I;16.
+        an image of eight bits a sample, so of any mode but I, F and I;16.
 
     Raises:
-        DecodeError: nothing says what range the values have, or they are outside it.
+        DecodeError: the file does not state the range of its values, or values lie outside it.
     """
     if read := _READERS.get(kind):
         return read(data, image)
@@ -32,7 +37,7 @@ def load(kind: str, data: bytes, image: ImageFile.ImageFile) -> Image.Image:
 
 
 def png_chunks(data: bytes, place: int = 8) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and content of the chunks of a PNG file, as their lengths say."""
+    """Type and content of each chunk of a PNG file from `place` on, found by the chunks' lengths."""
     while place + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, place)
         yield kind, data[place + 8 : place + 8 + size]
@@ -40,7 +45,7 @@ def png_chunks(data: bytes, place: int = 8) -> Iterator[tuple[bytes, bytes]]:
 
 
 def component_bits(data: bytes) -> list[tuple[int, bool]]:
-    """Bits of each component of a JPEG 2000 file, and whether it is signed."""
+    """Bits of each component of a JPEG 2000 file, and True if the component is signed."""
     start = data.find(_CODESTREAM)
     (count,) = struct.unpack_from(">H", data, start + 40)
     return [((data[start + i] & 0x7F) + 1, data[start + i] > 0x7F) for i in range(42, 42 + 3 * count, 3)]
@@ -54,7 +59,7 @@ def _png(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
         return _deep_png(data, image, colour)
     image.load()
     if colour in (0, 2) and "transparency" in image.info and depth > 1:
-        # Pillow scales samples of two and four bits, but not the one that is transparent.
+        # Pillow scales samples of two and four bits to eight, but not the transparent value.
         top, key = (1 << depth) - 1, image.info["transparency"]
         keys = tuple((k & top) * 255 // top for k in (key if isinstance(key, tuple) else (key,)))
         image.info["transparency"] = keys if colour == 2 else keys[0]
@@ -66,7 +71,7 @@ def _png(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _significant_bits(data: bytes, colour: int, depth: int) -> tuple[int, ...]:
-    """What the sBIT chunk says of each channel; empty where there is none of use."""
+    """Significant bits of each channel from the sBIT chunk; empty without a valid chunk."""
     if data.find(b"sBIT", 0, data.find(b"IDAT")) < 0:
         return ()
     for kind, content in png_chunks(data):
@@ -79,10 +84,13 @@ def _significant_bits(data: bytes, colour: int, depth: int) -> tuple[int, ...]:
 
 
 def _by_bits(values: np.ndarray, bits: tuple[int, ...], depth: int) -> np.ndarray:
-    """Values [H, W, C] of which so many bits are significant, as uint8.
+    """Values [H, W, C] with `bits` significant bits a channel, as uint8.
 
-    The format wants them spread over the whole range, their bits on top. Writers that leave them at the bottom are
-    told by small values whose lower bits are in use.
+    The PNG standard puts the significant bits on top, with the values spread over the whole range. Some writers leave
+    them at the bottom instead. Those files are recognised by small values that use the lower bits.
+
+    Raises:
+        DecodeError: the values fit both layouts.
     """
     colours = values.shape[-1] - (values.shape[-1] in (2, 4))
     tops = np.array([(1 << b) - 1 for b in bits[:colours]])
@@ -110,7 +118,7 @@ def _deep_png(data: bytes, image: ImageFile.ImageFile, colour: int) -> Image.Ima
         image.load()
         values: np.ndarray = np.asarray(image)[..., None].astype(np.uint16)
     elif colour == 4:
-        # Pillow has no name for pairs of sixteen bits: four bytes are as long.
+        # Pillow has no mode for pairs of sixteen bits, so the four bytes are read as RGBA.
         pairs = load_as(image, "RGBA").astype(np.uint16)
         values = pairs[..., ::2] << 8 | pairs[..., 1::2]
     else:
@@ -133,7 +141,7 @@ def _ppm(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
     if image.mode != "I":
         return image
     values = np.asarray(image)
-    # Pillow has brought them to sixteen bits, where they had a range of their own.
+    # Pillow has scaled other ranges to sixteen bits.
     whole = tile.codec_name == "raw" or not isinstance(tile.args, tuple) or tile.args[-1] == WHITE
     return as_image((values // 257 if whole else (values * 255 + 32767) // WHITE)[..., None].astype(np.uint8))
 
@@ -145,7 +153,7 @@ def _jpeg2000(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
         raise DecodeError("JPEG 2000 of signed values, and nothing in the file says what black and white are")
     bits = [bits for bits, _ in components]
     if image.mode in DEEP:
-        # Pillow has moved them to the upper ones of sixteen bits.
+        # Pillow has shifted the values to the upper bits of sixteen.
         values = np.asarray(image).astype(np.uint16)[..., None]
         return as_image(
             by_use(values, 1) if bits[0] >= 16 else to_bytes(values >> (16 - bits[0]), 0, (1 << bits[0]) - 1)
@@ -163,7 +171,7 @@ def _jpeg2000(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
 
 def _sgi(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
     image.load()
-    # Pillow gives the upper byte alone.
+    # Pillow returns the upper byte only.
     if data[3] == 2 and np.asarray(image).max() <= DARK >> 8 and any(data[512:]):
         raise DecodeError(TOO_DARK)
     return image

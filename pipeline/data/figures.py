@@ -1,4 +1,4 @@
-"""Figures of a set of samples, kept beside it: in figures.json, and as the last part of its card."""
+"""Keeps the metrics of generated samples beside them: in figures.json and at the end of their card."""
 
 import json
 import sys
@@ -18,21 +18,22 @@ _REAL, _COUNT, _ERRORS = "_real", "_images", ("_stderr", "_std")
 
 
 def record(uri: str, fingerprint: str, metrics: dict[str, float], on: dict[str, str]) -> None:
-    """Writes the figures of an evaluation beside the samples that it measured, and into their card.
+    """Writes the metrics of an evaluation beside the samples that it measured, and into their card.
 
-    Where that can't be done a line on stderr says so: the caller has the figures. An earlier evaluation on the same
-    is replaced, others stay.
+    A failure is reported in one line on stderr and is no error, because the caller has the metrics anyway. An earlier
+    evaluation with the same `on` is replaced; others stay.
 
     Args:
-        uri: a folder that jobs/generate.py wrote.
-        fingerprint: of the samples that were measured: `sha256` in their manifest.
-        on: what they were measured on.
+        uri: folder that jobs/generate.py wrote.
+        fingerprint: `sha256` in the manifest of the samples that were measured.
+        metrics: metrics by name.
+        on: the data and the settings of the measurement, as shown in the card.
     """
     try:
         with locked(uri):
             manifest = read_manifest(uri, "--samples") or {}
             if manifest.get("sha256") != fingerprint:
-                raise InputError("there are other samples than were measured")
+                raise InputError("the samples changed since they were measured")
             others = [one for one in _read(uri, fingerprint) if one["on"] != on]
             evaluations = [*others, {"on": on, "metrics": metrics}]
             content = {"sha256": fingerprint, "evaluations": evaluations}
@@ -41,11 +42,13 @@ def record(uri: str, fingerprint: str, metrics: dict[str, float], on: dict[str, 
                 text = storage.read_bytes(card).decode().split(_HEAD)[0]
                 storage.write_atomic(card, (text + section(uri, fingerprint)).encode())
     except (InputError, OSError, UnicodeDecodeError) as error:
-        print(f"evaluate: the figures are not in the card of {uri}: {one_line(error)}", file=sys.stderr)
+        print(
+            f"evaluate: the metrics were not added to the card of {uri}: {one_line(error)}", file=sys.stderr
+        )
 
 
 def section(uri: str, fingerprint: str) -> str:
-    """The part of a card that shows the figures of exactly these samples; "" where there are none."""
+    """The section of a card with the metrics of the samples that have this fingerprint; "" if there are none."""
     evaluations = _read(uri, fingerprint)
     return _HEAD * bool(evaluations) + "".join(_shown(one["metrics"], one["on"]) for one in evaluations)
 
@@ -54,7 +57,7 @@ def _read(uri: str, fingerprint: str) -> list[dict[str, Any]]:
     try:
         content = json.loads(storage.read_bytes(storage.join(uri, FIGURES)))
         return list(content["evaluations"]) if content["sha256"] == fingerprint else []
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one will be written anew
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # the next evaluation rewrites it
         return []
 
 

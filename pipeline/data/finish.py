@@ -1,4 +1,4 @@
-"""What jobs/prepare.py leaves beside the shards: lists, the manifest and a card; and what it takes away."""
+"""The last step of jobs/prepare.py: writes the lists, the manifest and the card, and deletes leftover files."""
 
 import json
 import re
@@ -33,14 +33,14 @@ from pipeline.versions import VERSIONS
 
 
 def write_list(uri: str, entries: Iterable[dict[str, str]]) -> None:
-    """Writes a list of names and reasons, one JSON object a line."""
+    """Writes entries such as {path, reason}, one JSON object a line."""
     shown = ({key: printable(value) for key, value in entry.items()} for entry in entries)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in shown)
     storage.write_atomic(uri, lines.encode())
 
 
 def remove_manifest(output: str) -> None:
-    """Takes the manifest away before what it speaks of is changed; the dataset is unfinished from then on."""
+    """Removes the manifest before its files change. From then on the dataset counts as unfinished."""
     if storage.exists(manifest := storage.join(output, MANIFEST)):
         storage.remove(manifest)
 
@@ -53,12 +53,13 @@ def finish(
     bad: list[dict[str, str]],
     ignored: dict[str, str],
 ) -> None:
-    """Writes the lists, the card and, last, the manifest of shards that are all written; deletes what is left over.
+    """Writes the lists, the card and, last, the manifest; deletes leftover files. All shards must be written.
 
     Args:
-        records: of the decoded parts that stay, by key.
+        records: records of the decoded parts to keep, by key.
+        tasks: all shards.
         bad: path and reason of each image that can't be used.
-        ignored: files that are no data, with the reason.
+        ignored: reason by name, for files that are not data.
     """
     content = json.dumps(asdict(manifest), indent=1).encode()
     place = storage.join(output, MANIFEST)
@@ -80,7 +81,12 @@ def make_manifest(
     settings: dict[str, Any],
     output: str,
 ) -> Manifest:
-    """The manifest of shards that are all written, from their records."""
+    """The manifest of a finished dataset, made from the records of its shards.
+
+    Args:
+        bad: number of images left out.
+        settings: settings that decide the bytes of the shards.
+    """
     written = storage.read_many([task.record(output) for task in tasks])
     records = [json.loads(written[task.record(output)]) for task in tasks]
     shards = {task.file: Shard(**record["shard"]) for task, record in zip(tasks, records, strict=True)}
@@ -112,7 +118,7 @@ def make_manifest(
 
 
 def _card(manifest: Manifest) -> str:
-    """A dataset card, by which `datasets` knows the splits."""
+    """The dataset card, which tells Hugging Face's `datasets` the splits."""
     matter = front_matter(
         manifest.fingerprint,
         tuple(manifest.image["classes"]),
@@ -132,15 +138,16 @@ def _card(manifest: Manifest) -> str:
 
 
 def _sweep(output: str, records: dict[str, Decoded], tasks: list[ShardTask], manifest: Manifest) -> None:
-    """Deletes what earlier runs on another state of the source left."""
+    """Deletes files that earlier runs wrote for another state of the source."""
     stay = [shard.file for split in manifest.splits.values() for shard in split.shards]
     stay += [task.record(output) for task in tasks] + [record_uri(output, key) for key in records]
     stay += [chunk.file for record in records.values() for chunk in record.chunks]
-    # By name: a store may spell a URI otherwise than it was given, such as one that ends in a /.
+    # Files are compared by name, because a store may list a URI in another spelling, e.g. if --output ends in a
+    # slash.
     current = {storage.name(file) for file in stay}
     ours = re.compile(rf"[0-9a-f]{{40}}(-\d+\.\w+|\.json)|({'|'.join(SPLITS)})-\d{{5,}}\.(parquet|shard)")
     for uri in [file for name in (PARTS, SHARDS) for file in storage.list_files(storage.join(output, name))]:
         name = storage.name(uri)
-        # Also the list of a run that was refused.
+        # The list of a refused run lies here too.
         if (ours.fullmatch(name) and name not in current) or name == QUARANTINE:
             storage.remove(uri)

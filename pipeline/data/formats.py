@@ -1,16 +1,16 @@
-"""Image formats told by content: those that are read here, and those that are only known by name."""
+"""Recognises image formats by content: those that are decoded here, and those that are only named in errors."""
 
 import re
 from collections.abc import Callable
 
 
 class DecodeError(ValueError):
-    """These bytes are no image that can be used: says why."""
+    """The bytes are no usable image; the message says why."""
 
 
-# What Pillow decodes by itself. Left out are EPS (Pillow would run Ghostscript on what is in the file), formats that
-# Pillow only identifies (BUFR, GRIB, HDF5, MPEG, WMF), those that nothing in a file tells for sure (IM, IPTC, MCIDAS,
-# SPIDER, PCD) and FITS, whose values have no range.
+# Formats that Pillow decodes by itself. Left out: EPS (Pillow would run Ghostscript on the file's content), formats
+# that Pillow only identifies (BUFR, GRIB, HDF5, MPEG, WMF), formats without a reliable signature (IM, IPTC, MCIDAS,
+# SPIDER, PCD) and FITS, whose values have no stated range.
 FORMATS = (
     "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO", "JPEG",
     "JPEG2000", "MSP", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM",
@@ -36,7 +36,7 @@ _STARTS = (
     (b"\x80\xe8\0\0", "PIXAR"),
     (b"P7 332", "XVTHUMB"),
     (b"/* XPM */", "XPM"),
-    # Those that can't be read.
+    # Recognised but not decoded.
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
     (b"II\xbc\x01", "JPEG XR"),
@@ -72,7 +72,7 @@ _BRANDS = {
 }
 _BITMAP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _BITMAP_DEPTHS = (1, 2, 4, 8, 16, 24, 32)
-# A size after the magic number, or a comment.
+# The magic number, then a size or a comment.
 _PNM = re.compile(rb"P([1-6fF])\s+(#|\d+\s+(#|\d+(\s|#|$)))")
 _XBM = re.compile(rb"\s*#define[ \t]+(\S*_)width[ \t]+\d+\s+#define[ \t]+(\S*)")
 _SVG = re.compile(
@@ -81,14 +81,14 @@ _SVG = re.compile(
 
 
 def sniff(head: bytes) -> str | None:
-    """The image format that a file's first bytes tell.
+    """The image format that a file's first bytes indicate.
 
     Args:
-        head: the first 64 bytes, or more; fewer where the file is short.
+        head: at least the first 64 bytes, or the whole file if it is shorter.
 
     Returns:
-        A name of `FORMATS`, or that of an image format that can't be read here, such as "HEIC" or "SVG". None for
-        everything else. A TGA file says what it is at its end, if anywhere: see `told_by_all`.
+        A name of `FORMATS`, or the name of a format that can't be decoded here, such as "HEIC" or "SVG"; None for
+        anything else. A TGA file has its signature at its end, if at all: see `told_by_all`.
     """
     if head.startswith(PNG):
         return "PNG"
@@ -99,10 +99,10 @@ def sniff(head: bytes) -> str | None:
 
 
 def told_by_all(data: bytes) -> str | None:
-    """The format of a whole file: as `sniff`, and TGA.
+    """The format of a whole file: as `sniff`, and also TGA.
 
-    A TGA file has no first bytes of its own. It is one if it ends with the mark of version 2, or if it is exactly as
-    long as the image that its header tells of.
+    TGA has no signature at its start. A file counts as TGA if it ends with the signature of version 2, or if its
+    length is exactly what its header announces.
     """
     return sniff(data[:1024]) or ("TGA" if _is_tga(data) else None)
 
@@ -138,7 +138,7 @@ def _riff(head: bytes) -> str | None:
 
 
 def _iso_media(head: bytes) -> str | None:
-    """By the brands: the first one names the file, the others say what it can be read as."""
+    """The format by brands. The first brand names the file, the others list what it is compatible with."""
     if head[4:8] != b"ftyp":
         return None
     size = min(_number(head, 0, 4, "big"), len(head))
@@ -152,7 +152,7 @@ def _bitmap(head: bytes) -> str | None:
     if head.startswith(b"BM") and _number(head, 14, 4) in _BITMAP_HEADERS:
         return "BMP"
     size = _number(head, 0, 4)
-    at = 8 if size == 12 else 12  # of the number of planes
+    at = 8 if size == 12 else 12  # offset of the number of planes
     if size not in _BITMAP_HEADERS or _number(head, at, 2) != 1:
         return None
     return "DIB" if _number(head, at + 2, 2) in _BITMAP_DEPTHS else None
@@ -167,7 +167,7 @@ def _icon(head: bytes) -> str | None:
 
 
 def _small(head: bytes) -> str | None:
-    """Formats with a short magic number: the rest of the header must fit."""
+    """Formats with a short magic number; the rest of the header must fit too."""
     if len(head) < 16:
         return None
     if head.startswith(b"icns") and head[4] < 32:

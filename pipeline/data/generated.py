@@ -1,4 +1,4 @@
-"""Datasets that jobs/generate.py wrote, as their manifest says: its files, all of them and no others."""
+"""Reads datasets that jobs/generate.py wrote, and checks that the folder holds exactly the manifest's files."""
 
 import json
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ _PNG = ".png"
 
 
 def read_manifest(uri: str, flag: str) -> dict[str, Any] | None:
-    """The manifest of a generated dataset; None where the folder is none.
+    """The manifest of a generated dataset; None if the folder holds no generated dataset.
 
     Args:
-        flag: the one that names the folder, for errors.
+        flag: the flag that names the folder, for errors.
 
     Raises:
         InputError: the manifest is damaged.
@@ -33,35 +33,39 @@ def read_manifest(uri: str, flag: str) -> dict[str, Any] | None:
 
 
 def sizes(uri: str) -> dict[str, int]:
-    """Bytes of the files in the data folder, by their path in it."""
+    """Sizes in bytes of the files in the data folder, by path relative to it."""
     folder = storage.absolute(storage.join(uri, SAMPLES))
     return {file[len(folder) :].lstrip("/"): size for file, size in storage.sizes(folder).items()}
 
 
 def foreign(paths: Iterable[str], named: Iterable[str]) -> list[str]:
-    """The paths in the data folder that a reader would open, and that are not `named`, in order."""
+    """The paths in the data folder that a reader would open although they are not in `named`, sorted."""
     strange = {*paths} - {*named, IMAGE_FOLDER_TABLE}
     return sorted(path for path in strange if not is_hidden(path) and not path.endswith(PARTIAL))
 
 
 def files_of(uri: str, manifest: dict[str, Any], flag: str) -> list[str]:
-    """URIs of the files of samples, in order; of a set of single PNGs, which the manifest does not name, none.
+    """URIs of the sample files, in order. Empty for single PNGs, because their manifest does not list them.
 
     Raises:
-        InputError: a file is lost, cut short, or there beside those of the manifest.
+        InputError: a file is lost, cut short or changed, or the folder holds a file that is not in the manifest.
     """
-    again = f"run jobs/generate.py with its command again, or let it end: {flag} {uri}"
+    again = "wait until jobs/generate.py ends, or run the same command again"
     lengths = sizes(uri)
     if manifest["settings"].get("format") == "png":
         found = sum(name.endswith(_PNG) for name in lengths)
         if found != manifest["count"]:
-            raise InputError(f"{again} holds {found} images, its {MANIFEST} says {manifest['count']}")
+            raise InputError(
+                f"{flag} {uri} holds {found} images, but its {MANIFEST} says {manifest['count']}: {again}"
+            )
         return []
     named = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
     for name, length in named.items():
         if lengths.get(name) != length:
             state = "cut short or changed" if name in lengths else "lost"
-            raise InputError(f"{again}: {SAMPLES}/{name} is {state}")
+            raise InputError(f"{flag} {uri}: {SAMPLES}/{name} is {state}: {again}")
     if strange := foreign(lengths, named):
-        raise InputError(f"{again} holds {SAMPLES}/{strange[0]}, which its {MANIFEST} does not name")
+        raise InputError(
+            f"{flag} {uri} holds {SAMPLES}/{strange[0]}, which is not in its {MANIFEST}: {again}"
+        )
     return [storage.join(uri, SAMPLES, name) for name in named]

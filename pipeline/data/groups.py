@@ -1,4 +1,4 @@
-"""A dataset's groups of rows, the unit of shuffling: packed into arrays, a few bytes each."""
+"""Groups of rows, the unit of shuffling, packed into arrays of a few bytes a group."""
 
 import pickle
 from abc import abstractmethod
@@ -20,8 +20,10 @@ class Group:
     """Rows that are read together: a row group of Parquet, or a few images of another source.
 
     Attributes:
-        kept: which rows of the part these are, int [rows]; None = all of them.
-        labels: class numbers of these rows, -1 for none, int [rows]; None = what is written in the file.
+        part: the part of the source that the rows are in.
+        rows: number of rows.
+        kept: numbers of these rows in the part, int [rows]; None = all rows of the part.
+        labels: class numbers of these rows, -1 for none, int [rows]; None = the labels in the file.
     """
 
     part: Part
@@ -31,7 +33,7 @@ class Group:
 
 
 class Groups(Sequence[Group]):
-    """The groups of a split, each made when it is asked for.
+    """The groups of a split. A `Group` is made only when it is indexed.
 
     Attributes:
         first: sample id of each group's first row, and the end: int64 [groups + 1].
@@ -60,8 +62,8 @@ class RowGroups(Groups):
     """All row groups of files that jobs/prepare.py or jobs/generate.py wrote.
 
     Attributes:
-        files: their URIs.
-        ends: row groups in each file and those before it, int64 [files].
+        files: URIs of the files.
+        ends: row groups in each file and all files before it, int64 [files].
     """
 
     files: tuple[str, ...]
@@ -76,13 +78,14 @@ class RowGroups(Groups):
 
 @dataclass(frozen=True, eq=False)
 class PackedGroups(Groups):
-    """Groups of any parts, which are pickled one by one: as objects they would take some kilobytes each.
+    """Groups of any parts. Each part is pickled, because as objects they would take kilobytes each.
 
     Attributes:
-        parts: uint8 [bytes].
-        ends: end of each part in it, int64 [parts].
+        parts: the pickled parts one after the other, uint8 [bytes].
+        ends: end of each part in `parts`, int64 [parts].
         part: number of each group's part, int32 [groups].
-        kept, labels: see `Group`, of all groups: int32 [rows]; int64 for labels that need it.
+        first: see `Groups`.
+        kept, labels: see `Group`, concatenated over all groups: int32 [rows]; int64 for labels that need it.
     """
 
     parts: Array
@@ -101,13 +104,18 @@ class PackedGroups(Groups):
 
 
 def row_group(uri: str, number: int, rows: int) -> Group:
-    """All of one row group of a file that jobs/prepare.py or jobs/generate.py wrote."""
+    """One whole row group of a file that jobs/prepare.py or jobs/generate.py wrote.
+
+    Args:
+        number: number of the row group in the file.
+        rows: rows in it.
+    """
     folder, _, name = uri.rpartition("/")
     return Group(ParquetPart(folder, (name,), start=number, count=1, prepared=True), rows)
 
 
 def row_groups(files: Iterable[tuple[str, Sequence[int]]]) -> RowGroups:
-    """The row groups of files, by the URI of each file and the rows of each of its row groups."""
+    """All row groups of some files, given the URI of each file and the row counts of its row groups."""
     pairs = list(files)
     ends = np.cumsum([len(rows) for _, rows in pairs], dtype=np.int64)
     first = np.cumsum([0, *(n for _, rows in pairs for n in rows)], dtype=np.int64)
@@ -115,7 +123,7 @@ def row_groups(files: Iterable[tuple[str, Sequence[int]]]) -> RowGroups:
 
 
 def pack(groups: Sequence[Group]) -> PackedGroups:
-    """Groups whose rows and labels are known; those of one part follow each other."""
+    """Packs groups that have `kept` and `labels`. Groups of the same part must be adjacent."""
     parts, part, last = list[bytes](), list[int](), None
     for group in groups:
         if group.part is not last:
@@ -140,7 +148,7 @@ def read_rows(group: Group, rows: Array) -> pa.Table:
         rows: int [N], positions in the group, in any order.
 
     Returns:
-        columns bytes (large_binary), label (int64, -1 for none) and path (string), in the order asked for.
+        columns bytes (large_binary), label (int64, -1 for none) and path (string), in the order of `rows`.
     """
     table = group.part.table(rows if group.kept is None else group.kept[rows].astype(np.int64))
     if group.labels is not None:

@@ -1,4 +1,4 @@
-"""From an encoded image to pixels, and back."""
+"""Decodes an encoded image to pixels, and encodes pixels as PNG."""
 
 import io
 import re
@@ -33,12 +33,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Formats that Pillow may have been built without.
+# Formats that some builds of Pillow lack.
 _CODECS = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "PNG": "zlib", "WEBP": "webp"}
 _OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>|\b0x[0-9a-fA-F]{8,}")
 
 Image.init()
-# Pillow warns of damaged metadata, and of a decompression bomb only from twice our limit on, which is checked here.
+# Pillow warns of damaged metadata, and of decompression bombs only above twice `MAX_PIXELS`, which is checked here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -50,21 +50,23 @@ def decode(
     background: Colour = (255, 255, 255),
     crop: tuple[float, float] = (0.5, 0.5),
 ) -> np.ndarray:
-    """Any image of a format in `FORMATS`, as a square of fixed size.
+    """Decodes an image of any format in `FORMATS` to a square of fixed size.
 
-    Palettes, transparency, 16 bits, CMYK and EXIF rotation are resolved; of an animation the first frame is taken. The
-    shorter side is resized to `size` with antialiasing, the longer one cropped.
+    Resolves palettes, transparency, 16-bit samples, CMYK and EXIF rotation. Takes the first frame of an animation.
+    Resizes the shorter side to `size` with antialiasing and crops the longer side.
 
     Args:
-        channels: 1, 3 or 4; the fourth one is alpha. With 1 or 3 what is transparent shows `background`.
-        crop: where the square is cut, from 0 to 1 in x and y; (0.5, 0.5) is the centre.
+        size: width and height of the result, in pixels.
+        channels: 1, 3 or 4; the fourth is alpha. With 1 or 3, transparent pixels show `background`.
+        background: red, green and blue, 0 to 255.
+        crop: place of the square, from 0 to 1 in x and y; (0.5, 0.5) is the centre.
 
     Returns:
         uint8 [size, size, channels].
 
     Raises:
-        DecodeError: empty, truncated, undecodable, of values whose range nothing tells, or of more than `MAX_PIXELS`
-            pixels.
+        DecodeError: the data is empty, truncated or undecodable, the range of its values is unknown, or it has more
+            than `MAX_PIXELS` pixels.
     """
     data = _unpacked(data, size)
     if isinstance(data, np.ndarray) and data.shape == (size, size, channels) and data.dtype == np.uint8:
@@ -77,7 +79,7 @@ def decode(
 
 
 def fit(data: Encoded, size: int, channels: int, background: Colour = (255, 255, 255)) -> np.ndarray:
-    """As `decode`, but nothing is cut off: uint8 [H, W, channels] whose shorter side is `size`."""
+    """As `decode`, but without the crop: uint8 [H, W, channels] whose shorter side is `size`."""
     image = _open(_unpacked(data, size), size, channels, background)
     width, height = image.size
     scale = size / min(width, height)
@@ -86,7 +88,7 @@ def fit(data: Encoded, size: int, channels: int, background: Colour = (255, 255,
 
 def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
     if box != (0, 0, *size):
-        # Pillow weighs colours by alpha where there is one.
+        # Pillow premultiplies colours by alpha while it resizes, where there is alpha.
         image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=scaling.GAP)
     elif image.size != size:
         image = image.crop((0, 0, *size))
@@ -102,12 +104,12 @@ def _open(data: Encoded, size: int, channels: int, background: Colour) -> Image.
 def open_image(
     data: Encoded, background: Colour = (255, 255, 255), at_least: int = 0, *, alpha: bool = False
 ) -> Image.Image:
-    """An image as mode L or RGB, upright; raises DecodeError as `decode`.
+    """Opens an image as mode L or RGB, upright. Raises DecodeError as `decode` does.
 
     Args:
-        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as each side keeps
-            three times so many pixels, for antialiasing; 0 = at its own size.
-        alpha: an image with transparency stays mode RGBA, and does not show the background.
+        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, if each side keeps at least
+            three times this many pixels, enough for antialiasing; 0 = full size.
+        alpha: keep an image with transparency as mode RGBA, instead of showing the background.
     """
     return _flat(_as_image(_unpacked(data, at_least), at_least), background, alpha)
 
@@ -124,7 +126,7 @@ def _flat(image: Image.Image, background: Colour, alpha: bool) -> Image.Image:
 
 
 def _unpacked(data: Encoded, at_least: int) -> Encoded:
-    """The pixels of a plain file; what else is given as it is."""
+    """The pixels of a plain file (see plain.py); anything else is returned unchanged."""
     pixels = None if isinstance(data, np.ndarray) else plain_pixels(data, at_least, MAX_PIXELS)
     return data if pixels is None else pixels
 
@@ -139,14 +141,14 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
 
 
 def _from_file(data: bytes, at_least: int) -> Image.Image:
-    """An image of mode L, RGB or RGBA; a file that can't be read is repaired, if its pixels are whole."""
+    """Decodes a file to mode L, RGB or RGBA. A broken file is repaired if its pixels are complete."""
     if not data:
         raise DecodeError("empty")
     kind = told_by_all(data)
     if kind is None:
-        raise DecodeError("UnidentifiedImageError: no image format that is known")
+        raise DecodeError("UnidentifiedImageError: not a known image format")
     if kind not in FORMATS:
-        raise DecodeError(f"{kind}, which this Pillow can't decode")
+        raise DecodeError(f"{kind}, which Pillow can't decode here")
     try:
         return _read(kind, data, at_least)
     except DecodeError:
@@ -160,12 +162,12 @@ def _from_file(data: bytes, at_least: int) -> Image.Image:
         except DecodeError:
             raise
         except Exception:
-            pass  # the first reason is nearer to what is wrong
+            pass  # the first error says best what is wrong
     raise DecodeError(reason)
 
 
 def _words(kind: str, error: Exception) -> str:
-    """What is wrong with an image; the same words at every run."""
+    """The reason why an image can't be read, in words that don't change from run to run (no memory addresses)."""
     if kind not in Image.OPEN or (kind in _CODECS and not features.check(_CODECS[kind])):
         return f"{kind}, which this Pillow lacks"
     return one_line(_OBJECT.sub("it", f"{kind}, {type(error).__name__}: {error}"))
@@ -175,9 +177,9 @@ def _read(kind: str, data: bytes, at_least: int) -> Image.Image:
     file = scaling.opened(kind, data, at_least)
     _check_size(file.width, file.height)
     image = depth.load(kind, data, file)
-    _check_size(image.width, image.height)  # an icon tells its size once more
+    _check_size(image.width, image.height)  # the size of an icon is known only after loading
     damage.check_whole(kind, data, image, at_least)
-    # Asked for only where there can be an orientation: it costs a third of decoding a small image.
+    # Checked only where there can be an orientation, because it costs a third of decoding a small image.
     if file.format in _ROTATING_FORMATS or _ROTATING_KEYS & file.info.keys():
         image = _upright(image, file)
     return _plain(image)
@@ -191,13 +193,13 @@ def _check_size(width: int, height: int) -> None:
 def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(file.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken metadata, of a good image
+    except Exception:  # the metadata is broken, the image is good
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """An image of eight bits as mode L, RGB or RGBA."""
+    """Converts an image of eight bits a sample to mode L, RGB or RGBA."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode == "La":
@@ -208,7 +210,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, C] of 1, 3 or 4 channels as PNG: the same bytes for the same pixels."""
+    """Encodes uint8 [H, W, C] of 1, 3 or 4 channels as PNG. Equal pixels give equal bytes."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=False, compress_level=6)

@@ -1,4 +1,4 @@
-"""A dataset as training sees it: groups of rows that can be read alone, and what they hold."""
+"""Opens a dataset for training: its splits, and in each the groups of rows that can be read on their own."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from pipeline.errors import InputError
 from pipeline.versions import check_readable
 
 AS_FOUND = Reading()
-# Images that are drawn together where each could be read alone: few, so that batches mix many places of the source.
+# Size of a group where each image could be read alone: small, so that a batch mixes many places of the source.
 GROUP_ROWS, GROUP_BYTES = 8, 256 * 2**10
-# The share of the classes of a random batch, under which a line says so; of so many batches of an epoch.
+# `poorly_mixed` warns if batches hold less than POORLY of a random batch's classes, measured on LOOKED_AT batches.
 POORLY, LOOKED_AT = 0.75, 8
 
 
@@ -33,13 +33,14 @@ class DatasetIndex:
     """One split of a dataset.
 
     Attributes:
-        groups: in the dataset's own order; sample id = rows of all groups before + row in the group.
-        fingerprint: of the content, the same however it is cut into files.
-        order: of the content as it is cut into groups: a run goes on only on data of the same order.
-        quarantined: images that are left out: damaged ones of prepared data, those of no known class of raw data.
-        settings: with which jobs/prepare.py made it; none for raw data.
-        bytes: about what its images take, encoded.
-        whole: whether a group can only be read whole.
+        image: size, channels and class names.
+        groups: groups in the dataset's own order; sample id = rows of all earlier groups + row in the group.
+        fingerprint: hash of the whole dataset's content, independent of the cut into files.
+        quarantined: number of images left out: damaged ones of prepared data, those of no known class of raw data.
+        order: hash of the content and its cut into groups; a run resumes only on data with the same value.
+        settings: settings of jobs/prepare.py; empty for raw data.
+        bytes: approximate size of the encoded images.
+        whole: True if a group can only be read whole.
     """
 
     uri: str
@@ -71,12 +72,12 @@ class DatasetIndex:
         return np.diff(self.first)
 
     def plan(self, seed: int, batch_size: int) -> Plan:
-        """The order in which a run sees it."""
+        """The order in which a run reads this split."""
         lanes = lanes_for(len(self.groups), self.bytes, batch_size)
         return Plan(self.group_rows, seed, batch_size, lanes, self.whole)
 
     def poorly_mixed(self, plan: Plan) -> str:
-        """One line, where labels are known and batches hold far fewer classes than random ones would; else ""."""
+        """A one-line warning if batches hold far fewer classes than random ones would; "" if not, or without labels."""
         if not isinstance(self.groups, PackedGroups):
             return ""
         labels, size = self.groups.labels, plan.batch_size
@@ -101,9 +102,9 @@ class Splits:
     """A dataset, opened once: `splits["train"]` is the index of a split.
 
     Attributes:
-        indexes: of the splits that hold images, by name.
-        found: one line that says what raw data was found to be; "" for prepared data.
-        to_keep: what reading raw data through has found, if `open_splits` did not find it kept.
+        indexes: indexes of the splits that hold images, by name.
+        found: one line that describes raw data; "" for prepared data.
+        to_keep: result of reading the raw data through, for `keep`; empty if a file with it was there already.
     """
 
     uri: str
@@ -112,10 +113,10 @@ class Splits:
     to_keep: bytes = b""
 
     def __getitem__(self, name: str) -> DatasetIndex:
-        """One split.
+        """The index of one split.
 
         Raises:
-            InputError: there is none of that name, or it holds no images.
+            InputError: there is no split of that name, or it holds no images.
         """
         if name not in self.indexes:
             raise InputError(
@@ -127,7 +128,7 @@ class Splits:
         return name in self.indexes
 
     def keep(self, output: str) -> "Splits":
-        """Writes what was found by reading all data into the folder of a run, for its resume; the same without it."""
+        """Writes `to_keep` into a run's folder, so that a resume does not read all data again."""
         if self.to_keep:
             storage.write_atomic(storage.join(output, SCAN), self.to_keep)
         return replace(self, to_keep=b"")
@@ -136,10 +137,10 @@ class Splits:
 def open_dataset(
     uri: str, split: str = "train", image_size: int = 0, reading: Reading = AS_FOUND
 ) -> DatasetIndex:
-    """One split of a dataset; see `open_splits`, which opens all of them for the price of one.
+    """Opens one split of a dataset. `open_splits` opens all of them at the same cost.
 
     Raises:
-        InputError: see `open_splits`; no such split, or no images in it.
+        InputError: as `open_splits`; or there is no such split, or it holds no images.
     """
     return open_splits(uri, image_size, reading)[split]
 
@@ -151,19 +152,21 @@ def open_splits(
     split: tuple[str, ...] = (),
     output: str = "",
 ) -> Splits:
-    """Opens what jobs/prepare.py or jobs/generate.py wrote, or any of the formats that the former reads.
+    """Opens a dataset of jobs/prepare.py or jobs/generate.py, or raw data of any format that jobs/prepare.py reads.
 
-    Images that were not prepared are read once, here, undecoded: for their hashes, by which a tenth of them is held
-    out where the source has no split for that, their labels and their sizes.
+    Raw data is read once here, without decoding, for its hashes, labels and sizes. If the source has no validation
+    split, a tenth of the images is held out by hash.
 
     Args:
-        image_size: to bring the images to; 0 = their own.
-        reading: how raw data is read.
-        split: the source's own splits to use, where it was not prepared; see `splits.roles_of`.
-        output: folder of a run that may have begun on this data: see `Splits.keep`. What has not changed is not read.
+        image_size: width and height in pixels to resize to; 0 = the images' own size.
+        reading: how to read raw data.
+        split: the source's own splits to use, for raw data; see `splits.roles_of`.
+        output: folder of a run that may have begun on this data. Files that did not change since are not read again;
+            see `Splits.keep`.
 
     Raises:
-        InputError: no such folder, or nothing in it that could be read.
+        InputError: the folder does not exist or holds nothing that can be read, its manifest is damaged, or
+            jobs/prepare.py has not finished it.
     """
     uri = storage.absolute(uri)
     if not storage.exists(uri, pattern=True):
@@ -171,7 +174,7 @@ def open_splits(
     if storage.exists(storage.join(uri, MANIFEST)):
         return _open_prepared(uri, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
-        raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run that again, it goes on")
+        raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run it again to continue")
     kept = storage.join(output, SCAN) if output else ""
     splits = _open_source(uri, image_size, reading, split, kept)
     print(f"--data {splits.found}", file=sys.stderr, flush=True)
@@ -186,7 +189,9 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
             files_of(uri, manifest, "--data")
             return _open_source(storage.join(uri, SAMPLES), image_size, AS_FOUND, ())
         if manifest["format"] != FORMAT:
-            raise InputError(f"--data {uri}: {MANIFEST} is not one of jobs/prepare.py or jobs/generate.py")
+            raise InputError(
+                f"--data {uri}: {MANIFEST} was not written by jobs/prepare.py or jobs/generate.py"
+            )
         stored = manifest["image"]
         image = ImageConfig(image_size or stored["size"], stored["channels"], tuple(stored["classes"]))
         indexes = {
@@ -248,10 +253,10 @@ def _open_source(
 def _groups(
     found: Scan, rows: int
 ) -> tuple[dict[str, list[Group]], dict[str, list[bytes]], list[dict[str, str]]]:
-    """The groups of each split, the hash of each image in them with its label, and what can't be used.
+    """The groups of each split, a hash of each image with its label, and the images that can't be used.
 
     Args:
-        rows: of a group, where it need not be read whole.
+        rows: rows in a group, unless the part must be read whole.
     """
     number_of = class_numbers(found.classes)
     bad = [{"path": path, "reason": reason} for path, reason in found.opened.listing.bad.items()]
@@ -269,7 +274,7 @@ def _groups(
                 name = role or SPLITS[held_out(digest, VALIDATION_FRACTION)]
                 labels[name][place] = number
                 digests[name].append(hashlib.sha256(digest + str(label).encode()).digest())
-        for item in scanned.part.read(unknown) if unknown else ():  # for their paths
+        for item in scanned.part.read(unknown) if unknown else ():  # only to learn their paths
             bad.append({"path": item.path, "reason": unknown_label(item.label, found.classes)})
         for name, mine in labels.items():
             places, step = list(mine), len(mine) if scanned.part.whole else rows

@@ -1,4 +1,4 @@
-"""Damaged JPEG files: where their segments and scans are, and whether all of the pixels are there."""
+"""Damaged JPEG files: finds their segments and scans, and decides whether all pixels are there."""
 
 import hashlib
 import re
@@ -12,7 +12,8 @@ _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _SEGMENT = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xdb\xdd\xe0-\xef\xfe]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _END = b"\xff\xd9"
-# Random bytes, and every beginning of three bits: where data is missing, some of them decode to other pixels.
+# Random bytes behind each of the eight possible first three bits. Where data is missing, some fillers decode to
+# different pixels than others.
 _FILLERS = tuple(
     bytes([first << 5 | 0x13]) + hashlib.sha512(bytes([first])).digest().replace(b"\xff", b"\x5a")
     for first in range(8)
@@ -20,7 +21,7 @@ _FILLERS = tuple(
 
 
 def repaired_jpeg(data: bytes) -> bytes | None:
-    """A JPEG file whose pixels are whole, without what is broken in it; None where that can't be made of it."""
+    """The JPEG file without its broken parts, if its pixels are complete; None if no such file can be made."""
     found = _header(data)
     if found is None:
         return None
@@ -37,7 +38,7 @@ def repaired_jpeg(data: bytes) -> bytes | None:
 
 
 def all_blocks(data: bytes, image: Image.Image, at_least: int) -> bool:
-    """Whether a JPEG file looks the same when other data follows: else some of its own is missing."""
+    """True if a JPEG file decodes to the same pixels whatever data follows, so that none of its own is missing."""
     found = _header(data)
     if found is None:
         return True
@@ -48,12 +49,12 @@ def all_blocks(data: bytes, image: Image.Image, at_least: int) -> bool:
 
 
 def _continued(data: bytes, start: int, fillers: tuple[bytes, ...]) -> Iterator[bytes]:
-    """A JPEG file without its end, followed by other data each time; `start` is that of its first scan."""
+    """A JPEG file without its end marker, followed by each filler in turn; `start` is the offset of its first scan."""
     markers = _RESTART.findall(data, start)
     restart = bytes([0xFF, 0xD0 + (markers[-1][1] + 1) % 8 if markers else 0xD0])
     for filler in fillers:
         yield data + filler + _END
-    # Where a restart marker is next, all is skipped up to it.
+    # A decoder that waits for a restart marker skips everything up to it.
     for filler in fillers[:2]:
         yield data + restart + filler + _END
 
@@ -66,10 +67,10 @@ def _pixels(data: bytes, at_least: int = 0) -> bytes | None:
 
 
 def _header(data: bytes) -> tuple[bytes, int] | None:
-    """The segments before the first scan that matter to the pixels, and where that scan starts.
+    """The segments before the first scan that matter to the pixels, and the offset of that scan.
 
-    Segments of a wrong length are left out if they tell nothing of the pixels: the next one is searched for. None
-    where that fails.
+    A segment of a wrong length is left out if it says nothing of the pixels, and the next segment is searched for.
+    Returns None if that fails.
     """
     kept, place, dead = [data[:2]], 2, set[int]()
     while _is_marker(data, place):
@@ -85,14 +86,14 @@ def _header(data: bytes) -> tuple[bytes, int] | None:
         if marker < 0xE0 or marker == 0xEE:
             return None
         following = _next_segment(data, place + 4, dead)
-        if following is None or b"Adobe\0d" in data[place + 4 : following]:  # which tells of the colours
+        if following is None or b"Adobe\0d" in data[place + 4 : following]:  # decides the colours
             return None
         place = following
     return None
 
 
 def _next_segment(data: bytes, place: int, dead: set[int]) -> int | None:
-    """Where the header goes on after a segment of a wrong length; what a preview in it holds is passed over."""
+    """Offset at which the header goes on after a segment of a wrong length. Skips over an embedded preview."""
     while True:
         starts = (match.start() for match in _SEGMENT.finditer(data, place))
         following = next((start for start in starts if _leads_to_scan(data, start, dead)), None)
@@ -107,7 +108,7 @@ def _next_segment(data: bytes, place: int, dead: set[int]) -> int | None:
 
 
 def _is_marker(data: bytes, place: int) -> bool:
-    """Whether a segment starts there, as its first bytes say."""
+    """True if the bytes at `place` look like the start of a segment."""
     if place + 4 > len(data) or data[place] != 0xFF:
         return False
     marker = data[place + 1]
@@ -115,12 +116,12 @@ def _is_marker(data: bytes, place: int) -> bool:
 
 
 def _is_segment(data: bytes, place: int) -> bool:
-    """Whether a whole segment is there."""
+    """True if a whole segment is at `place`."""
     return _is_marker(data, place) and place + 4 <= segment_end(data, place) <= len(data)
 
 
 def segment_end(data: bytes, place: int) -> int:
-    """Where the next segment starts."""
+    """Offset of the next segment, after the one at `place`."""
     end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     while data[end : end + 2] == b"\xff\xff":
         end += 1
@@ -139,7 +140,7 @@ def _leads_to_scan(data: bytes, place: int, dead: set[int]) -> bool:
 
 
 def _scans(data: bytes, start: int) -> tuple[list[bytes], int | None]:
-    """The headers of a JPEG file's scans, and where its end marker is, or None."""
+    """The headers of a JPEG file's scans, and the offset of its end marker or None."""
     scans = list[bytes]()
     while match := _MARKER.search(data, start):
         marker, start = match[0][-1], match.end()
@@ -154,7 +155,7 @@ def _scans(data: bytes, start: int) -> tuple[list[bytes], int | None]:
 
 
 def _has_all_scans(header: bytes, scans: list[bytes]) -> bool:
-    """Whether every coefficient of every component comes to its last bit."""
+    """True if the scans refine every coefficient of every component to its last bit."""
     left = set[tuple[int, int]]()
     place, progressive = 2, False
     while place + 4 <= len(header):

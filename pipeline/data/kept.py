@@ -1,4 +1,4 @@
-"""What the first stage of jobs/prepare.py keeps of each part: decoded images in chunks, and a record of them."""
+"""The files that jobs/prepare.py's first stage keeps for each part: chunks of decoded images, and a record of them."""
 
 import json
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from pipeline.data.labels import class_numbers, unknown_label
 from pipeline.data.manifest import PARTS
 from pipeline.stretches import read_stretch
 
-# Rows are read by record batches of about so many bytes: few, since a shard takes some rows of every chunk; not fewer,
-# since their keys are held in memory.
+# Approximate bytes in one record batch. Batches are small because a shard takes only some rows of every chunk, and
+# not smaller because the keys of all batches are held in memory.
 BATCH_BYTES = 2**15
 SCHEMA = pa.schema(
     [
         ("key", pa.uint64()),  # place in the shuffled order
-        ("digest", pa.binary(32)),  # of the content as it was given
-        ("pixels", pa.binary(32)),  # of the pixels
-        ("count", pa.int64()),  # of the pixels
-        ("sum", pa.list_(pa.int64())),  # of the pixels, by channel
-        ("squares", pa.list_(pa.int64())),
+        ("digest", pa.binary(32)),  # SHA-256 of the encoded image as given
+        ("pixels", pa.binary(32)),  # SHA-256 of the decoded pixels
+        ("count", pa.int64()),  # number of pixels
+        ("sum", pa.list_(pa.int64())),  # sum over the pixels, by channel
+        ("squares", pa.list_(pa.int64())),  # sum of squares over the pixels, by channel
         ("label", pa.string()),
         ("path", pa.string()),
         ("image", pa.binary()),  # PNG
@@ -34,12 +34,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A file of decoded images in the order of their keys: Arrow record batches, one after the other.
+    """A file of decoded images sorted by key, as Arrow record batches one after the other.
 
     Attributes:
-        file: its name below the output.
-        first, last: the keys of each batch's first and last row, uint64 [batches].
-        ends: the byte at which each batch ends, int64 [batches].
+        file: path below the output folder.
+        first, last: keys of each batch's first and last row, uint64 [batches].
+        ends: byte offset at which each batch ends, int64 [batches].
     """
 
     file: str
@@ -50,14 +50,15 @@ class Chunk:
 
 @dataclass
 class Decoded:
-    """What came of one part: `parts/KEY.json` beside its chunks.
+    """The record of one decoded part, kept as `parts/KEY.json` beside its chunks.
 
     Attributes:
-        split: the source's own split that it belongs to.
-        slot: its place in the source; see `slots_of`.
-        rows, held, bytes: images that can be used, those of them that are held out by their content, and what they
-            take.
-        labels: how many of the images that can be used have each label; 0 for one that only damaged images have.
+        split: the source's own split that the part belongs to.
+        slot: place of the part in the source; see `slots_of`.
+        rows: number of usable images.
+        held: how many of them are held out by their content.
+        bytes: size of the usable images, as PNG.
+        labels: number of usable images by label; 0 for a label that only damaged images have.
         bad: path and reason of each image that can't be used.
     """
 
@@ -76,7 +77,7 @@ def record_uri(output: str, key: str) -> str:
 
 
 def read_records(output: str) -> dict[str, Decoded]:
-    """The parts that earlier runs decoded, by key; those of which a file is missing or damaged are left out."""
+    """The parts that earlier runs decoded, by key. Parts with a missing file or a damaged record are left out."""
     folder = storage.join(output, PARTS)
     if not storage.exists(folder):
         return {}
@@ -99,12 +100,17 @@ def _chunk(file: str, first: list[int], last: list[int], ends: list[int]) -> Chu
 
 
 def write_record(uri: str, record: Decoded) -> None:
-    """Writes what `read_records` reads."""
+    """Writes one record for `read_records`."""
     storage.write_atomic(uri, json.dumps(asdict(record), default=np.ndarray.tolist).encode())
 
 
 def write_chunk(output: str, file: str, rows: list[dict[str, Any]]) -> Chunk:
-    """Writes rows in the order of their keys."""
+    """Writes rows, sorted by key, as one chunk.
+
+    Args:
+        file: path below the output folder.
+        rows: rows with the columns of `SCHEMA`.
+    """
     content, some, size = bytearray(), list[dict[str, Any]](), 0
     first, last, ends = list[int](), list[int](), list[int]()
     rows = sorted(rows, key=lambda row: (row["key"], row["path"]))
@@ -127,7 +133,7 @@ def read_chunk(output: str, file: str) -> pa.Table:
 
 
 def rows_between(output: str, chunk: Chunk, first: int, last: int) -> pa.Table:
-    """Reads the rows of a chunk with keys in [first, last), in one request; makes no request if there are none."""
+    """Reads the rows of a chunk with keys in [first, last), in one request, or in none if no batch overlaps."""
     begin = int(np.searchsorted(chunk.last, np.uint64(first)))
     end = int(np.searchsorted(chunk.first, np.uint64(last - 1), side="right"))
     if begin >= end:
@@ -139,7 +145,7 @@ def rows_between(output: str, chunk: Chunk, first: int, last: int) -> pa.Table:
 
 
 def _table(content: bytes) -> pa.Table:
-    """Rows of whole record batches."""
+    """The rows of whole serialised record batches."""
     stream, batches = pa.BufferReader(content), list[pa.RecordBatch]()
     while stream.tell() < len(content):
         batches.append(pa.ipc.read_record_batch(pa.ipc.read_message(stream), SCHEMA))
@@ -148,7 +154,7 @@ def _table(content: bytes) -> pa.Table:
 
 
 def labels_of(records: dict[str, Decoded]) -> tuple[str, list[str]]:
-    """The first label in the source's order (a number where there is none), and all of them."""
+    """The first label in the source's order ("0" if there are no labels), and all labels."""
     labels = dict.fromkeys(label for record in records.values() for label in record.labels)
     return next(iter(labels), "0"), list(labels)
 
@@ -156,7 +162,7 @@ def labels_of(records: dict[str, Decoded]) -> tuple[str, list[str]]:
 def unknown_labels(
     records: dict[str, Decoded], classes: tuple[str, ...], output: str
 ) -> Iterator[dict[str, str]]:
-    """Path and reason of each image that can be used but for its label, which is no class."""
+    """Path and reason of each image that decodes but whose label is no class."""
     number_of = class_numbers(classes)
     for record in records.values():
         if unknown := [label for label in record.labels if number_of(label) is None]:

@@ -1,4 +1,4 @@
-"""What the label of an image means: decided here alone, for jobs/prepare.py and for training on raw files alike."""
+"""Decides what the label of an image means, for jobs/prepare.py and for training on raw files alike."""
 
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -11,18 +11,18 @@ from pipeline.errors import InputError
 from pipeline.redact import printable
 
 MOST_UNNAMED_CLASSES = 100_000
-UNPUBLISHED = "-1"  # what data sets hold in place of labels that are kept back
-_MOST_DIGITS = 18  # of an int64
-_SHOWN = 60  # characters of a label that is none
+UNPUBLISHED = "-1"  # data sets write this where a label is withheld
+_MOST_DIGITS = 18  # always fit an int64
+_SHOWN = 60  # characters of a wrong label that errors show
 
 
 def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
-    """What a source holds beside an image (text, bytes, a number, nothing) as text; None for nothing.
+    """A label as text, given as text, bytes, a number or nothing; None for nothing.
 
     Args:
-        names: of the classes 0, 1, …, where the source has them.
+        names: names of the classes 0, 1, …, if the source has them.
     """
-    if value is None or value != value:  # pandas writes NaN where there is nothing
+    if value is None or value != value:  # pandas writes NaN for a missing value
         return None
     if isinstance(value, np.generic):
         value = value.item()
@@ -31,7 +31,7 @@ def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
         return text.strip() or None
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]
-    # Also truth, and whole numbers that were made floats or decimals.
+    # This covers booleans too, and whole numbers stored as floats or decimals.
     return str(int(value)) if _is_whole(value) else str(value)
 
 
@@ -42,13 +42,13 @@ def _is_whole(value: Any) -> bool:
 
 
 def class_text(value: Any, names: tuple[str, ...] = ()) -> tuple[str | None, str]:
-    """What a column says of an image's class: a text, a number, truth, nothing, or a list of one of these.
+    """An image's class from a column's value: text, a number, a boolean, nothing, or a list of one of these.
 
     Args:
-        names: of the classes 0, 1, …, where the column has them.
+        names: names of the classes 0, 1, …, if the column has them.
 
     Returns:
-        the label as text, or None for none; and the reason why it can be no class, else "".
+        the label as text, or None for no label; and the reason why the value is no class, or "".
     """
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
@@ -72,18 +72,20 @@ def _shown(value: Any) -> str:
 
 
 def is_number(label: str) -> bool:
-    """Whether a label is a class number in itself."""
+    """True if a label is itself a class number."""
     return label.isdecimal() and len(label) <= _MOST_DIGITS
 
 
 def name_classes(labels: Iterable[str]) -> tuple[str, ...]:
-    """The classes behind labels that nothing names: 0 to the largest where they are numbers, else the texts in order.
+    """The classes of labels that come without a list of names.
+
+    Labels that are all numbers give the classes 0 to the largest. Other labels give their texts, sorted.
 
     Returns:
-        the names; none for numbers so large that they must be something else.
+        names of the classes; empty for numbers too large to be classes.
 
     Raises:
-        InputError: so many different texts that they can't be classes.
+        InputError: there are too many different texts for classes.
     """
     found = set(labels) - {UNPUBLISHED}
     if all(map(is_number, found)):
@@ -91,13 +93,13 @@ def name_classes(labels: Iterable[str]) -> tuple[str, ...]:
         return _counted(top + 1) if top < MOST_UNNAMED_CLASSES else ()
     if len(found) > MOST_UNNAMED_CLASSES:
         raise InputError(
-            f"more than {MOST_UNNAMED_CLASSES:,} different labels, such as {min(found)!r}: those are no classes"
+            f"more than {MOST_UNNAMED_CLASSES:,} different labels, such as {min(found)!r}: too many for classes"
         )
     return tuple(sorted(found))
 
 
 def names_of_all(labels: Iterable[str], first: str) -> tuple[str, ...]:
-    """The classes of a source whose labels were all read: where the first is a number, only numbers name classes."""
+    """The classes of a source, from all its labels. If the first label is a number, only numbers count as classes."""
     return name_classes(filter(is_number, labels) if is_number(first) else labels)
 
 
@@ -105,7 +107,7 @@ def class_numbers(classes: tuple[str, ...]) -> Callable[[str | None], int | None
     """Returns a function from a label to its class number: -1 for no label, None for a label that is no class.
 
     Args:
-        classes: all of them, in order; with none, numbers are taken as they are.
+        classes: names of all classes, in order; empty = labels are class numbers themselves.
     """
     numbers = {name: number for number, name in enumerate(classes)}
     counted = classes == _counted(len(classes))
@@ -113,7 +115,7 @@ def class_numbers(classes: tuple[str, ...]) -> Callable[[str | None], int | None
     def number(label: str | None) -> int | None:
         if label is None or (label == UNPUBLISHED and label not in numbers):
             return -1
-        if counted and is_number(label):  # there may be zeros in front of it
+        if counted and is_number(label):  # int() also accepts leading zeros
             return int(label) if not classes or int(label) < len(classes) else None
         return numbers.get(label)
 
@@ -121,15 +123,15 @@ def class_numbers(classes: tuple[str, ...]) -> Callable[[str | None], int | None
 
 
 def unknown_label(label: str | None, classes: tuple[str, ...]) -> str:
-    """Why an image can't be used whose label is no class."""
+    """The reason why an image can't be used whose label is no class."""
     known = f"not among the {len(classes)} classes" if classes else "not a class number"
     return f"label {label!r} is {known}"
 
 
 def stored_numbers(column: pa.ChunkedArray) -> pa.Array:
-    """Class numbers as prepared and generated files hold them: int64, -1 for none, and for what is no number."""
+    """Class numbers of prepared and generated files as int64: -1 for no label, and in a column of any other type."""
     if pa.types.is_integer(column.type):
-        return column.cast(pa.int64(), safe=False).fill_null(-1)  # what is larger is no class
+        return column.cast(pa.int64(), safe=False).fill_null(-1)  # a number that overflows int64 is no class
     return pa.array(np.full(len(column), -1, np.int64))
 
 

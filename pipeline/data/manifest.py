@@ -1,4 +1,4 @@
-"""What lies beside a dataset's images and says what it is: the manifest of prepared shards, and names of files."""
+"""Names of the files beside a dataset's images, and the manifest of a prepared dataset."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,13 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file."""
+    """One Parquet file.
+
+    Attributes:
+        file: path below the dataset's folder.
+        row_groups: rows of each row group.
+        bytes, sha256: size and hash of the file.
+    """
 
     file: str
     rows: int
@@ -33,14 +39,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a prepared dataset.
+    """The content of a prepared dataset's `manifest.json`.
 
     Attributes:
+        image: size (pixels), channels and classes.
+        fingerprint: hash of the set of (pixels, label) pairs, independent of the cut into shards.
+        mean, std: mean and standard deviation of each channel over the training split, for pixels in [0, 1].
+        quarantined: number of images left out; quarantine.jsonl names them.
+        settings: the settings of jobs/prepare.py that decide the bytes of the shards.
+        versions: format versions of the code that wrote the dataset; see `pipeline.versions`.
         source: kind of source that the images came from.
-        fingerprint: a hash of the set of (pixels, label) pairs: how they are cut into shards does not matter.
-        mean, std: per channel over the training split, of pixels in [0, 1].
-        quarantined: images left out; named in quarantine.jsonl.
-        ignored: files that are no data, by reason; named in ignored.jsonl.
+        ignored: number of files that are not data, by reason; ignored.jsonl names them.
     """
 
     format: str

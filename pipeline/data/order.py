@@ -1,17 +1,19 @@
-"""Which samples form global batch k: a function of (seed, k) alone, and such that any number of ranks reads a byte once.
+"""Decides which samples form global batch k: a function of (seed, k) alone, whatever the number of ranks.
 
-Every epoch the groups of rows (see `groups.Group`) are shuffled into one line, which is cut into as many equal *lanes* as
-the plan has. Batch k takes the same number of rows from every lane. It is ordered by lane and cut among the ranks at
-floor(r * batch / world): so a rank reads its own stretch of the line, and at most the groups at its ends are read by two.
-In a lane, a row is drawn from a buffer of the groups around it. Where groups can only be read whole, even lanes run
-forwards and odd ones backwards, so that a group which a cut divides is open in both lanes at once, and is read once by a
-rank that has both.
+In every epoch the groups of rows (see `groups.Group`) are shuffled into one line. The line is cut into equal
+stretches, the plan's *lanes*. Batch k takes the same number of rows from every lane. The batch is ordered by lane and
+cut among the ranks at floor(r * batch / world). So each rank reads its own stretch of the line, and only the groups
+at the ends of a stretch are read by two ranks.
 
-The lanes of an epoch are as long as each other but for a row, and the next epoch's follow without a seam: the row that
-one lane has more is the next one's in a later epoch, so that no epoch drops a tail. Lane l has held floor((N + l) / L) of
-the first N rows of all L lanes, which sums to N (Hermite's identity).
+Within a lane, a row is drawn from a buffer of the groups around it. If groups can only be read whole, even lanes run
+forwards and odd lanes backwards. A group that a lane boundary divides is then open in both lanes at the same time,
+and a rank that has both lanes reads it once.
 
-Pure numpy: no Ray, no reading.
+The lanes of an epoch differ in length by at most one row, and the next epoch's rows follow without a gap, so no epoch
+drops a tail. Which lane gets an extra row changes from epoch to epoch. Lane l has held floor((N + l) / L) of the
+first N rows of all L lanes, and these counts sum to N (Hermite's identity).
+
+This module is pure numpy: it neither reads data nor imports Ray.
 """
 
 from dataclasses import dataclass
@@ -20,28 +22,28 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 Array = np.ndarray
-# Streams of random numbers of their own, apart from those of pipeline.rng.
+# Separate streams of random numbers, apart from those of pipeline.rng.
 _SHUFFLE, _CROP, _PLACE = 9, 10, 11
-# What the open groups of all lanes may hold, encoded: this, or a share of the data where that is more, since the ranks
-# share it and large data has many.
+# Most encoded bytes in the open groups of all lanes: OPEN_BYTES, or 1/OPEN_SHARE of the data if that is more, because
+# the ranks share the memory and large data has many ranks.
 OPEN_BYTES, OPEN_SHARE = 2**30, 256
-OPEN_GROUPS = 2  # of a lane, at most times: some are half used
-# The row groups of prepared data are such that so many lanes have memory, and so many groups each; small data has groups
-# of at least so many rows, since each costs time and a place in the footer.
+OPEN_GROUPS = 2  # groups that a lane usually has open, partly used
+# Row groups of prepared data are sized so that LANES lanes fit into memory with GROUPS_PER_LANE groups each. Small
+# data gets at least LEAST_ROWS rows a group, because each group costs time and a place in the file's footer.
 LANES, GROUPS_PER_LANE, LEAST_ROWS = 1024, 10, 16
-SMALL_GROUPS = 4  # those of a buffer, where a group is some images that could be read one by one
+SMALL_GROUPS = 4  # groups in a buffer, where the images of a group could be read one by one
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The order in which a dataset is seen.
+    """The order in which a run reads a dataset.
 
     Args:
         group_rows: rows of every group, at least 1 each, in the dataset's own order, int [groups].
-        seed: of the shuffle.
+        seed: seed of the shuffle.
         batch_size: global batch size.
-        lanes: divides the batch size; see `lanes_for`.
-        whole: whether a group can only be read whole.
+        lanes: number of lanes; it divides the batch size. See `lanes_for`.
+        whole: True if a group can only be read whole.
     """
 
     group_rows: Array
@@ -65,12 +67,12 @@ class Plan:
 
     @cached_property
     def buffer(self) -> int:
-        """By so many rows a lane's groups reach into the next: the mean group, or some where they are small."""
+        """Rows by which a lane's groups reach into the next: the mean group, or some groups where they are small."""
         return max(1, self.rows // len(self.group_rows)) * (1 if self.whole else SMALL_GROUPS)
 
     @cached_property
     def steps_open(self) -> int:
-        """A group is used up within about so many steps."""
+        """Approximate number of steps within which a group is used up."""
         in_lane = min(int(self.group_rows.max()), self.rows // self.lanes + 1)
         return 1 + (2 * in_lane + self.buffer) * self.lanes // self.batch_size
 
@@ -90,9 +92,9 @@ class _Line:
 
     Attributes:
         groups: numbers of the groups, int64 [groups].
-        starts: place of each one's first row in the line, and the end: int64 [groups + 1].
-        lanes: place of each lane's first row, and the end: int64 [lanes + 1].
-        key: of the epoch's places in the buffer.
+        starts: place of each group's first row in the line, and the end: int64 [groups + 1].
+        lanes: place of each lane's first row in the line, and the end: int64 [lanes + 1].
+        key: key of the random numbers that draw rows from the buffer in this epoch.
     """
 
     groups: Array
@@ -102,11 +104,12 @@ class _Line:
 
 
 def lanes_for(groups: int, size: int, batch_size: int) -> int:
-    """The most lanes whose open groups fit into memory: more lanes let more ranks read without reading twice.
+    """The largest number of lanes whose open groups fit into memory. With more lanes, more ranks read without overlap.
 
     Args:
-        groups: of the dataset.
-        size: of all its encoded images, in bytes.
+        groups: number of groups in the dataset.
+        size: size of all its encoded images, in bytes.
+        batch_size: global batch size; the result divides it.
     """
     room = _room(size)
     most = batch_size if size <= room else room * groups // (OPEN_GROUPS * size)
@@ -116,11 +119,11 @@ def lanes_for(groups: int, size: int, batch_size: int) -> int:
 
 
 def rows_per_group(rows: int, size: int) -> int:
-    """The rows that a row group of prepared data should have, a power of two: see `LANES`.
+    """Rows that a row group of prepared data should have, a power of two; see `LANES`.
 
     Args:
-        rows: of the dataset.
-        size: of all its encoded images, in bytes.
+        rows: images in the dataset.
+        size: size of all its encoded images, in bytes.
     """
     by_bytes = rows * _room(size) // (OPEN_GROUPS * LANES * max(1, size))
     most = max(1, min(by_bytes, max(LEAST_ROWS, rows // (GROUPS_PER_LANE * LANES))))
@@ -128,19 +131,20 @@ def rows_per_group(rows: int, size: int) -> int:
 
 
 def _room(size: int) -> int:
-    """Bytes for the open groups of all lanes."""
+    """Memory for the open groups of all lanes, in bytes."""
     return max(OPEN_BYTES, size // OPEN_SHARE)
 
 
 def cut(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The places in every batch that are a rank's: the first, and the first that no more is."""
+    """A rank's places in every global batch, as [first, end)."""
     return rank * batch_size // world_size, (rank + 1) * batch_size // world_size
 
 
 def batch_rows(plan: Plan, start: int, stop: int, first: int = 0, last: int | None = None) -> Rows:
-    """What the global batches [start, stop) hold at their places [first, last), in order.
+    """The rows of global batches [start, stop) at places [first, last), in order.
 
-    Costs about as much as the rows asked for and those of the groups that are open at both ends, wherever they are.
+    The cost grows with the rows asked for, plus the rows of the groups that are open at both ends. It does not depend
+    on how far into the run they are.
     """
     last = plan.batch_size if last is None else last
     each, shape = plan.batch_size // plan.lanes, (stop - start, last - first)
@@ -167,10 +171,10 @@ def batch_rows(plan: Plan, start: int, stop: int, first: int = 0, last: int | No
 def _lane_rows(
     plan: Plan, epoch: int, lanes: Array, low: Array, high: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Lane, place in the lane, group and row of what stands in some lanes of an epoch at the places [low, high).
+    """Lane, place in the lane, group and row of what some lanes of an epoch hold at the places [low, high).
 
-    Each row of a group draws a number from the group's stretch of the lane and a buffer more; the lane is in the order of
-    these numbers. What may stand at a place therefore lies in the groups within a buffer of the one that was there.
+    Each row draws a number uniformly from its group's stretch of the lane plus one buffer. The lane is sorted by
+    these numbers. So the row at a place comes from a group within one buffer of the group that was there before.
     """
     line = _line(plan, epoch)
     left, right, forward = line.lanes[lanes], line.lanes[lanes + 1], (lanes % 2 == 0) | (not plan.whole)
@@ -220,7 +224,7 @@ def _generator(seed: int, *counter: int) -> np.random.Generator:
 
 
 def _uniform(key: np.uint64, counter: Array) -> Array:
-    """Numbers in [0, 1) at any places of a stream: SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Random numbers in [0, 1) at any places of a stream: SplitMix64 (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         word = key + (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -230,9 +234,9 @@ def _uniform(key: np.uint64, counter: Array) -> Array:
 
 
 def crop_place(seed: int, epoch: int, sample_id: int) -> tuple[float, float]:
-    """Where a sample's random crop lies, from 0 to 1 in x and y: a function of (seed, epoch, sample id) alone.
+    """Place of a sample's random crop, from 0 to 1 in x and y: a function of (seed, epoch, sample id) alone.
 
-    Numpy's counter-based generator: pipeline.rng needs torch, which a reading process does without.
+    This uses numpy's counter-based generator, because pipeline.rng needs torch and reading processes don't import it.
     """
     key = [seed & (2**64 - 1), _CROP]
     x, y = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, epoch, sample_id])).random(2)

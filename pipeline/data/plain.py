@@ -1,9 +1,9 @@
-"""JPEG and PNG files without anything unusual, decoded by faster libraries than Pillow to the pixels that it gives.
+"""Decodes plain JPEG and PNG files with libraries faster than Pillow, to the same pixels as Pillow.
 
-Pillow takes some 100 us to open any file, most of what a small image costs. Whether a file is plain is told by its
-bytes alone, so the choice is the same everywhere. Pillow reads all others, and all that the fast libraries find fault
-with: what counts as damaged is decided in one place. (One thing is not asked for: a wrong checksum in the compressed
-pixels of a PNG chunk whose own checksum is right, which Pillow finds in some such files.)
+Pillow takes some 100 us to open any file, which is most of the cost of a small image. The file's bytes alone decide
+whether it is plain, so the choice is the same on every machine. Pillow reads all other files, and all files that the
+fast libraries refuse, so one place decides what counts as damaged. One thing is not checked: a wrong checksum of the
+compressed pixels inside a PNG chunk whose own checksum is right. Pillow finds that in some files.
 """
 
 import re
@@ -18,37 +18,37 @@ from pipeline.data.formats import PNG
 from pipeline.data.scaling import GAP
 
 _SCAN, _FRAMES = 0xFFDA, (0xFFC0, 0xFFC1)  # markers of a JPEG file
-# Grey; or colours, with as many samples as there are of brightness, half of them in a row, or half in rows and columns.
+# Chroma subsampling: grey, 4:4:4, 4:2:2 and 4:2:0.
 _SAMPLINGS = (b"\x11", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11")
-# By marker: the least bytes of a segment, and how it begins. Nothing that may tell of an orientation or of further
-# images.
+# Smallest size and first bytes of each plain segment, by marker. A segment that may hold an orientation or further
+# images is not plain.
 _KNOWN = {
     0xFFE0: (16, b"JFIF\0"), 0xFFE2: (18, b"ICC_PROFILE\0"), 0xFFEE: (14, b"Adobe"),
     **dict.fromkeys((0xFFC4, 0xFFDB, 0xFFDD, 0xFFFE), (2, b"")),
 }  # fmt: skip
 _UNKNOWN = 1 << 16, b""
-# Least bytes of a PNG file's chunks.
+# Smallest size of each plain PNG chunk, in bytes.
 _LEAST = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"tIME": 7, b"tEXt": 0}
 _TEXT = re.compile(rb"(?:Software|Comment|Title|Author|Description|Copyright|date:\w+)\0")
-_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB", b"\x08\6\0\0\0": "RGBA"}  # by the end of its header
+_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB", b"\x08\6\0\0\0": "RGBA"}  # by the header's end
 _SEGMENT, _PAIR, _CHUNK = struct.Struct(">HH"), struct.Struct(">HH"), struct.Struct(">I4s")
 
 
 def plain_pixels(data: bytes, at_least: int, most: int) -> np.ndarray | None:
-    """The pixels of a file, as Pillow gives them.
+    """The pixels of a plain file, equal to Pillow's.
 
     Args:
         at_least: see `images.open_image`.
-        most: pixels that an image may have.
+        most: most pixels that an image may have.
 
     Returns:
-        uint8 [H, W, C] of 1, 3 or 4 channels; None of a file that is not plain, or not sound.
+        uint8 [H, W, C] of 1, 3 or 4 channels; None if the file is not plain or not intact.
     """
     try:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data, at_least, most)
         return _png(data, most) if data.startswith(PNG) else None
-    except (ValueError, RuntimeError, struct.error):  # what the libraries refuse; a header that is cut off
+    except (ValueError, RuntimeError, struct.error):  # a library refuses the file, or its header is cut off
         return None
 
 
@@ -66,14 +66,14 @@ def _jpeg(data: bytes, at_least: int, most: int) -> np.ndarray | None:
     if frame[:1] != b"\x08" or frame[7::3] not in _SAMPLINGS or len(frame) != 6 + 3 * frame[5]:
         return None
     height, width = _PAIR.unpack_from(frame, 1)
-    if at_least:  # as Pillow: by a half, a quarter or an eighth
+    if at_least:  # scale as Pillow's `draft`: to a half, a quarter or an eighth
         wanted = int(GAP * at_least)
         scale = min(width // wanted, height // wanted)
         scale = next((part for part in (8, 4, 2) if scale >= part), 1)
         height, width = -(-height // scale), -(-width // scale)
     if width * height > most:
         return None
-    # Its other settings are libjpeg's own, as Pillow's; it refuses all that libjpeg warns of.
+    # simplejpeg's other settings are libjpeg's defaults, as in Pillow. It refuses files that libjpeg warns about.
     kind = "GRAY" if frame[5] == 1 else "RGB"
     pixels: np.ndarray = simplejpeg.decode_jpeg(data, kind, min_height=height, min_width=width)
     return pixels if pixels.shape[:2] == (height, width) else None

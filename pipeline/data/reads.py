@@ -1,6 +1,6 @@
-"""Reads a rank's rows in the order in which its batches need them, beside the trainer, in a process of its own.
+"""Reads a rank's rows in the order of its batches, in a separate process beside the trainer.
 
-Free of torch: such a process starts without the seconds that it takes.
+This module does not import torch, which would add seconds to the start of that process.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from pipeline.data.groups import read_rows
 from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Array, Plan, Rows, batch_rows
 
-BLOCKS_AHEAD = 2  # whose groups are read while one is handed over
+BLOCKS_AHEAD = 2  # blocks whose groups are read while one block is handed over
 THREADS = 16
-_Image = tuple[bytes, int, str]  # encoded, with label and path
+_Image = tuple[bytes, int, str]  # encoded image, label, path
 
 
 class RankRows:
-    """Reads one rank's rows, each once: it keeps what it has read of a group, by row, until the batches that need it.
+    """Reads each of one rank's rows once. It keeps the rows of a group until the batches that need them.
 
     Args:
-        first, last: the places in each batch that are the rank's; see `order.cut`.
-        end: the step before which the run ends.
+        first, last: the rank's places in each batch; see `order.cut`.
+        end: number of steps in the run; nothing is read for later steps.
     """
 
     def __init__(self, index: DatasetIndex, plan: Plan, first: int, last: int, end: int) -> None:
@@ -35,13 +35,13 @@ class RankRows:
         self._pool = ThreadPoolExecutor(THREADS)
 
     def tables(self, start: int, stop: int, rows: int) -> Iterator[pa.Table]:
-        """The rows of the steps [start, stop) in order, still encoded, up to `rows` in a table.
+        """The rows of steps [start, stop) in order, still encoded, up to `rows` rows in a table.
 
         Returns:
-            columns of `read_rows`, with id and epoch (int64).
+            the columns of `read_rows`, and id and epoch (int64).
         """
         each = self._last - self._first
-        # Planned together, since planning costs as much as the rows that are open at both ends.
+        # Many steps are planned at once, because each plan also costs the rows that are open at both of its ends.
         steps = max(self._plan.steps_open, -(-rows // each))
         for begin in range(start, stop, steps):
             end = min(begin + steps, stop)
@@ -57,12 +57,12 @@ class RankRows:
         places = dict(zip(owners.tolist(), np.split(order, begins[1:]), strict=True))
 
         def needed(number: int, place: int) -> Array:
-            """A group's rows from a place on."""
+            """The rows of a group that are needed from a place on."""
             here = places[number]
             return row[here[np.searchsorted(here, place) :]]
 
         def open_from(begin: int, stop: int) -> None:
-            """Starts to read the groups that come first between these places, all that is needed of each from there."""
+            """Starts reading each group that first appears in [begin, stop): all its rows needed from there on."""
             for number in dict.fromkeys(owner[begin:stop].tolist()):
                 if number not in self._open:
                     self._open[number] = self._pool.submit(self._read, number, needed(number, begin))
@@ -77,7 +77,7 @@ class RankRows:
             for place, number, wanted in zip(
                 range(begin, stop), numbers, row[begin:stop].tolist(), strict=True
             ):
-                if wanted not in found[number]:  # the group is open for longer than was planned together
+                if wanted not in found[number]:  # the group stays open beyond the steps planned at once
                     found[number] |= self._read(number, needed(number, place))
                 images.append(found[number].pop(wanted))
             for number in [number for number, rest in found.items() if not rest]:
@@ -100,11 +100,12 @@ class RankRows:
 
 
 class Read:
-    """Reads the spans of steps that it is given, in a process that stays for all of them: see `RankRows`.
+    """Reads spans of steps with one `RankRows`, in a process that stays for all of them.
 
     Args:
-        data: of the index and the plan, in Ray's object store.
-        rows: in one block.
+        data: reference to (index, plan) in Ray's object store.
+        first, last, end: see `RankRows`.
+        rows: rows in one block.
     """
 
     def __init__(self, data: Any, first: int, last: int, end: int, rows: int) -> None:

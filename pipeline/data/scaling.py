@@ -1,4 +1,4 @@
-"""Samples brought to 0 to 255, and Pillow's ways round which they are read: what all formats need."""
+"""Scales samples of any range to 0..255, and reads layouts that Pillow handles only partly; for all formats."""
 
 import io
 import sys
@@ -8,8 +8,8 @@ from PIL import Image, ImageFile
 
 from pipeline.data.formats import DecodeError
 
-GAP = 3.0  # so many times the pixels that are wanted are enough for antialiasing
-WHITE = 65535  # of sixteen bits
+GAP = 3.0  # pixels to decode a side, as a multiple of those wanted: enough for antialiasing
+WHITE = 65535  # largest value of sixteen bits
 DARK = 4095  # the largest value of twelve bits; sixteen bits that never exceed it may be twelve
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 TOO_DARK = f"16-bit values that never exceed {DARK}, and nothing in the file says what white is"
@@ -17,7 +17,7 @@ _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L
 
 
 def opened(kind: str, data: bytes, at_least: int = 0) -> ImageFile.ImageFile:
-    """A file of a known format, its header read; raises whatever Pillow raises.
+    """Opens a file of a known format and reads its header. Raises whatever Pillow raises.
 
     Args:
         at_least: see `images.open_image`.
@@ -29,10 +29,10 @@ def opened(kind: str, data: bytes, at_least: int = 0) -> ImageFile.ImageFile:
 
 
 def to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values from `low` to `high` as uint8 0 to 255.
+    """Scales values in [low, high] to uint8 0..255.
 
     Raises:
-        DecodeError: some are outside.
+        DecodeError: some values are outside.
     """
     if (low, high) == (0, WHITE) and values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return (values // 257).astype(np.uint8)
@@ -45,19 +45,26 @@ def to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 [H, W, C] as an image."""
+    """uint8 [H, W, C] as a Pillow image."""
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def by_use(values: np.ndarray, colours: int) -> np.ndarray:
-    """Values [H, W, C] of sixteen bits that use their range, as uint8; `colours` of the channels aren't alpha."""
+    """Scales 16-bit values [H, W, C] to uint8 if they use their range.
+
+    Args:
+        colours: number of channels that are not alpha.
+
+    Raises:
+        DecodeError: the values never exceed twelve bits, so white is unknown.
+    """
     if 0 < values[..., :colours].max() <= DARK:
         raise DecodeError(TOO_DARK)
     return to_bytes(values, 0, WHITE)
 
 
 def load_as(image: ImageFile.ImageFile, layout: str) -> np.ndarray:
-    """The pixels of an opened image, its bytes taken in another layout (Pillow's raw mode)."""
+    """The pixels of an opened image, with its bytes read in another layout (one of Pillow's raw modes)."""
     image.tile = [
         tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout)
         for tile in image.tile
@@ -67,7 +74,7 @@ def load_as(image: ImageFile.ImageFile, layout: str) -> np.ndarray:
 
 
 def both_bytes(kind: str, data: bytes, image: ImageFile.ImageFile, layout: str) -> np.ndarray:
-    """Colours of sixteen bits, [H, W, C]: Pillow gives one byte of each, and the other one at a second reading."""
+    """16-bit colours [H, W, C]. Pillow gives only one byte of each sample, so the image is read twice."""
     other = layout[:-1] + _OTHER_BYTE[layout[-1]]
     upper = load_as(image, layout).astype(np.uint16)
     return upper << 8 | load_as(opened(kind, data), other)

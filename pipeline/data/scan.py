@@ -1,4 +1,4 @@
-"""What is in a source that was not prepared: one pass over its bytes, which decodes nothing."""
+"""Scans raw data: reads every file once, without decoding, for hashes, labels and image sizes."""
 
 import contextlib
 import hashlib
@@ -24,17 +24,17 @@ from pipeline.data.sources.registry import Opened, open_source
 from pipeline.data.sources.tar_index import TarImage
 from pipeline.data.sources.tars import TarPart
 
-SCAN = "scan.parquet"  # in the folder of a run
+SCAN = "scan.parquet"  # file in a run's folder
 IMAGES_PER_PART = 64
 THREADS = 8
-# More than this is read by the whole cluster. Less is read here, before the seconds that a start of Ray takes.
+# The whole cluster reads more than this. Less is read in this process, which saves the seconds of starting Ray.
 ON_CLUSTER_BYTES = 2**30
-CPUS = 0.25  # of an actor that scans: it waits for storage more than it computes
-# Texts as JSON, which also writes names that are no UTF-8.
+CPUS = 0.25  # CPUs of a scanning actor, which mostly waits for storage
+# Text is stored as JSON, because names may be invalid UTF-8.
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("members", pa.string()),  # of a tar, where its headers were read for them
+        ("members", pa.string()),  # members of a tar, where its headers were read
         ("digests", pa.binary()),
         ("labels", pa.string()),
         ("size", pa.int64()),
@@ -47,12 +47,13 @@ _COLOURLESS = ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 @dataclass(frozen=True)
 class ScannedPart:
-    """A part small enough to be read at once, and for each image in it the hash of its content and its label.
+    """A part small enough to be read at once, with the hash and the label of each image in it.
 
     Attributes:
-        size: of its images, encoded, in bytes.
-        shapes: width, height and whether there may be colours, of those whose header says it.
-        bad: path and reason of each image, by its place in the part, that can't be used.
+        size: size of its encoded images, in bytes.
+        digests, labels: SHA-256 and label of each image, in order; the label is None for no label.
+        shapes: (width, height, True if it may have colours) of the images whose header could be read.
+        bad: path and reason of each image that can't be used, by its place in the part.
     """
 
     part: Part
@@ -65,14 +66,15 @@ class ScannedPart:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
-        parts: those of the splits that are used.
-        size: of its images, where they all are squares of one size; else 0.
-        channels: 1 where no image has colours, else 3.
+        opened: the source.
+        parts: parts of the splits that are used.
+        size: width and height in pixels if all images are squares of one size; else 0.
+        channels: 1 if no image has colours, else 3.
         classes: names of the classes, in order.
-        to_keep: all this as a file, for `scan`; empty where the one that is kept says it already.
+        to_keep: the scan as a file, for `scan` to read again; empty if the file that is there says the same.
     """
 
     opened: Opened
@@ -84,13 +86,15 @@ class Scan:
 
 
 def scan(uri: str, reading: Reading, split: tuple[str, ...] = (), kept: str = "") -> Scan:
-    """Reads a source through, whatever kind it is of.
+    """Reads a source of any kind through.
 
     Args:
-        kept: URI of what an earlier scan found, if it is there: files that have not changed since are not read.
+        reading: how to read raw data.
+        split: the source's own splits to use; see `splits.roles_of`.
+        kept: URI of an earlier scan, if there is one. Files that did not change since are not read again.
 
     Raises:
-        InputError: nothing is there that could be read; labels that can't be classes.
+        InputError: the source holds nothing that can be read, or labels that can't be classes.
     """
     request = Request(IMAGES_PER_PART, reading.image_column, reading.label_column, split)
     opened = open_source(reading.source, uri, request, "--data")
@@ -107,7 +111,7 @@ def scan(uri: str, reading: Reading, split: tuple[str, ...] = (), kept: str = ""
     parts = tuple(part for some in found for part in some)
     sizes = {side for part in parts for width, height, _ in part.shapes for side in (width, height)}
     labels = dict.fromkeys(label for part in parts for label in part.labels if label is not None)
-    # Integers that nothing names are numbers, whatever the first of them is.
+    # Integer labels without names count as numbers, whatever the first label looks like.
     first = "0" if listing.classes is not None else next(iter(labels), "0")
     return Scan(
         opened=opened,
@@ -120,17 +124,17 @@ def scan(uri: str, reading: Reading, split: tuple[str, ...] = (), kept: str = ""
 
 
 class ScanParts:
-    """Scans parts over the cluster; see `pool.Work`."""
+    """Scans parts on the cluster; see `pool.Work`."""
 
     def start(self, device: str) -> Callable[[Part], list[ScannedPart]]:
         return _scanned
 
 
 def _scan_all(parts: list[Part], size: int) -> list[list[ScannedPart]]:
-    """What is in each part, in their order.
+    """Scans each part, in order.
 
     Args:
-        size: of their files, in bytes.
+        size: size of their files, in bytes.
     """
     if size > ON_CLUSTER_BYTES:
         return list(ActorPool(gpu=False, cpus=CPUS)(ScanParts(), parts, title="read the data once"))
@@ -139,7 +143,7 @@ def _scan_all(parts: list[Part], size: int) -> list[list[ScannedPart]]:
 
 
 def _key(part: Part, opened: Opened) -> str:
-    """Another one as soon as the part's files or what is read of them are others."""
+    """Hash that identifies a part's scan. It changes when the part's files change, or what is read of them."""
     files = opened.tree.files
     versions = [files[name].version for name in part.names if name in files]
     return hashlib.sha256(repr((part, versions)).encode(errors="surrogateescape")).hexdigest()
@@ -153,7 +157,7 @@ def _to_keep(keys: list[str], found: list[list[ScannedPart]]) -> bytes:
 
 
 def _read_kept(uri: str) -> dict[str, list[dict[str, Any]]]:
-    """By the key of the part; empty where nothing was kept, or it is damaged."""
+    """The rows of an earlier scan, by the part's key; empty if there is none or it is damaged."""
     kept = dict[str, list[dict[str, Any]]]()
     with contextlib.suppress(OSError, pa.ArrowException):
         for row in pq.read_table(io.BytesIO(storage.read_bytes(uri)), schema=_SCHEMA).to_pylist():
@@ -206,11 +210,11 @@ def _scanned(part: Part) -> list[ScannedPart]:
 
 
 def _shape(data: Encoded) -> tuple[int, int, bool] | None:
-    """Width, height and whether there may be colours, from the header; None for what is no image."""
+    """Width, height and True if there may be colours, from the header; None if the data is no image."""
     if isinstance(data, np.ndarray):
         return data.shape[1], data.shape[0], data.shape[2] > 1
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.width, image.height, image.mode not in _COLOURLESS
-    except Exception:  # it will be counted, and named, when it is decoded
+    except Exception:  # decoding will count and name it
         return None

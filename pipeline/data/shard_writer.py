@@ -1,4 +1,4 @@
-"""Images as a Parquet file in exactly the Hugging Face convention."""
+"""Writes images as a Parquet file in exactly the Hugging Face convention."""
 
 import io
 import json
@@ -11,7 +11,7 @@ IMAGE = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string(
 
 
 class ShardWriter:
-    """Rows to the bytes of a Parquet file, row group by row group."""
+    """Collects rows into the bytes of a Parquet file, row group by row group."""
 
     def __init__(self, schema: pa.Schema, rows_per_group: int) -> None:
         self._schema = schema
@@ -49,12 +49,12 @@ class ShardWriter:
 def huggingface_schema(
     classes: tuple[str, ...], first: pa.Field = IMAGE, more: dict[str, pa.DataType] | None = None
 ) -> pa.Schema:
-    """The columns image {bytes, path} and label, and what makes `datasets` give PIL images and class names of them.
+    """The columns image {bytes, path} and label, with the metadata by which `datasets` gives PIL images and class names.
 
     Args:
-        classes: names of the labels, where they have any.
-        first: what stands in place of the images.
-        more: columns that follow.
+        classes: names of the labels; empty = the labels are plain numbers.
+        first: column in place of `image`.
+        more: types of further columns, by name.
     """
     integer, more = {"dtype": "int64", "_type": "Value"}, more or {}
     features: dict[str, Any] = {
@@ -67,7 +67,7 @@ def huggingface_schema(
 
 
 def shard_schema(classes: tuple[str, ...]) -> pa.Schema:
-    """As `huggingface_schema`, with `source_sha256`, the hash of each image as it was given."""
+    """As `huggingface_schema`, with `source_sha256`, the hash of each encoded image as given."""
     schema = huggingface_schema(classes)
     features = json.loads(schema.metadata[b"huggingface"])
     features["info"]["features"]["source_sha256"] = {"dtype": "binary", "_type": "Value"}

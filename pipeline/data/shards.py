@@ -1,8 +1,8 @@
-"""Writing Parquet image shards, in exactly the Hugging Face convention, as a Ray Data job over the cluster.
+"""jobs/prepare.py: writes images as Parquet shards in exactly the Hugging Face convention, on the whole cluster.
 
-Two stages: each part of the source is decoded (decoded.py), then the images of all parts are mixed into shards
-(shuffle.py). A run that was killed goes on with what is missing. A run on a source that has changed decodes what is new,
-and gives the bytes that a run from nothing would give.
+There are two stages. The first decodes each part of the source (decoded.py). The second mixes the images of all parts
+into shards (shuffle.py). A run after a killed one does only what is missing. A run on a source that changed decodes
+only what is new, and writes the same bytes as a run from scratch.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from pipeline.ranges import Natural, Positive, Range, Share, check_ranges
 from pipeline.versions import PREPARING
 
 NAMED_BAD_IMAGES = 5
-# A part is decoded in memory; images whose size is not known yet count as these.
+# A part is decoded in memory. Images of unknown size count as UNKNOWN_SIZE pixels wide and high.
 PART_BYTES, UNKNOWN_SIZE = 256 * 2**20, 256
 SMALL_BYTES = 16 * 2**20
 Byte = Annotated[int, Range(ge=0, le=255)]
@@ -82,7 +82,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Writes `data/SPLIT-NNNNN.parquet`, manifest.json, quarantine.jsonl, ignored.jsonl and a dataset card.
 
     Raises:
-        InputError: a setting, an input or an output that can't be used; too many images that can't be used.
+        InputError: a setting, the input or the output can't be used, or too many images can't be used.
     """
     _check(config)
     size = config.image_size or UNKNOWN_SIZE
@@ -128,7 +128,7 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
     if not given:
         raise InputError(f"--input {config.input}: holds no images")
     if not good or len(bad) > config.max_bad_fraction * given:
-        # Beside a manifest lies what that says: the list of a run that is refused does not replace it.
+        # quarantine.jsonl beside a manifest belongs to that manifest. A refused run must not replace it.
         finished = storage.exists(storage.join(output, MANIFEST))
         listed = storage.join(output, PARTS, QUARANTINE) if finished else storage.join(output, QUARANTINE)
         write_list(listed, bad)
@@ -161,12 +161,12 @@ def _image(config: PrepareConfig, opened: Opened) -> ImageConfig:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the bytes of the shards."""
+    """The settings that decide the bytes of the shards."""
     return {key: value for key, value in to_dict(config).items() if key not in ("output", "max_bad_fraction")}
 
 
 def _decode(config: PrepareConfig, opened: Opened, image: ImageConfig, output: str) -> dict[str, Decoded]:
-    """The first stage: what came of every part that is used, by key, in the order of the parts."""
+    """The first stage: decodes every part in use. Returns the records by key, in the order of the parts."""
     pixels = Pixels(
         image.size, image.channels, config.image_size > 0, config.crop == "none", config.background
     )
@@ -198,10 +198,10 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _shuffle(work: WriteShards, tasks: list[ShardTask], size: int) -> None:
-    """The second stage: writes the shards that are not there yet.
+    """The second stage: writes the shards that are missing.
 
     Args:
-        size: bytes of all images.
+        size: size of all decoded images, in bytes.
     """
     left = missing(tasks, work.output)
     if not left:

@@ -1,8 +1,8 @@
-"""The second stage of jobs/prepare.py: decoded images, from all parts, mixed into shards.
+"""The second stage of jobs/prepare.py: mixes the decoded images of all parts into shards.
 
-A bucket sort on a hash of each image's content and path: shard s of S holds the images whose hash lies in the s-th of S
-equal ranges, in the order of the hashes. So every shard is a random draw of the whole dataset, and its bytes depend on
-the set of images alone, not on the parts or the runs that they were decoded in.
+This is a bucket sort on a hash of each image's content and path. Shard s of S holds the images whose hash lies in the
+s-th of S equal ranges, sorted by hash. So every shard is a random draw from the whole dataset. Its bytes depend only
+on the set of images, not on the parts or runs in which they were decoded.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from pipeline.data.sources.fetch import in_order
 from pipeline.data.sources.splits import held_out
 
 SHARD_BYTES = 512 * 2**20
-# Shards that are written by one task, from the same requests to all chunks: of so many bytes together where there are
-# more than so many tasks.
+# One task writes a run of neighbouring shards with the same requests to all chunks. A run holds at most RUN_BYTES,
+# and at most 1/RUNS of all shards.
 RUN_BYTES, RUNS = 256 * 2**20, 256
 
 
@@ -34,8 +34,8 @@ class ShardTask:
     """One shard to write.
 
     Attributes:
-        number, of: which of how many shards of its split.
-        signature: of all that decides its bytes.
+        number, of: number of the shard, from 0, and the number of shards in its split.
+        signature: hash of everything that decides its bytes.
     """
 
     split: str
@@ -45,25 +45,28 @@ class ShardTask:
 
     @property
     def file(self) -> str:
-        """Its name below the output."""
+        """Path below the output folder."""
         return f"{SHARDS}/{self.split}-{self.number:05d}.parquet"
 
     def record(self, output: str) -> str:
-        """URI of the record of what is in it."""
+        """URI of the record of its content."""
         return storage.join(output, PARTS, f"{self.split}-{self.number:05d}.shard")
 
     @property
     def keys(self) -> tuple[int, int]:
-        """The first key of its rows, and the first that is no more in it."""
+        """Keys of its rows, as [first, end)."""
         return self.number * 2**64 // self.of, (self.number + 1) * 2**64 // self.of
 
 
 @dataclass(frozen=True)
 class WriteShards:
-    """Writes runs of neighbouring shards over the cluster, and says how many each has; see `pool.Work`.
+    """Writes runs of neighbouring shards on the cluster and returns the number written; see `pool.Work`.
 
     Attributes:
-        chunks: decoded images, with the role of the split that they belong to ("" = held out by their content).
+        chunks: chunks of decoded images, each with the role of its split ("" = divided by a hash of the content).
+        classes: names of the classes.
+        fraction: share of images held out for validation where the role is "".
+        rows_per_group: images in one row group.
     """
 
     chunks: tuple[tuple[str, Chunk], ...]
@@ -98,10 +101,10 @@ def shard_tasks(
 
 
 def runs_of(tasks: list[ShardTask], shard_bytes: int) -> list[tuple[ShardTask, ...]]:
-    """Cuts shards into runs of neighbours, each of which is a task.
+    """Cuts shards into runs of neighbours; each run is one task.
 
     Args:
-        shard_bytes: of a shard, about.
+        shard_bytes: approximate size of a shard, in bytes.
     """
     most = max(1, min(RUN_BYTES // max(1, shard_bytes), len(tasks) // RUNS))
     runs = list[tuple[ShardTask, ...]]()
@@ -116,7 +119,7 @@ def runs_of(tasks: list[ShardTask], shard_bytes: int) -> list[tuple[ShardTask, .
 
 
 def missing(tasks: list[ShardTask], output: str) -> list[ShardTask]:
-    """The shards that neither this nor an earlier run has written whole, or that are not there any more."""
+    """The shards that are not there, or that were not written whole with the same signature."""
     sizes = {storage.name(uri): size for uri, size in storage.sizes(storage.join(output, SHARDS)).items()}
     records = storage.read_many([task.record(output) for task in tasks])
 
@@ -149,7 +152,7 @@ def _write_shard(task: ShardTask, rows: list[dict[str, Any]], work: WriteShards)
     fingerprint, count = 0, 0
     for row in rows:
         label = number_of(row["label"])
-        if label is None:  # quarantined: `prepare` names it
+        if label is None:  # `prepare` lists it in quarantine.jsonl
             continue
         count += row["count"]
         total += row["sum"]

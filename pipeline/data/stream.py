@@ -1,8 +1,8 @@
-"""From the plan to a rank's batches: Ray Data reads and decodes beside the trainer, which only copies.
+"""Turns the plan into a rank's batches. Ray Data reads and decodes beside the trainer, which only copies.
 
-Encoded bytes travel from storage to the node of the trainer that uses them, and are decoded there, in processes
-of their own: pixels never cross the network, and Python's lock in the trainer is left to training. One Ray Data
-execution holds a whole run, since each start of one costs seconds.
+Encoded bytes travel from storage to the node of the trainer that uses them and are decoded there, in separate
+processes. So pixels never cross the network, and decoding does not hold Python's lock in the trainer. One Ray Data
+execution covers a whole run, because each start of one costs seconds.
 """
 
 import gc
@@ -30,18 +30,21 @@ if TYPE_CHECKING:
 
 IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 CONSUMER_TABLES = 8
-# What is done again where the reading process died: as much of a run as this, or so many of its blocks.
+# A reading process that dies repeats at most one span of steps: 1/SPANS of the run, or SPAN_BLOCKS blocks if more.
 SPANS, SPAN_BLOCKS = 1000, 64
 CLOSING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class PlannedIndex:
-    """A dataset and its plan, in Ray's object store once for all ranks: small, travels by pickle.
+    """A dataset and its plan, stored once in Ray's object store for all ranks. This handle is small to pickle.
 
     Attributes:
-        data: the index and the plan.
-        image_bytes: mean size of an encoded image.
+        data: reference to (index, plan).
+        image: size and channels, without class names.
+        image_bytes: mean size of an encoded image, in bytes.
+        batch_size: global batch size.
+        seed: seed of the plan.
     """
 
     data: Any
@@ -52,7 +55,7 @@ class PlannedIndex:
 
 
 def share(index: DatasetIndex, plan: Plan) -> PlannedIndex:
-    """Puts a dataset and its plan where all ranks find them, for as long as this process lives."""
+    """Puts a dataset and its plan into Ray's object store, for as long as this process lives."""
     image = replace(index.image, classes=())  # may be thousands of names
     mean = index.bytes // max(1, index.rows)
     return PlannedIndex(ray.put((index, plan)), image, mean, plan.batch_size, plan.seed)
@@ -60,13 +63,13 @@ def share(index: DatasetIndex, plan: Plan) -> PlannedIndex:
 
 @dataclass(frozen=True)
 class RankStream:
-    """What one rank of `world_size` sees of the plan: small, travels to the rank by pickle.
+    """One rank's part of the plan, as a handle that is small to pickle.
 
     Attributes:
-        readers: processes that decode beside the rank; one more reads.
-        random_crop: cut the square out of an image's longer side at random, not in its centre.
-        in_flight: most bytes of decoded images that wait in the object store; more where some blocks or batches are
-            larger.
+        readers: number of processes that decode beside the rank; one more process reads.
+        random_crop: crop the square at a random place along the longer side, not at the centre.
+        in_flight: most bytes of decoded images that wait in the object store; exceeded only if a few blocks or
+            batches are larger.
     """
 
     planned: PlannedIndex
@@ -84,14 +87,15 @@ class RankStream:
         pin: bool = False,
         on_bad: Callable[[dict[str, str]], object] = lambda bad: None,
     ) -> Iterator["Batch"]:
-        """This rank's part of the global batches [start_step, stop_step), `prefetch` of them made ahead.
+        """This rank's part of global batches [start_step, stop_step).
 
         Args:
-            pin: in page-locked memory.
-            on_bad: is told which images could not be decoded, and why.
+            prefetch: number of batches made ahead.
+            pin: put batches into page-locked memory.
+            on_bad: called with the reasons by path, if images of a batch could not be decoded.
         """
 
-        # Here, since processes that only hand streams out do without torch, which takes seconds.
+        # Imported here because processes that only hand out streams run without torch, which takes seconds to import.
         from pipeline.data.batch import from_tables
 
         first, last = cut(self.planned.batch_size, self.rank, self.world_size)
@@ -116,7 +120,7 @@ class RankStream:
         beside: dict[str, Any] = {
             "batch_size": None,
             "batch_format": "pyarrow",
-            # No CPU is asked for: the trainers may hold every CPU that Ray knows of.
+            # No CPU is requested, because the trainers may hold every CPU that Ray knows of.
             "num_cpus": 0,
             "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()},
         }
@@ -131,7 +135,7 @@ class RankStream:
             .map_batches(
                 Decode,
                 fn_constructor_args=(planned.image, planned.seed, self.random_crop),
-                # Ray Data warns of more than it has blocks for.
+                # Ray Data warns if there are more actors than blocks.
                 compute=ActorPoolStrategy(size=min(self.readers, blocks), max_tasks_in_flight_per_actor=2),
                 **beside,
             )
@@ -142,13 +146,13 @@ class RankStream:
 
     def _set_up(self, context: DataContext, rows: int, local_batch: int) -> None:
         context.enable_progress_bars = False
-        # Else a thread in each task, for a figure that nothing reads.
+        # Without this, each task runs a thread for a figure that nothing reads.
         context.memory_usage_poll_interval_s = None
         context.target_max_block_size = 1  # a block is one row: see `as_row`
         context.execution_options.preserve_order = True
         set_pace(context)
-        # Ray Data's iterator holds some blocks for us; each process has one in work and one to come, and may be as far
-        # ahead of another, since blocks are handed over in order.
+        # Ray Data's iterator holds some blocks for us. Each decoding process has one block in work and one queued.
+        # One process may also run ahead of another by as much, because blocks are handed over in order.
         size = pixel_bytes(self.planned.image)
         block, handed_over = rows * size, CONSUMER_TABLES * rows * size
         most = handed_over + 4 * self.readers * block
@@ -157,7 +161,7 @@ class RankStream:
 
 
 class PlannedData(DataConfig):
-    """Hands each rank its part of the plan, anew at every start or resize of the worker group."""
+    """Hands each rank its part of the plan, at every start or resize of the worker group."""
 
     def __init__(self, readers: int, random_crop: bool) -> None:
         super().__init__()
@@ -190,7 +194,7 @@ def _rebatch(tables: Iterator[pa.Table], size: int, count: int) -> Iterator[list
 
 
 def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Batch"]:
-    """Runs an iterator in a thread from now on, at most `depth` items ahead, until the consumer closes it."""
+    """Runs an iterator in a thread that starts now, at most `depth` items ahead, until the consumer closes it."""
     items: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=max(depth, 1))
     stopped = threading.Event()
 
@@ -209,7 +213,7 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
                 if stopped.is_set():
                     return
             put(None)
-        except Exception as error:  # handed to the consumer, who raises it
+        except Exception as error:  # the consumer raises it
             put(error)
 
     def consume() -> Iterator[Any]:
@@ -221,13 +225,13 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
                 yield item
         finally:
             stopped.set()
-            # Whoever closes it may leave Ray next, which ends a process that still reads from it.
+            # The caller may leave Ray next. Ray then ends a process that still reads from it.
             thread.join(CLOSING_SECONDS)
-            gc.collect()  # what Ray Data held its actors by is a cycle: else they live until the collector runs
+            gc.collect()  # Ray Data holds its actors through a reference cycle; this ends them now
 
     thread = threading.Thread(target=run, name="batches-ahead", daemon=True)
     thread.start()
     batches = consume()
-    # It is in its `try` from here on: closing it before its first batch ends the thread too.
+    # This runs `consume` into its `try`, so that closing it before the first batch ends the thread too.
     next(batches)
     return batches

@@ -1,4 +1,4 @@
-"""TIFF files, whose samples may be of any type and range."""
+"""Loads TIFF files, whose samples may have any type and range."""
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
@@ -6,12 +6,12 @@ from PIL import Image, ImageFile, TiffImagePlugin
 from pipeline.data.formats import DecodeError
 from pipeline.data.scaling import DEEP, WHITE, as_image, both_bytes, by_use, load_as, to_bytes
 
-# Pillow takes libtiff's samples, which have the machine's byte order, for the file's.
+# libtiff returns samples in the machine's byte order, but Pillow reads them in the file's order.
 _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 
 def load_tiff(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
-    """The pixels of an opened TIFF file as `depth.load` gives them; raises DecodeError as it does."""
+    """The pixels of an opened TIFF file, as `depth.load` returns them. Raises DecodeError as it does."""
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
     tags = image.tag_v2
     bits = int(max(_numbers(tags, 258) or [1]))
@@ -39,7 +39,7 @@ def load_tiff(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
     elif bits == 32 and values.dtype == np.int32 and not signed:
         values = values.view(np.uint32)
     if not np.isfinite(values).all():
-        raise DecodeError("values that are no numbers, or infinite")
+        raise DecodeError("values that are not finite")
     if (limits := _tiff_range(tags, signed)) is None and bits < 16 and not signed:
         limits = 0, (1 << bits) - 1
     if limits is not None:
@@ -49,13 +49,13 @@ def load_tiff(data: bytes, image: ImageFile.ImageFile) -> Image.Image:
     else:
         what = "floating-point" if image.mode == "F" else f"signed {bits}-bit" if signed else f"{bits}-bit"
         raise DecodeError(f"{what} values, and nothing in the file says what black and white are")
-    # Pillow turns these over only up to eight bits.
+    # Pillow inverts images whose 0 is white only up to eight bits.
     return as_image(255 - pixels if tags.get(262, 0) == 0 else pixels)
 
 
 def _deep_tiff(data: bytes, image: TiffImagePlugin.TiffImageFile, layout: str) -> Image.Image:
     mode, tags = image.mode, image.tag_v2
-    # Pillow would divide by alpha before there is a range.
+    # Read premultiplied alpha as plain, because Pillow would divide by alpha before the range is known.
     values = both_bytes("TIFF", data, image, layout.replace("RGBa", "RGBA"))
     colours = values.shape[-1] - (mode == "RGBA")
     if limits := _tiff_range(tags, signed=False):
@@ -74,7 +74,7 @@ def _deep_tiff(data: bytes, image: TiffImagePlugin.TiffImageFile, layout: str) -
 
 
 def _numbers(tags: TiffImagePlugin.ImageFileDirectory_v2, tag: int) -> list[float]:
-    """The values of a tag; empty where it is absent or holds no numbers."""
+    """The values of a tag; empty if the tag is absent or holds no numbers."""
     value = tags.get(tag, ())
     try:
         return [float(v) for v in (value if isinstance(value, tuple) else (value,))]
@@ -83,7 +83,7 @@ def _numbers(tags: TiffImagePlugin.ImageFileDirectory_v2, tag: int) -> list[floa
 
 
 def _tiff_range(tags: TiffImagePlugin.ImageFileDirectory_v2, signed: bool) -> tuple[float, float] | None:
-    """The least and the largest value as the tags for them say, or None; the least is 0 unless it is said."""
+    """The smallest and largest value that the tags state, or None; the smallest is 0 if only the largest is stated."""
     high = _numbers(tags, 341) or _numbers(tags, 281)
     low = _numbers(tags, 340) or _numbers(tags, 280)
     if not high or (signed and not low):

@@ -1,7 +1,7 @@
-"""The training objectives and the variational bound (Ho et al. 2020, section 3; Nichol & Dhariwal 2021).
+"""Training objectives and the variational bound (Ho et al. 2020, section 3; Nichol & Dhariwal 2021).
 
-The bound on the negative log-likelihood is L_T + sum of L_{t-1} + L_0, in bits per dimension where not said
-otherwise. `pipeline.diffusion.process` says how t counts: here L_0 is the term at index t = 0.
+The bound on the negative log-likelihood is L_T + sum of L_{t-1} + L_0, in bits per dimension unless stated otherwise.
+See `pipeline.diffusion.process` for the counting of t: L_0 is the term at index t = 0.
 """
 
 import math
@@ -24,18 +24,18 @@ from pipeline.diffusion.process import (
 )
 from pipeline.errors import InputError
 
-# Share of the probability that codes leave to values that did not occur in training.
+# Share of the probability that decoders and codes give to pixel values that did not occur in training.
 UNSEEN = 1e-3
 
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [N, C, ...], the original chain's t int64 [N], labels int64 [N] or None) -> epsilon, or that and v."""
+"""Function (x_t [N, C, ...], t of the original chain int64 [N], labels int64 [N] or None) -> epsilon, or epsilon and v"""
 
 
 def check_loss(config: DiffusionConfig) -> None:
-    """Whether the objective can train what the variance kind makes the model predict.
+    """Checks that the objective trains what the model predicts.
 
     Raises:
-        InputError: a learned variance that the loss would not train, or L_hybrid with none to train.
+        InputError: the variance is learned but the loss does not train it, or the reverse.
     """
     learned = config.variance == "learned_range"
     if learned and config.loss not in ("vlb", "hybrid"):
@@ -53,24 +53,25 @@ def training_loss(
     noise: Tensor,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The loss of every sample; its mean over uniform t is the objective.
+    """The loss of each sample; its mean over uniform t is the objective.
 
-    simple: ||noise - eps||^2, mean over dimensions (equation 14).
-    weighted: the same times T and `vlb_coefficient`: what the bound has of it (equation 12), bits/dim.
-    vlb: T times `vlb_term`: the bound without the constant L_T, bits/dim (equation 5).
-    hybrid: simple + vlb_weight * vlb, where vlb trains the variance only (Nichol & Dhariwal 2021, eq. 16).
-    min_snr: simple times min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4).
+    simple: ||noise - eps||^2, mean over dimensions (Ho et al. 2020, equation 14).
+    weighted: `simple` times T and `vlb_coefficient`, its weight in the bound, bits/dim (Ho et al. 2020, equation 12).
+    vlb: T times `vlb_term`, the bound without the constant L_T, bits/dim (Ho et al. 2020, equation 5).
+    hybrid: simple + vlb_weight * vlb, where vlb trains only the variance (Nichol & Dhariwal 2021, equation 16).
+    min_snr: `simple` times min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4).
 
     Args:
         x_0: images in [-1, 1], [N, C, ...].
-        t: int64 [N].
-        noise: standard normal, of x_0's shape.
+        t: step of each image, int64 [N].
+        noise: standard normal noise, of x_0's shape.
+        labels: int64 [N], or None for an unconditional model.
 
     Returns:
-        [N], of x_0's dtype.
+        losses [N], in x_0's dtype.
 
     Raises:
-        InputError: see `check_loss`.
+        InputError: as `check_loss`.
     """
     check_loss(config)
     x_t = q_sample(process, x_0, t, noise)
@@ -93,13 +94,13 @@ def training_loss(
 
 
 def vlb_coefficient(process: Process) -> Tensor:
-    """beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)), the factor of ||noise - eps||^2 in L_{t-1} (12).
+    """The factor of ||noise - eps||^2 in L_{t-1}: beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) (equation 12).
 
     Returns:
-        float64 [T], in nats. At t = 0 it is that of the decoder's Gaussian, as in section 3.4.
+        float64 [T], in nats. At t = 0 it is the factor of the decoder's Gaussian, as in Ho et al. 2020, section 3.4.
 
     Raises:
-        InputError: the variance is learned, so that the factor depends on the model.
+        InputError: the variance is learned, so the factor depends on the model.
     """
     variance = model_log_variance(process).exp()
     return process.beta**2 / (2 * variance * process.alpha * (1 - process.alpha_bar))
@@ -121,37 +122,37 @@ def vlb_term(
 
 
 def prior_bits_per_dim(process: Process, x_0: Tensor) -> Tensor:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) in bits/dim, [N]; no model enters it."""
+    """L_T = KL(q(x_T | x_0) || N(0, I)) in bits/dim, [N]. It does not depend on the model."""
     t = torch.full((x_0.shape[0],), len(process) - 1, device=x_0.device)
-    # In float64: the KL is a small difference of terms near 1.
+    # Computed in float64, because the KL is a small difference of terms near 1.
     q = q_mean_variance(process, x_0.double(), t)
     zero = torch.zeros_like(q.mean)
     return (_mean_flat(normal_kl(q.mean, q.log_variance, zero, zero)) / math.log(2)).to(x_0.dtype)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, variance1) || N(mean2, variance2)) of every element, in nats; inf where the dtype can't hold it."""
+    """KL(N(mean1, variance1) || N(mean2, variance2)) of each element, in nats; inf if the dtype can't hold it."""
     difference = log_variance1 - log_variance2
-    # Scaled before it is squared, by a finite number: equal means are 0 apart, however small the variance.
+    # Scaled before squaring, and by a finite number, so that equal means have distance 0 for any variance.
     distance = (mean1 - mean2) * (-log_variance2 / 2).clamp(max=_largest_exponent(mean1.dtype)).exp()
     return 0.5 * (difference.expm1() - difference + distance.square())
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log of the mass that N(mean, exp(log_scale)^2) puts on each pixel's bin, in nats (equation 13).
+    """The log-probability of each pixel's bin under N(mean, exp(log_scale)^2), in nats (Ho et al. 2020, equation 13).
 
     Args:
-        x: 8-bit pixels scaled to [-1, 1]: bins are 2/255 wide, and those of -1 and 1 open outwards.
+        x: 8-bit pixels scaled to [-1, 1]. Bins are 2/255 wide; the bins of -1 and 1 extend to infinity.
     """
     narrowness = (-log_scale).clamp(max=_largest_exponent(x.dtype)).exp()
-    # No edge is so far that its square is infinite: the difference of two would not be a number.
+    # Edges are clamped so that their squares stay finite; the difference of two infinities would be NaN.
     farthest = math.sqrt(torch.finfo(x.dtype).max)
     upper, lower = (((x + side / 255 - mean) * narrowness).clamp(-farthest, farthest) for side in (1, -1))
-    # Where the bin lies above the mean, its mirror image: both tails are then the small, exact one.
+    # A bin above the mean is mirrored, so that both tail probabilities are small and exact.
     mirrored = lower + upper > 0
     high, low = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
     log_high = torch.special.log_ndtr(high)
-    # The floor keeps the gradient finite where a dtype can't tell the two edges apart.
+    # The floor keeps the gradient finite if the dtype can't distinguish the two edges.
     gap = (log_high - torch.special.log_ndtr(low)).clamp(min=torch.finfo(x.dtype).tiny)
     inside = log_high + (-torch.expm1(-gap)).log()
     lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
@@ -159,16 +160,16 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 
 
 def softmax_decoder_bits(process: Process, x_0: Tensor, x_1: Tensor, occurs: Tensor) -> Tensor:
-    """L_0 of a decoder without a network: each pixel by the value's own noise (Kingma et al. 2021, section 3.3).
+    """L_0 of a decoder without a network (Kingma et al. 2021, section 3.3).
 
-    p(x_0 | x_1) of a value is proportional to q(x_1 | that value), over the values that occur. A thousandth of the
-    probability is spread over all 256, so that a value that never occurred costs bits, and not infinitely many. The
-    decoder has no parameters: models of all schedules share it, and it goes with the L_{t-1} of any network.
+    The probability p(x_0 | x_1) of a value is proportional to q(x_1 | value), over the values that occur. A share
+    UNSEEN of the probability covers all 256 values, so that a value that never occurred costs a finite number of
+    bits. The decoder has no parameters, so models of all schedules share it, and it fits the L_{t-1} of any network.
 
     Args:
         x_0: 8-bit images scaled to [-1, 1], [N, C, ...].
         x_1: drawn from q(x_1 | x_0) at index t = 0.
-        occurs: bool [256], the values of pixels that occur in the training images.
+        occurs: bool [256], True for each pixel value that occurs in the training images.
 
     Returns:
         bits/dim, [N].
@@ -177,7 +178,7 @@ def softmax_decoder_bits(process: Process, x_0: Tensor, x_1: Tensor, occurs: Ten
     values = (torch.arange(256, device=x_0.device, dtype=torch.float64) / 127.5 - 1) * math.sqrt(alpha_bar)
     numbers = ((x_0 + 1) * 127.5).round().long()
     bits = []
-    # One image at a time: each pixel takes 256 numbers.
+    # One image at a time, because each pixel needs 256 numbers.
     for image, noisy in zip(numbers.flatten(1), x_1.double().flatten(1), strict=True):
         logits = -(noisy[:, None] - values).square() / (2 * (1 - alpha_bar))
         chances = [logits, logits.where(occurs.to(x_0.device), -math.inf)]
@@ -188,7 +189,7 @@ def softmax_decoder_bits(process: Process, x_0: Tensor, x_1: Tensor, occurs: Ten
 
 
 def _largest_exponent(dtype: torch.dtype) -> float:
-    """The exponential of it is finite, and a little larger would not be."""
+    """The largest whole number whose exponential is finite in a dtype."""
     return math.floor(math.log(torch.finfo(dtype).max))
 
 
@@ -201,16 +202,16 @@ def vlb_terms(
     labels: Tensor | None = None,
     clip: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Every term of the bound, one noise draw each.
+    """All terms of the bound, with one draw of noise each.
 
     Args:
         x_0: 8-bit images scaled to [-1, 1], [N, C, ...].
-        noise_fn: standard normal noise of x_0's shape for the step t.
+        noise_fn: returns standard normal noise of x_0's shape for step t.
         clip: limit the predicted x_0 to [-1, 1].
 
     Returns:
-        terms, [N, T], term t at column t, and prior, L_T, [N], both in bits/dim. An image's bits/dim is
-        terms.sum(1) + prior.
+        terms [N, T], with the term of step t in column t, and the prior L_T [N], both in bits/dim. An image's
+        bits/dim is terms.sum(1) + prior.
     """
     columns = [
         _term(
@@ -233,18 +234,18 @@ def stratified_vlb(
 ) -> tuple[Tensor, Tensor]:
     """An unbiased estimate of each image's bits/dim from n of the T terms.
 
-    The steps are cut into n / 2 strata, and every image draws two different steps in each. The terms fall about as
-    1 / t, so the strata grow with t: the first ones hold two steps each, and are evaluated whole.
+    The steps are divided into n / 2 strata, and each image draws two different steps from each. The terms fall
+    roughly as 1 / t, so the strata grow with t. The first strata hold two steps each and are evaluated whole.
 
     Args:
         x_0: 8-bit images scaled to [-1, 1], [N, C, ...].
-        noise_fn: standard normal noise of x_0's shape, where image i is at step t[i] of an int64 [N].
+        noise_fn: returns standard normal noise of x_0's shape for steps t int64 [N], one for each image.
         u: uniform numbers in (0, 1), float64, [N, n], n even and from 2 to T.
 
     Returns:
-        bits/dim, L_T included, and the variance of that estimate around the sum of all terms (with the same
-        noise): both [N]. The mean over independent images has standard error sqrt(variance.sum()) / N. With
-        n = T (even) every term is evaluated and the variance is zero.
+        bits/dim including L_T, and the variance of this estimate around the sum of all terms with the same noise:
+        both [N]. The mean over independent images has standard error sqrt(variance.sum()) / N due to the choice of
+        terms. With n = T (even), all terms are evaluated and the variance is zero.
 
     Raises:
         InputError: n is odd or outside 2 to T.
@@ -263,13 +264,13 @@ def stratified_vlb(
             for offset in (first, second)
         )
         total = total + size * (a + b) / 2
-        # Two draws without replacement: s^2 / 2 with the finite-population correction, s^2 = (a - b)^2 / 2.
+        # Two draws without replacement: s^2 / 2 with the finite-population correction, where s^2 = (a - b)^2 / 2.
         variance = variance + size**2 * (1 - 2 / size) * (a - b).square() / 4
     return total, variance
 
 
 def _strata(timesteps: int, count: int) -> list[int]:
-    """Edges from 0 to T of `count` intervals, at least two steps long, that grow geometrically where they can."""
+    """Edges from 0 to T of `count` intervals of at least two steps, which grow geometrically where possible."""
     edges = [0]
     for i in range(count):
         wanted = round(2 * (timesteps / 2) ** (i / (count - 1))) if count > 1 else timesteps

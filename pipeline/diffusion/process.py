@@ -1,10 +1,11 @@
 """The forward process q, its posterior, and the reverse process p (Ho et al. 2020, sections 2 and 3).
 
-Time is 0-based in the whole code: index t = 0 is the first, least noisy step, which the papers call t = 1,
-and t = T - 1 is their T. So alpha_bar[t] is the papers' alpha-bar_{t+1}, and alpha_bar_prev[0] = 1.
+Time is 0-based throughout the code: index t = 0 is the first, least noisy step (t = 1 in the papers), and t = T - 1
+is the papers' T. So alpha_bar[t] is the papers' alpha-bar_{t+1}, and alpha_bar_prev[0] = 1.
 
-Coefficients are computed in float64 and cast to the images' dtype only to multiply with them. Everywhere,
-images have shape [N, C, ...] and `t` is int64 of shape [N], one step for every image, on the same device.
+Coefficients are computed in float64 and cast to the images' dtype only for the multiplication. Images have shape
+[N, C, ...], and `t` is int64 [N], one step for each image, on the same device. Equation numbers are those of Ho et
+al. 2020 unless another paper is named.
 """
 
 import dataclasses
@@ -23,29 +24,29 @@ from pipeline.errors import InputError
 
 @dataclass(frozen=True)
 class Process:
-    """The coefficients of a chain of T steps: float64 tensors of shape [T], but for the last two fields."""
+    """The coefficients of a chain of T steps: float64 tensors of shape [T], except for the last two fields."""
 
     beta: Tensor
     alpha: Tensor
     alpha_bar: Tensor
     alpha_bar_prev: Tensor
     posterior_variance: Tensor
-    """beta-tilde (equation 7); zero at t = 0, where q(x_{t-1} | x_t, x_0) is the point x_0."""
+    """beta-tilde (equation 7). It is zero at t = 0, where q(x_{t-1} | x_t, x_0) is the point x_0."""
     posterior_log_variance_clipped: Tensor
-    """log beta-tilde, with the value of t = 1 at t = 0 too (log beta where the chain has one step)."""
+    """log beta-tilde, where t = 0 has the value of t = 1 (log beta if the chain has one step)."""
     posterior_mean_coef1: Tensor
     """Factor of x_0 in the posterior mean (equation 7)."""
     posterior_mean_coef2: Tensor
     """Factor of x_t in the posterior mean (equation 7)."""
     timesteps: Tensor
-    """int64 [T]: the step of the original chain that the model is told at each index."""
+    """int64 [T]: for each index, the step of the original chain that is passed to the model."""
     variance: Variance
 
     def __len__(self) -> int:
         return len(self.beta)
 
     def to(self, device: torch.device | str) -> "Process":
-        """The same process with its tables on `device`, which saves a copy at every use."""
+        """The same process with its tensors on `device`, which avoids a copy at each use."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "variance"}
         return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
@@ -59,7 +60,7 @@ class Gaussian(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """p(x_{t-1} | x_t) = N(mean, variance), and the x_0 and epsilon it was made from; all of x_t's shape."""
+    """p(x_{t-1} | x_t) = N(mean, variance), and the x_0 and epsilon that it was computed from; all of x_t's shape."""
 
     mean: Tensor
     variance: Tensor
@@ -69,17 +70,17 @@ class Prediction(NamedTuple):
 
 
 def make_process(config: DiffusionConfig) -> Process:
-    """The process that `config` describes, with its tables on the CPU.
+    """The process that `config` describes, with its tensors on the CPU.
 
     Raises:
-        InputError: see `schedules.make_betas`.
+        InputError: as `schedules.make_betas`.
     """
     betas = make_betas(config)
     return _from_alpha_bar(torch.cumprod(1 - betas, 0), betas, torch.arange(len(betas)), config.variance)
 
 
 def respace(process: Process, steps: Sequence[int]) -> Process:
-    """The chain that visits only `steps`: q(x_t | x_0) stays (Nichol & Dhariwal 2021, equation 19).
+    """The chain that visits only `steps`, with the same q(x_t | x_0) (Nichol & Dhariwal 2021, equation 19).
 
     Args:
         steps: indices into `process`, strictly increasing.
@@ -100,7 +101,7 @@ def respace(process: Process, steps: Sequence[int]) -> Process:
 
 
 def spaced_timesteps(timesteps: int, count: int) -> list[int]:
-    """`count` steps evenly over a chain of `timesteps`, always with its last one, where sampling starts.
+    """`count` evenly spaced steps of a chain of `timesteps`. They always include the last, where sampling starts.
 
     Raises:
         InputError: `count` is outside 1 to `timesteps`.
@@ -130,23 +131,23 @@ def _from_alpha_bar(alpha_bar: Tensor, beta: Tensor, timesteps: Tensor, variance
 
 
 def take(table: Tensor, t: Tensor) -> Tensor:
-    """table[t] on the device of `t`, in the table's own dtype: shape [N]."""
+    """table[t] on the device of `t`, in the table's own dtype: [N]."""
     return table.to(t.device)[t]
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """`values` [N] in the dtype and the number of dimensions of `like` [N, ...], to be broadcast with it."""
+    """`values` [N] in the dtype of `like` [N, ...], reshaped so that they broadcast with it."""
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def q_sample(process: Process, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, a draw of q(x_t | x_0) (equation 4)."""
+    """A draw of q(x_t | x_0): x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (equation 4)."""
     alpha_bar = take(process.alpha_bar, t)
     return spread(alpha_bar.sqrt(), x_0) * x_0 + spread((1 - alpha_bar).sqrt(), x_0) * noise
 
 
 def q_step(process: Process, x_prev: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise, one step of the chain (equation 2)."""
+    """One step of the chain: x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise (equation 2)."""
     beta = take(process.beta, t)
     return spread((1 - beta).sqrt(), x_prev) * x_prev + spread(beta.sqrt(), x_prev) * noise
 
@@ -163,7 +164,7 @@ def q_mean_variance(process: Process, x_0: Tensor, t: Tensor) -> Gaussian:
 
 
 def q_posterior(process: Process, x_0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-    """q(x_{t-1} | x_t, x_0) (equations 6 and 7); the log variance is the clipped one (see `Process`)."""
+    """q(x_{t-1} | x_t, x_0) (equations 6 and 7). Its log variance is the clipped one (see `Process`)."""
     coef1, coef2 = take(process.posterior_mean_coef1, t), take(process.posterior_mean_coef2, t)
     return Gaussian(
         spread(coef1, x_t) * x_0 + spread(coef2, x_t) * x_t,
@@ -173,34 +174,34 @@ def q_posterior(process: Process, x_0: Tensor, x_t: Tensor, t: Tensor) -> Gaussi
 
 
 def predict_x_0(process: Process, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t): `q_sample` solved for x_0."""
+    """`q_sample` solved for x_0: (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
     alpha_bar = take(process.alpha_bar, t)
     return (x_t - spread((1 - alpha_bar).sqrt(), x_t) * eps) / spread(alpha_bar.sqrt(), x_t)
 
 
 def predict_eps(process: Process, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-    """eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t): `q_sample` solved for the noise."""
+    """`q_sample` solved for the noise: (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
     alpha_bar = take(process.alpha_bar, t)
     return (x_t - spread(alpha_bar.sqrt(), x_t) * x_0) / spread((1 - alpha_bar).sqrt(), x_t)
 
 
 def posterior_mean_from_eps(process: Process, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """mu = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t) (equation 11)."""
+    """The posterior mean mu = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t) (equation 11)."""
     beta, alpha_bar = take(process.beta, t), take(process.alpha_bar, t)
     return (x_t - spread(beta / (1 - alpha_bar).sqrt(), x_t) * eps) / spread((1 - beta).sqrt(), x_t)
 
 
 def snr(process: Process) -> Tensor:
-    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of every step: float64, shape [T]."""
+    """The signal-to-noise ratio alpha_bar / (1 - alpha_bar) of each step: float64 [T]."""
     return process.alpha_bar / (1 - process.alpha_bar)
 
 
 def model_log_variance(process: Process) -> Tensor:
-    """log sigma_t^2 of p(x_{t-1} | x_t) where it is fixed: float64, shape [T].
+    """log sigma_t^2 of p(x_{t-1} | x_t) for a fixed variance: float64 [T].
 
-    sigma_t^2 is beta_t (fixed-large) or beta-tilde_t (fixed-small) (section 3.2). At t = 0 both take
-    beta-tilde of t = 1: no noise is added there, and the width serves the decoder of L_0 alone, for which
-    beta-tilde is zero and beta_0 is wider than need be.
+    sigma_t^2 is beta_t (fixed_large) or beta-tilde_t (fixed_small) (section 3.2). At t = 0 both use beta-tilde of t =
+    1. No noise is added there, and only the decoder of L_0 uses the width: beta-tilde is zero there, and beta_0 would
+    be wider than necessary.
 
     Raises:
         InputError: the variance is learned.
@@ -213,15 +214,15 @@ def model_log_variance(process: Process) -> Tensor:
 
 
 def p_mean_variance(process: Process, model_output: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Prediction:
-    """p(x_{t-1} | x_t) from what the model says (equation 11; Nichol & Dhariwal 2021, equation 15).
+    """p(x_{t-1} | x_t) from the model's output (equation 11; Nichol & Dhariwal 2021, equation 15).
 
     Args:
-        model_output: epsilon [N, C, ...]; with a learned variance [N, 2C, ...], epsilon and then v, of which
-            (v + 1) / 2 interpolates from log beta-tilde (clipped) to log beta.
-        clip: limit x_0 to [-1, 1], and let mean and epsilon follow from it.
+        model_output: epsilon [N, C, ...]. With a learned variance [N, 2C, ...]: epsilon, then v, where (v + 1) / 2
+            interpolates from log beta-tilde (clipped) to log beta.
+        clip: limit x_0 to [-1, 1], and recompute mean and epsilon from it.
 
     Raises:
-        InputError: the model's channels don't fit the process's variance.
+        InputError: the number of the model's channels does not fit the variance.
     """
     learned = process.variance == "learned_range"
     channels = x_t.shape[1] * (2 if learned else 1)

@@ -1,6 +1,6 @@
-"""From noise to images: ancestral sampling, DDIM and DPM-Solver++(2M), all of them also respaced.
+"""Samplers: ancestral sampling, DDIM and DPM-Solver++(2M), each with all or some of the steps.
 
-Each `*_step` goes from x_t to x_{t-1} of a (respaced) process, given what the model said at x_t.
+Each `*_step` goes from x_t to x_{t-1} of a (respaced) process, given the model's output at x_t.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from pipeline.errors import InputError
 
 
 def ancestral_step(prediction: Prediction, noise: Tensor | None) -> Tensor:
-    """A draw of p(x_{t-1} | x_t); at t = 0 `noise` is None (Ho et al. 2020, algorithm 2)."""
+    """A draw of p(x_{t-1} | x_t) (Ho et al. 2020, algorithm 2). `noise` is None at t = 0."""
     if noise is None:
         return prediction.mean
     return prediction.mean + (prediction.log_variance / 2).exp() * noise
@@ -37,8 +37,8 @@ def ddim_step(
     """One step of DDIM (Song et al. 2021, equations 12 and 16).
 
     Args:
-        eta: 0 is deterministic, 1 has the variance beta-tilde of the ancestral sampler.
-        noise: of x_t's shape; None stands for zero, where eta or t is 0.
+        eta: 0 = deterministic; 1 = the variance beta-tilde of the ancestral sampler.
+        noise: standard normal, of x_t's shape; None = no noise, for eta = 0 or t = 0.
     """
     prev = take(process.alpha_bar_prev, t)
     variance = eta**2 * take(process.posterior_variance, t)
@@ -54,9 +54,9 @@ def dpm_solver_step(
     """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
 
     Args:
-        x_0: what the model predicts at x_t.
-        previous_x_0: what it predicted one step earlier, at t + 1; None makes the step first-order, as the
-            first one has to be. The step from t = 0 is first-order by itself and returns x_0.
+        x_0: the model's prediction at x_t.
+        previous_x_0: the model's prediction one step earlier, at t + 1. None makes the step first-order, as the first
+            step must be. The step from t = 0 is first-order in any case and returns x_0.
     """
     prev = take(process.alpha_bar_prev, t)
     log_snr = snr(process).log() / 2
@@ -87,30 +87,31 @@ def sample(
     least_alpha_bar: float = 0.0,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Images from the noise x_T, one model call a step.
+    """Samples images from the noise x_T, with one model call a step.
 
     Args:
         x_T: standard normal, [N, C, ...].
-        noise: the standard normal noise of a step, of x_T's shape; called only where the step adds any.
-            Steps count from 0, the one that begins at x_T.
-        steps: how many of the process's T steps to take.
-        eta: DDIM's noise; the other samplers ignore it.
+        noise: returns the standard normal noise of a step, of x_T's shape; called only for steps that add noise.
+            Steps count from 0, the step that begins at x_T.
+        sampler: "ancestral", "ddim" or "dpm_solver".
+        steps: number of the process's T steps to take.
+        eta: noise of DDIM, 0 to 1; the other samplers ignore it.
         labels: int64 [N] for a class-conditional model.
-        guidance: w of eps_uncond + w (eps_cond - eps_uncond) (Ho & Salimans 2022); 1 is no guidance. Both
-            are computed as one doubled batch; a learned variance is that of the conditional half.
-        null_label: the label that stands for no label; needed for guidance.
+        guidance: w in eps_uncond + w (eps_cond - eps_uncond) (Ho & Salimans 2022); 1 = no guidance. Both are computed
+            as one batch of twice the size. A learned variance is taken from the conditional half.
+        null_label: the label that stands for "no label"; needed for guidance.
         clip: limit the predicted x_0 to [-1, 1] at each step.
-        least_alpha_bar: sampling starts at the noisiest step with at least this alpha_bar; 0 starts at T. Beyond
-            it x_t is almost pure noise, and a small error of epsilon becomes a large error of x_0: a cosine schedule
-            starts at an alpha_bar of 2e-9 (Lu et al. 2022, appendix D.1).
+        least_alpha_bar: start at the noisiest step whose alpha_bar is at least this; 0 = start at T. At smaller
+            alpha_bar, x_t is almost pure noise, and a small error of epsilon becomes a large error of x_0. A cosine
+            schedule starts at an alpha_bar of 2e-9 (Lu et al. 2022, appendix D.1).
         on_step: called with (step, x) after each step.
 
     Returns:
         x_0, of x_T's shape and dtype.
 
     Raises:
-        InputError: `steps` is outside 1 to T (to the first step, where that is another), `eta` outside 0 to 1, an
-            unknown sampler, no step of such an alpha_bar, or guidance without labels.
+        InputError: `steps` is outside 1 to T (or 1 to the step where sampling starts), `eta` is outside 0 to 1, the
+            sampler is unknown, no step has the required alpha_bar, or guidance is used without labels.
     """
     if sampler not in (names := get_args(SamplerName)):
         raise InputError(f"sampler: {sampler!r} is not one of {', '.join(names)}")
@@ -120,7 +121,7 @@ def sample(
         raise InputError("guidance: needs labels and a class-conditional model; leave it at 1")
     usable = int((process.alpha_bar >= least_alpha_bar).sum())
     if not usable:
-        raise InputError(f"least alpha_bar: {least_alpha_bar:g} is more than that of every step")
+        raise InputError(f"least alpha_bar: {least_alpha_bar:g} is larger than that of every step")
     process = respace(process, spaced_timesteps(usable, steps)).to(x_T.device)
     x, previous_x_0 = x_T, None
     for step, index in enumerate(reversed(range(steps))):

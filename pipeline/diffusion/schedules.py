@@ -1,7 +1,7 @@
-"""Beta schedules: how much noise each step of the forward chain adds.
+"""Beta schedules, which set how much noise each step of the forward chain adds.
 
-Every named schedule is defined for any T. Those given by their betas (linear, quadratic) are rescaled by
-1000 / T, so that the whole chain adds about as much noise as the published one of 1000 steps.
+Every named schedule is defined for any T. Schedules given by their betas (linear, quadratic) are rescaled by 1000 /
+T, so that the whole chain adds about as much noise as the published one of 1000 steps.
 """
 
 import dataclasses
@@ -23,32 +23,32 @@ _EXPLICIT = "explicit"
 
 
 def linear(timesteps: int, beta_start: float = _BETA_START, beta_end: float = _BETA_END) -> Tensor:
-    """Betas in equal steps between two ends, 1e-4 and 0.02 as published (Ho et al. 2020, section 4)."""
+    """Betas in equal steps between two ends, by default 1e-4 and 0.02 (Ho et al. 2020, section 4). float64 [T]."""
     scale = 1000 / timesteps
     return torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64)
 
 
 def quadratic(timesteps: int, beta_start: float = _BETA_START, beta_end: float = _BETA_END) -> Tensor:
-    """Betas whose square roots are linear ("scaled linear"; Ho et al. 2020, section 4)."""
+    """Betas whose square roots are linear ("scaled linear"; Ho et al. 2020, section 4). float64 [T]."""
     scale = 1000 / timesteps
     ends = math.sqrt(scale * beta_start), math.sqrt(scale * beta_end)
     return torch.linspace(*ends, timesteps, dtype=torch.float64) ** 2
 
 
 def constant(timesteps: int, beta_start: float = _BETA_START, beta_end: float = _BETA_END) -> Tensor:
-    """One beta for all steps, chosen so that alpha_bar_T is about that of `linear` with 1000 steps."""
+    """The same beta for all steps, chosen so that alpha_bar_T is about that of `linear` with 1000 steps. float64 [T]."""
     beta = -math.expm1(-1000 * (beta_start + beta_end) / 2 / timesteps)
     return torch.full((timesteps,), beta, dtype=torch.float64)
 
 
 def cosine(timesteps: int, offset: float = 0.008) -> Tensor:
-    """alpha_bar falls as a squared cosine (Nichol & Dhariwal 2021, equation 17, s = 0.008)."""
+    """alpha_bar falls as a squared cosine (Nichol & Dhariwal 2021, equation 17, s = `offset`). Betas, float64 [T]."""
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     return _from_alpha_bar(torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2)
 
 
 def sigmoid(timesteps: int, temperature: float = 1.0) -> Tensor:
-    """alpha_bar falls as a sigmoid from -3 to 3 (Jabri et al. 2022; Chen 2023, section 2)."""
+    """alpha_bar falls as a sigmoid from -3 to 3 (Jabri et al. 2022; Chen 2023, section 2). Betas, float64 [T]."""
     level = torch.sigmoid(torch.linspace(-3, 3, timesteps + 1, dtype=torch.float64) / temperature)
     return _from_alpha_bar((level[-1] - level) / (level[-1] - level[0]))
 
@@ -56,8 +56,8 @@ def sigmoid(timesteps: int, temperature: float = 1.0) -> Tensor:
 def log_snr(timesteps: int, first: float = 10.0, last: float = -10.0) -> Tensor:
     """log(alpha_bar / (1 - alpha_bar)) falls linearly between two ends (Kingma et al. 2021, section 3.1).
 
-    With `first` = 10 the noise of the first step is 0.86 times as wide as a gray level of 8 bits; with 13.3, as
-    published, 0.16 times.
+    With `first` = 10 the standard deviation of the first step's noise is 0.86 grey levels of 8 bits; with the
+    published 13.3 it is 0.16. Betas, float64 [T].
     """
     alpha_bar = torch.sigmoid(torch.linspace(first, last, timesteps, dtype=torch.float64))
     return _from_alpha_bar(torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]))
@@ -78,15 +78,15 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 
 
 def make_betas(config: DiffusionConfig) -> Tensor:
-    """The betas of `config`, checked; those of a named schedule are at most 0.999.
+    """The betas of `config`, checked. Those of a named schedule are limited to 0.999.
 
     Returns:
         float64, shape [T], on the CPU, each in (0, 1).
 
     Raises:
-        InputError: an unknown schedule, a setting outside of its range, or betas that no chain can use.
+        InputError: the schedule is unknown, a setting is out of range, or no chain can use the betas.
     """
-    check_ranges(dataclasses.replace(config, betas=()))  # those are checked below, each with its number
+    check_ranges(dataclasses.replace(config, betas=()))  # `_checked` checks the betas and names the bad one
     if config.schedule == _EXPLICIT:
         if len(config.betas) != config.timesteps:
             raise InputError(
@@ -94,7 +94,9 @@ def make_betas(config: DiffusionConfig) -> Tensor:
             )
         return _checked(torch.tensor(config.betas, dtype=torch.float64))
     if config.betas:
-        raise InputError(f"betas: given beside the schedule {config.schedule!r}; leave one of the two out")
+        raise InputError(
+            f"betas: given together with the schedule {config.schedule!r}; leave one of the two out"
+        )
     if config.schedule not in SCHEDULES:
         raise InputError(_unknown(config.schedule))
     named = SCHEDULES[config.schedule]
@@ -102,13 +104,13 @@ def make_betas(config: DiffusionConfig) -> Tensor:
 
 
 def resolve(config: DiffusionConfig) -> DiffusionConfig:
-    """`config` with its betas read, where its schedule is the path of a file with a list of them.
+    """`config` with its betas read from a file, if its schedule is the path of a file.
 
-    The file is text: a JSON list, or numbers between commas, spaces or line ends. The result has the
-    schedule "explicit" and as many timesteps as betas. A named schedule is returned unchanged.
+    The file is text: a JSON list, or numbers separated by commas, spaces or line ends. The result has the schedule
+    "explicit" and as many timesteps as betas. A named schedule is returned unchanged.
 
     Raises:
-        InputError: no such schedule or file, or a file that isn't a list of betas in (0, 1).
+        InputError: there is no such schedule or file, or the file is not a list of betas in (0, 1).
     """
     if config.schedule in SCHEDULES or config.schedule == _EXPLICIT:
         return config
@@ -136,7 +138,7 @@ def resolve(config: DiffusionConfig) -> DiffusionConfig:
 
 
 def _parameters(config: DiffusionConfig) -> tuple[float, ...]:
-    """What the named schedule takes beside T."""
+    """The parameters of the named schedule other than T."""
     if config.schedule == "cosine":
         return (config.cosine_offset,)
     if config.schedule == "sigmoid":
@@ -158,7 +160,7 @@ def _checked(betas: Tensor) -> Tensor:
         raise InputError(f"betas: number {step + 1} is {betas[step].item():g}; each must lie between 0 and 1")
     alpha_bar = torch.cumprod(1 - betas, 0)
     if alpha_bar[-1] < torch.finfo(torch.float32).tiny:
-        raise InputError("betas: so large that the chain's signal underflows; use smaller or fewer ones")
+        raise InputError("betas: too large, the chain's signal underflows; use smaller or fewer betas")
     if alpha_bar[0] == 1:
         raise InputError(
             f"betas: number 1 is {betas[0].item():g}, so small that the first step adds no noise"

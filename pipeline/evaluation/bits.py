@@ -1,7 +1,7 @@
 """Held-out bits/dim: the variational bound of a model on a dataset (Ho et al. 2020, equation 5).
 
-Noise is a function of (seed, sample id, t), so two models of one image size meet the same noise, and the
-difference between them is measured better than either.
+Noise is a function of (seed, sample id, t). So two models of the same image size use the same noise, and their
+difference is measured more precisely than either value.
 """
 
 import math
@@ -38,14 +38,15 @@ class BitsPerDim:
     """The bound, in bits/dim, averaged over images.
 
     Attributes:
+        images: number of images.
         bits_per_dim: L_T + sum of L_{t-1} + L_0.
-        stderr: its standard error as a sample of images (with that of the choice of terms, where not exact).
-        terms_stderr: the part of it that is due to the choice of terms; 0 where every term was evaluated.
+        stderr: its standard error over images, including the choice of terms unless all are evaluated.
+        terms_stderr: the part of it that is due to the choice of terms; 0 if all terms were evaluated.
         prior: L_T.
         decoder: L_0.
-        terms: L_{t-1} for t = 1..T, of which the first is L_0; empty where not every term was evaluated.
-        softmax: what L_0 of `losses.softmax_decoder_bits` makes of bits_per_dim, stderr and decoder; None where
-            no values that occur were given.
+        terms: L_{t-1} for t = 1..T, the first of which is L_0; empty unless all terms were evaluated.
+        softmax: bits_per_dim, stderr and decoder with L_0 from `losses.softmax_decoder_bits`; None without occurring
+            values.
     """
 
     images: int
@@ -60,11 +61,11 @@ class BitsPerDim:
 
 @dataclass(frozen=True)
 class BitsWork:
-    """The bound on each image of a task.
+    """Computes the bound on each image of a task.
 
     Attributes:
-        terms: how many of the T terms are evaluated for each image; 0 = every one, else even.
-        occurs: values that occur in the training images, see `values_that_occur`; None leaves `softmax` out.
+        terms: number of the T terms evaluated for each image; 0 = all, else even.
+        occurs: bool [256], values that occur in the training images (see `values_that_occur`); None = no `softmax`.
     """
 
     index: DatasetIndex
@@ -75,7 +76,7 @@ class BitsWork:
     occurs: Tensor | None = None
 
     def start(self, device: str) -> Callable[[np.ndarray], Partial]:
-        """See `pool.Work`; partial results hold float64 total, variance, prior, decoder, softmax [N], terms [T]."""
+        """See `pool.Work`. Partial results are float64: total, variance, prior, decoder and softmax [N], terms [T]."""
         model, process = self.model.to(device).eval(), make_process(self.spec.diffusion).to(device)
 
         def do(ids: np.ndarray) -> Partial:
@@ -122,7 +123,7 @@ class BitsWork:
 
 
 def values_that_occur(index: DatasetIndex) -> Tensor:
-    """Which of the 256 values of a pixel occur in a dataset, bool [256], from up to `MOST_BYTES` of its images."""
+    """Bool [256], True for each pixel value that occurs in a dataset, judged by up to `MOST_BYTES` of its images."""
     most = max(2, MOST_BYTES // (index.image.size**2 * index.image.channels))
     occurs = torch.zeros(256, dtype=torch.bool)
     for some in cut(spread_out(index.rows, most), IMAGES_AT_ONCE):
@@ -142,16 +143,16 @@ def held_out_bits(
     pool: Pool = in_process,
     occurs: Tensor | None = None,
 ) -> BitsPerDim:
-    """Bits/dim of a model on the images `ids` of a dataset; conditional on their labels where the model is.
+    """Bits/dim of a model on the images `ids` of a dataset, conditional on their labels if the model is.
 
     Args:
-        ids: ascending sample ids, at least two.
-        terms: see `BitsWork`; T or more is every one.
-        batch_size: images per forward pass, and per task.
+        ids: sample ids, ascending, at least two: int64 [N].
+        terms: see `BitsWork`; T or more = all.
+        batch_size: images in each forward pass, and in each task.
         occurs: see `BitsWork`.
 
     Raises:
-        InputError: the images are not what the model was trained on, fewer than two, or `terms` is odd.
+        InputError: the images don't fit the model, there are fewer than two, or `terms` is odd.
     """
     timesteps = spec.diffusion.timesteps
     if terms < 0 or (terms % 2 and terms < timesteps):
@@ -184,12 +185,12 @@ def _by_softmax(parts: list[Partial]) -> tuple[float, float, float]:
 
 
 def with_softmax(parts: list[Partial]) -> np.ndarray:
-    """Bits/dim of each image with the softmax decoder in place of the model's own, from what `BitsWork` gives: [N]."""
+    """Bits/dim of each image, [N], with the softmax decoder in place of the model's own, from results of `BitsWork`."""
     return np.concatenate([part["total"] - part["decoder"] + part["softmax"] for part in parts])
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of independent values, and its standard error."""
+    """The mean of independent values, and its standard error. At least two values are needed."""
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 

@@ -1,7 +1,7 @@
-"""A small convolutional classifier: features for the quality metrics that need no download.
+"""A small convolutional classifier whose features serve the quality metrics, without a download.
 
-It is trained on the labelled data itself, as is the custom for MNIST. Distances by its features compare models of
-one dataset with each other; they are not comparable with published Fréchet inception distances.
+It is trained on the labelled data itself, as is common for MNIST. Distances by its features compare models of one
+dataset with each other. They are not comparable with published Fréchet inception distances.
 """
 
 import json
@@ -38,10 +38,10 @@ FORMAT = "ray-ddpm-classifier"
 
 
 class Classifier(nn.Module):
-    """3x3 convolutions with group norm and ReLU, halving the image to 4 to 7 pixels; a layer of features; logits.
+    """3x3 convolutions with group norm and ReLU that halve the image down to 4 to 7 pixels; then features; then logits.
 
     Args:
-        image: size and channels of the images, and the classes.
+        image: size, channels and classes of the images.
     """
 
     def __init__(self, image: ImageConfig) -> None:
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
         self.logits = nn.Linear(FEATURES, len(image.classes))
 
     def features(self, images: Tensor) -> Tensor:
-        """What stands before the logits: uint8 [N, C, H, W] to float32 [N, 64].
+        """The features before the logits: uint8 [N, C, H, W] to float32 [N, 64].
 
         Layer norm fixes their scale, so that distances do not grow with the length of the training.
         """
@@ -81,12 +81,13 @@ def fit(
     batch_size: int = 128,
     learning_rate: float = 2e-3,
 ) -> Classifier:
-    """Trains a classifier with Adam, the step size falling to zero as a half cosine.
+    """Trains a classifier with AdamW. The learning rate falls to zero as a half cosine.
 
     Args:
         images: uint8 [N, C, H, W].
         labels: int64 [N], from 0.
-        seed: of the first weights and of the order of the data.
+        seed: seed of the initial weights and of the order of the data.
+        steps: optimizer steps.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_seed(seed, 0, 0, Purpose.CLASSIFIER_WEIGHTS))
@@ -104,14 +105,14 @@ def fit(
 
 
 def _batch(seed: int, step: int, rows: int, size: int) -> Tensor:
-    """Which rows are seen at a step: drawn with replacement."""
+    """The rows of a step's batch, drawn with replacement."""
     ids = torch.arange(step * size, (step + 1) * size)
     return (uniform(seed, 0, ids, Purpose.CLASSIFIER_BATCH)[:, 0] * rows).long()
 
 
 @torch.no_grad()
 def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose label has the largest logit."""
+    """The share of images whose label has the largest logit, 0 to 1."""
     right = [
         (net(part).argmax(dim=1) == label).sum().item()
         for part, label in zip(images.split(256), labels.split(256), strict=True)
@@ -121,7 +122,7 @@ def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ClassifierWork:
-    """Trains a classifier as one task, whose ids are the training images."""
+    """Trains a classifier as one task. The task's ids are the training images."""
 
     index: DatasetIndex
     held_out: DatasetIndex
@@ -129,7 +130,7 @@ class ClassifierWork:
     steps: int
 
     def start(self, device: str) -> Callable[[np.ndarray], Partial]:
-        """See `pool.Work`; the partial result holds the weights by name, and the held-out accuracy."""
+        """See `pool.Work`. The partial result holds the weights by name, and the held-out accuracy."""
 
         def do(ids: np.ndarray) -> Partial:
             images, labels = (part.to(device) for part in read_images(self.index, ids))
@@ -145,10 +146,10 @@ class ClassifierWork:
 
 
 def check_labels(index: DatasetIndex) -> None:
-    """Checks that the dataset has classes to tell apart.
+    """Checks that the dataset has at least two classes.
 
     Raises:
-        InputError: fewer than two.
+        InputError: it has fewer.
     """
     if (found := len(index.image.classes)) < 2:
         has = "one class" if found else "no labels"
@@ -169,13 +170,14 @@ def train_classifier(
     """Trains a classifier on labelled data.
 
     Args:
-        most: images that it is trained on, chosen by the seed.
+        held_out: split to measure the accuracy on.
+        most: most images to train on, chosen by the seed.
 
     Returns:
-        it, on the CPU, and its accuracy on `held_out`.
+        the classifier on the CPU, and its accuracy on `held_out`, 0 to 1.
 
     Raises:
-        InputError: see `check_labels`.
+        InputError: as `check_labels`.
     """
     check_labels(index)
     work = ClassifierWork(index, held_out, seed, steps)
@@ -195,24 +197,24 @@ def keep_classifier(
     steps: int = 500,
     pool: Pool = in_process,
 ) -> None:
-    """Trains the classifier that is kept in a folder, unless it is there already; see `train_classifier`."""
+    """Trains a classifier and saves it in a folder, unless one is there already; see `train_classifier`."""
     if not storage.exists(storage.join(uri, CONFIG)):
         net, score = train_classifier(index, held_out, seed=seed, steps=steps, pool=pool)
         save_classifier(uri, net, index.image, score)
 
 
 def save_classifier(uri: str, net: Classifier, image: ImageConfig, score: float) -> None:
-    """Writes a folder of model.safetensors and classifier.json."""
+    """Writes a folder with model.safetensors and classifier.json."""
     about = {"format": FORMAT, "image": to_dict(image), "held_out_accuracy": score}
     storage.write_atomic(storage.join(uri, WEIGHTS), save(net.state_dict()))
     storage.write_atomic(storage.join(uri, CONFIG), json.dumps(about, indent=1).encode())
 
 
 def load_classifier(uri: str) -> tuple[Classifier, ImageConfig, float]:
-    """What `save_classifier` wrote.
+    """Loads a classifier from a folder of `save_classifier`: the network, its images, and its held-out accuracy.
 
     Raises:
-        InputError: not such a folder, or a damaged one.
+        InputError: the folder holds no classifier, or a damaged one.
     """
     try:
         about = json.loads(storage.read_bytes(storage.join(uri, CONFIG)))

@@ -1,4 +1,4 @@
-"""Bits/dim of codes that know next to nothing of images: what a model's figure has to be compared with."""
+"""Bits/dim of simple codes without a network, as baselines for a model's bits/dim."""
 
 import lzma
 
@@ -9,20 +9,19 @@ from pipeline.diffusion.losses import UNSEEN
 
 LEVELS = 256
 MOST_BYTES = 2**28
-"""Of training images that histograms are made of."""
+"""Most bytes of training images for the histograms."""
 _POSITIONS_TOGETHER = 4096
 
 
 def trivial_codes(train: np.ndarray, images: np.ndarray) -> dict[str, float]:
-    """What images cost in bits/dim by codes without a network.
+    """Bits/dim of images under codes without a network.
 
     uniform: all values that occur in the training images cost the same.
-    histogram: a value costs what its frequency among all training values says.
-    position_histogram: the same for each pixel and channel by itself.
-    png: each image as a file. xz: all images one after the other.
+    histogram: the cost of a value follows from its frequency among all training values.
+    position_histogram: the same, separately for each pixel and channel.
+    png: each image as a PNG file. xz: all images, concatenated.
 
-    A histogram adds one to the count of each value that occurs, and leaves a thousandth to those that don't.
-
+    A histogram adds one to the count of each value that occurs, and leaves the share UNSEEN to all 256 values.
     Args:
         train, images: uint8, [M, H, W, C] and [N, H, W, C].
     """
@@ -43,7 +42,7 @@ def trivial_codes(train: np.ndarray, images: np.ndarray) -> dict[str, float]:
 
 
 def _cost(counts: np.ndarray, occurs: np.ndarray) -> np.ndarray:
-    """Bits of each value [..., 256] by its count."""
+    """Bits of each value from its count: [..., 256]."""
     smoothed = np.where(occurs, counts + 1, 0)
     share = smoothed / smoothed.sum(axis=-1, keepdims=True)
     bits: np.ndarray = -np.log2((1 - UNSEEN) * share + UNSEEN / LEVELS)
@@ -51,7 +50,7 @@ def _cost(counts: np.ndarray, occurs: np.ndarray) -> np.ndarray:
 
 
 def _by_position(train: np.ndarray, values: np.ndarray, occurs: np.ndarray) -> np.ndarray:
-    """Bits of each row of `values` [N, P], each column by the histogram of that of `train`."""
+    """Bits of each row of `values` [N, P], with one histogram for each column of `train`: [N]."""
     columns = np.arange(train.shape[1])
     counts = np.zeros((len(columns), LEVELS), np.int64)
     for row in train:

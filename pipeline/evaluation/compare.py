@@ -1,4 +1,4 @@
-"""Samples beside real images, by figures."""
+"""Compares samples with real images by metrics."""
 
 import sys
 
@@ -25,7 +25,7 @@ SHOWN = 64
 
 
 def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
-    """The figures of samples by name; `*_real`: what the held-out images get in their place."""
+    """Metrics of the samples by name. `*_real` are the same metrics of the held-out images in their place."""
     extractor, metrics = compared.extractor, dict(compared.about)
     if extractor is None:
         net, accuracy = train_classifier(
@@ -62,7 +62,7 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
 def _by_inception(
     config: EvaluateConfig, compared: Compared, pool: Pool
 ) -> tuple[dict[str, float], Moments | None]:
-    """The figures that are of Inception's network alone, and the moments of its spatial features of real images."""
+    """Metrics that only Inception's network defines, and the moments of its spatial features of real images."""
     metrics, spatial = dict[str, float](), None
     if extractor := compared.of_inception.get("spatial"):
         real, *others = measure(compared.sets, extractor, keep=1, seed=config.seed, pool=pool)
@@ -81,9 +81,9 @@ def _by_inception(
 
 
 def _classification_accuracy(config: EvaluateConfig, compared: Compared, pool: Pool) -> dict[str, float]:
-    """The accuracy on held-out images of a classifier that saw samples alone (Ravuri & Vinyals 2019).
+    """Classification accuracy score (Ravuri & Vinyals 2019): held-out accuracy of a classifier trained only on samples.
 
-    Beside it that of one trained on as many real images, in as many steps.
+    For comparison, `*_real` is that of a classifier trained on as many real images, in as many steps.
     """
     most = min(compared.samples.rows, compared.reference.rows, TRAINING_IMAGES)
     scores = [
@@ -102,7 +102,7 @@ def _classification_accuracy(config: EvaluateConfig, compared: Compared, pool: P
 def _memorisation(
     config: EvaluateConfig, compared: Compared, fake: FeatureSet, held_out: FeatureSet, pool: Pool
 ) -> dict[str, float]:
-    """How near samples come to training images. Where there is an output, a picture shows the nearest ones."""
+    """Distances of samples to training images. If there is an output, a picture shows the nearest ones."""
     places, others = (spread_out(len(of.thumbnails), QUERIES) for of in (fake, held_out))
     queries = np.concatenate([fake.thumbnails[places], held_out.thumbnails[others]])
     distances, ids = nearest_images(compared.reference, queries, pool)
@@ -120,7 +120,7 @@ def _memorisation(
 
 
 def compare_features(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet) -> dict[str, float]:
-    """The figures by name; `*_images`: how many of `fake` a figure covers, where that may not be all."""
+    """Metrics by name. `*_images` is the number of `fake` images that a metric covers, if it may not cover all."""
     metrics: dict[str, float] = {}
     if "frechet" in config.metrics:
         metrics["frechet_distance"] = frechet_distance(real.moments, fake.moments)

@@ -1,4 +1,4 @@
-"""What is compared: samples, real images and the network that gives their features, opened and found fit for it."""
+"""Opens and checks what an evaluation compares: samples, real images, and the network for their features."""
 
 import dataclasses
 import hashlib
@@ -20,13 +20,16 @@ from pipeline.evaluation.reading import open_samples
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared, opened and found fit for it.
+    """The opened and checked inputs of an evaluation.
 
     Attributes:
-        extractor: None = the classifier, which is yet to be trained.
-        about: figures of the extractor.
-        statistics: published ones of the same features.
-        of_inception: the same network's other outputs, which are asked for.
+        reference: real images that samples are compared with.
+        samples: the samples.
+        held_out: held-out real images.
+        extractor: the network; None = the built-in classifier, which has yet to be trained.
+        about: metrics of the extractor, such as its accuracy.
+        statistics: published statistics of the same features, or None.
+        of_inception: further outputs of the same network that the metrics need.
     """
 
     reference: DatasetIndex
@@ -38,7 +41,7 @@ class Compared:
     of_inception: dict[Output, Extractor]
 
     def measured_on(self, config: EvaluateConfig) -> dict[str, str]:
-        """What the figures depend on beside the samples, in words."""
+        """Everything that the metrics depend on except for the samples, in words."""
         held_out, most = self.held_out, config.max_features
         about = {
             "data": f"{held_out.uri}, fingerprint {held_out.fingerprint[:16]}",
@@ -59,19 +62,19 @@ class Compared:
 
     @property
     def sets(self) -> list[DatasetIndex]:
-        """The held-out images stand last, where they are not themselves the reference."""
+        """The reference, the samples, and the held-out images unless they are the reference."""
         one = self.reference.split == self.held_out.split
         return [self.reference, self.samples] + [self.held_out] * (not one)
 
 
 def open_compared(config: EvaluateConfig, splits: Splits, model: str) -> Compared:
-    """Opens the samples, and looks at all that may be wrong with them before anything is measured.
+    """Opens the samples, and checks everything before anything is measured.
 
     Args:
-        model: fingerprint of the model that must have made them; "" = any.
+        model: fingerprint of the model that must have made the samples; "" = any model.
 
     Raises:
-        InputError: samples, data or features that can't be used, or too few images.
+        InputError: samples, data or features are unusable, or there are too few images.
     """
     held_out, reference = splits[config.split], splits[config.reference_split]
     samples = open_samples(config.samples, reference.image, model)
@@ -114,19 +117,19 @@ def _check_length(
     if numbers != len(statistics.mean):
         raise InputError(
             f"--reference-statistics {config.reference_statistics}: of {len(statistics.mean)} features, --features "
-            f"{config.features} gives {numbers}: they are of another network"
+            f"{config.features} gives {numbers}: they belong to another network"
         )
 
 
 @torch.no_grad()
 def _embed_one(extractor: Extractor, index: DatasetIndex) -> int:
-    """Numbers that an extractor gives for an image."""
+    """The number of features that an extractor gives for one image."""
     image = torch.zeros(1, index.image.channels, index.image.size, index.image.size, dtype=torch.uint8)
     return extractor.load("cpu")(image).shape[1]
 
 
 def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
-    """Before the work, not after it."""
+    """Checks the numbers of images before any work is done."""
     least = {
         "frechet": 2,
         "sfid": 2,
@@ -139,6 +142,6 @@ def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
         for metric in config.metrics:
             if rows < least.get(metric, 0):
                 raise InputError(
-                    f"--metrics {metric} needs at least {least[metric]} images a side, the {index.split} of "
-                    f"{index.uri} give {rows}: give more, or leave it out"
+                    f"--metrics {metric} needs at least {least[metric]} images on each side, but {index.split} of "
+                    f"{index.uri} has {rows}: give more images, or leave the metric out"
                 )

@@ -1,4 +1,4 @@
-"""Images to feature vectors: any TorchScript network by its file, or the built-in classifier."""
+"""Computes feature vectors of images, with any TorchScript network or the built-in classifier."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,15 +29,15 @@ NAMED = 5
 
 
 class Extractor(Protocol):
-    """A network that can travel to where it is used."""
+    """A network that can be pickled and sent to where it is used."""
 
     def load(self, device: str) -> Embed:
-        """The network on a device."""
+        """Loads the network on a device ("cpu", "cuda")."""
 
 
 @dataclass(frozen=True)
 class ClassifierExtractor:
-    """The features before the logits of the built-in classifier."""
+    """The features of the built-in classifier, before its logits."""
 
     net: Classifier
 
@@ -49,13 +49,16 @@ class ClassifierExtractor:
 def open_extractor(
     uri: str, image: ImageConfig, flag: str = "--features"
 ) -> tuple[Extractor, dict[str, float]]:
-    """What --features names: the folder of a classifier, or a TorchScript file; and what is to be said of it.
+    """Opens the network that --features names: the folder of a classifier or a TorchScript file.
 
     Args:
-        flag: the one that names it, for errors.
+        flag: flag that names it, for errors.
+
+    Returns:
+        the network, and metrics about it (the classifier's accuracy).
 
     Raises:
-        InputError: it can't be used, or is of other images than `image`.
+        InputError: the network is unusable, or made for images other than `image`.
     """
     if not storage.exists(storage.join(uri, CONFIG)):
         return read_torchscript(uri, flag), {}
@@ -67,13 +70,13 @@ def open_extractor(
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What a dataset looks like through an extractor.
+    """The features of a dataset.
 
     Attributes:
-        moments: of the features of all images that were measured.
-        features: of some of the images, float32 [K, D].
-        labels: theirs, int64 [K]; -1 for none.
-        thumbnails: their pixels in [0, 1], averaged down to at most 32x32, float32 [K, P].
+        moments: moments of the features of all measured images.
+        features: features of the kept images, float32 [K, D].
+        labels: their labels, int64 [K]; -1 for none.
+        thumbnails: their pixels in [0, 1], averaged down to at most 32x32: float32 [K, P].
     """
 
     moments: Moments
@@ -84,7 +87,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class FeatureWork:
-    """The moments of a task's features, and all about those of its images that are in `kept`."""
+    """Computes the moments of a task's features, and everything about its images that are in `kept`."""
 
     index: DatasetIndex
     extractor: Extractor
@@ -102,7 +105,7 @@ class FeatureWork:
             )
             if len(bad := ids[~np.isfinite(features).all(axis=1)]):
                 some = ", ".join(image_names(self.index, bad[:NAMED])) + ", …" * (len(bad) > NAMED)
-                raise InputError(f"--features: not finite for {len(bad)} images: {some}")
+                raise InputError(f"--features: the features of {len(bad)} images are not finite: {some}")
             moments, kept = moments_of(features), np.isin(ids, self.kept)
             return {
                 "count": np.array([moments.count]),
@@ -125,12 +128,13 @@ def measure(
     seed: int = 0,
     pool: Pool = in_process,
 ) -> list[FeatureSet]:
-    """The features of datasets: moments, and the vectors of some images of each dataset.
+    """Measures the features of datasets: moments, and the vectors of some images of each dataset.
 
     Args:
-        indexes: datasets of one image size, measured in one run, since each start of the actors costs seconds.
-        keep: images of each dataset whose vectors are kept, chosen by the seed; 0 = all.
-        most: images of each that are measured, those that are kept among them; 0 = all.
+        indexes: datasets of one image size. They are measured in one run, because each start of the actors costs
+            seconds.
+        keep: number of images of each dataset whose vectors are kept, chosen by the seed; 0 = all.
+        most: number of images of each dataset that are measured, including the kept ones; 0 = all.
     """
     joined = replace(indexes[0], groups=tuple(group for index in indexes for group in index.groups))
     ends = np.cumsum([index.rows for index in indexes])
@@ -154,7 +158,7 @@ def measure(
 def _merge(parts: Iterable[Partial]) -> FeatureSet:
     moments: Moments | None = None
     columns: dict[str, list[np.ndarray]] = {"features": [], "labels": [], "thumbnails": []}
-    # Merged as they come: the moments of one task are D^2 numbers.
+    # Parts are merged as they arrive, because the moments of one task have D^2 numbers.
     for part in parts:
         here = Moments(int(part["count"][0]), part["mean"], part["m2"])
         moments = merge_moments([moments, here]) if moments else here
@@ -165,7 +169,7 @@ def _merge(parts: Iterable[Partial]) -> FeatureSet:
 
 
 def thumbnails(images: Tensor) -> np.ndarray:
-    """uint8 [N, C, H, W] to pixels in [0, 1], averaged down to at most 32x32: float32 [N, P]."""
+    """Averages uint8 [N, C, H, W] down to at most 32x32 pixels, scaled to [0, 1]: float32 [N, P]."""
     pixels = images.float() / 255
     if len(images) and images.shape[-1] > LARGEST_THUMBNAIL:
         pixels = F.adaptive_avg_pool2d(pixels, LARGEST_THUMBNAIL)

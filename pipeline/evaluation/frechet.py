@@ -1,6 +1,6 @@
 """The Fréchet distance between Gaussians fitted to features (Heusel et al. 2017), from streamed moments.
 
-Moments of parts merge into the moments of the whole, so no process ever holds all features.
+Moments of parts are merged into the moments of the whole, so no process ever holds all features.
 """
 
 import io
@@ -22,8 +22,9 @@ class Moments:
     """Count, mean and scatter of feature vectors.
 
     Attributes:
-        mean: float64 [D].
-        m2: sum of the outer products of the deviations from the mean, float64 [D, D].
+        count: number of vectors.
+        mean: mean, float64 [D].
+        m2: sum of outer products of the deviations from the mean, float64 [D, D].
     """
 
     count: int
@@ -34,7 +35,7 @@ class Moments:
         """The unbiased covariance, float64 [D, D].
 
         Raises:
-            InputError: fewer than two vectors.
+            InputError: there are fewer than two vectors.
         """
         if self.count < 2:
             raise InputError(f"a covariance needs at least two images, got {self.count}")
@@ -42,7 +43,7 @@ class Moments:
 
 
 def moments_of(features: np.ndarray) -> Moments:
-    """Moments of feature vectors [N, D], N >= 1."""
+    """The moments of feature vectors [N, D], N >= 1."""
     x = features.astype(np.float64)
     mean = x.mean(axis=0)
     centred = x - mean
@@ -50,7 +51,7 @@ def moments_of(features: np.ndarray) -> Moments:
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:
-    """Moments of all parts together (Chan et al. 1983, equation 2.1); there must be at least one."""
+    """The moments of all parts together (Chan et al. 1983, equation 2.1). At least one part is needed."""
     return reduce(_merge, parts)
 
 
@@ -65,13 +66,13 @@ def _merge(a: Moments, b: Moments) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """||mean_a - mean_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson & Landau 1982, equation 4).
+    """The Fréchet distance ||mean_a - mean_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson & Landau 1982, equation 4).
 
-    tr (S_a S_b)^(1/2) is the sum of the singular values of S_a^(1/2) S_b^(1/2): real, never negative, and exact
-    for singular covariances, where a matrix square root of the product is not.
+    tr (S_a S_b)^(1/2) is computed as the sum of the singular values of S_a^(1/2) S_b^(1/2). This is real, never
+    negative, and exact for singular covariances, unlike a matrix square root of the product.
 
     Raises:
-        InputError: features of different lengths, or fewer than two vectors on a side.
+        InputError: the features differ in length, or a side has fewer than two vectors.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(
@@ -85,19 +86,19 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class Statistics(NamedTuple):
-    """Mean and covariance of features of images, and of their spatial features where those are known."""
+    """Mean and covariance of features, and of spatial features if they are known."""
 
     features: Moments
     spatial: Moments | None = None
 
 
 def read_statistics(uri: str) -> Statistics:
-    """Mean and covariance of features as published: an npz file with `mu` [D] and `sigma` [D, D].
+    """Reads published statistics: an npz file with `mu` [D] and `sigma` [D, D].
 
-    Those of pytorch-fid and EDM hold no more, guided-diffusion's batches images beside them, and `mu_s` and `sigma_s`.
+    Files of pytorch-fid and EDM hold only these. guided-diffusion's batches also hold images, `mu_s` and `sigma_s`.
 
     Raises:
-        InputError: can't be read, or no such file.
+        InputError: the file can't be read, or holds no statistics.
     """
     try:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
@@ -107,7 +108,7 @@ def read_statistics(uri: str) -> Statistics:
         raise InputError(f"--reference-statistics {uri}: can't be read: {one_line(error)}") from None
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"--reference-statistics {uri}: no npz file with mu [D] and sigma [D, D]: {one_line(error)}"
+            f"--reference-statistics {uri}: not an npz file with mu [D] and sigma [D, D]: {one_line(error)}"
         ) from None
 
 
@@ -116,12 +117,12 @@ def _published(mean: np.ndarray, covariance: np.ndarray) -> Moments:
     if mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
         raise ValueError(f"they are {list(mean.shape)} and {list(covariance.shape)}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("not all of their numbers are finite")
-    return Moments(2, mean, covariance)  # whose covariance is m2 / 1
+        raise ValueError("not all of the numbers are finite")
+    return Moments(2, mean, covariance)  # with count 2, the covariance is m2 / 1
 
 
 def write_statistics(uri: str, statistics: Statistics) -> None:
-    """What `read_statistics` reads."""
+    """Writes statistics as a file for `read_statistics`."""
     buffer = io.BytesIO()
     pairs = (("", statistics.features), ("_s", statistics.spatial))
     arrays = {

@@ -1,4 +1,4 @@
-"""Networks that travel as TorchScript, and what the field takes of Inception's: features, spatial ones, classes."""
+"""TorchScript networks, and the outputs of Inception that common metrics use: features, spatial features, classes."""
 
 import io
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from pipeline.evaluation.config import Metric
 from pipeline.redact import one_line
 
 Embed = Callable[[Tensor], Tensor]
-"""uint8 [N, C, H, W] on the device -> floats [N, D]."""
+"""Function uint8 [N, C, H, W] on the device -> floats [N, D]."""
 Output = Literal["features", "spatial", "probabilities"]
 
 OF_INCEPTION: dict[Output, Metric] = {"spatial": "sfid", "probabilities": "inception_score"}
-"""The figures that are of Inception's network alone, by the output that they need."""
+"""Metrics that only Inception's network defines, by the output that they need."""
 PREPROCESSING: dict[Output, str] = {
     "features": "uint8 from 0 to 255, which the network resizes itself; grey repeated into three channels",
     "spatial": "bilinear to 299x299 as TensorFlow 1 does, (x - 128) / 128; the first 7 channels of mixed_6.conv",
@@ -35,25 +35,26 @@ _LAYER, _PART = "mixed_6", "conv"
 
 @dataclass(frozen=True)
 class TorchScriptExtractor:
-    """A TorchScript file's content.
+    """A network as the content of a TorchScript file.
 
-    A network whose forward takes `return_features`, as inception-2015-12-05.pt does, gets colour images as uint8 in
-    0..255 and return_features=True, and resizes them by itself. Any other gets them as float32 in [0, 1].
-    Grey images are repeated into three channels. The answer is flattened to [N, D].
+    If the network's forward takes `return_features`, as that of inception-2015-12-05.pt does, it gets colour images
+    as uint8 0..255 and return_features=True, and resizes them itself. Any other network gets float32 in [0, 1]. Grey
+    images are repeated into three channels. The result is flattened to [N, D].
 
     Attributes:
-        output: `spatial` = what Inception's layer mixed_6.conv gives, as guided-diffusion's evaluator takes it for
-            sFID; `probabilities` = of Inception's classes, for the Inception Score.
+        data: content of the file.
+        output: "features"; "spatial" = output of Inception's layer mixed_6.conv, as in guided-diffusion's evaluator
+            for sFID; "probabilities" = of Inception's classes, for the Inception Score.
     """
 
     data: bytes
     output: Output = "features"
 
     def load(self, device: str) -> Embed:
-        """The network on a device.
+        """Loads the network on a device.
 
         Raises:
-            InputError: not a TorchScript file, or a network that has no such output.
+            InputError: the file is not TorchScript, or the network has no such output.
         """
         try:
             net = torch.jit.load(io.BytesIO(self.data), map_location=device).eval()
@@ -72,7 +73,7 @@ class TorchScriptExtractor:
         return embed
 
     def preprocessing(self) -> str:
-        """How images are brought to the network, in words."""
+        """Describes in words how images are converted for the network."""
         net = torch.jit.load(io.BytesIO(self.data))
         known = any(argument.name == "return_features" for argument in net.forward.schema.arguments)
         return PREPROCESSING[self.output] if known else PREPROCESSING_OF_OTHERS
@@ -87,7 +88,7 @@ def _features(net: Any, takes: set[str]) -> Callable[[Tensor], Any]:
 def _probabilities(net: Any, takes: set[str]) -> Callable[[Tensor], Any]:
     if "no_output_bias" not in takes:
         raise _lacks(
-            "probabilities", "forward takes no no_output_bias, as that of inception-2015-12-05.pt does"
+            "probabilities", "its forward takes no no_output_bias, unlike that of inception-2015-12-05.pt"
         )
     return lambda images: net(images, no_output_bias=True)
 
@@ -96,14 +97,14 @@ def _spatial(net: Any, takes: set[str]) -> Callable[[Tensor], Any]:
     layers = _children(_children(net).get("layers"))
     last = _children(layers.get(_LAYER)).get(_PART)
     if last is None:
-        raise _lacks("spatial", f"no layers.{_LAYER}.{_PART}, as that of inception-2015-12-05.pt has")
+        raise _lacks("spatial", f"it has no layers.{_LAYER}.{_PART}, unlike inception-2015-12-05.pt")
     chain = [layers[name] for name in takewhile(lambda name: name != _LAYER, layers)]
 
     def run(images: Tensor) -> Tensor:
         maps = (resized(images) - 128) / 128
         for layer in (*chain, last):
             maps = layer(maps)
-        # In the order of TensorFlow, so that the statistics of others fit.
+        # The axes have TensorFlow's order, so that published statistics fit.
         return maps[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1)
 
     return run
@@ -117,17 +118,19 @@ def _children(module: Any) -> dict[str, Any]:
 
 
 def _lacks(output: Output, what: str) -> InputError:
-    return InputError(f"--metrics {OF_INCEPTION[output]}: the network of --features has {what}: leave it out")
+    return InputError(
+        f"--metrics {OF_INCEPTION[output]}: the network of --features does not fit ({what}): leave the metric out"
+    )
 
 
 def resized(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] to floats [N, C, 299, 299]: bilinear as TensorFlow 1 does, pixel i from i * H / 299 on."""
+    """Resizes uint8 [N, C, H, W] to floats [N, C, 299, 299], bilinearly as TensorFlow 1 (pixel i starts at i H / 299)."""
     rows, columns = (_weights(side).to(images.device) for side in images.shape[-2:])
     return rows @ images.float() @ columns.T
 
 
 def _weights(side: int) -> Tensor:
-    """Which pixels make those of 299: float32 [299, side], rows sum to one."""
+    """Weights of the source pixels for each of 299 pixels: float32 [299, side]; rows sum to one."""
     places = torch.arange(_SIDE, dtype=torch.float64) * side / _SIDE
     low = places.long()
     high, share = (low + 1).clamp(max=side - 1), (places - low).float()
@@ -138,12 +141,15 @@ def _weights(side: int) -> Tensor:
 
 
 def read_torchscript(uri: str, flag: str = "--features") -> TorchScriptExtractor:
-    """A TorchScript file that the user named by a flag.
+    """Reads a TorchScript file.
 
-    Such a file holds a program, which will be run: only a file from a source that is trusted should be named.
+    Such a file contains a program that will be run, so users should only name files from trusted sources.
+
+    Args:
+        flag: flag that names the file, for errors.
 
     Raises:
-        InputError: it can't be read, or is something else.
+        InputError: the file can't be read, or is not TorchScript.
     """
     try:
         extractor = TorchScriptExtractor(storage.read_bytes(uri))
@@ -154,14 +160,14 @@ def read_torchscript(uri: str, flag: str = "--features") -> TorchScriptExtractor
 
 
 def inception_score(probabilities: np.ndarray, together: int = SCORED_TOGETHER) -> tuple[float, float]:
-    """exp of the mean KL divergence of an image's classes from those of all (Salimans et al. 2016).
+    """The Inception Score (Salimans et al. 2016): exp(mean KL(p(class | image) || p(class))).
 
     Args:
-        probabilities: of the classes, [N, K], a row an image.
-        together: images in a part; the last one may be shorter, as guided-diffusion's evaluator has it.
+        probabilities: of the classes, [N, K], one row for each image.
+        together: images in a part. The last part may be shorter, as in guided-diffusion's evaluator.
 
     Returns:
-        the mean over the parts, and their standard deviation, which is what is published beside it; 0 of one part.
+        the mean over the parts, and the standard deviation between parts, as is published (0 for one part).
     """
     p = probabilities.astype(np.float64)
     parts = [p[start : start + together] for start in range(0, len(p), together)]

@@ -13,23 +13,23 @@ LEAST_IMAGES = 2 * LEAST_SUBSETS
 def kernel_distance(
     real: np.ndarray, fake: np.ndarray, *, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float, int]:
-    """KID, its standard error, and how many images of a side it covers.
+    """The kernel inception distance, its standard error, and the number of images of each side that it covers.
 
-    Both sides are shuffled and cut into disjoint subsets, each gives one `squared_mmd`, and the mean of those is
-    the distance. Disjoint subsets are independent, so the standard error of that mean is that of the distance
-    itself: subsets that overlap, as commonly drawn, would make it look smaller than it is.
+    Both sides are shuffled and cut into disjoint subsets. Each pair of subsets gives one `squared_mmd`, and their
+    mean is the distance. Disjoint subsets are independent, so the standard error of the mean is that of the distance.
+    Overlapping subsets, as commonly used, would make it look smaller than it is.
 
     Args:
         real, fake: features, [N, D] and [M, D].
-        subset_size: vectors per side and subset; fewer where that would leave less than ten subsets.
-        seed: of the shuffle; which vectors share a subset is a function of (seed, N, M).
+        subset_size: vectors of each side in a subset; fewer if there would be less than ten subsets.
+        seed: seed of the shuffle. The members of a subset are a function of (seed, N, M).
 
     Returns:
-        the mean over the subsets, its standard error, and the images of a side in them: all but what does not fill a
-        subset. The distance of equal distributions is 0, and its estimate may be negative.
+        the mean over the subsets, its standard error, and the images of a side in all subsets, without the rest that
+        does not fill a subset. For equal distributions the expected value is 0, so estimates may be negative.
 
     Raises:
-        InputError: features of different lengths, or fewer than twenty vectors on a side.
+        InputError: the features differ in length, or a side has fewer than twenty vectors.
     """
     if real.shape[1] != fake.shape[1]:
         raise InputError(
@@ -38,7 +38,9 @@ def kernel_distance(
     least = min(len(real), len(fake))
     size = min(subset_size, least // LEAST_SUBSETS)
     if size < 2:
-        raise InputError(f"the kernel distance needs at least {LEAST_IMAGES} images a side, got {least}")
+        raise InputError(
+            f"the kernel distance needs at least {LEAST_IMAGES} images on each side, got {least}"
+        )
     real_order, fake_order = _shuffled(len(real), seed, 0), _shuffled(len(fake), seed, 1)
     estimates = [
         squared_mmd(real[real_order[start : start + size]], fake[fake_order[start : start + size]])

@@ -1,4 +1,4 @@
-"""Whether samples are copies: their distance to the nearest training image, beside that of held-out images."""
+"""Detects copies among samples, by their distances to the nearest training images, compared with held-out images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from pipeline.evaluation.neighbours import squared_distances
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import Partial, cut
 
-QUERIES = 1000  # samples, and held-out images, that are compared with all training images
+QUERIES = 1000  # samples, and held-out images, to compare with all training images
 NEAR = 0.01
-"""Share of the held-out images that may count as copies: it sets the distance below which a sample counts as one."""
+"""Share of the held-out images below the distance that counts as a copy; it defines this distance."""
 
 
 @dataclass(frozen=True)
 class NearestWork:
-    """Finds, among the images of a task, the one nearest to each query.
+    """Finds the image of a task that is nearest to each query.
 
     Attributes:
         queries: thumbnails, float32 [Q, P].
@@ -29,7 +29,7 @@ class NearestWork:
     queries: np.ndarray
 
     def start(self, device: str) -> Callable[[np.ndarray], Partial]:
-        """See `pool.Work`; partial results hold squared distances and ids, [Q] each."""
+        """See `pool.Work`. Partial results hold squared distances and sample ids, [Q] each."""
 
         def do(ids: np.ndarray) -> Partial:
             images = thumbnails(read_images(self.index, ids)[0])
@@ -45,7 +45,7 @@ class NearestWork:
 def nearest_images(
     index: DatasetIndex, queries: np.ndarray, pool: Pool = in_process
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The image of a dataset nearest to each query, of all there are.
+    """The image of a whole dataset that is nearest to each query.
 
     Args:
         queries: thumbnails, float32 [Q, P].
@@ -61,10 +61,10 @@ def nearest_images(
 
 
 def memorised(samples: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
-    """What distances to the nearest training images say.
+    """Metrics from distances to the nearest training images.
 
-    memorised: the share of samples that are nearer to a training image than all but a hundredth of the held-out
-    images are: 0.01 for a model that copies nothing.
+    `memorised` is the share of samples that are nearer to a training image than all but a hundredth of the held-out
+    images. It is about 0.01 for a model that copies nothing.
 
     Args:
         samples, held_out: distances, [N] and [M].

@@ -1,4 +1,4 @@
-"""Figures by nearest neighbours: precision and recall of features, and whether samples look like their class."""
+"""Nearest-neighbour metrics: precision and recall of features, and how well samples match their class."""
 
 from collections.abc import Iterator
 
@@ -10,17 +10,17 @@ ROWS_AT_A_TIME = 1024
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """How much of what is generated is real, and how much of what is real is generated (Kynkäänniemi et al. 2019).
+    """How realistic samples are, and how much of the real data they cover (Kynkäänniemi et al. 2019).
 
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest
-    neighbour in the set (equation 1). Precision is the share of `fake` inside the manifold of `real`, recall
-    the share of `real` inside that of `fake` (equation 2).
+    A set's manifold is the union of balls around its points, each with the radius to the point's k-th nearest
+    neighbour in the set (equation 1). Precision is the share of `fake` inside the manifold of `real`. Recall is the
+    share of `real` inside the manifold of `fake` (equation 2).
 
     Args:
         real, fake: features, [N, D] and [M, D].
 
     Raises:
-        InputError: a side has no k neighbours.
+        InputError: a side has too few vectors for k neighbours.
     """
     real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
     fake_inside, real_inside = np.zeros(len(fake), bool), np.zeros(len(real), bool)
@@ -33,7 +33,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
 def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
     if len(points) <= k:
         raise InputError(
-            f"precision and recall with k = {k} need more than {k} images a side, got {len(points)}"
+            f"precision and recall with k = {k} need more than {k} images on each side, got {len(points)}"
         )
     radii = np.empty(len(points))
     for rows, distances in squared_distances(points, points):
@@ -45,22 +45,22 @@ def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
 def knn_label_accuracy(
     reference: np.ndarray, reference_labels: np.ndarray, queries: np.ndarray, labels: np.ndarray, k: int = 5
 ) -> float:
-    """The share of `queries` that their k nearest neighbours in `reference` take for their label.
+    """The share of `queries` whose k nearest neighbours in `reference` vote for the query's own label.
 
-    It says whether class-conditional samples look like their class. The neighbours vote; of classes with equal
-    votes the one whose voters rank nearer wins.
+    It tells whether class-conditional samples look like their class. Of classes with equal votes, the one with the
+    nearer voters wins.
 
     Args:
         reference, queries: vectors, [N, D] and [M, D].
         reference_labels, labels: int64, [N] and [M], from 0.
 
     Raises:
-        InputError: fewer than k reference vectors.
+        InputError: there are fewer than k reference vectors.
     """
     if len(reference) < k:
         raise InputError(f"{k} nearest neighbours need at least {k} real images, got {len(reference)}")
     classes = int(reference_labels.max()) + 1
-    # Each vote counts one and a bit more the nearer it is; all the bits together are less than a vote.
+    # Each vote counts one, plus a bonus that is larger for nearer voters. All bonuses together are less than one.
     weights = 1 + (k - np.arange(k)) / (k * (k + 1))
     right = 0
     for rows, distances in squared_distances(queries, reference):
@@ -73,12 +73,12 @@ def knn_label_accuracy(
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """||a_i - b_j||^2 for rows of `a` [N, D] against all of `b` [M, D].
+    """Squared distances ||a_i - b_j||^2 of rows of `a` [N, D] to all rows of `b` [M, D].
 
     Returns:
-        slices of the rows of `a` in order, and their distances, float64 [rows, M], never negative.
+        slices of rows of `a` in order, each with its distances, float64 [rows, M], never negative.
     """
-    # About the centre the squares are smaller, and so is what cancels between them.
+    # Subtracting the centre makes the squares smaller, and so the cancellation between them.
     centre = b.mean(axis=0, dtype=np.float64)
     b = b - centre
     b_squares = (b**2).sum(axis=1)

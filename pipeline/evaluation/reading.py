@@ -1,4 +1,4 @@
-"""Images by sample id, from a prepared dataset or from a generated one."""
+"""Reads images by sample id, from a prepared or a generated dataset."""
 
 from collections.abc import Iterator
 from typing import cast
@@ -28,10 +28,10 @@ IMAGES_PER_PART = 1024
 
 
 def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The images of ascending sample ids.
+    """The images with these sample ids, which must be ascending.
 
     Returns:
-        uint8 [N, C, H, W], and labels, int64 [N], -1 for none.
+        images, uint8 [N, C, H, W], and labels, int64 [N], -1 for none.
 
     Raises:
         InputError: an image can't be decoded.
@@ -50,7 +50,7 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def image_names(index: DatasetIndex, ids: np.ndarray) -> list[str]:
-    """The files and paths of the images of ascending sample ids, for messages."""
+    """Files and paths of the images with these ascending sample ids, for messages."""
     return [
         f"{group.part.uri}: image {path.as_py()}"
         for group, table in _tables(index, ids)
@@ -59,7 +59,7 @@ def image_names(index: DatasetIndex, ids: np.ndarray) -> list[str]:
 
 
 def _tables(index: DatasetIndex, ids: np.ndarray) -> Iterator[tuple[Group, pa.Table]]:
-    """The rows of ascending sample ids, by the groups that hold them."""
+    """The rows with these ascending sample ids, group by group."""
     ends = index.first[1:]
     owners = np.searchsorted(ends, ids, side="right")
     for number in np.unique(owners):
@@ -68,16 +68,17 @@ def _tables(index: DatasetIndex, ids: np.ndarray) -> Iterator[tuple[Group, pa.Ta
 
 
 def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
-    """Parquet files with the columns `image` (struct of bytes and path) and `label`, or npz files of images and labels.
+    """Opens samples: Parquet files with columns `image` (struct of bytes and path) and `label`, or npz files.
 
-    Of a folder that jobs/generate.py wrote the files are those of its manifest.
+    In a folder that jobs/generate.py wrote, only the files of the manifest are used.
 
     Args:
-        image: what the images are compared with; they are brought to its size and channels.
-        model: fingerprint of the model that must have made them; "" = any.
+        image: images that the samples are compared with; samples are converted to their size and channels.
+        model: fingerprint of the model that must have made the samples; "" = any model.
 
     Raises:
-        InputError: no such folder, no such file in it, one that is damaged, other columns, or another model's.
+        InputError: the folder or the files are missing, damaged or empty, have other columns, or come from another
+            model.
     """
     uri = storage.absolute(uri)
     manifest, fingerprint = read_manifest(uri, "--samples"), ""
@@ -87,8 +88,8 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
         fingerprint = str(manifest.get("sha256", ""))
         if model not in ("", manifest["settings"]["model_fingerprint"]):
             raise InputError(
-                f"--samples {uri}: made by another model than --model: by {manifest['model']}: name that one, or "
-                "generate anew"
+                f"--samples {uri}: made by {manifest['model']}, not by --model: give that model, or "
+                "generate new samples"
             )
         files = storage.with_suffix(files_of(uri, manifest, "--samples"), *FORMATS)
     tables = storage.with_suffix(files, FORMATS[0])
@@ -106,10 +107,10 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
 
 
 def _arrays(files: list[str]) -> Groups:
-    """The images of npz files; their labels are class numbers.
+    """The images of npz files, with labels as class numbers.
 
     Raises:
-        InputError: a file is damaged, or holds no images, or labels that are no class numbers.
+        InputError: a file is damaged or holds no images, or its labels are not class numbers.
     """
     groups = list[Group]()
     for uri in files:
@@ -118,7 +119,7 @@ def _arrays(files: list[str]) -> Groups:
             raise InputError(f"--samples {uri}: {why}")
         for part in cast(tuple[ArrayPart, ...], listing.parts):
             if part.faults or not all(label is None or is_number(label) for label in part.labels):
-                raise InputError(f"--samples {uri}: its labels are no class numbers")
+                raise InputError(f"--samples {uri}: its labels are not class numbers")
             labels = np.array([-1 if label is None else int(label) for label in part.labels], np.int64)
             groups.append(Group(part, len(labels), np.arange(len(labels)), labels))
     return pack(groups) if groups else row_groups(())

@@ -1,6 +1,6 @@
-"""The hardware and libraries that compute samples.
+"""Records which hardware and libraries computed the samples of a dataset.
 
-Different ones round differently, so a few pixels of a sample differ between them.
+Different hardware and libraries round differently, so a few pixels of a sample differ between them.
 """
 
 import json
@@ -12,13 +12,13 @@ from pipeline import storage
 from pipeline.errors import InputError
 
 FILE = "arithmetic.json"
-# torch multiplies matrices and convolves with the best of these that the CPU has.
+# torch computes matrix products and convolutions with the first of these that the CPU supports.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2", "sve2", "sve", "neon")
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 def arithmetic(device: torch.device, bf16: bool) -> str:
-    """Names the GPU, or the CPU's maker and instructions, and the versions of the libraries and the precision."""
+    """One line with the GPU, or the CPU's maker and instruction set, the versions of libraries, and the precision."""
     precision = "bf16" if bf16 else "fp32"
     if device.type == "cuda":
         about, libraries = torch.cuda.get_device_properties(device), torch.backends.cudnn.version()
@@ -34,28 +34,29 @@ def arithmetic(device: torch.device, bf16: bool) -> str:
 
 
 def claim(output: str, mine: str, mixed: bool) -> None:
-    """Records the arithmetic of the first process that makes samples of an output; later ones must have the same.
+    """Records the arithmetic of the first process that makes samples of an output, and checks that later ones match.
 
     Args:
-        mixed: whether other arithmetic is allowed.
+        mine: this process's `arithmetic`.
+        mixed: True if other arithmetic is allowed.
 
     Raises:
-        InputError: this process computes with another arithmetic.
+        InputError: this process computes with different arithmetic.
     """
     if not storage.create(storage.join(output, FILE), json.dumps({"arithmetic": mine}).encode()):
         check(output, mine, mixed)
 
 
 def check(output: str, mine: str, mixed: bool) -> None:
-    """Whether this process computes as the one that began an output did. Raises InputError as `claim`."""
+    """Checks that this process computes like the one that began an output. Raises InputError as `claim`."""
     try:
         begun = str(json.loads(storage.read_bytes(storage.join(output, FILE)))["arithmetic"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return
     if begun != mine and not mixed:
         raise InputError(
-            f"--output {output}: its samples are computed by {begun}, this node computes by {mine}, which rounds "
-            "otherwise: use nodes of one kind, choose another folder, or give --mixed-arithmetic"
+            f"--output {output}: its samples were computed with {begun}, this node computes with {mine}, which rounds "
+            "differently: use nodes of one kind, choose another folder, or give --mixed-arithmetic"
         )
 
 

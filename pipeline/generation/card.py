@@ -1,4 +1,4 @@
-"""What lies beside the samples: manifest, dataset card, contact sheet."""
+"""Writes the files beside the samples: manifest, dataset card and contact sheet."""
 
 import contextlib
 import hashlib
@@ -52,10 +52,11 @@ def describe(
     about: dict[str, Any],
     whole: dict[Chunk, ChunkRecord],
 ) -> None:
-    """Writes all that lies beside the samples.
+    """Writes all files beside the samples.
 
     Args:
-        about: the settings, the model and how it was asked for.
+        about: the settings, the model, and the name under which the model was requested.
+        whole: records of all files, by chunk, in order.
     """
     if config.format == "png":
         data = png_metadata(config, spec, whole)
@@ -70,7 +71,7 @@ def describe(
         **totals(whole),
     }
     if config.format == "npz":
-        head[npz.SAID] = npz.write_all(output, whole, head["sha256"])
+        head[npz.ENTRY] = npz.write_all(output, whole, head["sha256"])
     suffix = writers.SUFFIX[config.format]
     files = (
         json.dumps(
@@ -83,7 +84,7 @@ def describe(
         )
         for chunk, record in whole.items()
     )
-    # One file a line, and no list of them all: there may be a hundred thousand.
+    # One file a line, without a list of them all in memory, because there may be a hundred thousand.
     manifest = json.dumps(head, indent=1)[:-2] + ',\n "files": [\n  ' + ",\n  ".join(files) + "\n ]\n}\n"
     storage.write_atomic(storage.join(output, MANIFEST), manifest.encode())
     images = first_images(output, config.format, list(whole), SHEET_COLUMNS * SHEET_ROWS, spec.image)
@@ -92,32 +93,32 @@ def describe(
 
 
 def totals(whole: dict[Chunk, ChunkRecord]) -> dict[str, Any]:
-    """What the manifest says of all files together."""
+    """The manifest's figures for all files together."""
     return {
         "count": sum(record.rows for record in whole.values()),
         "bytes": sum(record.bytes for record in whole.values()),
         "blank": sum(record.blank for record in whole.values()),
         "nonfinite": sum(record.nonfinite for record in whole.values()),
-        # Of the files' digests, in order: one number to compare two datasets by.
+        # Hash of the files' hashes, in order: one value by which two datasets can be compared.
         "sha256": hashlib.sha256("".join(record.sha256 for record in whole.values()).encode()).hexdigest(),
     }
 
 
 def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, growing: str = "") -> str:
-    """The README.md, with the front matter by which `datasets.load_dataset` opens the folder, and figures, if any.
+    """The README.md: front matter for `datasets.load_dataset`, text, and the metrics of evaluations if there are any.
 
     Args:
-        growing: random text, if files are being added: the card then gives no sizes.
+        growing: random text if files are being added; the card then gives no sizes.
     """
     files = {
         "parquet": ["data/train-*.parquet"],
         "webdataset": ["data/train-*.tar"],
         "png": ["data/**/*.png", "data/metadata.parquet"],
-        "npz": [],  # which `datasets` does not read
+        "npz": [],  # `datasets` does not read npz
     }[config.format]
     size, classes, settings = spec.image.size, spec.image.classes, dict(manifest["settings"])
     columns = {name: str(kind) for name, kind in writers.columns_beside(config.seed).items()}
-    # Readers of tars make their own columns; of npz files there is none.
+    # Readers of tars make columns of their own, and `datasets` has no reader of npz files.
     described = config.format not in ("webdataset", "npz")
     matter = front_matter(
         growing or manifest["sha256"],
@@ -144,10 +145,10 @@ def card(manifest: dict[str, Any], spec: ModelSpec, config: GenerateConfig, grow
 
 
 def mark_growing(output: str, spec: ModelSpec, config: GenerateConfig) -> None:
-    """Takes the sizes out of a finished dataset's card before files are added to it."""
+    """Removes the sizes from a finished dataset's card before files are added to the dataset."""
     uri = storage.join(output, MANIFEST)
     if storage.exists(uri):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one will be written anew
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # rewritten at the end
             text = card(json.loads(storage.read_bytes(uri)), spec, config, f"growing {uuid.uuid4().hex}")
             storage.write_atomic(storage.join(output, CARD), text.encode())
 
@@ -158,18 +159,19 @@ def first_images(
     """The first samples of a dataset, at most `count`: uint8 [H, W, C] each.
 
     Args:
+        form: format of the dataset.
         chunks: its files, in order.
 
     Raises:
-        InputError: a file is damaged, though its length is right.
+        InputError: a file is damaged although its length is right.
     """
     try:
         encoded = islice(_encoded_images(output, form, chunks, count), count)
         return [decode(data, image.size, image.channels) for data in encoded]
     except (DecodeError, pa.ArrowInvalid, tarfile.TarError) as error:
         raise InputError(
-            f"--output {output}: a file is damaged ({one_line(error, 100)}): run --verify, which names "
-            "each: remove them, then run the same command again"
+            f"--output {output}: a file is damaged ({one_line(error, 100)}): run with --verify to "
+            "list the damaged files, remove them, then run the same command again"
         ) from None
 
 
@@ -201,7 +203,7 @@ def _encoded_images(output: str, form: str, chunks: list[Chunk], count: int) -> 
 
 
 def _sheet(images: list[np.ndarray]) -> bytes:
-    """The images [H, W, C] side by side, as PNG."""
+    """The images [H, W, C] arranged in a grid, as PNG."""
     height, width, channels = images[0].shape
     columns = min(SHEET_COLUMNS, len(images))
     canvas = np.full((-(-len(images) // columns) * height, columns * width, channels), 255, np.uint8)
@@ -214,7 +216,7 @@ def _sheet(images: list[np.ndarray]) -> bytes:
 
 
 def png_metadata(config: GenerateConfig, spec: ModelSpec, whole: dict[Chunk, ChunkRecord]) -> bytes:
-    """Rows for every image: label, index and seed are arithmetic, so nothing has to be read."""
+    """The metadata table of a folder of PNGs. Label, index and seed are computed, so no image is read."""
     buffer, classes = io.BytesIO(), spec.image.classes
     with pq.ParquetWriter(buffer, writers.png_metadata([], [], config.seed, classes).schema) as writer:
         for span in _spans(whole):
@@ -232,7 +234,7 @@ def _spans(whole: dict[Chunk, ChunkRecord]) -> Iterator[Chunk]:
 
 
 def _commit() -> str | None:
-    """The commit that the code is of, where it runs from a checkout."""
+    """The git commit of the code; None if it does not run from a checkout."""
     root = checkout()
     if not root or not (root / ".git").exists():
         return None

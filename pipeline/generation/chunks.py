@@ -1,7 +1,7 @@
-"""Which samples go in which file: arithmetic, whatever the number of samples.
+"""Decides which samples go into which file, by arithmetic alone.
 
-A chunk is what is in one file. Chunks are cut at the multiples of `rows_per_file`, and where the count ends: if it
-is raised later, the rest up to the next multiple becomes a file of its own, so nothing that exists is rewritten.
+A chunk is the samples in one file. Chunks end at multiples of `rows_per_file` and at the count. If the count is
+raised later, the samples up to the next multiple become a file of their own, so no existing file is rewritten.
 """
 
 import re
@@ -12,14 +12,14 @@ _NAME = re.compile(r"train-(\d{12})-(\d{12})\.(parquet|tar|png|npz)")
 
 
 class Chunk(NamedTuple):
-    """Samples [start, stop) of one file."""
+    """The samples [start, stop), which are in one file."""
 
     start: int
     stop: int
 
 
 def file_name(chunk: Chunk, suffix: str) -> str:
-    """The name says which samples are in it."""
+    """The name of a chunk's file, which contains the chunk's range."""
     return f"train-{chunk.start:012d}-{chunk.stop:012d}.{suffix}"
 
 
@@ -30,7 +30,7 @@ def parse_name(name: str) -> Chunk | None:
 
 
 def gaps(count: int, finished: Iterable[Chunk]) -> Iterator[Chunk]:
-    """What of the first `count` samples is in no finished chunk, in order."""
+    """The ranges of the first `count` samples that are in no finished chunk, in order."""
     position = 0
     for chunk in [*sorted(finished), Chunk(count, count)]:
         if position < (stop := min(chunk.start, count)):
@@ -39,7 +39,7 @@ def gaps(count: int, finished: Iterable[Chunk]) -> Iterator[Chunk]:
 
 
 def cut_into_chunks(span: Chunk, rows_per_file: int) -> Iterator[Chunk]:
-    """The files that a span of samples is written as: cut at the multiples of `rows_per_file`."""
+    """Cuts a span of samples into chunks at multiples of `rows_per_file`."""
     position = span.start
     while position < span.stop:
         stop = min((position // rows_per_file + 1) * rows_per_file, span.stop)
@@ -48,7 +48,7 @@ def cut_into_chunks(span: Chunk, rows_per_file: int) -> Iterator[Chunk]:
 
 
 def tasks(spans: list[Chunk], rows_per_file: int, most: int) -> list[Chunk]:
-    """Spans cut into runs of whole files, one run a task: about `most` of them, whatever the number of files."""
+    """Cuts spans into tasks of one or more whole files: about `most` tasks, however many files there are."""
     files = sum(-(-(span.stop - span.start) // rows_per_file) for span in spans)
     return [
         task for span in spans for task in cut_into_chunks(span, rows_per_file * max(1, -(-files // most)))
@@ -56,10 +56,10 @@ def tasks(spans: list[Chunk], rows_per_file: int, most: int) -> list[Chunk]:
 
 
 def batches(chunk: Chunk, batch_size: int) -> Iterator[tuple[range, slice]]:
-    """The whole batches that cover a chunk, and which of their samples belong to it.
+    """The full batches that cover a chunk, and which of their samples belong to the chunk.
 
-    Batches are always full and begin at multiples of `batch_size`: a sample is computed beside the same
-    neighbours whatever the count, so its bytes never depend on them.
+    Batches are always full and begin at multiples of `batch_size`. So a sample is always computed beside the same
+    neighbours, and its bytes do not depend on the count.
     """
     for start in range(chunk.start // batch_size * batch_size, chunk.stop, batch_size):
         first, last = max(chunk.start, start), min(chunk.stop, start + batch_size)

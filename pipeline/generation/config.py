@@ -68,17 +68,17 @@ class GenerateConfig:
 
     @property
     def bf16(self) -> bool:
-        """Whether the network computes in bfloat16."""
+        """True if the network computes in bfloat16."""
         return self.precision == "bf16" or (self.precision == "auto" and self.gpu)
 
 
 def check(config: GenerateConfig, spec: ModelSpec) -> None:
-    """Whether the settings fit each other and the model.
+    """Checks that the settings fit each other and the model.
 
     Raises:
-        InputError: in one line, what to change.
+        InputError: they do not fit; the message says what to change.
     """
-    from pipeline.diffusion.process import make_process  # torch, which parsing flags does without
+    from pipeline.diffusion.process import make_process  # parsing flags needs no torch
 
     check_ranges(config)
     if config.rows_per_file % config.batch_size:
@@ -129,7 +129,7 @@ def _check_labels(config: GenerateConfig, spec: ModelSpec) -> None:
 
 
 def label_numbers(config: GenerateConfig, spec: ModelSpec) -> list[int]:
-    """The classes to sample; none = all.
+    """The class numbers to sample; empty = all.
 
     Raises:
         InputError: the model has no such class.
@@ -147,7 +147,7 @@ def label_numbers(config: GenerateConfig, spec: ModelSpec) -> list[int]:
 
 
 def identity(config: GenerateConfig, spec: ModelSpec, fingerprint: str) -> dict[str, Any]:
-    """Everything that decides the bytes of the dataset."""
+    """All settings that decide the bytes of the dataset."""
     return {
         "model_fingerprint": fingerprint,
         "sampler": config.sampler,

@@ -1,4 +1,4 @@
-"""Generating a dataset exactly once: what is there is kept, what is missing is made, nothing is made twice."""
+"""Generates a dataset: keeps the samples that exist and makes each missing one exactly once."""
 
 import sys
 import time
@@ -23,7 +23,11 @@ from pipeline.models.export import Packed, model_fingerprint, pack_model, read_s
 
 
 def model_to_use(config: GenerateConfig) -> str:
-    """The model to resolve: an alias that an output was begun with goes on meaning the version that it meant then."""
+    """The name of the model to load. An alias keeps the version that it had when the output was begun.
+
+    Raises:
+        InputError: --output is missing, or --model is missing and not known from the output.
+    """
     if not config.output:
         raise InputError("--output is missing: the folder of the dataset")
     before = ledger.saved_settings(storage.absolute(config.output)) or {}
@@ -35,7 +39,7 @@ def model_to_use(config: GenerateConfig) -> str:
 
 
 def actor_pool(config: GenerateConfig) -> ActorPool:
-    """The pool that the flags ask for, an actor a CPU; what is done first comes first."""
+    """The actor pool that the flags ask for, with one CPU an actor. Results come in the order in which they finish."""
     least, most = (0, config.actors) if config.actors else (config.min_actors, config.max_actors)
     return ActorPool(most, config.gpu, least, cpus=1, ordered=False)
 
@@ -43,16 +47,16 @@ def actor_pool(config: GenerateConfig) -> ActorPool:
 def generate(
     config: GenerateConfig, model_folder: str | Path | Packed, model_name: str, pool: Pool | None = None
 ) -> dict[str, Any]:
-    """Makes what is missing of a dataset, or verifies one.
+    """Makes the missing samples of a dataset, or verifies it.
 
     Args:
         model_folder: an exported model (path, URI, or packed).
-        model_name: how the manifest names it, with its version pinned.
-        pool: what the samples are made in; None = `actor_pool`.
+        model_name: the model's name for the manifest, with its version resolved.
+        pool: pool that makes the samples; None = `actor_pool`.
 
     Raises:
-        InputError: settings that don't fit the model, an output that holds something else, is being written by
-            another driver or can't be written, too many blank images, a dataset that can't be verified.
+        InputError: the settings don't fit the model; the output holds something else, is being written by another
+            driver or can't be written; too many images are blank; or the dataset does not pass verification.
     """
     packed = pack_model(model_folder)
     spec = read_spec(packed)
@@ -98,7 +102,7 @@ def _result(
 
 
 def _make(setup: Setup, spec: ModelSpec, whole: dict[Chunk, ChunkRecord], pool: Pool) -> dict[str, float]:
-    """Runs the pool over what is missing; says what was made."""
+    """Makes the missing samples with the pool. Returns the numbers of images made and kept, and images per second."""
     config = setup.config
     kept = sum(record.rows for record in whole.values())
     bad = sum(record.blank + record.nonfinite for record in whole.values())
@@ -122,7 +126,7 @@ def _make(setup: Setup, spec: ModelSpec, whole: dict[Chunk, ChunkRecord], pool: 
 
 
 def _refuse_bad(bad: int, total: int, config: GenerateConfig) -> None:
-    """As soon as it is certain: `total` images are more than there are yet."""
+    """Raises InputError as soon as too many samples are certain to be bad: `total` is the final number of images."""
     if bad > config.max_blank_fraction * total:
         raise InputError(
             f"{bad} of {total} samples are blank or not finite, more than --max-blank-fraction "
@@ -133,14 +137,14 @@ def _refuse_bad(bad: int, total: int, config: GenerateConfig) -> None:
 def _finish(
     config: GenerateConfig, output: str, whole: dict[Chunk, ChunkRecord], places: ledger.Places
 ) -> None:
-    """Whether all is there now; what is not of this dataset is moved aside, so that nobody reads it as samples."""
+    """Checks that all samples are there, and moves files of other origin aside so that nobody reads them as samples."""
     if gap := next(gaps(config.count, whole), None):
         raise InputError(
-            f"--output {output}: samples {gap.start} to {gap.stop - 1} were lost again while the job ran: does "
-            "something else write there? Run the same command again"
+            f"--output {output}: samples {gap.start} to {gap.stop - 1} were lost while the job ran: does "
+            "another program write there? Run the same command again"
         )
     if moved := ledger.set_aside(output, whole, places):
         print(
-            f"generate: {moved} files that are not of this dataset are now in {output}/foreign",
+            f"generate: {moved} files that do not belong to this dataset were moved to {output}/foreign",
             file=sys.stderr,
         )

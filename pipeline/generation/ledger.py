@@ -1,7 +1,7 @@
-"""What an output folder holds: whose it is, which files are finished, and what does not belong.
+"""Keeps track of an output folder: the settings it belongs to, its finished files, and files that do not belong.
 
-A file is finished when it is there whole and its record, written after it, says so. A record also carries the digest of
-the settings that its file was made with, so that no damage to other files lets samples of two settings mix.
+A file counts as finished if it is complete and its record, which is written after it, says so. Each record contains a
+hash of the settings that made the file. So samples of two settings never mix, even if other files are damaged.
 """
 
 import contextlib
@@ -31,15 +31,16 @@ Places = Callable[[Chunk], list[str]]
 
 
 class ChunkRecord(NamedTuple):
-    """What is known of a finished file.
+    """The record of a finished file.
 
     Attributes:
-        bytes: its length; of a chunk written as single PNGs, their lengths together.
-        sha256: of its bytes; of single PNGs, of their bytes one after the other.
-        blank: images of one colour.
-        nonfinite: images in which the sampler's numbers were not finite.
-        settings: digest of the settings it was made with.
-        arithmetic: what it was computed by; "" where it was made before that was written down.
+        rows: number of samples in it.
+        bytes: its length in bytes; for single PNGs, the sum of their lengths.
+        sha256: hash of its bytes; for single PNGs, of their bytes one after the other.
+        blank: number of images of one colour only.
+        nonfinite: number of images in which the sampler's values were not finite.
+        settings: hash of the settings that made it.
+        arithmetic: hardware and libraries that computed it; "" if it was made before this was recorded.
     """
 
     rows: int
@@ -52,22 +53,22 @@ class ChunkRecord(NamedTuple):
 
 
 def digest(wanted: dict[str, Any]) -> str:
-    """Of settings, short."""
+    """A short hash of settings, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def record_uri(output: str, chunk: Chunk, form: str) -> str:
-    """Where the record of a chunk is."""
+    """URI of a chunk's record."""
     return storage.join(output, RECORDS, f"{file_name(chunk, SUFFIX[form])}.json")
 
 
 def write_record(output: str, chunk: Chunk, form: str, record: ChunkRecord) -> None:
-    """The last thing that is done for a chunk."""
+    """Writes a chunk's record. This comes last and makes the chunk count as finished."""
     storage.write_atomic(record_uri(output, chunk, form), json.dumps(record._asdict()).encode())
 
 
 def parse_record(data: bytes, settings: str) -> ChunkRecord | None:
-    """A record; None where it is damaged or of other settings."""
+    """Parses a record; None if it is damaged or of other settings."""
     try:
         record = ChunkRecord(**json.loads(data))
     except (ValueError, TypeError):
@@ -76,14 +77,14 @@ def parse_record(data: bytes, settings: str) -> ChunkRecord | None:
 
 
 def read_record(output: str, chunk: Chunk, form: str, settings: str) -> ChunkRecord | None:
-    """The record of a chunk, if there is one."""
+    """The record of a chunk; None if there is none, or it is damaged or of other settings."""
     with contextlib.suppress(FileNotFoundError):
         return parse_record(storage.read_bytes(record_uri(output, chunk, form)), settings)
     return None
 
 
 def saved_settings(output: str) -> dict[str, Any] | None:
-    """What the output was begun with, and the model; None where that is not known."""
+    """The settings and the model that the output was begun with; None if they are not known."""
     try:
         return read_claim(output, SETTINGS)
     except InputError:
@@ -91,13 +92,14 @@ def saved_settings(output: str) -> dict[str, Any] | None:
 
 
 def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
-    """An output belongs to one model and one set of settings.
+    """Ties an output to one model and one set of settings.
 
     Args:
-        model: how it was asked for and the version that this meant; kept beside the settings.
+        wanted: the settings; see `config.identity`.
+        model: the name under which the model was requested, and the resolved name; kept beside the settings.
 
     Raises:
-        InputError: it holds other samples, or something else altogether.
+        InputError: the output holds samples of other settings, or something else.
     """
     if before := saved_settings(output):
         hints = {"model_fingerprint": f" ({before.get('model')})"}
@@ -108,17 +110,17 @@ def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
 
 
 def _check_unclaimed(output: str, settings: str) -> None:
-    """Whether an output without readable settings is new, or was begun with these."""
+    """Checks that an output without readable settings is new, or was begun with these settings."""
     records = list(storage.sizes(storage.join(output, RECORDS)))
     if any(_other_settings(data, settings) for data in storage.read_many(records[:1]).values()):
         raise InputError(
-            f"--output {output}: {SETTINGS} is lost or damaged, and its samples were made with other settings than "
-            "these: repeat the command that they were made with, or choose another folder"
+            f"--output {output}: {SETTINGS} is lost or damaged, and its samples were made with other settings: "
+            "repeat the command that made them, or choose another folder"
         )
     for name in (DATA, MANIFEST, CARD):
         if not records and storage.exists(storage.join(output, name)):
             raise InputError(
-                f"--output {output} holds {name}, which is not of this job: choose another folder"
+                f"--output {output} holds {name}, which this job did not write: choose another folder"
             )
 
 
@@ -131,12 +133,12 @@ def _other_settings(record: bytes, settings: str) -> bool:
 def written(
     output: str, form: str, settings: str, places: Places
 ) -> tuple[dict[Chunk, ChunkRecord], dict[Chunk, ChunkRecord]]:
-    """The finished chunks, in order, and those whose file is lost, cut short or covered by another; changes nothing."""
+    """The finished chunks in order, and the chunks whose file is lost, cut short or overlaps another. Changes nothing."""
     lengths = sizes(output)
     whole, broken, position = dict[Chunk, ChunkRecord](), dict[Chunk, ChunkRecord](), 0
     for chunk, record in _records(output, form, settings).items():
         found = [lengths.get(place) for place in places(chunk)]
-        # Two drivers of different --count, one of them killed, may leave chunks that overlap.
+        # Two drivers with different --count, one of them killed, may leave overlapping chunks.
         if None not in found and sum(filter(None, found)) == record.bytes and chunk.start >= position:
             whole[chunk], position = record, chunk.stop
         else:
@@ -145,7 +147,7 @@ def written(
 
 
 def finished(output: str, form: str, settings: str, places: Places) -> dict[Chunk, ChunkRecord]:
-    """The finished chunks, in order. Records of the others are removed."""
+    """The finished chunks in order. The records of broken chunks are removed."""
     whole, broken = written(output, form, settings, places)
     for chunk in broken:
         storage.remove(record_uri(output, chunk, form))
@@ -153,9 +155,9 @@ def finished(output: str, form: str, settings: str, places: Places) -> dict[Chun
 
 
 def set_aside(output: str, whole: Iterable[Chunk], places: Places) -> int:
-    """Moves what a reader would take for data, and is not, out of the way; returns how many files.
+    """Moves files out of the data folder that a reader would take for samples but that are none; returns their number.
 
-    To be called when nothing is being written any more: a file that has no record yet is one of them.
+    Call this only when nothing is being written, because a file without a record is moved too.
     """
     for folder in (DATA, RECORDS):
         for uri in storage.sizes(storage.join(output, folder)):
@@ -169,7 +171,7 @@ def set_aside(output: str, whole: Iterable[Chunk], places: Places) -> int:
 
 
 def _records(output: str, form: str, settings: str) -> dict[Chunk, ChunkRecord]:
-    """Records by chunk, ascending, of overlapping ones the longer first."""
+    """Records by chunk, in ascending order of the start; of several with the same start, the longest first."""
     records = dict[Chunk, ChunkRecord]()
     contents = storage.read_many(list(storage.sizes(storage.join(output, RECORDS))))
     for uri, data in contents.items():

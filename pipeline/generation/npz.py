@@ -1,7 +1,8 @@
-"""Samples as NumPy archives, uint8 `arr_0` [N, H, W, C] and int64 `arr_1` [N], the labels: the form of guided-diffusion.
+"""Samples as NumPy archives in guided-diffusion's format: uint8 `arr_0` [N, H, W, C], int64 labels `arr_1` [N].
 
-Its evaluator takes one file, which can't grow as samples are made. So each chunk is an archive, and when all are there
-their content is written once more, as `samples.npz`, which appears whole or not at all.
+guided-diffusion's evaluator takes a single file, which can't grow while samples are made. So each chunk is an archive
+of its own. When all chunks are there, their content is written again as `samples.npz`, which appears whole or not at
+all.
 """
 
 import hashlib
@@ -21,17 +22,17 @@ from pipeline.generation.chunks import Chunk, file_name
 from pipeline.redact import one_line
 from pipeline.stretches import open_file
 
-ALL, SAID = "samples.npz", "one_file"  # SAID: what the manifest calls it
+ALL, ENTRY = "samples.npz", "one_file"  # ENTRY: key of the entry in the manifest
 IMAGES, LABELS = "arr_0", "arr_1"
 _COPY_BYTES = 2**22
 _COLOURS = 3
 
 
 class _Digested:
-    """A file that can't be rewound, so that an archive in it has the same bytes on any storage; counts and hashes them.
+    """A write-only file that counts and hashes its bytes. It can't seek, so an archive has the same bytes on any storage.
 
     Args:
-        file: None = the bytes are needed for their hash alone.
+        file: file to write to; None = only the hash is needed.
     """
 
     def __init__(self, file: IO[bytes] | None) -> None:
@@ -48,12 +49,12 @@ class _Digested:
         if self._file:
             self._file.flush()
 
-    def said(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
         return {"file": ALL, "bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
 
 def archive(images: np.ndarray, labels: list[int | None]) -> bytes:
-    """The images of a chunk, uint8 [N, H, W, C], and their labels, if they have any."""
+    """The archive of a chunk: images uint8 [N, H, W, C], and labels if there are any."""
     buffer = io.BytesIO()
     known = [label for label in labels if label is not None]
     _write(_Digested(buffer), images.shape, [images], [np.array(known, np.int64)] if known else [])
@@ -61,7 +62,7 @@ def archive(images: np.ndarray, labels: list[int | None]) -> bytes:
 
 
 def read_archive(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """What `archive` wrote.
+    """Reads an archive that `archive` wrote: images uint8 [N, H, W, C], and labels int64 [N] or None.
 
     Raises:
         InputError: the file is damaged.
@@ -71,22 +72,23 @@ def read_archive(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
             return file[IMAGES], file.get(LABELS)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"{uri} is damaged ({one_line(error, 100)}): run --verify, which names each such file: remove them, then run "
-            "the same command again"
+            f"{uri} is damaged ({one_line(error, 100)}): run with --verify to list the damaged files, remove them, then "
+            "run the same command again"
         ) from None
 
 
 def write_all(output: str, chunks: Iterable[Chunk], digest: str) -> dict[str, Any]:
-    """Writes all samples into one file, unless it is there already; returns what the manifest says of it.
+    """Writes all samples into one file, unless it is there already, and returns its entry for the manifest.
 
     Args:
-        digest: of the files of the chunks together.
+        chunks: all chunks, in order.
+        digest: hash of all files of chunks; see `card.totals`.
     """
     there = storage.list_folder(output)
     for name in there:
-        if name.startswith(f"{ALL}.") and name.endswith(PARTIAL):  # of a job that was killed
+        if name.startswith(f"{ALL}.") and name.endswith(PARTIAL):  # a killed job left it
             storage.remove(storage.join(output, name))
-    before = _said(output, there)
+    before = _entry(output, there)
     if before.get("of") == digest and ALL in there and there[ALL]["size"] == before["bytes"]:
         return before
     with storage.writing(storage.join(output, ALL)) as file:
@@ -94,9 +96,9 @@ def write_all(output: str, chunks: Iterable[Chunk], digest: str) -> dict[str, An
 
 
 def differences(output: str, chunks: Iterable[Chunk], manifest: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with that file, where the files of the chunks are sound."""
-    if manifest.get(SAID) != _collect(_Digested(None), output, list(chunks)) | {"of": manifest["sha256"]}:
-        yield f"{MANIFEST} says of {ALL} what the files in {SAMPLES} don't"
+    """Describes what is wrong with samples.npz. The files of the chunks must be intact."""
+    if manifest.get(ENTRY) != _collect(_Digested(None), output, list(chunks)) | {"of": manifest["sha256"]}:
+        yield f"{ALL} in {MANIFEST} does not match the files in {SAMPLES}"
         return
     stored = hashlib.sha256()
     try:
@@ -106,22 +108,22 @@ def differences(output: str, chunks: Iterable[Chunk], manifest: dict[str, Any]) 
     except FileNotFoundError:
         yield f"{ALL} is lost"
         return
-    if stored.hexdigest() != manifest[SAID]["sha256"]:
+    if stored.hexdigest() != manifest[ENTRY]["sha256"]:
         yield f"{ALL} is damaged"
 
 
-def _said(output: str, there: dict[str, Any]) -> dict[str, Any]:
+def _entry(output: str, there: dict[str, Any]) -> dict[str, Any]:
     if MANIFEST not in there:
         return {}
     try:
-        said = json.loads(storage.read_bytes(storage.join(output, MANIFEST)))[SAID]
-        return dict(said) if said.keys() == {"file", "bytes", "sha256", "of"} else {}
-    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged one will be written anew
+        found = json.loads(storage.read_bytes(storage.join(output, MANIFEST)))[ENTRY]
+        return dict(found) if found.keys() == {"file", "bytes", "sha256", "of"} else {}
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged manifest is rewritten at the end
         return {}
 
 
 def _collect(file: _Digested, output: str, chunks: list[Chunk]) -> dict[str, Any]:
-    """The samples of all chunks as one archive; one chunk at a time is in memory."""
+    """Writes the samples of all chunks as one archive, one chunk at a time in memory. Returns the manifest's entry."""
     uris = [storage.join(output, SAMPLES, file_name(chunk, "npz")) for chunk in chunks]
     shape, labels = read_archive(uris[0])[0].shape[1:], list[np.ndarray]()
     grey = shape[2] == 1
@@ -130,18 +132,18 @@ def _collect(file: _Digested, output: str, chunks: list[Chunk]) -> dict[str, Any
         for uri in uris:
             pixels, here = read_archive(uri)
             labels.extend([] if here is None else [here])
-            # The evaluator's network takes colours alone.
+            # The evaluator's network takes colour images only.
             yield pixels.repeat(_COLOURS, axis=3) if grey else pixels
 
     count = sum(chunk.stop - chunk.start for chunk in chunks)
     _write(file, (count, *shape[:2], _COLOURS if grey else shape[2]), images(), labels)
-    return file.said()
+    return file.entry()
 
 
 def _write(
     file: _Digested, shape: tuple[int, ...], images: Iterable[np.ndarray], labels: list[np.ndarray]
 ) -> None:
-    """An archive of images that come in pieces, and of labels where there are any once the images have all come."""
+    """Writes an archive of images that come in pieces. `labels` may still be filled while the images are read."""
     with zipfile.ZipFile(cast(IO[bytes], file), "w") as zipped:
         _member(zipped, IMAGES, shape, np.dtype(np.uint8), images)
         if labels:

@@ -1,4 +1,4 @@
-"""What turns chunks into files, in an actor or anywhere else."""
+"""Turns chunks into files, in an actor or in any other process."""
 
 import hashlib
 from collections.abc import Callable
@@ -27,11 +27,12 @@ from pipeline.rng import Purpose, uniform
 
 @dataclass(frozen=True)
 class Setup:
-    """What an actor needs beside its chunks.
+    """The inputs of an actor other than its chunks.
 
     Attributes:
-        model: the nodes need not see its folder.
-        settings: digest of the settings, for the records.
+        model: the packed model, so that nodes need not reach its folder.
+        output: URI of the dataset's folder.
+        settings: hash of the settings, for the records.
     """
 
     model: Packed
@@ -45,9 +46,9 @@ class Rendered:
     """The samples of a chunk.
 
     Attributes:
-        images: uint8 [N, C, H, W], on the device.
+        images: uint8 [N, C, H, W], on the sampling device.
         labels: int64 [N]; None for an unconditional model.
-        finite: whether the sampler's numbers were, bool [N].
+        finite: True for each sample whose values were all finite, bool [N].
     """
 
     images: Tensor
@@ -59,11 +60,11 @@ class Renderer:
     """Holds the model and makes the samples of a chunk.
 
     Raises:
-        InputError: a damaged model, or a GPU that the settings don't fit.
+        InputError: the model is damaged, or the GPU does not support the precision.
     """
 
     def __init__(self, setup: Setup, device: str = "cpu") -> None:
-        # One thread, whatever the number of actors and the machine: sums come out the same.
+        # One thread on every machine and with any number of actors, so that sums round the same way.
         torch.set_num_threads(1)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         use_tf32(False)
@@ -81,7 +82,7 @@ class Renderer:
             self.model = Graphed(self.model)
 
     def render(self, chunk: Chunk) -> Rendered:
-        """The samples of a chunk, computed in its whole batches."""
+        """Computes the samples of a chunk, in full batches."""
         parts = [
             tuple(part[mine] if part is not None else None for part in self._batch(indices))
             for indices, mine in batches(chunk, self.config.batch_size)
@@ -113,7 +114,7 @@ class Renderer:
         return to_pixels(x_0), labels, x_0.isfinite().flatten(1).all(1)
 
     def contents(self, chunk: Chunk, samples: Rendered) -> list[bytes]:
-        """The bytes of those files."""
+        """The bytes of a chunk's files, in the order of `places_of`."""
         pixels = samples.images.permute(0, 2, 3, 1).cpu().numpy()
         labels, indices = labels_or_none(samples.labels, len(pixels)), range(chunk.start, chunk.stop)
         if self.config.format == "npz":
@@ -130,7 +131,7 @@ class Renderer:
 
 
 class Made(NamedTuple):
-    """What was done of a span of samples: how many there are, were made now, and are bad."""
+    """The result for a span: numbers of samples in it, of samples made now, and of bad samples."""
 
     rows: int
     made: int
@@ -139,7 +140,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleWork:
-    """Makes what of a span of samples is not made yet; see `pool.Work`."""
+    """Makes the missing samples of a span; see `pool.Work`."""
 
     setup: Setup
 
@@ -147,7 +148,7 @@ class SampleWork:
         """Loads the model.
 
         Raises:
-            InputError: as `Renderer` and `arithmetic.claim`; the output can't be written.
+            InputError: as `Renderer` and `arithmetic.claim`, or the output can't be written.
         """
         renderer, output = Renderer(self.setup, device), self.setup.output
         try:
@@ -161,7 +162,7 @@ def _make_span(setup: Setup, renderer: Renderer, span: Chunk) -> Made:
     made = bad = 0
     try:
         for chunk in cut_into_chunks(span, setup.config.rows_per_file):
-            # A killed actor's span comes again, and what it had finished is kept.
+            # The span of a killed actor is assigned again. Its finished chunks are kept.
             record = ledger.read_record(setup.output, chunk, setup.config.format, setup.settings)
             if record is None:
                 record = _make(setup, renderer, chunk)
@@ -192,7 +193,7 @@ def _make(setup: Setup, renderer: Renderer, chunk: Chunk) -> ChunkRecord:
 
 
 def places_of(config: GenerateConfig, spec: ModelSpec, chunk: Chunk) -> list[str]:
-    """See `ledger.Places`."""
+    """Paths of a chunk's files in the data folder; see `ledger.Places`."""
     if config.format != "png":
         return [file_name(chunk, writers.SUFFIX[config.format])]
     names, folders = range(chunk.start, chunk.stop), writers.class_folders(spec.image.classes)
@@ -204,17 +205,17 @@ def places_of(config: GenerateConfig, spec: ModelSpec, chunk: Chunk) -> list[str
 
 
 def uris_of(config: GenerateConfig, spec: ModelSpec, output: str, chunk: Chunk) -> list[str]:
-    """Where a chunk's files are."""
+    """URIs of a chunk's files."""
     return [storage.join(output, ledger.DATA, place) for place in places_of(config, spec, chunk)]
 
 
 def sample_labels(config: GenerateConfig, spec: ModelSpec, ids: Tensor) -> Tensor | None:
-    """The class of each sample, a function of (seed, index); None for an unconditional model."""
+    """The class of each sample, int64 [N], a function of (seed, index); None for an unconditional model."""
     if not spec.model.class_conditional:
         return None
     choices = torch.tensor(label_numbers(config, spec) or range(len(spec.image.classes)), device=ids.device)
     weights = torch.tensor(config.label_weights or [1.0] * len(choices), dtype=torch.float64)
-    # The inverse of the cumulative distribution; a class of weight 0 has an empty interval.
+    # Inverse transform sampling. A class of weight 0 has an empty interval.
     ends = (weights.cumsum(0) / weights.sum()).to(ids.device)
     u = uniform(config.seed, 0, ids, Purpose.LABEL)[:, 0]
     return choices[torch.searchsorted(ends, u, right=True).clamp(max=int(weights.nonzero().max()))]
@@ -226,6 +227,6 @@ def labels_or_none(labels: Tensor | None, count: int) -> list[int | None]:
 
 
 def unwritable(output: str, error: OSError) -> str:
-    """A full disk and its like, in one line."""
+    """One line for an error such as a full disk, with what to do."""
     reason = error.strerror or one_line(error)
-    return f"--output {output}: {reason}: mend that and run the same command again; what is finished is kept"
+    return f"--output {output}: {reason}: solve this and run the same command again; finished files are kept"

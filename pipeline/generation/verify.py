@@ -1,6 +1,6 @@
-"""Whether a dataset is what its manifest says, all of it and nothing more, and whether it can be made again.
+"""Verifies that a dataset is exactly what its manifest says, and that its samples can be made again.
 
-Verification only reads: it locks, claims, mends and removes nothing.
+Verification only reads. It takes no lock, and changes and removes nothing.
 """
 
 import hashlib
@@ -35,17 +35,17 @@ DAMAGED, DIFFERENT = "damaged", "intact, but regenerating it gave different byte
 
 
 def as_written(config: GenerateConfig, spec: ModelSpec) -> tuple[GenerateConfig, dict[str, Any]]:
-    """The settings of the dataset in `config.output`, with those of the check itself, and its manifest.
+    """The settings of the dataset in `config.output`, with the flags of the check itself, and its manifest.
 
     Raises:
-        InputError: no dataset of jobs/generate.py is there, or a flag says otherwise than it was made with.
+        InputError: the folder holds no dataset of jobs/generate.py, or a flag contradicts its settings.
     """
     check_ranges(config)
     output = storage.absolute(config.output)
     claim, manifest = read_claim(output, ledger.SETTINGS), _read_manifest(output)
     if claim is None:
         raise InputError(
-            f"--output {config.output}: {ledger.SETTINGS} is lost: run its command without --verify"
+            f"--output {config.output}: {ledger.SETTINGS} is lost: run the command that made it without --verify"
         )
     fixed, names = claim["fixed"], spec.image.classes
     made: dict[str, Any] = {field.name: fixed[field.name] for field in fields(config) if field.name in fixed}
@@ -66,16 +66,16 @@ def as_written(config: GenerateConfig, spec: ModelSpec) -> tuple[GenerateConfig,
 def verify(
     config: GenerateConfig, manifest: dict[str, Any], packed: Packed, spec: ModelSpec, pool: Pool
 ) -> dict[str, Any]:
-    """Reads all that a reader of the dataset would open, and makes a random share of the files again.
+    """Checks all files of a dataset, and makes a random share of them again.
 
     Args:
-        config, manifest: what `as_written` gives.
+        config, manifest: results of `as_written`.
 
     Returns:
-        the result of the job: how many files were checked, and how many of them made again.
+        the job's result: how many files were checked, and how many were made again.
 
     Raises:
-        InputError: it is not what its manifest says; names every difference.
+        InputError: the dataset is not what its manifest says; the message names the differences.
     """
     check(config, spec)
     output = storage.absolute(config.output)
@@ -90,7 +90,7 @@ def verify(
     different = list(_of_manifest(setup, spec, manifest, listed))
     again = {chunk for chunk in listed if random.random() < config.verify_share}
     again |= {random.choice(list(listed))} if listed else set()
-    tasks = [Sealed(chunk, str(entry["sha256"]), chunk in again) for chunk, entry in listed.items()]
+    tasks = [VerifyTask(chunk, str(entry["sha256"]), chunk in again) for chunk, entry in listed.items()]
     checked = 0
     with Display("verify", len(tasks), "files") as display:
         for chunk, how in pool(VerifyWork(setup), tasks):
@@ -105,8 +105,8 @@ def verify(
             different[:NAMED] + [f"and {len(different) - NAMED} more"] * (len(different) > NAMED)
         )
         raise InputError(
-            f"--output {config.output}: {named}. Remove what is damaged, then run its command without --verify: it makes "
-            "again what is missing, and moves aside what is not of this dataset"
+            f"--output {config.output}: {named}. Remove the damaged files, then run the same command without --verify: "
+            "it makes the missing files again, and moves aside files that do not belong to the dataset"
         )
     return {
         "output": config.output,
@@ -122,15 +122,15 @@ def _read_manifest(output: str) -> dict[str, Any]:
             return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"--output {output}: no {MANIFEST} there: jobs/generate.py has not finished a dataset in it"
+            f"--output {output} has no {MANIFEST}: jobs/generate.py has not finished a dataset there"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"--output {output}: {MANIFEST} is damaged: {one_line(error)}") from None
-    raise InputError(f"--output {output}: {MANIFEST} is not one of jobs/generate.py")
+    raise InputError(f"--output {output}: {MANIFEST} was not written by jobs/generate.py")
 
 
 def _listed(manifest: dict[str, Any], config: GenerateConfig) -> dict[Chunk, dict[str, Any]]:
-    """The files of the manifest, by their chunks.
+    """The files of the manifest, by chunk.
 
     Raises:
         InputError: an entry of the manifest describes no file of a dataset.
@@ -138,7 +138,7 @@ def _listed(manifest: dict[str, Any], config: GenerateConfig) -> dict[Chunk, dic
     try:
         entries = {parse_name(entry["file"]): entry for entry in manifest["files"]}
         if None in entries or any(entry.keys() < {"rows", "bytes", "sha256"} for entry in entries.values()):
-            raise ValueError("a file that is none of a dataset")
+            raise ValueError("an entry is not a file of a dataset")
         return {chunk: entry for chunk, entry in sorted(entries.items()) if chunk}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"--output {config.output}: {MANIFEST} is damaged: {one_line(error)}") from None
@@ -147,7 +147,7 @@ def _listed(manifest: dict[str, Any], config: GenerateConfig) -> dict[Chunk, dic
 def _of_manifest(
     setup: Setup, spec: ModelSpec, manifest: dict[str, Any], listed: dict[Chunk, dict[str, Any]]
 ) -> Iterator[str]:
-    """What does not agree among manifest, records and listing. The contents of the files are checked later."""
+    """Describes disagreements between manifest, records and file listing. The content of the files is checked later."""
     config, output = setup.config, setup.output
     places = partial(places_of, config, spec)
     for gap in gaps(config.count, listed):
@@ -161,9 +161,9 @@ def _of_manifest(
         if record is None and chunk not in broken:
             yield f"{name} has no record in {ledger.RECORDS}"
         elif record and any(entry[key] != getattr(record, key) for key in ("rows", "bytes", "sha256")):
-            yield f"{MANIFEST} says of {name} what its record doesn't"
+            yield f"{name} in {MANIFEST} does not match its record"
     for path in foreign(sizes(output), (place for chunk in listed for place in places(chunk))):
-        yield f"{ledger.DATA}/{path} is not of this dataset"
+        yield f"{ledger.DATA}/{path} does not belong to this dataset"
     yield from _of_what_is_beside(setup, spec, manifest, records)
 
 
@@ -173,7 +173,7 @@ def _of_what_is_beside(
     head = card.totals(records)
     for key, value in head.items():
         if manifest.get(key) != value:
-            yield f"{MANIFEST} says {key} = {manifest.get(key)}, its files {value}"
+            yield f"{MANIFEST} says {key} = {manifest.get(key)}, but its files have {value}"
     expected = {CARD: card.card(manifest, spec, setup.config).encode()}
     if setup.config.format == "png":
         table = card.png_metadata(setup.config, spec, records)
@@ -181,11 +181,11 @@ def _of_what_is_beside(
     for name, content in expected.items():
         uri = storage.join(setup.output, name)
         if not storage.exists(uri) or storage.read_bytes(uri) != content:
-            yield f"{name} is not what was written"
+            yield f"{name} is not as it was written"
 
 
-class Sealed(NamedTuple):
-    """A chunk to check: the digest that it had, and whether to make it again."""
+class VerifyTask(NamedTuple):
+    """A chunk to check: the hash in its manifest, and True if it should be made again."""
 
     chunk: Chunk
     sha256: str
@@ -194,18 +194,18 @@ class Sealed(NamedTuple):
 
 @dataclass(frozen=True)
 class VerifyWork:
-    """Says of a chunk what is wrong with its file, or ""; see `pool.Work`."""
+    """Returns what is wrong with a chunk's file, or ""; see `pool.Work`."""
 
     setup: Setup
 
-    def start(self, device: str) -> Callable[[Sealed], tuple[Chunk, str]]:
-        """Loads the model; raises InputError as `Renderer` and `arithmetic.check`."""
+    def start(self, device: str) -> Callable[[VerifyTask], tuple[Chunk, str]]:
+        """Loads the model. Raises InputError as `Renderer` and `arithmetic.check`."""
         renderer, output = Renderer(self.setup, device), self.setup.output
         arithmetic.check(output, renderer.arithmetic, self.setup.config.mixed_arithmetic)
         return partial(_check, output, renderer)
 
 
-def _check(output: str, renderer: Renderer, task: Sealed) -> tuple[Chunk, str]:
+def _check(output: str, renderer: Renderer, task: VerifyTask) -> tuple[Chunk, str]:
     chunk = task.chunk
     try:
         stored = _sha256(map(storage.read_bytes, uris_of(renderer.config, renderer.spec, output, chunk)))

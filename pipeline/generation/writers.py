@@ -1,4 +1,4 @@
-"""Samples as the bytes of a file: the same bytes for the same samples."""
+"""Encodes samples as files. Equal samples give equal bytes."""
 
 import io
 import json
@@ -15,7 +15,7 @@ SUFFIX = {"parquet": "parquet", "webdataset": "tar", "png": "png", "npz": "npz"}
 
 @dataclass(frozen=True)
 class Row:
-    """One sample: PNG bytes, class (or None), index and seed."""
+    """One sample: PNG bytes, class number (or None), index and seed."""
 
     png: bytes
     label: int | None
@@ -24,7 +24,7 @@ class Row:
 
 
 def columns_beside(seed: int) -> dict[str, pa.DataType]:
-    """The columns beside image and label; a seed that int64 does not hold is text, since some readers know no uint64."""
+    """The types of the columns beside image and label. A seed beyond int64 is text, because some readers lack uint64."""
     return {"index": pa.int64(), "seed": pa.int64() if seed < 2**63 else pa.string()}
 
 
@@ -33,7 +33,7 @@ def _written(seed: int) -> int | str:
 
 
 def parquet(rows: list[Row], classes: tuple[str, ...]) -> bytes:
-    """A Parquet file in the Hugging Face image convention, with the columns index and seed beside it."""
+    """A Parquet file in the Hugging Face image convention, with the further columns index and seed."""
     seed = rows[0].seed if rows else 0
     writer = ShardWriter(huggingface_schema(classes, more=columns_beside(seed)), max(1, len(rows)))
     for row in rows:
@@ -42,7 +42,7 @@ def parquet(rows: list[Row], classes: tuple[str, ...]) -> bytes:
 
 
 def webdataset(rows: list[Row]) -> bytes:
-    """A WebDataset tar: INDEX.png, INDEX.cls (where there are classes) and INDEX.json for every sample."""
+    """A WebDataset tar: INDEX.png, INDEX.cls (if there are classes) and INDEX.json for every sample."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row in rows:
@@ -62,12 +62,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def png_name(index: int) -> str:
-    """The name of a single PNG in its class's folder."""
+    """The file name of a single PNG."""
     return f"{index:012d}.png"
 
 
 def class_folders(classes: tuple[str, ...]) -> list[str]:
-    """A folder name for each class that is safe, not hidden, and its own: the class's name where that is."""
+    """A safe, visible and unique folder name for each class: the class's own name if possible."""
     names = [re.sub(r"[^\w. -]", "_", name).strip(". ") for name in classes]
     if len(set(names)) == len(names) and all(names):
         return names
@@ -75,7 +75,7 @@ def class_folders(classes: tuple[str, ...]) -> list[str]:
 
 
 def png_place(index: int, label: int | None, folders: list[str]) -> str:
-    """Where a single PNG goes in the data folder: into its class's folder."""
+    """The path of a single PNG in the data folder: in the folder of its class."""
     return f"{'images' if label is None else folders[label]}/{png_name(index)}"
 
 

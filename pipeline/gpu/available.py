@@ -1,4 +1,4 @@
-"""Where Triton's kernels can be used: on a GPU, with Triton installed and a C compiler, which it calls to load them."""
+"""Tells whether Triton kernels can be used. They need a GPU, Triton, and a C compiler, which Triton calls."""
 
 import warnings
 from functools import cache
@@ -8,7 +8,7 @@ import torch
 
 @cache
 def work() -> bool:
-    """Whether Triton builds and runs a kernel here; a warning says why not, where there is a GPU."""
+    """True if Triton builds and runs a kernel here. If there is a GPU but it fails, a warning says why."""
     if not torch.cuda.is_available():
         return False
     try:
@@ -16,7 +16,7 @@ def work() -> bool:
 
         number = torch.zeros(1, dtype=torch.int64, device="cuda")
         philox.normal([0, 0], number, number, 0, 1)
-    except Exception as error:  # anything: a missing package, compiler or driver, or a GPU that is too old
-        warnings.warn(f"Triton's kernels can't be used, and training is slower: {error!r}", stacklevel=2)
+    except Exception as error:  # e.g. a missing package, compiler or driver, or an old GPU
+        warnings.warn(f"Triton kernels can't be used, so training is slower: {error!r}", stacklevel=2)
         return False
     return True

@@ -1,6 +1,6 @@
-"""A convolution's bias, added with the residual in one pass, and its gradient, by Triton.
+"""Triton kernels that add a convolution's bias and a residual in one pass, and compute the bias's gradient.
 
-torch's kernels for them take several times as long as the memory needs: a fifth of a step's time on a GPU.
+torch's own kernels take several times as long as the memory access needs: a fifth of a step's time on a GPU.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS, ROWS, WARPS = 64, 64, 4
-PARTS = 256  # into which the rows of a sum are cut: enough for every multiprocessor
+PARTS = 256  # parts of a sum over rows; enough to occupy every multiprocessor
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _add(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("ray_ddpm::sum_pixels", mutates_args=())
 def sum_pixels(x: Tensor) -> Tensor:
-    """Sums over all but the channels of images in channels_last: float32 [C], in an order that is always the same."""
+    """Sums of channels_last images over all dimensions but the channels: float32 [C], always in the same order."""
     channels = x.shape[1]
     rows = x.numel() // channels
     per_part = max(ROWS, triton.next_power_of_2(triton.cdiv(rows, PARTS)))
@@ -93,7 +93,7 @@ _add.register_autograd(_backward, setup_context=_setup)
 
 
 def add_bias(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    """x + bias, and + residual: [N, C, H, W] of x's dtype in channels_last, summed in float32."""
+    """x + bias (+ residual): [N, C, H, W] in x's dtype and channels_last, summed in float32."""
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)

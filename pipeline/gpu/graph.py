@@ -1,32 +1,32 @@
-"""A function of tensors as one CUDA graph: launching a thousand kernels can cost a CPU more than they cost a GPU."""
+"""Runs a function of tensors as a CUDA graph, because launching a thousand kernels can cost more than running them."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-EAGER_CALLS = 3  # in which cuDNN chooses its algorithms, and Triton builds its kernels
+EAGER_CALLS = 3  # calls in which cuDNN chooses its algorithms and Triton builds its kernels
 
 
 class Graphed:
-    """`run`, recorded at its fourth call and replayed from then on; other shapes than the recorded are run as they are.
+    """Records `run` at its fourth call and replays it from then on. Inputs of other shapes run without the graph.
 
-    What `run` does must be the same each time, but for its inputs: it draws nothing from torch's generator, and waits
-    for nothing.
+    `run` must do the same at every call except for its inputs: it must not draw from torch's generator, and not wait
+    for the GPU.
     """
 
     def __init__(self, run: Callable[..., Tensor], parameters: Iterable[Tensor] = ()) -> None:
         """
         Args:
-            run: takes tensors, or None; returns one tensor.
-            parameters: `run` sets their gradients, which are none before.
+            run: function that takes tensors or None, and returns one tensor.
+            parameters: parameters whose gradients `run` sets. The gradients must be None before.
         """
         self._run, self._parameters = run, list(parameters)
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """As `run`."""
+        """Calls `run` or replays its graph."""
         self._calls += 1
         if self._graph is None and self._calls > EAGER_CALLS:
             self._record(inputs)
@@ -43,7 +43,7 @@ class Graphed:
     def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
         self._inputs = [None if value is None else value.clone() for value in inputs]
         self._graph = torch.cuda.CUDAGraph()
-        # autocast keeps the weights that it has cast: the graph must cast its own, and nobody else use those.
+        # autocast caches cast weights. The graph must cast its own, and other code must not use the graph's.
         torch.clear_autocast_cache()
         with torch.cuda.graph(self._graph):
             self._result = self._run(*self._inputs)

@@ -1,10 +1,10 @@
-"""Group norm, scale and shift, and SiLU as one Triton kernel forward and one backward, for images in channels_last.
+"""Group norm, scale and shift, and SiLU as one Triton kernel each for forward and backward, on channels_last images.
 
-torch's CUDA kernel wants each channel's pixels side by side, so it copies every image there and back. SiLU and the
-modulation read and write the images once more each. All that took more than half of a step's time on a GPU.
+torch's CUDA kernel needs contiguous images, so it copies every image to that layout and back. SiLU and modulation
+read and write the images once more each. Together this took more than half of a step's time on a GPU.
 
-A program takes some groups of one image. It reads them twice, the second time from the cache, and writes once; sums
-are in float32, whatever the images are.
+A program handles some groups of one image. It reads them twice, the second time from the cache, and writes them once.
+Sums are in float32 for every dtype of the images.
 """
 
 import torch
@@ -12,15 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS = 64  # that a program takes: 128 bytes of a pixel in bf16, a whole line of the cache
-# Elements of the tile that a program works on at once, those of each thread, and tiles on their way from memory
-# meanwhile: the fastest of those tried on an H200 with 128 to 512 channels at 4x4 to 64x64.
+CHANNELS = 64  # channels of one program: 128 bytes of a pixel in bf16, one cache line
+# Elements of a program's tile, elements of each thread, and tiles in flight from memory: the fastest of those tried
+# on an H200 with 128 to 512 channels at 4x4 to 64x64 pixels.
 FORWARD, BACKWARD = (8192, 16, 1), (2048, 8, 3)
 
 
 @triton.jit
 def _columns(GROUPS_HERE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
-    """The channel of every column of the tile, whether there is one, and which of the groups here has it [G, C]."""
+    """For the columns of a tile: their channels, True if the channel exists, and their membership in groups [G, C]."""
     column = tl.arange(0, COLUMNS)
     belongs = column[None, :] // GROUP == tl.arange(0, GROUPS_HERE)[:, None]
     return tl.program_id(1) * (GROUPS_HERE * GROUP) + column, column < GROUPS_HERE * GROUP, belongs
@@ -28,7 +28,7 @@ def _columns(GROUPS_HERE: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _groups_here(GROUPS_HERE: tl.constexpr):
-    """Where the statistics of this program's groups are kept."""
+    """Indices of the statistics of this program's groups."""
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     return program * GROUPS_HERE + tl.arange(0, GROUPS_HERE)
 
@@ -40,7 +40,7 @@ def _group_sums(values, belongs):
 
 @triton.jit
 def _of_groups(values, belongs):
-    """Each group's value for each of its columns."""
+    """Repeats each group's value for each of its columns."""
     return tl.sum(tl.where(belongs, values[:, None], 0.0), axis=0)
 
 
@@ -49,7 +49,7 @@ def _factors(
     weight, bias, scale, shift, stride,
     channel, exists, MODULATED: tl.constexpr,
 ):  # fmt: skip
-    """Weight and bias of every column, and 1 + scale and shift of this image."""
+    """Weight and bias of each column, and (1 + scale) and shift of this image."""
     w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
     factor, offset = tl.full(w.shape, 1.0, tl.float32), tl.zeros_like(w)
@@ -100,7 +100,7 @@ def _forward_kernel(
 
 @triton.jit
 def _before_silu(x, dy, there, slope, constant, SILU: tl.constexpr):
-    """A tile of the images, and the gradient of u, which is what goes into SiLU."""
+    """A tile of the images, and the gradient of u, the input of SiLU."""
     values = tl.load(x, mask=there, other=0.0).to(tl.float32)
     du = tl.load(dy, mask=there, other=0.0).to(tl.float32)
     if SILU:
@@ -126,7 +126,7 @@ def _backward_kernel(
     w, b, factor, offset = _factors(weight, bias, scale, shift, stride, channel, exists, MODULATED)
     slope = rstd * w * factor
     constant = (b - mean * rstd * w) * factor + offset
-    # Sums over the pixels of du and of du x.
+    # Sums of du and of du x over the pixels.
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total_x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, PIXELS, ROWS, num_stages=STAGES):
@@ -138,7 +138,7 @@ def _backward_kernel(
         total_x += du * values
     sum_du, sum_du_x = tl.sum(total, axis=0), tl.sum(total_x, axis=0)
     sum_du_n = (sum_du_x - mean * sum_du) * rstd  # n: the normalised image
-    # Of weight, bias, scale and shift, for this image: [4, N, C].
+    # Gradients of weight, bias, scale and shift for this image: [4, N, C].
     size = tl.num_programs(0).to(tl.int64) * channels
     parameters = of_parameters + tl.program_id(0).to(tl.int64) * channels + channel
     tl.store(parameters, sum_du_n * factor, mask=exists)
@@ -146,7 +146,7 @@ def _backward_kernel(
     if MODULATED:
         tl.store(parameters + 2 * size, sum_du_n * w + sum_du * b, mask=exists)
         tl.store(parameters + 3 * size, sum_du, mask=exists)
-    # dx = slope du - rstd (mean of dn + n mean of dn n), with dn = du factor w.
+    # dx = slope du - rstd (mean(dn) + n mean(dn n)), with dn = du factor w.
     count = PIXELS * GROUP
     of_mean = _of_groups(_group_sums(sum_du * factor * w, belongs), belongs) / count
     of_n = _of_groups(_group_sums(sum_du_n * factor * w, belongs), belongs) / count
@@ -162,7 +162,7 @@ def _backward_kernel(
 
 
 def _tile(x: Tensor, groups: int, elements: int, each: int, stages: int) -> dict[str, int]:
-    """A kernel's constants. A program takes as many whole groups as make up to `CHANNELS`."""
+    """The constants of a kernel. A program takes as many whole groups as fit into `CHANNELS`."""
     _, channels, height, width = x.shape
     group, here = channels // groups, 1
     while here * 2 * group <= CHANNELS and groups % (here * 2) == 0:
@@ -203,7 +203,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, means: Tensor,
     rstds: Tensor, silu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient of x, and for each image those of weight, bias, scale and shift: [2 or 4, N, C]."""
+    """The gradient of x, and for each image the gradients of weight, bias, scale and shift: [2 or 4, N, C]."""
     groups, dx = means.shape[1], torch.empty_like(x)
     tile = _tile(x, groups, *BACKWARD)
     modulation = (weight, weight, 0) if scale is None or shift is None else (scale, shift, scale.stride(0))
@@ -253,14 +253,14 @@ def group_norm(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """silu((1 + scale) group_norm(x) + shift), each of the steps where it is asked for.
+    """silu((1 + scale) group_norm(x) + shift). Scale, shift and SiLU are optional.
 
     Args:
         x: [N, C, H, W], on a GPU, any float dtype.
-        scale, shift: [N, C], their last dimension contiguous and of one stride, or None.
+        scale, shift: [N, C], contiguous in the last dimension and with equal strides; or None.
 
     Returns:
-        of the shape and dtype of `x`, in channels_last.
+        [N, C, H, W] in the dtype of `x`, in channels_last.
     """
     y, _, _ = _forward(
         x.contiguous(memory_format=torch.channels_last), weight, bias, scale, shift, groups, eps, silu

@@ -1,7 +1,7 @@
-"""The numbers of `pipeline.rng` by two Triton kernels: one launch for what takes the tensor version hundreds.
+"""The random numbers of `pipeline.rng` by two Triton kernels: one launch in place of hundreds.
 
-The words are the same bit for bit, and so is what is decided by them; normal numbers agree to one unit in the last
-place of float32, since the logarithm and the cosine are CUDA's.
+The integer words are equal bit for bit, so decisions based on them are too. Normal numbers agree up to one unit in
+the last place of float32, because the logarithm and the cosine are CUDA's.
 """
 
 import torch
@@ -27,7 +27,7 @@ def _word(index, sample, epoch, purpose, key_low, key_high):
     return tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
 
 
-# Triton builds a kernel anew for an integer that is 1 or a multiple of 16, unless it is named here.
+# Triton compiles a kernel again for arguments that are 1 or a multiple of 16, except for those named here.
 @triton.jit(do_not_specialize=["streams", "count", "key_low", "key_high"])
 def _words_kernel(
     out, ids, epochs, purposes, streams, count, key_low, key_high,

@@ -1,7 +1,7 @@
-"""Attention's core (Vaswani et al. 2017): in bf16 on a CPU with a backward pass of our own.
+"""Scaled dot-product attention (Vaswani et al. 2017), with a backward pass of our own in bf16 on a CPU.
 
-torch's kernel for that takes a sixth of a training step. Written as products of matrices it takes half as long, a quarter
-where images are small: oneDNN multiplies bf16 faster than the kernel does.
+torch's CPU kernel for the backward pass takes a sixth of a training step. Matrix products take half as long, or a
+quarter for small images, because oneDNN multiplies bf16 faster than the kernel does.
 """
 
 import math
@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MOST_TOKENS = 1024  # of 4,096 torch's kernel is the faster one
-# Of the matrices [tokens, tokens] that the backward pass holds at once: two such tiles in bf16 stay in the cache.
+MOST_TOKENS = 1024  # with 4,096 tokens torch's kernel is faster
+# Elements of a tile of [tokens, tokens] matrices in the backward pass. Two such tiles in bf16 fit into the cache.
 TILE_ELEMENTS = 2**21
 
 
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of every head.
+    """softmax(q k^T / sqrt(D)) v for every head.
 
     Args:
-        qkv: [N, T, 3 H D]: all heads' queries, then their keys, then their values.
+        qkv: [N, T, 3 H D]: the queries of all heads, then their keys, then their values.
+        heads: number of heads, H.
 
     Returns:
         [N, T, H D].
@@ -45,9 +46,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
-        """Dao et al. 2022, appendix B. With S = q k^T / sqrt(D), P = softmax(S), delta a row's sum of d_out out:
+        """Dao et al. 2022, appendix B. With S = q k^T / sqrt(D), P = softmax(S) and delta = rowsum(d_out * out):
 
-        dv = P^T d_out, dS = P (d_out v^T - delta), dq = dS k / sqrt(D), dk = dS^T q / sqrt(D).
+        dv = P^T d_out, dS = P * (d_out v^T - delta), dq = dS k / sqrt(D), dk = dS^T q / sqrt(D).
         """
         qkv, out, logsumexp = ctx.saved_tensors
         n, tokens, _ = qkv.shape
@@ -56,8 +57,8 @@ class _Attention(torch.autograd.Function):
         scale = q.shape[2] ** -0.5
         d_out, out = (x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1) for x in (d_out, out))
         delta = (d_out * out).sum(2, keepdim=True, dtype=torch.float32)
-        # Products are rounded to bf16. So what P and dS need beside them is subtracted before that, by two more columns.
-        # And P is computed times the root of the tokens: its exponents are then smaller, and so is what rounding costs.
+        # Products are rounded to bf16. Two more columns subtract the logsumexp and delta inside the product, before
+        # the rounding. P is scaled by sqrt(tokens), which makes its exponents and so its rounding errors smaller.
         middle = math.log(tokens) / 2
         ones = q.new_ones(*q.shape[:2], 2)
         q_and, k_and = (
@@ -83,12 +84,12 @@ class _Attention(torch.autograd.Function):
 
 
 def _parts(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values: [N, H, T, D] each, views."""
+    """Views of the queries, keys and values: [N, H, T, D] each."""
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return q, k, v
 
 
 def _two(values: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 numbers as sums of two in bf16: the rounded number, and what rounding left."""
+    """float32 numbers as a sum of two bf16 numbers: the rounded number and its rounding error."""
     first = values.bfloat16()
     return first, (values - first.float()).bfloat16()

@@ -1,4 +1,4 @@
-"""Convolutions whose bias, and what is added after it, take one pass on a GPU."""
+"""Convolutions that add their bias and a residual in one pass on a GPU."""
 
 import torch
 from torch import Tensor, nn
@@ -7,15 +7,15 @@ from pipeline.gpu import available
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`, and the sum with a residual."""
+    """`torch.nn.Conv2d`, with an optional residual added to the result."""
 
     def __init__(self, channels: int, out: int, size: int, stride: int = 1, padding: int = 0) -> None:
         super().__init__(channels, out, size, stride=stride, padding=padding)
         self._kernels = available.work()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [N, C, H, W]; `residual` has the result's shape."""
-        # A compiler fuses these by itself.
+        """Convolves x [N, C, H, W]; `residual` has the result's shape."""
+        # torch.compile fuses these operations itself.
         if self._kernels and not x.is_cpu and not torch.compiler.is_compiling() and self.bias is not None:
             from pipeline.gpu import bias
 

@@ -1,6 +1,6 @@
-"""A model as a folder that diffusers loads. Written as JSON and safetensors: diffusers itself is not needed.
+"""Exports a model as a folder that diffusers loads. It writes JSON and safetensors, so diffusers is not needed.
 
-The UNet's structure and parameter names are UNet2DModel's, so the weights go over as they are.
+The UNet has the structure and parameter names of diffusers' UNet2DModel, so the weights are copied unchanged.
 """
 
 import json
@@ -24,22 +24,22 @@ FILES = (WEIGHTS, "unet/config.json", "scheduler/scheduler_config.json", CARD, I
 def export_diffusers(model: UNet, spec: ModelSpec, folder: Place) -> Place:
     """Writes model_index.json, unet/, scheduler/ and a card for `DDPMPipeline.from_pretrained`.
 
-    A class-conditional model becomes a UNet2DModel with class embeddings, the last of which stands for no
-    label; diffusers' DDPMPipeline passes no labels, so there it is for UNet2DModel alone.
+    A class-conditional model becomes a UNet2DModel with class embeddings, the last of which stands for "no label".
+    diffusers' DDPMPipeline passes no labels, so such a model is used through UNet2DModel directly.
 
     Args:
-        folder: a path or a URI.
+        folder: path or URI to write to.
 
     Returns:
         the folder.
 
     Raises:
-        InputError: what diffusers has no counterpart for.
+        InputError: diffusers has no counterpart for the model's variance.
     """
     if spec.diffusion.variance not in _VARIANCE:
         raise InputError(
             f"variance {spec.diffusion.variance} can't be exported: diffusers' learned_range interpolates other "
-            "end points than Improved DDPM's; train with --variance fixed_large or fixed_small"
+            "end points than Improved DDPM; train with --variance fixed_large or fixed_small"
         )
     pipeline = {
         "_class_name": "DDPMPipeline",
@@ -60,7 +60,7 @@ def export_diffusers(model: UNet, spec: ModelSpec, folder: Place) -> Place:
 
 
 def unet_config(spec: ModelSpec) -> dict[str, Any]:
-    """UNet2DModel's arguments for the same network."""
+    """The arguments of UNet2DModel for the same network."""
     config, image = spec.model, spec.image
     attends = [
         image.size // 2**i in config.attention_resolutions for i in range(len(config.channel_multipliers))
@@ -93,7 +93,7 @@ def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
         "variance_type": _VARIANCE[spec.diffusion.variance],
         "clip_sample": True,
         "prediction_type": "epsilon",
-        # Fewer steps than T begin at the last one, as ours do.
+        # With fewer steps than T, sampling begins at the last step, as in our samplers.
         "timestep_spacing": "trailing",
     }
 

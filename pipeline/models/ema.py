@@ -1,4 +1,4 @@
-"""Averages of the weights: standard EMA at several decays at once, and EDM2's power-function profiles.
+"""Averages of the weights: standard EMA with several decays at once, and the power-function profiles of EDM2.
 
 Only parameters are averaged. Lists of tensors are in the order of `model.parameters()`.
 """
@@ -13,10 +13,15 @@ from pipeline.errors import InputError
 
 
 class Averages:
-    """Averages of parameters, beside them or apart from them in main memory.
+    """Averages of parameters, on the parameters' device or in main memory.
 
-    Those that are apart are a step behind until somebody looks at them: a GPU copies the parameters to main memory
-    between two steps, and they are averaged there while it computes the next one. Neither waits for the other.
+    Averages in main memory lag one step behind until they are read. A GPU copies the parameters to main memory
+    between two steps, and the CPU averages them while the GPU computes the next step. Neither waits for the other.
+
+    Args:
+        parameters: the parameters to average.
+        count: number of averages.
+        apart: keep the averages in main memory.
     """
 
     def __init__(self, parameters: Sequence[Tensor], count: int, apart: bool = False) -> None:
@@ -30,13 +35,13 @@ class Averages:
 
     @property
     def tensors(self) -> list[list[Tensor]]:
-        """The averages, each in the order of the parameters; with all updates in them."""
+        """The averages with all updates applied, each in the order of the parameters."""
         self._finish()
         return self._tensors
 
     @torch.no_grad()
     def update_(self, decays: list[float]) -> None:
-        """As the function of this name, with the parameters as they are now."""
+        """Applies the function `update_` with the current parameters. `decays` has one value for each average."""
         if not self._copies:
             update_(self._tensors, self._parameters, decays)
             return
@@ -57,7 +62,7 @@ class Averages:
 
 
 def init(parameters: list[Tensor], count: int, device: torch.device | None = None) -> list[list[Tensor]]:
-    """`count` averages that start as copies of the parameters, beside them or on another device."""
+    """`count` averages that start as copies of the parameters, on the same or another device."""
     return [[p.detach().to(device or p.device, copy=True) for p in parameters] for _ in range(count)]
 
 
@@ -69,7 +74,7 @@ def update_(averages: list[list[Tensor]], parameters: list[Tensor], decays: list
 
 
 def power_gamma(sigma_rel: float) -> float:
-    """The exponent of the profile tau^gamma whose relative standard deviation is `sigma_rel`.
+    """The exponent gamma of the profile tau^gamma whose relative standard deviation is `sigma_rel`.
 
     Karras et al. 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models"), algorithm 2.
 
@@ -90,17 +95,18 @@ def power_decay(sigma_rel: float, step: int) -> float:
 def reconstruction_weights(
     steps: list[int], sigma_rels: list[float], step: int, sigma_rel: float
 ) -> list[float]:
-    """How to mix stored averages into one of another length (Karras et al. 2024, section 3.2).
+    """Weights that mix stored averages into one of another length (Karras et al. 2024, section 3.2).
 
     Args:
-        steps, sigma_rels: when each stored average was taken, and its length.
-        step, sigma_rel: of the average that is wanted.
+        steps, sigma_rels: step and relative length of each stored average.
+        step, sigma_rel: step and relative length of the wanted average.
 
     Returns:
-        one weight for each stored average: of those that sum to one, the least-squares fit of the wanted profile.
-        Averages have a sum of one, so without it few snapshots would give a network that is scaled as a whole.
+        one weight for each stored average: the least-squares fit of the wanted profile among weights that sum to one.
+            Without this constraint, few snapshots would give weights whose sum is not one, and so a network scaled as
+            a whole.
     """
-    # In units of `step`, so that the inner products and the ones of the constraint are of one size.
+    # Times are in units of `step`, so that the inner products and the ones of the constraint have similar size.
     stored = [(s / step, power_gamma(r)) for s, r in zip(steps, sigma_rels, strict=True)]
     wanted = (1.0, power_gamma(sigma_rel))
     ones = np.ones((len(stored), 1))
@@ -115,7 +121,7 @@ def _inner(a: tuple[float, float], b: tuple[float, float]) -> float:
     """The inner product of two profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t]."""
     (t_a, gamma_a), (t_b, gamma_b) = a, b
     least = min(t_a, t_b)
-    # In logarithms: t^gamma overflows long before the ratio does.
+    # Computed in logarithms, because t^gamma overflows long before the ratio does.
     exponent = (
         (gamma_a + gamma_b + 1) * np.log(least) - (gamma_a + 1) * np.log(t_a) - (gamma_b + 1) * np.log(t_b)
     )

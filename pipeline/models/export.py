@@ -1,9 +1,9 @@
-"""An exported model: a folder of model.safetensors, config.json and a card, on any storage.
+"""Reads and writes exported models: a folder of model.safetensors, config.json and a card, on any storage.
 
-The weights' file also carries the configuration, in its header. So that one file is a whole model, and a model is
-replaced by one rename (or one put on an object store): whoever reads meanwhile, and whatever is killed, weights and
-configuration of two models never meet. config.json is the same for people and other programs; models of 0.1.0, which
-have it there alone, are read from it. No Ray, no MLflow, no pickle.
+The header of model.safetensors also contains the configuration, so this file alone is a whole model. A model is
+replaced by one rename, or one put on an object store. So readers, and processes that are killed, never combine the
+weights and the configuration of two models. config.json has the same content for people and other programs. Models of
+release 0.1.0 have it only there. No Ray, MLflow or pickle is used.
 """
 
 import hashlib
@@ -27,14 +27,16 @@ from pipeline.versions import VERSIONS, check_readable
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _METADATA = "__metadata__"
-_SHOWN_CLASSES = 100  # of more, a card names the first
+_SHOWN_CLASSES = 100  # a card names at most this many classes
 Place = TypeVar("Place", str, Path)
 
 
 class Packed(NamedTuple):
-    """A model folder's content: to read it once, and to send it to nodes that don't see the folder.
+    """The content of a model folder, to read it only once and to send it to nodes that can't reach the folder.
 
     Attributes:
+        config: the configuration, JSON.
+        weights: the content of model.safetensors.
         where: the folder, for messages.
     """
 
@@ -44,7 +46,7 @@ class Packed(NamedTuple):
 
 
 def save_model(folder: Place, weights: dict[str, Tensor], spec: ModelSpec, card: str | None = None) -> Place:
-    """Writes a model folder (path or URI), or replaces the model in one; returns it."""
+    """Writes a model folder (path or URI), or replaces the model in it. Returns the folder."""
     config = json.dumps(to_dict(spec) | {"versions": VERSIONS}, indent=1, sort_keys=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     packed = Packed(config.encode(), save(tensors), str(folder))
@@ -53,17 +55,17 @@ def save_model(folder: Place, weights: dict[str, Tensor], spec: ModelSpec, card:
 
 
 def write_model(folder: str | Path, model: Packed, card: str) -> None:
-    """Writes a model that was read as it is, or replaces the model in a folder."""
+    """Writes a packed model unchanged, or replaces the model in a folder."""
     files = {WEIGHTS: _whole_file(model.weights, model.config), CONFIG: model.config, CARD: card.encode()}
     for name, data in files.items():
         storage.write_atomic(storage.join(str(folder), name), data)
 
 
 def _whole_file(weights: bytes, config: bytes) -> bytes:
-    """Safetensors with the configuration in their header, and the `format` that other libraries ask for.
+    """Safetensors with the configuration and the `format` that other libraries expect in the header.
 
-    The header is written here, in a fixed order: safetensors writes several entries in any, and equal models have
-    equal bytes.
+    The header is written here in a fixed order, because safetensors orders its entries arbitrarily, and equal models
+    must have equal bytes.
     """
     size = int.from_bytes(weights[:8], "little")
     tensors = json.loads(weights[8 : 8 + size])
@@ -91,7 +93,7 @@ def load_model(model: str | Path | Packed) -> tuple[UNet, ModelSpec]:
 
 
 def read_spec(model: str | Path | Packed) -> ModelSpec:
-    """What a model is, and where it came from; raises InputError as `load_model`."""
+    """The specification of a model, with its provenance. Raises InputError as `load_model`."""
     packed = pack_model(model)
     try:
         content = json.loads(packed.config)
@@ -104,7 +106,7 @@ def read_spec(model: str | Path | Packed) -> ModelSpec:
 
 
 def pack_model(model: str | Path | Packed) -> Packed:
-    """Reads a model folder; what is packed already stays as it is. Raises InputError as `load_model`."""
+    """Reads a model folder; a packed model is returned unchanged. Raises InputError as `load_model`."""
     if isinstance(model, Packed):
         return model
     where = str(model)
@@ -122,7 +124,7 @@ def pack_model(model: str | Path | Packed) -> Packed:
 
 
 def _config_in(weights: bytes) -> bytes:
-    """The configuration in the header of safetensors; nothing where there is none, or no header."""
+    """The configuration in the header of safetensors; empty if there is none."""
     try:
         header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
         return str(header[_METADATA][CONFIG]).encode()
@@ -135,7 +137,7 @@ def _damaged(where: str, error: Exception) -> InputError:
 
 
 def model_fingerprint(model: str | Path | Packed) -> str:
-    """SHA-256 over the weights and the configuration: equal for equal models, wherever they lie."""
+    """SHA-256 of the configuration and the weights: equal for equal models, wherever they are stored."""
     packed, digest = pack_model(model), hashlib.sha256()
     for content in (packed.config, packed.weights):
         digest.update(hashlib.sha256(content).digest())
@@ -143,7 +145,7 @@ def model_fingerprint(model: str | Path | Packed) -> str:
 
 
 def model_card(spec: ModelSpec) -> str:
-    """A README.md with YAML front matter that says what the model is and where it came from."""
+    """A README.md with YAML front matter that describes the model and its provenance."""
     return (
         f"{front_matter(spec, 'ray-ddpm')}\n# Denoising diffusion model\n\n{summary(spec)}\n\n"
         "    from pipeline import load_model, sample_images\n"
@@ -153,7 +155,7 @@ def model_card(spec: ModelSpec) -> str:
 
 
 def front_matter(spec: ModelSpec, library: str) -> str:
-    """What Hugging Face's hub reads of a model's card: YAML between two lines of dashes."""
+    """The metadata of a model card that the Hugging Face Hub reads: YAML between two lines of dashes."""
     content: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "unconditional-image-generation",
@@ -165,7 +167,7 @@ def front_matter(spec: ModelSpec, library: str) -> str:
 
 
 def summary(spec: ModelSpec) -> str:
-    """What a model is and what it has learned from, as Markdown."""
+    """A description of a model and its training data, in Markdown."""
     image, diffusion, facts = spec.image, spec.diffusion, spec.provenance
     lines = [
         f"An epsilon-predicting UNet for {image.size}x{image.size} images of {image.channels} channel(s), "

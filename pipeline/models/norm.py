@@ -1,8 +1,9 @@
-"""Group norm (Wu & He 2018) and what follows it in a UNet, scale and shift and SiLU, in as few passes as can be.
+"""Group norm (Wu & He 2018), with the scale, shift and SiLU that follow it in a UNet, in few passes over memory.
 
-On a GPU all of it is one kernel (`pipeline.gpu.norm`). In bf16 on a CPU in channels_last the norm is written here:
-torch's own kernel takes up to ten times as long as for contiguous images, backward above all: a fifth of a training step.
-Sums over the pixels of whole channels, which lie side by side, avoid that.
+On a GPU all of it is one kernel (`pipeline.gpu.norm`). In bf16 on a CPU, with channels_last images, the norm is
+written here. torch's own kernel takes up to ten times as long as for contiguous images, most of it in the backward
+pass: a fifth of a training step. The code here avoids that, because it sums over pixels for all channels at once, and
+the channels of a pixel are adjacent in memory.
 """
 
 from typing import Any
@@ -14,13 +15,13 @@ from torch.nn import functional as F
 
 from pipeline.gpu import available
 
-# From here on torch's forward kernel, which takes one group after the other, is the faster one.
+# With this many pixels or more, torch's forward kernel is faster. It handles one group after the other.
 MANY_PIXELS = 1024
-CACHED_ELEMENTS = 2**19  # of which a copy in fp32 stays in the cache
+CACHED_ELEMENTS = 2**19  # elements whose fp32 copy fits into the cache
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm`, and what comes after it; the same values to the rounding of bf16."""
+    """`torch.nn.GroupNorm` with optional scale, shift and SiLU. Values agree with torch's up to the rounding of bf16."""
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__(groups, channels, eps)
@@ -33,8 +34,8 @@ class GroupNorm(nn.GroupNorm):
 
         Args:
             x: [N, C, H, W].
-            scale, shift: [N, C]; None leaves both out.
-            silu: False leaves it out.
+            scale, shift: [N, C]; None = neither is applied.
+            silu: apply SiLU.
         """
         if self._kernels and not x.is_cpu:
             from pipeline.gpu import norm
@@ -54,7 +55,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class _ChannelsLast(torch.autograd.Function):
-    """y = a x + d, with a and d of each image and channel; sums in fp32."""
+    """y = a x + d, with a and d for each image and channel; sums are in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -82,7 +83,7 @@ class _ChannelsLast(torch.autograd.Function):
         channels, groups = x.shape[1], mean.shape[1]
         rows, gradient = _rows(x), _rows(dy)
         count = rows.shape[1] * channels // groups
-        # A few images at a time: a sum in fp32 copies what it adds up, and copies that leave the cache are slow.
+        # A few images at a time, because an fp32 sum copies its input, and copies that leave the cache are slow.
         step = max(1, CACHED_ELEMENTS // rows[0].numel())
         pieces = [
             (d.sum(1, dtype=torch.float32), (d * r).sum(1, dtype=torch.float32))
@@ -91,7 +92,7 @@ class _ChannelsLast(torch.autograd.Function):
         sum_dy, sum_dy_x = (torch.cat(sums) for sums in zip(*pieces, strict=True))
         of_bias = sum_dy.sum(0)
         of_weight = ((sum_dy_x - _channels(mean, channels) * sum_dy) * _channels(rstd, channels)).sum(0)
-        # dx = dy w rstd + p x + q: through y itself, through the variance, through the mean.
+        # dx = dy w rstd + p x + q: the paths through y itself, the variance and the mean.
         by_y, by_y_x = _groups(sum_dy * weight, groups), _groups(sum_dy_x * weight, groups)
         p = (by_y * mean - by_y_x) * rstd**3 / count
         q = -p * mean - by_y * rstd / count
@@ -102,7 +103,7 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 def _rows(images: Tensor) -> Tensor:
-    """[N, C, H, W] as [N, H W, C]: a view, where the channels lie side by side."""
+    """[N, C, H, W] as [N, H W, C]; a view if the images are channels_last."""
     return images.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -112,10 +113,10 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _groups(values: Tensor, groups: int) -> Tensor:
-    """Sums over each group's channels: [N, C] to [N, G]."""
+    """Sums over the channels of each group: [N, C] to [N, G]."""
     return values.unflatten(1, (groups, -1)).sum(2)
 
 
 def _channels(values: Tensor, channels: int) -> Tensor:
-    """[N, G] to [N, C]."""
+    """Repeats each group's value for its channels: [N, G] to [N, C]."""
     return values.repeat_interleave(channels // values.shape[1], 1)

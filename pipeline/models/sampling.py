@@ -1,4 +1,4 @@
-"""From an exported model to images: sample i is a function of (model, settings, seed, i)."""
+"""Samples images from an exported model. Sample i is a function of (model, settings, seed, i)."""
 
 from typing import Any, TypedDict, Unpack
 
@@ -19,20 +19,20 @@ SERVED: dict[str, Any] = {
     "least_alpha_bar": 0.0,
     "seed": 0,
 }
-"""What a served model samples with, unless it is told otherwise: the parameters of `tracking/pyfunc.py`."""
+"""Default sampling parameters of a model served by MLflow; see `tracking/pyfunc.py`."""
 
 
 class SamplerSettings(TypedDict, total=False):
-    """How samples are drawn; what is left out has the default of the job's flag.
+    """Settings of the sampler. A missing key has the default of the job's flag.
 
     Keys:
         sampler: "ancestral", "ddim" or "dpm_solver".
-        sampling_steps: 0 = T.
-        eta: noise of DDIM.
-        guidance: 1 = none.
+        sampling_steps: number of steps; 0 = T.
+        eta: noise of DDIM, 0 to 1.
+        guidance: scale of classifier-free guidance; 1 = none.
         labels: class of each sample, int64 [N]; None = unconditional.
         seed: any integer.
-        least_alpha_bar: of the first step; see `samplers.sample`.
+        least_alpha_bar: least alpha_bar of the first step; see `samplers.sample`.
     """
 
     sampler: SamplerName
@@ -45,7 +45,7 @@ class SamplerSettings(TypedDict, total=False):
 
 
 def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack[SamplerSettings]) -> Tensor:
-    """Draws the samples numbered `ids` (int64 [N], on the model's device) of a seed, in one batch.
+    """Draws the samples with numbers `ids` (int64 [N], on the model's device) of a seed, in one batch.
 
     Returns:
         uint8 [N, C, H, W].
@@ -54,13 +54,13 @@ def sample_images(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
 
 
 class PreviewSettings(TypedDict, total=False):
-    """Which samples a preview shows.
+    """The samples that a preview shows.
 
     Keys:
-        first: number of the first one; 0 if left out.
-        steps: model evaluations a sample; T where that is fewer; 25 if left out.
-        seed: any integer; 0 if left out.
-        classes: the class of sample i is i modulo this number; 0 = all of a class-conditional model's.
+        first: number of the first sample; default 0.
+        steps: model evaluations for each sample, at most T; default 25.
+        seed: any integer; default 0.
+        classes: sample i has class i modulo this number; 0 = the number of the model's classes (default).
     """
 
     first: int
@@ -70,17 +70,17 @@ class PreviewSettings(TypedDict, total=False):
 
 
 def preview(model: nn.Module, spec: ModelSpec, count: int, **settings: Unpack[PreviewSettings]) -> Tensor:
-    """As `preview_floats`, but uint8 [N, C, H, W]."""
+    """As `preview_floats`, as uint8 [N, C, H, W]."""
     return to_pixels(preview_floats(model, spec, count, **settings))
 
 
 def preview_floats(
     model: nn.Module, spec: ModelSpec, count: int, **settings: Unpack[PreviewSettings]
 ) -> Tensor:
-    """Draws `count` samples with DDIM: quick, and good enough to look at.
+    """Draws `count` samples with DDIM, which is fast and good enough to look at.
 
-    DDIM uses its full noise here (eta 1). Without noise, the first steps of a cosine schedule saturate the images of a
-    model that has trained briefly, and the model would be blamed.
+    DDIM uses its full noise here (eta 1). Without noise, the first steps of a cosine schedule saturate the images of
+    a briefly trained model, so the preview would look worse than the model is.
 
     Returns:
         as `sample_floats`, on the model's device.
@@ -101,7 +101,7 @@ def preview_floats(
 
 @torch.inference_mode()
 def sample_floats(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack[SamplerSettings]) -> Tensor:
-    """As `sample_images`, but x_0 as the sampler leaves it: float32, in [-1, 1] and a little beyond."""
+    """As `sample_images`, but x_0 as the sampler returns it: float32 [N, C, H, W], in [-1, 1] and slightly beyond."""
     image, seed = spec.image, settings.get("seed", 0)
     shape, process = (image.channels, image.size, image.size), make_process(spec.diffusion)
     least = settings.get("least_alpha_bar", 0.0)
@@ -121,10 +121,10 @@ def sample_floats(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
 
 
 def from_pixels(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 in [-1, 1]."""
+    """Converts uint8 0..255 to float32 in [-1, 1]."""
     return images.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
 
 
 def to_pixels(x_0: Tensor) -> Tensor:
-    """[-1, 1] to uint8 0..255, rounded; what is not a number becomes the middle."""
+    """Converts [-1, 1] to uint8 0..255 with rounding and clamping. NaN becomes 128."""
     return x_0.nan_to_num(0.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

@@ -1,7 +1,7 @@
-"""Snapshots of power-function averages, and averages of any other length made of them (Karras et al. 2024).
+"""Snapshots of power-function averages, and averages of any length made from them (Karras et al. 2024).
 
-A snapshot is an average as it stood at some step, in a file whose name says which. From those of one or two lengths
-the average of any other length is reconstructed after the training ("post-hoc EMA").
+A snapshot is an average at one step, in a file whose name gives the step and the length. After training, snapshots of
+one or two lengths give the average of any other length ("post-hoc EMA").
 """
 
 import posixpath
@@ -23,14 +23,14 @@ from pipeline.redact import one_line
 
 @dataclass(frozen=True)
 class Snapshot:
-    """When a stored average was taken, and its relative length."""
+    """The step of a stored average, and its relative length."""
 
     step: int
     sigma_rel: float
 
     @property
     def name(self) -> str:
-        """Its file's name."""
+        """The name of its file."""
         return f"step-{self.step:09d}-length-{self.sigma_rel:g}.safetensors"
 
 
@@ -46,11 +46,12 @@ def mix_snapshots(
     """Averages of any lengths at the newest step, mixed from stored ones.
 
     Args:
-        read: the tensors of a snapshot by name; called once for each, and one at a time is held in memory.
-        sigma_rels: the lengths that are wanted.
+        snapshots: the stored averages.
+        read: returns the tensors of a snapshot by name; called once for each, so only one is in memory at a time.
+        sigma_rels: wanted lengths.
 
     Returns:
-        the parameters by name for each length, of the snapshots' dtype.
+        for each length the parameters by name, in the snapshots' dtype.
     """
     steps, lengths = [s.step for s in snapshots], [s.sigma_rel for s in snapshots]
     mixes = [reconstruction_weights(steps, lengths, max(steps), wanted) for wanted in sigma_rels]
@@ -60,23 +61,24 @@ def mix_snapshots(
         for name, tensor in read(snapshot).items():
             dtypes[name] = tensor.dtype
             for mix, total in zip(mixes, sums, strict=True):
-                # In float64: the weights may be large and of both signs.
+                # Summed in float64, because the weights may be large and of both signs.
                 total[name] = total.get(name, 0) + mix[i] * tensor.double()
     return [{name: tensor.to(dtypes[name]) for name, tensor in total.items()} for total in sums]
 
 
 def posthoc_ema(model: UNet, folder: str, sigma_rels: tuple[float, ...]) -> list[dict[str, Tensor]]:
-    """The weights of a model as averages of given lengths, at the newest snapshot's step.
+    """The weights of a model as averages of given lengths, at the step of the newest snapshot.
 
     Args:
-        model: any weights of the run; what is no parameter stays as it is.
-        folder: where the run's snapshots are (URI).
+        model: any weights of the run; everything that is not a parameter is kept.
+        folder: URI of the folder with the run's snapshots.
+        sigma_rels: wanted lengths, in (0, 0.28].
 
     Returns:
         a state dict for each length.
 
     Raises:
-        InputError: no snapshots, damaged ones or those of another model; a length outside (0, 0.28].
+        InputError: there are no snapshots, some are damaged or of another model, or a length is outside (0, 0.28].
     """
     for length in sigma_rels:
         power_gamma(length)
@@ -86,7 +88,7 @@ def posthoc_ema(model: UNet, folder: str, sigma_rels: tuple[float, ...]) -> list
         if (snapshot := parse_snapshot(posixpath.basename(file)))
     }
     if not files:
-        raise InputError(f"--snapshots {folder}: none there: train with --ema-lengths")
+        raise InputError(f"--snapshots {folder}: holds no snapshots: train with --ema-lengths")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def read(snapshot: Snapshot) -> dict[str, Tensor]:
@@ -97,7 +99,7 @@ def posthoc_ema(model: UNet, folder: str, sigma_rels: tuple[float, ...]) -> list
         except OSError as error:
             raise InputError(f"--snapshots {files[snapshot]}: can't be read: {one_line(error)}") from None
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise InputError(f"--snapshots {files[snapshot]}: not of the model that --model names")
+            raise InputError(f"--snapshots {files[snapshot]}: does not belong to --model")
         return tensors
 
     averages = mix_snapshots(sorted(files, key=lambda s: (s.step, s.sigma_rel)), read, list(sigma_rels))

@@ -1,8 +1,8 @@
 """The UNet that predicts epsilon (Ho et al. 2020; Nichol & Dhariwal 2021).
 
-Residual blocks with group norm and scale-shift time embedding, self-attention at chosen resolutions, strided
-convolutions down and nearest-neighbour up. Structure and parameter names are those of diffusers'
-UNet2DModel, so that an export to it is a copy (see models/diffusers.py).
+It has residual blocks with group norm and scale-shift time embedding, self-attention at chosen resolutions, strided
+convolutions downwards and nearest-neighbour upsampling. Its structure and parameter names are those of diffusers'
+UNet2DModel, so an export to diffusers is a copy (see models/diffusers.py).
 """
 
 import math
@@ -25,19 +25,20 @@ LONGEST_PERIOD = 10_000
 
 
 def out_channels(image: ImageConfig, diffusion: DiffusionConfig) -> int:
-    """Channels of the model's output: epsilon, and v beside it where the variance is learned."""
+    """Channels of the model's output: epsilon, followed by v if the variance is learned."""
     return image.channels * (2 if diffusion.variance == "learned_range" else 1)
 
 
 def build(spec: ModelSpec) -> "UNet":
-    """An untrained model of a spec; its first output is exactly zero."""
+    """An untrained model of a specification. Its output is exactly zero."""
     return UNet(spec.model, spec.image, out_channels(spec.image, spec.diffusion))
 
 
 def norm_groups(config: ModelConfig) -> int:
-    """Groups of every group norm: 32, or as many as divide the channels, of 4 channels at least.
+    """Number of groups in every group norm: at most 32, a divisor of the channels, with at least 4 channels a group.
 
-    A group of one channel would lose that channel's mean: on MNIST, a network of 32 channels learns more slowly so.
+    A group of one channel would lose that channel's mean. On MNIST, a network of 32 channels learns more slowly that
+    way.
     """
     channels = config.model_channels
     most = min(MOST_GROUPS, channels // LEAST_GROUP)
@@ -45,10 +46,10 @@ def norm_groups(config: ModelConfig) -> int:
 
 
 def check_model(config: ModelConfig, image: ImageConfig) -> None:
-    """Whether a model can be built for such images.
+    """Checks that a model can be built for such images.
 
     Raises:
-        InputError: names the setting and values that would do.
+        InputError: it can't; the message names the setting and values that fit.
     """
     check_ranges(config)
     if config.model_channels % 2:
@@ -85,12 +86,13 @@ class UNet(nn.Module):
     """Predicts epsilon (and v) from x_t and t.
 
     Args:
-        image: size and channels of the images, and the classes where the model is conditional on them; the
-            label `len(classes)` stands for no label.
+        config: settings of the network.
+        image: size and channels of the images, and their classes if the model is class-conditional. The label
+            `len(classes)` stands for "no label".
         out_channels: see the function of that name.
 
     Raises:
-        InputError: see `check_model`.
+        InputError: as `check_model`.
     """
 
     def __init__(self, config: ModelConfig, image: ImageConfig, out_channels: int) -> None:
@@ -128,11 +130,12 @@ class UNet(nn.Module):
         self.conv_out = _zero(Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """
+        """Predicts epsilon, and v if the variance is learned.
+
         Args:
-            x: [N, C, H, W].
-            t: timesteps of the process the model was trained with, counted from 0, [N].
-            labels: int64 [N]; None means no label for all.
+            x: x_t, [N, C, H, W].
+            t: timesteps of the process that the model was trained with, from 0: [N].
+            labels: int64 [N]; None = no label for all images.
 
         Returns:
             float32 [N, out_channels, H, W].
@@ -162,7 +165,7 @@ class UNet(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t through two linear layers: [N] to [N, out]."""
+    """Sinusoidal embedding of t (Vaswani et al. 2017), followed by two linear layers: [N] to [N, out]."""
 
     def __init__(self, frequencies: int, out: int) -> None:
         super().__init__()
@@ -179,7 +182,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution. `between`: attention only between the blocks, as in the middle."""
+    """The blocks of one resolution. With `between`, attention stands only between the blocks, as in the middle level."""
 
     def __init__(
         self,
@@ -199,13 +202,13 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(out)]) if resample == "up" else None
 
     def layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(residual block, attention or nothing) pairs, in order."""
+        """Pairs of a residual block and its attention (or the identity), in order."""
         attentions = [*(self.attentions or []), *[_PASS] * len(self.resnets)]
         return list(zip(self.resnets, attentions, strict=False))
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, then scale and shift by the embedding, norm, SiLU, dropout, conv; plus the input."""
+    """Norm, SiLU, conv; then norm, scale and shift by the embedding, SiLU, dropout, conv; then the input is added."""
 
     def __init__(self, config: ModelConfig, channels: int, out: int, embedding: int) -> None:
         super().__init__()
@@ -218,7 +221,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = Conv2d(channels, out, 1) if channels != out else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """`embedding` has been through SiLU already: once for all blocks."""
+        """`embedding` has already passed SiLU, once for all blocks."""
         h = self.conv1(self.norm1(x, silu=True))
         scale, shift = self.time_emb_proj(embedding).chunk(2, dim=1)
         h = self.dropout(self.norm2(h, scale, shift, silu=True))
@@ -260,10 +263,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a 3x3 convolution, as one transposed convolution.
+    """Doubles the resolution: nearest neighbour, then a 3x3 convolution, computed as one transposed convolution.
 
-    Pixels of a doubled image come in equal pairs, so the taps that meet a pair add up beforehand: a 4x4 kernel
-    with stride 2, which does 4 products for every 9 and never holds the doubled input.
+    Nearest-neighbour upsampling makes pairs of equal pixels, so the kernel's taps on a pair can be added beforehand.
+    This gives a 4x4 kernel with stride 2, which needs 4 products in place of 9 and never stores the doubled input.
     """
 
     def __init__(self, channels: int) -> None:

@@ -1,4 +1,4 @@
-"""Where MLflow is. Imports nothing of MLflow, which takes seconds: most jobs end or start Ray before they need it."""
+"""The address of MLflow. MLflow itself is not imported, which takes seconds, because most jobs need it only later."""
 
 import os
 import re
@@ -10,19 +10,19 @@ from pipeline.errors import InputError
 from pipeline.redact import redact
 
 is_quiet = False
-# A database file, or the folder of a file store: after the slashes of sqlite:/// a path is relative.
+# A database file, or the folder of a file store. The path after the slashes of sqlite:/// is relative.
 _FILE = re.compile(
     r"(?P<scheme>sqlite(\+\w+)?:///|file:(?=[^/]))?(?P<path>(?!databricks|\w[\w+.-]*:)[^?]+)(?P<query>\?.*)?"
 )
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database file `mlflow.db` in the working directory; no relative path.
+    """MLFLOW_TRACKING_URI, or else a database file `mlflow.db` in the working directory. Paths are made absolute.
 
-    Processes elsewhere, whose working directory is another one, get it from `environment`.
+    Processes with another working directory get the address from `environment`.
 
     Raises:
-        InputError: that directory is a submitted job's own, which goes away.
+        InputError: the working directory belongs to a submitted job, so it is deleted later.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return _absolute(uri)
@@ -35,14 +35,14 @@ def tracking_uri() -> str:
 
 
 def _absolute(uri: str) -> str:
-    """An address with the file or folder that it names, if it does, as seen from any working directory."""
+    """An address in which a relative path to a file or folder is made absolute."""
     if (found := _FILE.fullmatch(uri)) and not found["path"].startswith(":memory:"):
         return f"{found['scheme'] or ''}{Path(found['path']).absolute()}{found['query'] or ''}"
     return uri
 
 
 def environment() -> dict[str, str]:
-    """What workers on other nodes need of it, without secrets: those belong to the nodes' own environment."""
+    """The environment variables that workers on other nodes need, without secrets. Nodes have secrets of their own."""
     if "MLFLOW_TRACKING_URI" not in os.environ and submitted_settings():
         return {}
     uri = tracking_uri()
@@ -50,19 +50,19 @@ def environment() -> dict[str, str]:
 
 
 def with_secrets() -> dict[str, str]:
-    """All that another process needs to reach MLflow: to be handed over as an argument, which nobody else is shown."""
+    """All variables that another process needs to reach MLflow. Pass them as an argument, which nobody else can see."""
     names = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
     known = {name: os.environ[name] for name in names if name in os.environ}
     return {"MLFLOW_TRACKING_URI": tracking_uri()} | known
 
 
 def ui_command() -> str:
-    """The one command that shows the runs in a browser, on this machine only."""
+    """The command that shows the runs in a browser, on this machine only."""
     return f"mlflow ui --backend-store-uri {redact(tracking_uri())} --host 127.0.0.1"
 
 
 def quieten() -> None:
-    """No progress bars and no chatter from MLflow on stderr, now or when it is imported."""
+    """Turns off MLflow's progress bars and log lines on stderr, whether it is already imported or not."""
     global is_quiet
     is_quiet = True
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -1,12 +1,12 @@
-"""The exported model as an MLflow pyfunc, logged as code: MLflow runs this file, and unpickles nothing.
+"""An exported model as an MLflow pyfunc. It is logged as code: MLflow runs this file and unpickles nothing.
 
     model = mlflow.pyfunc.load_model("models:/NAME@ALIAS")
     images = model.predict(pandas.DataFrame({"label": [3, 1, 4]}), params={"sampling_steps": 50})
 
-Each row asks for one image: column `label` (class index, optional), column `index` (which sample of the
-seed, optional; the row number by default). The answer is uint8 [N, H, W, C]. Parameters and what they are when left
-out: `pipeline.models.sampling.SERVED`.
-The package that computes travels with the model, as a zip file.
+Each row asks for one image. The optional column `label` holds its class number. The optional column `index` holds its
+number among the samples of the seed, by default the row number. The result is uint8 [N, H, W, C]. See
+`pipeline.models.sampling.SERVED` for the parameters and their defaults. The package that computes the images is
+stored with the model, as a zip file.
 """
 
 import sys
@@ -22,7 +22,7 @@ class ExportedModel(mlflow.pyfunc.PythonModel):
     """Draws samples from an exported model folder."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the model with the package that it was logged with, unless the process has one already."""
+        """Loads the model with the package stored beside it, unless this process has imported the package already."""
         if "pipeline" not in sys.modules and (code := context.artifacts.get("code")):
             sys.path.insert(0, code)
         from pipeline import load_model
@@ -30,8 +30,8 @@ class ExportedModel(mlflow.pyfunc.PythonModel):
         self.model, self.spec = load_model(Path(context.artifacts["model"]))
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """See the module. Raises ValueError in one line for rows that ask for no image."""
-        # Without type hints: MLflow takes them for a schema of the input.
+        """Samples images; see the module's docstring. Raises ValueError, in one line, for rows that ask for no image."""
+        # No type hints, because MLflow would take them for a schema of the input.
         from pipeline.models.sampling import SERVED, sample_images
 
         if not hasattr(model_input, "columns") or not len(model_input):
@@ -47,7 +47,7 @@ class ExportedModel(mlflow.pyfunc.PythonModel):
 
 
 def _whole_numbers(model_input, column, end):  # type: ignore[no-untyped-def]
-    """A column as int64 [N]; None where there is none."""
+    """A column as int64 [N]; None if there is no such column."""
     if column not in model_input:
         return None
     try:

@@ -1,4 +1,4 @@
-"""MLflow's model registry: exported models logged, registered, and found again by name."""
+"""MLflow's model registry: logs and registers exported models, and finds them by name."""
 
 import contextlib
 import hashlib
@@ -37,21 +37,20 @@ from pipeline.redact import printable
 from pipeline.tracking import runs  # also for its settings of MLflow
 
 MODEL_FOLDER = "model"
-PICTURE = "samples.png"  # of a run: samples of the model that it has trained
-MOST_WORDS = 4000  # characters; MLflow's databases hold 5,000
-# What `from pipeline import load_model, sample_images` imports, and what MLflow's servers do.
+PICTURE = "samples.png"  # artifact of a run: samples of its trained model
+MOST_WORDS = 4000  # characters; MLflow's databases hold up to 5,000
+# Packages that `from pipeline import load_model, sample_images` imports, and that MLflow's servers import.
 SERVED_WITH = ("mlflow", "torch", "numpy", "pandas", "safetensors", "fsspec", "PyYAML")
-# Seconds for which a registry that does not answer is asked again.
+# Seconds for which calls to a registry that does not answer are repeated.
 PATIENCE = 60.0
 
 
 def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = "") -> str:
-    """Logs an exported model folder (path or URI) as a pyfunc, and registers it when `name` is given.
+    """Logs an exported model folder (path or URI) as a pyfunc, and registers it if `name` is given.
 
-    A model that the run has logged already is not logged again, nor registered again under the same name.
-
+    A model that the run has already logged is not logged again, nor registered again under the same name.
     Returns:
-        `models:/NAME/VERSION` when registered, else `models:/ID` of the logged model.
+        `models:/NAME/VERSION` if it was registered, else `models:/ID` of the logged model.
     """
     client = runs.open_client()
     digest = model_fingerprint(str(folder))[:16]
@@ -61,7 +60,7 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
         client.set_tag(run.id, tag, uri)
     if not name:
         return uri
-    known = hashlib.sha256(name.encode()).hexdigest()[:16]  # names may hold what keys of tags may not
+    known = hashlib.sha256(name.encode()).hexdigest()[:16]  # tag keys allow fewer characters
     if not (version := tags.get(tag := f"ray_ddpm.version.{known}.{digest}")):
         with warnings.catch_warnings(action="ignore"):
             version = str(mlflow.register_model(uri, name).version)
@@ -73,7 +72,7 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
 
 
 def _describe(run: runs.Run, spec: ModelSpec, name: str, version: str) -> None:
-    """Says what a version is, in tags and in words, unless it says so already."""
+    """Describes a model version in tags and text, unless it has a description already."""
     client = runs.open_client()
     if client.get_model_version(name, version).description:
         return
@@ -89,14 +88,14 @@ def _describe(run: runs.Run, spec: ModelSpec, name: str, version: str) -> None:
         client.set_model_version_tag(name, version, key, printable(str(value)))
     picture = ""
     if any(file.path == PICTURE for file in client.list_artifacts(run.id)):
-        # From the server's own address: its pages show no picture that stands in the text itself.
+        # The picture is linked on the server itself, because MLflow's pages don't show pictures embedded in the text.
         picture = f"![Samples](get-artifact?path={PICTURE}&run_uuid={run.id})\n\n"
-    # Last: a description stands for all of it.
+    # The description is written last, because it marks the version as fully described.
     client.update_model_version(name, version, (picture + summary(spec))[:MOST_WORDS])
 
 
 def _figures(client: mlflow.MlflowClient, run: runs.Run, steps: int | None) -> dict[str, float]:
-    """Held-out bits/dim of the model and its standard error, where the run has measured it at its last step."""
+    """Held-out bits/dim of the model and its standard error, if the run measured them at its last step."""
     figures = {}
     for name in ("bits_per_dim", "bits_per_dim_stderr"):
         last = max(client.get_metric_history(run.id, name), key=lambda point: point.step, default=None)
@@ -107,47 +106,47 @@ def _figures(client: mlflow.MlflowClient, run: runs.Run, steps: int | None) -> d
 
 def _log(run: runs.Run, folder: str | Path) -> str:
     client = runs.open_client()
-    client.list_artifacts(run.id)  # fails where artifacts are away, before a model is begun
+    client.list_artifacts(run.id)  # fails early if the artifact store does not answer
     status = client.get_run(run.id).info.status
     try:
         with (
-            warnings.catch_warnings(action="ignore"),  # of this model, which declares no schema of its input
+            warnings.catch_warnings(action="ignore"),  # MLflow warns that the model declares no input schema
             _on_this_machine(str(folder)) as here,
             tempfile.TemporaryDirectory() as temporary,
             mlflow.start_run(run_id=run.id, log_system_metrics=False),
         ):
             info = mlflow.pyfunc.log_model(
                 name="model",
-                # A script, not a pickled object: nothing is unpickled when the model is loaded.
+                # A script, not a pickled object, so that nothing is unpickled when the model is loaded.
                 python_model=str(Path(__file__).with_name("pyfunc.py")),
                 artifacts={MODEL_FOLDER: here, "code": str(_packed_code(Path(temporary)))},
                 pip_requirements=requirements(),
                 signature=_signature(read_spec(here)),
             )
     finally:
-        client.update_run(run.id, status=status)  # start_run's exit closes the run; the caller does that
+        client.update_run(run.id, status=status)  # start_run's exit has closed the run
     return str(info.model_uri)
 
 
 def requirements() -> list[str]:
-    """What a served model needs, all of it in public indexes; ray-ddpm itself travels with the model."""
+    """The requirements of a served model, all from public indexes. ray-ddpm itself is stored with the model."""
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in SERVED_WITH]
 
 
 def _packed_code(folder: Path) -> Path:
-    """The package as a zip file that Python imports from."""
+    """Packs the package into a zip file that Python can import from."""
     package, packed = Path(pipeline.__file__).parent, folder / "ray-ddpm.zip"
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
         for source in sorted(package.rglob("*.py")):
             entry = zipfile.ZipInfo(
                 str(source.relative_to(package.parent))
-            )  # of no time: equal code, equal bytes
+            )  # without a time, so that equal code gives equal bytes
             file.writestr(entry, source.read_bytes(), zipfile.ZIP_DEFLATED)
     return packed
 
 
 def _signature(spec: ModelSpec) -> ModelSignature:
-    """Without one MLflow drops every parameter."""
+    """The model's signature. Without one, MLflow ignores all parameters."""
     kinds: dict[type, DataType] = {str: DataType.string, int: DataType.long, float: DataType.double}
     image = spec.image
     return ModelSignature(
@@ -159,7 +158,7 @@ def _signature(spec: ModelSpec) -> ModelSignature:
 
 @contextlib.contextmanager
 def _on_this_machine(uri: str) -> Iterator[str]:
-    """A model folder as a path: itself, or a copy that goes away."""
+    """A model folder as a local path: the folder itself, or a temporary copy."""
     if storage.is_local(uri):
         yield storage.absolute(uri)
         return
@@ -172,18 +171,18 @@ def _on_this_machine(uri: str) -> Iterator[str]:
 
 
 def resolve_model(model: str) -> tuple[Packed, str]:
-    """Reads a MODEL.
+    """Reads the model that a --model flag names.
 
     Args:
-        model: a path or a URI of an exported model folder, `models:/NAME/VERSION`, `models:/NAME/latest`,
+        model: path or URI of an exported model folder, `models:/NAME/VERSION`, `models:/NAME/latest` or
             `models:/NAME@ALIAS`.
 
     Returns:
-        the model, for `load_model` and whatever else takes one, and its name with its alias pinned to the version it
-        points at now. No copy of it is left on this machine.
+        the packed model, and its name, in which an alias is replaced by the version that it points to now. No copy
+        stays on this machine.
 
     Raises:
-        InputError: no such model.
+        InputError: there is no such model, it can't be read, or MLflow does not answer.
     """
     if model.startswith("models:/"):
         return _download(model)

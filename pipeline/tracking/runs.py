@@ -1,7 +1,7 @@
-"""MLflow runs: parameters, curves, datasets, artifacts.
+"""MLflow runs: parameters, curves, datasets and artifacts.
 
-Only the driver talks to MLflow: workers hand their numbers to it (see training/run_channel.py), so one run has
-one writer, whatever restarts, and workers need neither the server's address nor its credentials.
+Only the driver talks to MLflow. Workers send their numbers to the driver (see training/run_channel.py). So a run has
+a single writer whatever restarts, and workers need neither the server's address nor its credentials.
 """
 
 import contextlib
@@ -34,13 +34,14 @@ from pipeline.tracking.address import tracking_uri
 T = TypeVar("T")
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
-OPENING = "ray_ddpm.opening"  # tag: the call that opened a run
-# A call of a server that is away fails after minutes by default. Callers try again themselves, and say so.
+OPENING = "ray_ddpm.opening"  # tag that identifies the call that opened a run
+# By default, a call to a server that does not answer fails only after minutes. Callers here repeat calls themselves
+# and report it.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-# Error codes by which a server says that the same call will never do.
+# Error codes of a server for calls that will never succeed.
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED")
-_ERRORS = (MlflowException, OSError, SQLAlchemyError)  # of a server, of artifacts, of a database
+_ERRORS = (MlflowException, OSError, SQLAlchemyError)  # of server, artifact store, database
 _NOT_ALLOWED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 if address.is_quiet:
     mlflow.utils.logging_utils.disable_logging()
@@ -51,7 +52,8 @@ class Run:
     """An open MLflow run.
 
     Attributes:
-        last_steps: the last step that is already in each of the curves asked for; None where MLflow could not be asked.
+        id: MLflow's id of the run.
+        last_steps: last step that MLflow has, by curve; None if MLflow could not be asked.
     """
 
     id: str
@@ -59,7 +61,7 @@ class Run:
 
 
 def open_client() -> mlflow.MlflowClient:
-    """A client of the server, or database, that `tracking_uri` names."""
+    """A client of the server or database that `tracking_uri` names."""
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     if uri.startswith("sqlite:///"):
@@ -69,12 +71,12 @@ def open_client() -> mlflow.MlflowClient:
 
 @functools.cache
 def _use_first(uri: str) -> None:
-    """The first use of a database file by this process. It makes the tables, and two processes at once would break it."""
+    """Opens a database file for the first time in this process, one process at a time, since this creates its tables."""
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file beside it: on network file systems this lock and SQLite's own would exclude each other.
+    # The lock is a separate file, because on network file systems it would conflict with SQLite's own lock.
     with Path(f"{path}.lock").open("a") as beside:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(beside, fcntl.LOCK_EX)
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
@@ -82,16 +84,16 @@ def _use_first(uri: str) -> None:
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether MLflow answered, and will never take the same call."""
+    """True if MLflow answered, and will never accept the same call."""
     return isinstance(error, MlflowException) and error.error_code in _REFUSED
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether MLflow is away, so that the same call may succeed later."""
+    """True if MLflow does not answer at the moment, so that the same call may succeed later."""
     if isinstance(error, MlflowException):
         return error.error_code not in (*_GONE, *_REFUSED, *_NOT_ALLOWED)
     if isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)):
-        return False  # of a database file
+        return False  # errors of a database file
     return isinstance(error, (OSError, SQLAlchemyError))
 
 
@@ -100,10 +102,13 @@ def wait_for_mlflow(
     seconds: float,
     say: Callable[[str], object] = lambda line: print(line, file=sys.stderr),
 ) -> T:
-    """Makes a call until MLflow answers.
+    """Repeats a call until MLflow answers.
+
+    Args:
+        seconds: time after which it gives up.
 
     Raises:
-        InputError: it did not answer in that time, or it refused.
+        InputError: MLflow did not answer in that time, or refused the call.
     """
     what = f"MLflow at {redact(tracking_uri())} does not answer"
     try:
@@ -116,11 +121,11 @@ def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = ""
     """Opens a new run.
 
     Args:
-        parent: id of the run that this one is shown under.
-        opening: marks all tries of one opening: what an earlier try left is deleted.
+        parent: id of the run under which this one is shown.
+        opening: mark that all attempts to open this run share. Runs from earlier attempts are deleted.
 
     Raises:
-        MlflowException: or whatever the database raises; see `wait_for_mlflow`.
+        MlflowException: MLflow failed; a database raises errors of its own. See `wait_for_mlflow`.
     """
     client = open_client()
     shown = {key: redact(value) for key, value in tags.items()}
@@ -136,7 +141,7 @@ def start_run(experiment: str, name: str, tags: dict[str, str], parent: str = ""
 
 
 def origin(job: str) -> dict[str, str]:
-    """Tags of what made a run and of who did, in which MLflow shows both; its client sets neither by itself."""
+    """Tags with the program and the user of a run. MLflow shows both, but its client sets neither."""
     tags = {"mlflow.source.name": f"ray-ddpm {job}", "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
@@ -146,15 +151,15 @@ def origin(job: str) -> dict[str, str]:
 def open_run(
     experiment: str, name: str, tags: dict[str, str], seconds: float, parent: str = "", opening: str = ""
 ) -> Run:
-    """Opens a new run, just one even where MLflow's answers get lost, and waits while MLflow is away.
+    """Opens exactly one new run, even if answers of MLflow get lost, and waits while MLflow does not answer.
 
     Args:
-        seconds: how long it waits.
+        seconds: how long to wait.
         parent: see `start_run`.
-        opening: see `start_run`; a mark of its own where it is left out.
+        opening: see `start_run`; by default a new mark.
 
     Raises:
-        InputError: see `wait_for_mlflow`.
+        InputError: as `wait_for_mlflow`.
     """
     opening = opening or uuid.uuid4().hex
     return wait_for_mlflow(lambda: start_run(experiment, name, tags, parent, opening), seconds)
@@ -166,7 +171,7 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
 
 
 def _raced(call: Callable[[], T]) -> T:
-    """Makes a call again that lost a race: MLflow looks for a row and then inserts it, and trials start together."""
+    """Repeats a call that lost a race. MLflow first looks for a row and then inserts it, and trials start together."""
     for pause in (0.1, 0.5, 2.0):
         try:
             return call()
@@ -178,10 +183,11 @@ def _raced(call: Callable[[], T]) -> T:
 
 
 def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
-    """Goes on with a run after a restart; None where it was deleted, or was another database's.
+    """Continues a run after a restart; None if the run was deleted or belongs to another database.
 
     Raises:
-        MlflowException: or whatever the database raises: that says nothing of the run; see `wait_for_mlflow`.
+        MlflowException: MLflow failed, which says nothing about the run; a database raises errors of its own. See
+            `wait_for_mlflow`.
     """
     client = open_client()
     try:
@@ -197,7 +203,7 @@ def reopen_run(run_id: str, curves: tuple[str, ...]) -> Run | None:
 
 
 def reopen_later(run_id: str, curves: tuple[str, ...]) -> Run | None:
-    """As `reopen_run`; where MLflow is away, the run with unknown last steps."""
+    """As `reopen_run`, but if MLflow does not answer, returns the run with unknown last steps."""
     try:
         return reopen_run(run_id, curves)
     except _ERRORS:
@@ -205,24 +211,24 @@ def reopen_later(run_id: str, curves: tuple[str, ...]) -> Run | None:
 
 
 def has_points(run_id: str, curves: tuple[str, ...]) -> bool:
-    """Whether a run has a point of one of these curves; True also where MLflow can't say."""
+    """True if a run has a point on one of these curves, or if MLflow can't tell."""
     try:
         client = open_client()
-        client.get_run(run_id)  # the histories of no run are empty
+        client.get_run(run_id)  # raises if there is no such run; its histories would just be empty
         return any(client.get_metric_history(run_id, curve) for curve in curves)
     except _ERRORS:
         return True
 
 
 def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
-    """Closes a run as FINISHED, FAILED or KILLED; why is kept as a tag."""
+    """Closes a run as FINISHED, FAILED or KILLED, and keeps the reason as a tag."""
     if reason:
         open_client().set_tag(run.id, "ray_ddpm.reason", redact(reason))
     open_client().set_terminated(run.id, status)
 
 
 def log_params(run: Run, params: dict[str, Any]) -> None:
-    """Keeps settings as MLflow's parameters, those of nested dicts by dotted names; they can't be changed later."""
+    """Logs settings as MLflow parameters, nested ones with dotted names. Parameters can't be changed later."""
     values = [
         Param(key, printable(redact(str(value)))[:6000]) for key, value in sorted(_flat(params).items())
     ]
@@ -231,7 +237,7 @@ def log_params(run: Run, params: dict[str, Any]) -> None:
 
 
 def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> None:
-    """Adds to the curves: (milliseconds since 1970, step, values) each."""
+    """Adds points to the curves, each (milliseconds since 1970, step, values by curve)."""
     metrics = [
         Metric(key, value, time, step) for time, step, values in points for key, value in values.items()
     ]
@@ -240,7 +246,7 @@ def log_points(run: Run, points: list[tuple[int, int, dict[str, float]]]) -> Non
 
 
 def log_dataset(run: Run, uri: str, fingerprint: str, rows: int, quarantined: int = 0) -> None:
-    """Names the training data in the run, by name and content fingerprint, and counts what was left out of it."""
+    """Logs the training data's name and fingerprint, its number of rows, and the number of images left out."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
@@ -262,7 +268,7 @@ def log_file(run: Run, path: Path, folder: str = "") -> None:
 
 
 def log_bytes(run: Run, path: str, content: bytes) -> None:
-    """Uploads an artifact to its path in the run."""
+    """Uploads bytes as an artifact at `path`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / Path(path).name
         file.write_bytes(content)
@@ -270,7 +276,7 @@ def log_bytes(run: Run, path: str, content: bytes) -> None:
 
 
 def log_config(run: Run, config: dict[str, Any]) -> None:
-    """Keeps the whole configuration as `config.yaml`; `--config` takes it as it is."""
+    """Logs the whole configuration as `config.yaml`, a file that `--config` accepts."""
     import yaml
 
     open_client().log_text(run.id, redact(yaml.safe_dump(config, sort_keys=False)), "config.yaml")

@@ -1,7 +1,7 @@
-"""An MLflow run that takes what is logged at once, and delivers it from a thread, in order.
+"""An MLflow run that accepts everything at once and delivers it from a thread, in order.
 
-MLflow may be away for minutes. Training neither waits for it nor loses a point: what was not delivered lies in the
-folder `undelivered` of the run's own output, and the next resume delivers it.
+MLflow may not answer for minutes. Training neither waits for it nor loses a point: undelivered items are kept in the
+folder `undelivered` of the run's output, and the next resume delivers them.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from pipeline.tracking import Point, registry, runs
 from pipeline.tracking.address import tracking_uri
 
 FOLDER = "undelivered"
-# Seconds that the last delivery of an interrupted job may take: whoever sent the signal soon kills it.
+# Seconds for the last delivery of an interrupted job, because whoever sent the signal will soon kill it.
 HURRIED = 10.0
-# Items that wait, from which on they are kept although MLflow has not failed.
+# From this many waiting items on, items are written to the output even if MLflow has not failed.
 MANY = 8
 
 
-@dataclass(eq=False)  # compared by identity: others are added while one is removed
+@dataclass(eq=False)  # compared by identity, so that removing one of several equal items is exact
 class _Item:
-    """Something to deliver.
+    """An item to deliver.
 
     Attributes:
-        number: its place in the order, from one job on an output to the next.
-        kind: of the method that delivers it.
-        content: its arguments, as JSON.
-        kept: whether the output has a copy.
+        number: its place in the order, which continues from one job on an output to the next.
+        kind: name of the delivery; see `Tracker._deliver`.
+        content: arguments of the delivery, representable as JSON.
+        kept: True if the output has a copy.
     """
 
     number: int
@@ -46,7 +46,7 @@ class _Item:
 
     @property
     def is_artifact(self) -> bool:
-        """Whether it goes to the storage of artifacts, which fails for reasons of its own."""
+        """True if it goes to the artifact store, which fails independently of the server."""
         return self.kind in ("file", "config", "model")
 
 
@@ -54,12 +54,13 @@ class Tracker:
     """Logs to an MLflow run until the `with` block ends, or `close` is called.
 
     Args:
-        run: with unknown last steps where MLflow could not be asked.
-        output: URI of the run's output, in which its files and the exported model lie.
-        curves: a point belongs to the first of these that it has a value of. A curve has one point a step.
-        seconds: that MLflow has, at the end of the block, to take what is left.
-        say: is told, in one line, that MLflow is away, and what it has not taken in the end.
-        lost: set when the output is another driver's: from then on nothing is delivered.
+        run: the run; its last steps are None if MLflow could not be asked.
+        output: URI of the run's output, which holds its files and the exported model.
+        curves: a point belongs to the first of these curves for which it has a value. A curve has one point for each
+            step.
+        seconds: time that MLflow has at the end of the block to take the remaining items.
+        say: called with a line when MLflow fails, and at the end if some items were not delivered.
+        lost: event that is set when another driver takes over the output. From then on nothing is delivered.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Tracker:
         self._items = deque(self._kept_before())
         self._has_kept = bool(self._items)
         self._last = self._items[-1].number if self._items else 0
-        # By curve, the last step that MLflow has (None: not asked yet), and the last that was ever logged.
+        # By curve: the last step that MLflow has (None: not asked yet), and the last step that was ever logged.
         self._delivered = run.last_steps
         self.last_steps = dict(run.last_steps or {})
         for item in self._items:
@@ -89,13 +90,13 @@ class Tracker:
         self._thread.start()
 
     def log_points(self, points: list[Point]) -> list[Point]:
-        """Adds to the curves; returns the points of steps that their curve did not have."""
+        """Adds points to the curves, and returns those whose step the curve did not have yet."""
         if fresh := self._fresh(points):
             self._add("points", fresh)
         return fresh
 
     def log_file(self, path: str) -> None:
-        """Uploads a file of the output, by its path there."""
+        """Uploads a file of the output; `path` is relative to the output."""
         self._add("file", path)
 
     def log_dataset(self, uri: str, fingerprint: str, rows: int, quarantined: int) -> None:
@@ -111,7 +112,7 @@ class Tracker:
         self._add("config", config)
 
     def log_model(self, folder: str, name: str, alias: str) -> None:
-        """See `registry.log_model`. Once it is delivered, `model` is the name that it returned."""
+        """See `registry.log_model`. After delivery, `model` is the name that it returned."""
         self._add("model", folder, name, alias)
 
     def end(self, status: str = "FINISHED", reason: str = "") -> None:
@@ -127,10 +128,10 @@ class Tracker:
         self.close(hurried=isinstance(error, (Interrupted, KeyboardInterrupt)))
 
     def close(self, hurried: bool = False) -> None:
-        """Waits until MLflow has taken what is left, or has been away for too long; keeps and names what it hasn't.
+        """Waits until MLflow has taken all items or has failed for too long. The remaining items are kept and reported.
 
         Args:
-            hurried: a signal has ended the job.
+            hurried: True if a signal ended the job.
         """
         with self._changed:
             self._closing.set()
@@ -138,7 +139,7 @@ class Tracker:
         began, seconds = time.monotonic(), min(self._seconds, HURRIED) if hurried else self._seconds
         while self._thread.is_alive():
             self._thread.join(0.1)
-            if not (self._why or hurried):  # a large model may take its time
+            if not (self._why or hurried):  # uploading a large model may take long
                 began = time.monotonic()
             elif time.monotonic() - began >= seconds:
                 break
@@ -163,12 +164,12 @@ class Tracker:
             self._last += 1
             self._items.append(_Item(self._last, kind, list(content)))
             self._changed.notify()
-        # What no later job logs again; and whatever comes where MLflow is away, or slow.
+        # Items that no later job logs again are kept at once, and all items if MLflow fails or is slow.
         if self._why or kind in ("params", "config", "dataset") or len(self._items) > MANY:
             self._keep()
 
     def _fresh(self, points: list[Point]) -> list[Point]:
-        """Those of the points that their curve does not have."""
+        """The points whose step their curve does not have yet."""
         fresh = []
         for point in points:
             curve = self._curve(point)
@@ -181,8 +182,8 @@ class Tracker:
         return next((name for name in self._curves if name in point[2]), "")
 
     def _deliver_all(self) -> None:
-        """Until the block has ended and nothing is left, or the output is another driver's."""
-        pause, failing = FIRST_PAUSE, set[bool]()  # by whether they are artifacts, the items that fail now
+        """Delivers items until the block has ended and nothing is left, or another driver has the output."""
+        pause, failing = FIRST_PAUSE, set[bool]()  # what fails now: True = artifacts, False = the rest
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._items or self._closing.is_set())
@@ -195,7 +196,7 @@ class Tracker:
                 continue
             try:
                 self._deliver(item.kind, item.content)
-            except Exception as error:  # whatever it is down with
+            except Exception as error:  # MLflow and its stores raise errors of any kind
                 if not runs.is_refused(error):
                     failing.add(item.is_artifact)
                     self._note_failure(item.kind, one_line(error))
@@ -206,12 +207,12 @@ class Tracker:
             if not failing:
                 pause, self._why = FIRST_PAUSE, ""
             if item.kept:
-                with contextlib.suppress(Exception):  # the next job delivers it again, which changes nothing
+                with contextlib.suppress(Exception):  # delivering it again changes nothing
                     storage.remove(self._place(item))
             self._items.remove(item)
 
     def _next(self, failing: Container[bool]) -> _Item | None:
-        """The first item of those that do not fail now; the run's end after all others of them."""
+        """The first item that does not fail now. The end of the run comes after all others."""
         able = [item for item in list(self._items) if item.is_artifact not in failing]
         return next((item for item in able if item.kind != "end"), able[0] if able else None)
 
@@ -228,7 +229,7 @@ class Tracker:
             if storage.exists(uri := storage.join(self._output, content[0])):
                 runs.log_bytes(run, content[0], storage.read_bytes(uri))
             else:
-                self._say(f"{uri} is gone: MLflow does not get it")
+                self._say(f"{uri} no longer exists: MLflow does not get it")
         elif kind == "dataset":
             runs.log_dataset(run, *content)
         elif kind == "params":
@@ -250,18 +251,18 @@ class Tracker:
         self._keep()
 
     def _keep(self) -> None:
-        """Writes what is not delivered, and not kept yet, to the output."""
+        """Writes undelivered items that are not kept yet to the output."""
         for item in list(self._items):
             if not item.kept and not self.lost.is_set():
                 content = json.dumps({"kind": item.kind, "content": item.content}).encode()
                 try:
                     storage.write_atomic(self._place(item), content)
-                except Exception:  # the storage is away as well: the next attempt tries again
+                except Exception:  # the storage fails too; the next attempt tries again
                     return
                 item.kept = self._has_kept = True
 
     def _kept_before(self) -> list[_Item]:
-        """What former jobs on the output kept, in order; what this one does again itself is dropped."""
+        """The items that earlier jobs on the output kept, in order, without those that this job logs again itself."""
         folder, found = storage.join(self._output, FOLDER), []
         for uri in storage.list_files(folder, (".json",)) if storage.exists(folder) else []:
             item = _Item(

@@ -1,4 +1,4 @@
-"""Values of a search space with which no trial could be run, found before the first one is started."""
+"""Finds values of a search space with which no trial could run, before the first trial starts."""
 
 import itertools
 import math
@@ -14,21 +14,21 @@ from pipeline.training.checks import check_fit, check_length, check_settings
 from pipeline.tuning.config import TuneConfig, base, finished
 from pipeline.tuning.space import Flags, Space, apply
 
-# Of more combinations a value stands in, so many are tried at random.
+# If a value occurs in more combinations than the first number, the second number of them are tried at random.
 MOST_COMBINATIONS, TRIED = 10_000, 1_000
 
 
 def check_choices(config: TuneConfig, space: Space, data: Splits) -> None:
-    """Refuses a choice, or an end of a range, that goes with no choice of the other flags.
+    """Refuses a choice, or an end of a range, that works with no choice of the other flags.
 
     Raises:
-        InputError: names the flag, its value, and what is wrong with that.
+        InputError: no trial could run with a value; the message names the flag, the value and the reason.
     """
     values = {name: _values(entry) for name, entry in space.entries.items()}
     good = set[tuple[str, Any]]()
 
     def refusal(values: dict[str, list[Any]]) -> str:
-        """What is wrong with the first of these combinations; "" where one is good."""
+        """The fault of the first combination; "" if any combination works."""
         first = ""
         for chosen in _combinations(values):
             try:
@@ -49,10 +49,10 @@ def check_choices(config: TuneConfig, space: Space, data: Splits) -> None:
 
 
 def check_trial(config: TuneConfig, flags: Flags, data: Splits) -> None:
-    """Whether the training that a trial's flags stand for could be begun: its schedule, its network, its rungs.
+    """Checks that the training of a trial with these flags could begin: its schedule, its network and its rungs.
 
     Raises:
-        BadSettings: says what is wrong with them.
+        BadSettings: it could not; the message gives the reason.
     """
     try:
         trial = apply(base(config), flags)
@@ -68,7 +68,7 @@ def _values(entry: BaseDistribution) -> list[Any]:
 
 
 def _combinations(values: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Every way to choose one value of each, or many of them at random, the same each time."""
+    """All combinations of one value each, or many of them at random if there are too many. Always the same."""
     if math.prod(map(len, values.values())) <= MOST_COMBINATIONS:
         yield from (dict(zip(values, some, strict=True)) for some in itertools.product(*values.values()))
         return

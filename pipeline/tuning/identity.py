@@ -1,4 +1,4 @@
-"""Which search an output folder holds: one MLflow run, its trials' own runs, and what no resume may change."""
+"""Ties an output folder to one search: its MLflow run, its trials' runs, and the settings that no resume may change."""
 
 import hashlib
 from dataclasses import replace
@@ -25,19 +25,19 @@ PATIENCE = 60.0
 
 
 def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.Run, bool]:
-    """One parent run for one search, whatever number of resumes and wherever it is moved; a copy is another search.
+    """Opens the parent run of a search: the same run for all resumes and after a move; a copy gets a new run.
 
     Returns:
-        the run, and whether it is new.
+        the run, and True if it is new.
 
     Raises:
-        InputError: a resume with settings on which the figures depend and that are others; MLflow does not answer.
+        InputError: a resume changes settings that the metrics depend on, or MLflow does not answer.
     """
     output, fixed = config.output, _fixed(config, space, splits)
     if before := read_claim(output, SEARCH_FILE):
         gone = before["fixed"].get("scheduler") not in get_args(Scheduler)
-        hints = {"scheduler": ", which is no more" if gone else ""}
-        # Older releases did not write these.
+        hints = {"scheduler": ", which no longer exists" if gone else ""}
+        # Older releases did not write these settings.
         defaults = {name: fixed[name] for name in ("held_out", "features", "schedule_files")}
         check_claim(output, before, fixed, defaults, hints)
         if _is_copy(output, before):
@@ -53,7 +53,7 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.
 
 
 def _is_copy(output: str, claim: dict[str, Any]) -> bool:
-    """Whether the search still lies where it was, with the same run: then this folder was copied, not moved."""
+    """True if this folder was copied, not moved: the search still exists at its recorded place with the same run."""
     place = claim.get("place", output)
     if place == output or not (Path(place) / SEARCH_FILE).exists():
         return False
@@ -62,7 +62,7 @@ def _is_copy(output: str, claim: dict[str, Any]) -> bool:
 
 
 def _leave_runs(output: str) -> None:
-    """Unfinished trials of a copy get MLflow runs of their own: those that they had are the other search's."""
+    """Detaches the unfinished trials of a copy from their MLflow runs, which belong to the original search."""
     for record in ledger.read_all(output):
         if not record.over:
             ledger.write(output, replace(record, run_id="", opening=""))
@@ -70,7 +70,7 @@ def _leave_runs(output: str) -> None:
 
 
 def _fixed(config: TuneConfig, space: Space, splits: Splits) -> dict[str, Any]:
-    """All that the figures depend on."""
+    """All settings that the metrics depend on."""
     return {
         "data": splits["train"].fingerprint,
         "held_out": splits["validation"].order,

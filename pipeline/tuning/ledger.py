@@ -1,7 +1,7 @@
-"""The ledger: one JSON file a trial, which says all that a resumed search and the report need.
+"""The ledger of a search: one JSON file for each trial, with everything that a resume and the report need.
 
-Nothing in it is an absolute path, so a search can be moved or copied. A trial's file is written whole or not
-at all: by the driver when the trial is proposed, then by the trial, and by the driver again if the trial dies.
+It contains no absolute path, so a search can be moved or copied. A trial's file is written whole or not at all: by
+the driver when the trial is proposed, then by the trial, and by the driver again if the trial dies.
 """
 
 import itertools
@@ -22,14 +22,15 @@ TRIALS, RECORD = "trials", "trial.json"
 
 @dataclass(frozen=True)
 class Rung:
-    """A measurement.
+    """A measurement of a trial.
 
     Attributes:
-        images: of the rung, by which trials are compared.
+        images: images of the rung, by which trials are compared.
+        step: optimizer step.
         time: seconds since 1970.
-        metrics: by name; lower is better for what is searched.
-        per_image: bits/dim of each held-out image, in the order that all trials share; empty if not measured.
-        seen: images seen in training: those of the rung in whole batches; 0 where an older release did not write it.
+        metrics: metrics by name; lower is better for those that are searched.
+        per_image: bits/dim of each held-out image, in an order that all trials share; empty if not measured.
+        seen: images seen in training, in whole batches; 0 if an older release did not write it.
     """
 
     images: int
@@ -41,7 +42,7 @@ class Rung:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every figure is a number that others can be compared with."""
+        """True if all metrics are finite numbers."""
         return all(map(math.isfinite, (*self.metrics.values(), *self.per_image)))
 
 
@@ -50,12 +51,16 @@ class Record:
     """A trial.
 
     Attributes:
-        parameters: Optuna's.
-        flags: the training flags that they stand for.
-        status: "failed" is due to the settings and final; of "interrupted" a resume makes another attempt.
+        number: number of the trial, from 0.
+        parameters: Optuna's parameters.
+        flags: the training flags that the parameters stand for.
+        status: "failed" is final and due to the settings; a resume tries an "interrupted" trial again.
         reason: why it failed or was interrupted.
-        incarnation: number of its training run's folder; 0, but for population based training in 0.1.0.
-        run_id: nested MLflow run.
+        rungs: its measurements, in order.
+        incarnation: number of its training run's folder; 0 except for population based training in release 0.1.0.
+        run_id: its nested MLflow run.
+        opening: mark of the attempts to open that run. It identifies the run if a kill came before its id was
+            written.
         opening: marks the attempts to open that run, also where a kill came before its id was written here.
     """
 
@@ -71,22 +76,22 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The trial's folder, and its name in Ray Tune and MLflow."""
+        """The name of the trial's folder, and of the trial in Ray Tune and MLflow."""
         return f"{self.number:04d}"
 
     @property
     def over(self) -> bool:
-        """Whether nothing of it is left to run."""
+        """True if nothing is left to run."""
         return self.status in ("finished", "stopped", "failed")
 
     @property
     def lost(self) -> bool:
-        """Whether it failed, for good or until a resume."""
+        """True if it failed, finally or until a resume."""
         return self.status in ("failed", "interrupted")
 
     @property
     def images(self) -> int:
-        """Of the rung at which it was last measured."""
+        """Images of the rung at which it was last measured."""
         return self.rungs[-1].images if self.rungs else 0
 
     @property
@@ -96,17 +101,17 @@ class Record:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was last measured."""
+        """The metrics of the last measurement."""
         return self.rungs[-1].metrics if self.rungs else {}
 
 
 def folder(output: str, name: str) -> Path:
-    """Where a trial lives."""
+    """Folder of a trial."""
     return Path(output) / TRIALS / name
 
 
 def run_folder(output: str, record: Record) -> Path:
-    """Where a trial's training run lives."""
+    """Folder of a trial's training run."""
     return folder(output, record.name) / f"run-{record.incarnation}"
 
 
@@ -117,14 +122,14 @@ def write(output: str, record: Record) -> None:
 
 
 def read(output: str, name: str) -> Record:
-    """Reads a trial's file; a measurement in it that is not finite is a failure of the trial.
+    """Reads a trial's file. If it holds a metric that is not finite, the trial is read as failed.
 
     Raises:
-        InputError: something else wrote it.
+        InputError: another program wrote the file.
     """
     path = folder(output, name) / RECORD
     values = json.loads(path.read_text())
-    values.pop("history", None)  # 0.1.0: what population based training did
+    values.pop("history", None)  # release 0.1.0: history of population based training
     record = from_dict(Record, values, str(path))
     if all(rung.is_finite for rung in record.rungs):
         return record
@@ -134,19 +139,19 @@ def read(output: str, name: str) -> Record:
 
 
 def read_all(output: str) -> list[Record]:
-    """Every trial, by number."""
+    """All trials, in order of their numbers."""
     paths = sorted((Path(output) / TRIALS).glob(f"*/{RECORD}"))
     return sorted((read(output, path.parent.name) for path in paths), key=lambda record: record.number)
 
 
 def ranked(records: list[Record], metric: str) -> list[Record]:
-    """Measured trials, best first: those that got furthest, by their last measurement."""
+    """Measured trials, best first: by the furthest rung, then by the metric there."""
     measured = [record for record in records if metric in record.metrics and not record.lost]
     return sorted(measured, key=lambda record: (-record.images, record.metrics[metric]))
 
 
 def pareto_front(records: list[Record], metrics: tuple[str, ...]) -> list[Record]:
-    """The finished trials than which no other is at least as good in all metrics and better in one."""
+    """The finished trials that no other trial dominates: is at least as good in all metrics and better in one."""
     done = sorted(
         (record for record in records if record.status == "finished"),
         key=lambda record: [record.metrics[name] for name in metrics],
@@ -156,5 +161,5 @@ def pareto_front(records: list[Record], metrics: tuple[str, ...]) -> list[Record
 
 
 def dominating(values: np.ndarray, mine: np.ndarray) -> np.ndarray:
-    """Which rows are at least as good as `mine` in all columns and better in one: bool [N] of [N, M], lower is better."""
+    """Bool [N], True for each row of `values` [N, M] that dominates `mine` [M]: no worse in any column, better in one."""
     return np.logical_and((values <= mine).all(axis=1), (values < mine).any(axis=1))

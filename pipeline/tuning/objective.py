@@ -1,8 +1,8 @@
-"""What trials are compared by: figures that mean the same for every schedule, T and loss.
+"""Objectives by which trials are compared; they mean the same for every schedule, T and loss.
 
-Held-out bits/dim is the bound on the likelihood of the same images; the Fréchet distance is that of samples
-drawn with the same number of model evaluations. All trials meet the same images and the same noise (common
-random numbers), so a difference between two of them is known better than either figure.
+Held-out bits/dim is the variational bound on the same images. The Fréchet distance is that of samples drawn with the
+same number of model evaluations. All trials use the same images and the same noise (common random numbers), so the
+difference of two trials is known more precisely than either value.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from pipeline.rng import Choice
 from pipeline.tuning.config import TuneConfig
 
 IMAGES_PER_TASK = 64
-CLASSIFIER = "classifier"  # --features, and a folder of the search
+CLASSIFIER = "classifier"  # value of --features, and a folder of the search
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,21 @@ class Measured:
 
 
 class Objective(Protocol):
-    """Measures a model; travels to the training workers by pickle, within the job."""
+    """Measures a model. It is pickled and sent to the training workers, within the job."""
 
     def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured: ...
 
 
 @dataclass(frozen=True)
 class HeldOutBits:
-    """Bits/dim on the images `ids`, with its standard error as a sample of images (and of terms).
+    """Bits/dim on the images `ids`, with its standard error over images (and terms).
 
     Attributes:
-        occurs: values of pixels that occur in the training images, for the decoder that all schedules share; None =
-            each model's own.
+        index: the held-out split.
+        ids: sample ids, int64 [N].
+        terms: number of terms of the bound for each image.
+        occurs: bool [256], pixel values that occur in the training images, for the decoder that all schedules share;
+            None = each model's own decoder.
     """
 
     index: DatasetIndex
@@ -66,7 +69,7 @@ class HeldOutBits:
     occurs: Tensor | None = None
 
     def __call__(self, model: UNet, spec: ModelSpec, pool: Pool) -> Measured:
-        """See `Objective`; where T is no larger than `terms` every term is evaluated."""
+        """See `Objective`. If T is at most `terms`, every term is evaluated."""
         terms = 0 if self.terms >= spec.diffusion.timesteps else self.terms
         work = BitsWork(self.index, model, spec, terms, self.seed, self.occurs)
         parts = list(pool(work, cut(self.ids, IMAGES_PER_TASK)))
@@ -79,10 +82,11 @@ class HeldOutBits:
 
 @dataclass(frozen=True)
 class SampleFrechet:
-    """The Fréchet distance of DDIM samples, numbered 0 to `samples`, to the training data.
+    """The Fréchet distance from DDIM samples, numbered 0 to `samples`, to the training data.
 
     Attributes:
-        steps: model evaluations a sample; T where that is fewer.
+        reference: moments of the training data's features.
+        steps: model evaluations for each sample, at most T.
     """
 
     extractor: Extractor
@@ -105,7 +109,7 @@ class SampleFrechet:
 
 @dataclass(frozen=True)
 class _SampleWork:
-    """The moments of the features of samples, by their numbers, which follow one another."""
+    """Moments of the features of samples, for runs of consecutive sample numbers."""
 
     model: UNet
     spec: ModelSpec
@@ -121,7 +125,7 @@ class _SampleWork:
         def do(ids: np.ndarray) -> Partial:
             first, count = int(ids[0]), len(ids)
             samples = preview_floats(model, self.spec, count, first=first, steps=self.steps, seed=self.seed)
-            # What is not a number has a pixel, but no distance.
+            # A sample that is not finite has pixels, but no distance.
             numbers = samples.isfinite().flatten(1).all(dim=1, keepdim=True)
             features = embed(to_pixels(samples)).where(numbers, math.nan)
             moments = moments_of(features.cpu().numpy())
@@ -144,10 +148,11 @@ class Both:
 
 
 def make_objective(config: TuneConfig, splits: Splits, gpu: bool | None = None) -> Objective:
-    """The objective that the settings ask for; features and reference moments are made once, for all trials.
+    """The objective that the settings ask for. Features and reference moments are computed once for all trials.
 
     Raises:
-        InputError: no validation split, no labels to train a classifier on, a features file that can't be used.
+        InputError: there is no validation split, there are no labels for the classifier, or the features file is
+            unusable.
     """
     parts: list[Objective] = []
     if BITS_PER_DIM in config.metrics:
@@ -167,7 +172,7 @@ def make_objective(config: TuneConfig, splits: Splits, gpu: bool | None = None) 
 
 
 def features_digest(features: str) -> str:
-    """What --features names, by its content; the built-in classifier is kept with the search."""
+    """SHA-256 of the file that --features names; "classifier" for the built-in one, which is kept with the search."""
     if features == CLASSIFIER:
         return features
     place = storage.join(features, WEIGHTS) if storage.exists(storage.join(features, CONFIG)) else features
@@ -175,7 +180,7 @@ def features_digest(features: str) -> str:
 
 
 def _extractor(config: TuneConfig, splits: Splits, gpu: bool | None) -> Extractor:
-    """The features that a search keeps: those of its first start, also after a resume."""
+    """The features of a search. A resume uses the classifier that the first start trained."""
     features, train = config.features, splits["train"]
     if features == CLASSIFIER:
         features = storage.join(config.output, CLASSIFIER)
@@ -185,7 +190,7 @@ def _extractor(config: TuneConfig, splits: Splits, gpu: bool | None) -> Extracto
 
 
 def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
-    """A pool in which each training worker does its share, and every worker gets all results."""
+    """A pool in which each training worker does its share of the tasks, and every worker gets all results."""
 
     def pool(work: Work, tasks: Sequence[np.ndarray], title: str = "") -> Iterator[Partial]:
         do = work.start(str(device))
@@ -199,12 +204,12 @@ def over_ranks(device: torch.device, rank: int, world_size: int) -> Pool:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of a - b over the same images, and its standard error."""
+    """The mean of a - b over the same images, and its standard error."""
     difference = np.asarray(a) - np.asarray(b)
     return mean_and_error(difference)
 
 
 def common_numbers_gain(a: Sequence[float], b: Sequence[float]) -> float:
-    """Var(a) + Var(b) over Var(a - b): how many times fewer images tell two trials apart than if each had its own."""
+    """(Var(a) + Var(b)) / Var(a - b): how many times fewer images common random numbers need to compare two trials."""
     x, y = np.asarray(a), np.asarray(b)
     return float((x.var(ddof=1) + y.var(ddof=1)) / (x - y).var(ddof=1))

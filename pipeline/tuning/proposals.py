@@ -1,4 +1,4 @@
-"""Which trials a search runs, and which of them it stops early, also after it was killed: the ledger decides both."""
+"""Decides which trials a search runs and stops early, from the ledger, so that it also works after a kill."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from pipeline.tuning.ledger import Record, dominating
 from pipeline.tuning.space import Space
 from pipeline.tuning.trial import FAILED, IMAGES
 
-# Random choices that are made until one is new; in a space that is used up none is.
+# Random proposals to try until one is new. In an exhausted space none is.
 ATTEMPTS = 500
 
 
 class Proposals(Searcher):
     """Numbers the trials that Optuna proposes, and writes them into the ledger.
 
-    Optuna is told how the ledger's trials ended; unfinished ones come first, under their own number.
+    Optuna is told how the ledger's trials ended. Unfinished trials come first, under their own numbers.
     """
 
     def __init__(self, config: TuneConfig, space: Space, records: list[Record]) -> None:
@@ -32,16 +32,16 @@ class Proposals(Searcher):
         self._taken = {_key(record.parameters) for record in records}
         self._next = max((record.number for record in records), default=-1) + 1
         self._asked: dict[str, optuna.trial.Trial] = {}
-        # Seeded anew after a resume: the same random start would propose the first trials again.
+        # A resume uses another seed, because the same one would propose the first trials again.
         seed = (config.seed * 100_003 + len(records)) % 2**32
-        self._chance = optuna.samplers.RandomSampler(seed=(seed + 2**31) % 2**32)  # no other start's seed
+        self._chance = optuna.samplers.RandomSampler(seed=(seed + 2**31) % 2**32)  # unlike all other seeds
         self._sampler = _sampler(config, seed)
         directions = ["minimize"] * len(config.metrics)
         self.study = optuna.create_study(sampler=self._sampler, directions=directions)
         self.study.add_trials([_told(record, config, space) for record in records if record.over])
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The flags of the next trial (see Ray Tune's Searcher)."""
+        """The flags of the next trial; see Ray Tune's Searcher."""
         if self._unfinished:
             record = self._unfinished.pop(0)
             self.study.enqueue_trial(record.parameters)
@@ -58,9 +58,9 @@ class Proposals(Searcher):
         return dict(record.flags)
 
     def _ask_new(self) -> optuna.trial.Trial | None:
-        """What no trial has had, since the same settings train to the same model; None where that is all there is.
+        """Parameters that no trial has had, because equal settings train equal models; None if there are none left.
 
-        TPE proposes the best it knows of again and again; then a random choice stands in for it.
+        TPE proposes the best known parameters again and again. Then a random choice replaces its proposal.
         """
         for sampler in (self._sampler, *[self._chance] * ATTEMPTS):
             self.study.sampler = sampler
@@ -81,35 +81,35 @@ class Proposals(Searcher):
             self.study.tell(asked, [result[name] for name in self._config.metrics], skip_if_finished=True)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the state."""
+        """Does nothing, because the ledger is the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see `save`."""
+        """Does nothing; see `save`."""
 
 
 class Halving(Stopper):
-    """Asynchronous successive halving (Li et al. 2020, algorithm 2; one bracket, trials stopped instead of paused).
+    """Asynchronous successive halving (Li et al. 2020, algorithm 2; one bracket, trials are stopped instead of paused).
 
-    A trial goes on if it is among the best 1/`reduction` of those that were measured at its rung before it, whenever
-    that was; the first one always does. By two metrics it goes on unless more than 1/`reduction` of them dominate it, are
-    at least as good in both and better in one (Fonseca & Fleming 1993): neither end of the Pareto front is ever stopped.
-    Asked again about a trial, it answers the same again.
+    A trial continues if it is among the best 1/`reduction` of the trials measured at the same rung before it. The
+    first trial at a rung always continues. With two metrics, a trial continues unless more than 1/`reduction` of the
+    others dominate it: are at least as good in both metrics and better in one (Fonseca & Fleming 1993). So neither
+    end of the Pareto front is ever stopped. Asked again about a trial, it gives the same answer.
 
     Args:
         records: the ledger at the start of the search.
-        names: trials' names by Ray Tune's ids.
+        names: trial names by Ray Tune's ids.
     """
 
     def __init__(self, config: TuneConfig, records: list[Record], names: dict[str, str]) -> None:
         self._metrics, self._reduction, self._names = config.metrics, config.reduction, names
-        # By the rung's images, then by the trial's name, in the order of the measurements.
+        # Metrics by the rung's images, then by the trial's name, in the order of the measurements.
         self._rungs: dict[int, dict[str, list[float]]] = {}
         measured = ((rung.time, record.name, rung) for record in records for rung in record.rungs)
         for _, name, rung in sorted(measured, key=lambda item: item[:2]):
             self._rungs.setdefault(rung.images, {})[name] = [rung.metrics[one] for one in self._metrics]
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether a trial ends at the rung that it was just measured at (see Ray Tune's Stopper)."""
+        """True if a trial ends at the rung at which it was just measured; see Ray Tune's Stopper."""
         if result["done"]:
             return False
         name, rung = self._names[trial_id], self._rungs.setdefault(result[IMAGES], {})
@@ -122,7 +122,7 @@ class Halving(Stopper):
         return bool(dominating(np.array(before), np.array(mine)).mean() > 1 / self._reduction)
 
     def stop_all(self) -> bool:
-        """Never: see Ray Tune's Stopper."""
+        """Always False; see Ray Tune's Stopper."""
         return False
 
 

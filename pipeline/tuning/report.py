@@ -1,7 +1,7 @@
-"""What a search found: a table, and one interactive HTML page that needs no other file and no network.
+"""Reports a search: a table, and one interactive HTML page that needs no other file and no network.
 
-The page is report.html beside this file, with the figures in it as JSON. It draws by itself, in plain JavaScript: the
-libraries that draw parallel coordinates weigh megabytes, and would be one more thing to keep up to date.
+The page is report.html beside this file, with the data inserted as JSON. It draws in plain JavaScript, because
+libraries that draw parallel coordinates take megabytes and need updates.
 """
 
 import base64
@@ -34,11 +34,11 @@ from pipeline.tuning.trial import training
 HTML, TABLE = "report.html", "trials.csv"
 PAGE = Path(__file__).with_name(HTML)
 BEST, SAMPLES = 4, 36
-# Points of a schedule's curve.
+# Number of points on a schedule's curve.
 SIGNAL = 33
-# Trials from which on a setting's importance is estimated, and shufflings that it is held against.
+# Fewest trials for which importance is estimated, and number of shuffles to compare it with.
 FEWEST, SHUFFLES = 12, 19
-# Share of the trials that the good ones are.
+# Share of the trials that count as good.
 GOOD = 1 / 3
 
 Row = dict[str, str]
@@ -48,11 +48,11 @@ def write(config: TuneConfig, space: Space, records: list[Record], command: str)
     """Writes report.html and trials.csv.
 
     Args:
-        records: at least one of them measured.
-        command: trains the winner again.
+        records: the trials; at least one must be measured.
+        command: command that trains the winner again.
 
     Returns:
-        both files.
+        the paths of both files.
     """
     output = Path(config.output)
     rows = table_rows(config, records)
@@ -61,14 +61,14 @@ def write(config: TuneConfig, space: Space, records: list[Record], command: str)
     writer.writeheader()
     writer.writerows(rows)
     storage.write_atomic(str(output / TABLE), text.getvalue().encode())
-    # What users wrote must not end the element that it stands in.
+    # Text of users must not end the HTML element that contains the data.
     data = to_json(_page(config, space, records, rows, command)).replace("<", "\\u003c")
     storage.write_atomic(str(output / HTML), PAGE.read_text().replace(">DATA<", f">{data}<").encode())
     return [output / HTML, output / TABLE]
 
 
 def table_rows(config: TuneConfig, records: list[Record]) -> list[Row]:
-    """One row a trial, best first, those without a measurement last."""
+    """One row for each trial, best first, trials without a measurement last."""
     best = ledger.ranked(records, config.metrics[0])
     others = [record for record in records if record not in best]
     front = ledger.pareto_front(records, config.metrics) if len(config.metrics) > 1 else []
@@ -94,7 +94,7 @@ def table_rows(config: TuneConfig, records: list[Record]) -> list[Row]:
 
 
 def table(config: TuneConfig, records: list[Record]) -> str:
-    """The same as plain text."""
+    """The table as plain text."""
     rows = table_rows(config, records)
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
@@ -104,7 +104,7 @@ def table(config: TuneConfig, records: list[Record]) -> str:
 
 
 def unequal(records: list[Record]) -> str:
-    """Where trials are compared that have not seen equally many images, since batches are whole; "" where nowhere."""
+    """A note if trials were compared that saw different numbers of images, because batches are whole; "" if none were."""
     seen: dict[int, set[int]] = {}
     for record in records:
         for rung in record.rungs:
@@ -126,7 +126,7 @@ def varied_flags(records: list[Record]) -> list[str]:
 
 
 def _gap(record: Record, winner: Record) -> str:
-    """The difference on the same images and noise; empty where they were not measured at the same rung."""
+    """The paired difference on the same images and noise; "" if the trials were not measured at the same rung."""
     if record.images != winner.images or not record.rungs[-1].per_image or not winner.rungs[-1].per_image:
         return ""
     mean, error = paired(record.rungs[-1].per_image, winner.rungs[-1].per_image)
@@ -136,7 +136,7 @@ def _gap(record: Record, winner: Record) -> str:
 def _page(
     config: TuneConfig, space: Space, records: list[Record], rows: list[Row], command: str
 ) -> dict[str, Any]:
-    """All that the page shows."""
+    """The data of the page."""
     metrics, by_name = config.metrics, {record.name: record for record in records}
     rank = {
         metric: {record.name: i for i, record in enumerate(ledger.ranked(records, metric), start=1)}
@@ -185,14 +185,14 @@ def _page(
 
 
 def importance(config: TuneConfig, space: Space, records: list[Record], metric: str) -> list[dict[str, Any]]:
-    """How much each setting matters, by PED-ANOVA (Watanabe et al. 2023), the most important first.
+    """The importance of each setting by PED-ANOVA (Watanabe et al. 2023), the most important first.
 
-    It looks at ranks alone: figures of trials that were stopped at different rungs can't be compared. fANOVA, which
-    looks at figures, takes minutes for many trials, and of few it tells no effect from chance.
+    PED-ANOVA uses only ranks, which suits trials that were stopped at different rungs and so can't be compared by
+    value. fANOVA uses values, takes minutes for many trials, and can't tell effects from chance with few trials.
 
     Returns:
-        by setting its `share` of all their importance, and as `chance` the largest that it had in `SHUFFLES` shufflings
-        of the ranks; none where trials are too few.
+        for each setting its `share` of the total importance, and as `chance` the largest share in `SHUFFLES` shuffles
+        of the ranks; empty if there are too few trials.
     """
     best = [one for one in ledger.ranked(records, metric) if one.parameters.keys() >= space.entries.keys()]
     entries = {
@@ -211,7 +211,7 @@ def importance(config: TuneConfig, space: Space, records: list[Record], metric: 
     measure = PedAnovaImportanceEvaluator(target_quantile=GOOD)
 
     def of_order(values: np.ndarray) -> dict[str, float]:
-        with warnings.catch_warnings(action="ignore"):  # that lower is better
+        with warnings.catch_warnings(action="ignore"):  # it warns that lower is better
             found: dict[str, float] = measure.evaluate(
                 study, target=lambda trial: float(values[trial.number])
             )
@@ -232,14 +232,14 @@ def importance(config: TuneConfig, space: Space, records: list[Record], metric: 
 
 
 def _signal(config: TuneConfig, record: Record) -> list[list[float]]:
-    """t / T and alpha_bar of a trial's schedule, at some of its steps."""
+    """[t / T, alpha_bar] of a trial's schedule, at `SIGNAL` of its steps."""
     alpha_bar = make_process(resolve(training(config, record).diffusion)).alpha_bar.numpy()
     steps = np.unique(np.linspace(0, len(alpha_bar) - 1, SIGNAL).round().astype(int))
     return [[round((t + 1) / len(alpha_bar), 3), round(float(alpha_bar[t]), 3)] for t in steps]
 
 
 def _samples(config: TuneConfig, records: list[Record]) -> list[dict[str, str]]:
-    """Samples of the best trials by each metric, from the same noise, as pictures that a page can hold."""
+    """Samples of the best trials by each metric, from the same noise, as PNG data URIs."""
     best = {one.name: one for metric in config.metrics for one in ledger.ranked(records, metric)[:BEST]}
     found = []
     for record in best.values():
@@ -254,7 +254,7 @@ def _samples(config: TuneConfig, records: list[Record]) -> list[dict[str, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """A number as it is, and text for all else."""
+    """Numbers unchanged, everything else as text."""
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 

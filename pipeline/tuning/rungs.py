@@ -1,6 +1,6 @@
 """Rungs inside one Ray Train run: at each, the workers measure, and training waits for Ray Tune's decision.
 
-The workers are started once for each trial: a measurement costs its own time and one message, no start-up.
+Workers are started once for each trial, so a measurement costs its own time and one message, but no start.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ from pipeline.tuning.objective import Objective, over_ranks
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Exchange:
-    """Between a trial's rank 0, which asks whether to go on, and the trial, which answers.
+    """Carries questions from a trial's rank 0, which asks whether to continue, to the trial, which answers.
 
-    A worker that was restarted asks again about the same rung and gets the same answer. A new process of this actor
-    knows of nothing: Ray repeats the question that waits for an answer, and the trial answers as often as it is asked.
+    A restarted worker asks about the same rung again and gets the same answer. A restarted process of this actor
+    remembers nothing: Ray then repeats the pending question, and the trial answers as often as it is asked.
     """
 
     def __init__(self) -> None:
@@ -34,13 +34,13 @@ class Exchange:
         self._answers: dict[int, asyncio.Future[bool]] = {}
 
     async def ask(self, rung: Rung) -> bool:
-        """Waits for the answer."""
+        """Asks about a rung and waits for the answer: True = continue."""
         if rung.step not in self._answers:
             self._asked.put_nowait(rung)
         return await asyncio.shield(self._answer_to(rung.step))
 
     async def next(self, timeout: float) -> Rung | None:
-        """The next rung that is asked about and has no answer; None if there is none for so many seconds."""
+        """The next rung without an answer; None if there is none within `timeout` seconds."""
         try:
             rung = await asyncio.wait_for(self._asked.get(), timeout)
         except TimeoutError:
@@ -48,7 +48,7 @@ class Exchange:
         return None if self._answer_to(rung.step).done() else rung
 
     async def answer(self, step: int, go_on: bool) -> None:
-        """Lets the workers go on, or ends the run; the first answer counts."""
+        """Answers for the rung at `step`: True lets the workers continue, False ends the run. The first answer counts."""
         if not (answer := self._answer_to(step)).done():
             answer.set_result(go_on)
 
@@ -57,7 +57,7 @@ class Exchange:
 
 
 def open_exchange() -> Any:
-    """An exchange on the trial's own node: it lives as long as the trial, whatever happens to other nodes."""
+    """Starts an exchange on the trial's own node, so that it lives as long as the trial, even if other nodes die."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Exchange.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
@@ -67,10 +67,10 @@ class RungWatch:
     """A `training.worker.Watch` that measures the averaged weights at the rungs.
 
     Attributes:
-        rungs: from optimizer steps to the rung's images.
-        batch_size: images a step.
-        known: by step, what was measured before the trial was interrupted; it is asked about again, since the
-            answer may have been lost, but not measured again.
+        rungs: the rung's images, by optimizer step.
+        batch_size: images in each step.
+        known: measurements from before an interruption, by step. The question is asked again, since the answer may
+            have been lost, but nothing is measured again.
     """
 
     rungs: dict[int, int]
@@ -103,7 +103,7 @@ class RungWatch:
 
 
 def averaged_model(state: TrainState) -> UNet:
-    """A copy of the model with the weights that would be exported."""
+    """A copy of the model with the averaged weights that would be exported."""
     model = copy.deepcopy(state.model)
     with torch.no_grad():
         for parameter, average in zip(model.parameters(), state.averages[0], strict=True):

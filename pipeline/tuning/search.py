@@ -1,6 +1,6 @@
-"""A search with Ray Tune: every trial is a Ray Train run, judged by a figure that all schedules share.
+"""Runs a search with Ray Tune. Every trial is a Ray Train run, judged by a metric that all schedules share.
 
-The state of a search is its ledger (see ledger.py): a resume needs none of Ray Tune's own files, which hold
+The state of a search is its ledger (see ledger.py). A resume needs none of Ray Tune's own files, which contain
 absolute paths and pickled objects.
 """
 
@@ -45,18 +45,18 @@ from pipeline.tuning.trial import CURVES, SEEN, TrainTrial, Trial, reason_of, tr
 
 SESSION = "ray-"
 SECRETS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"
-# Starts of a trial whose own process died; training within it has restarts of its own.
+# Restarts of a trial whose own process died. Training within a trial has restarts of its own.
 RESTARTS = 2
 
 
 def check_search(config: TuneConfig) -> tuple[Space, Splits]:
-    """Everything that can be known to be wrong before a cluster is asked for anything.
+    """Checks everything that can be checked before a cluster is needed.
 
     Returns:
-        the search space, and the dataset, opened.
+        the search space and the opened dataset.
 
     Raises:
-        InputError: settings or a space of which no trial could be run, an output that already holds a search.
+        InputError: no trial could run with the settings or the space, or the output already holds a search.
     """
     check(config)
     space = load_space(config.space)
@@ -80,16 +80,16 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
 def search(
     config: TuneConfig, trial: type[Trial] = TrainTrial, *, checked: tuple[Space, Splits] | None = None
 ) -> dict[str, Any]:
-    """Runs the search, or what is left of it, and reports.
+    """Runs the search, or the rest of it, and writes the report.
 
     Args:
-        trial: what a trial does at each rung.
-        checked: what `check_search` returned, if it was called before.
+        trial: class that runs a trial.
+        checked: result of `check_search`, if it was called before.
 
     Raises:
-        InputError: see `check_search`; also a resume with other settings, or when no trial could be measured.
+        InputError: as `check_search`; or a resume has other settings, or no trial could be measured.
     """
-    # Trials run in folders of Ray's.
+    # Trials run in Ray's own folders, so relative paths would be wrong there.
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
@@ -128,21 +128,21 @@ def search(
 def _run(
     config: TuneConfig, need: Need, space: Space, trainable: type[tune.Trainable], at_a_time: int
 ) -> None:
-    """Runs the trials that are left with Ray Tune."""
+    """Runs the remaining trials with Ray Tune."""
     records = ledger.read_all(config.output)
     over = sum(record.over for record in records)
     if over >= config.trials:
         return
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # Interrupted is not stopped by the scheduler: such trials go on after a resume.
+    # An interrupted trial must not count as stopped by the scheduler, so that a resume continues it.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    # Ray Tune would write the driver's keys into every trial's runtime environment, which whoever may list a
-    # cluster's actors can read. The nodes have keys of their own.
+    # Ray Tune would copy the driver's keys into the runtime environment of every trial. Everybody who may list a
+    # cluster's actors can read that. Nodes have keys of their own.
     ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
     proposals = Proposals(config, space, records)
     names = proposals.names
-    # A trial only waits for its workers and asks for no CPU: nothing they need can be held by what waits for them.
-    # It does so beside the driver: nodes that come and go take workers with them, and no trial.
+    # A trial only waits for its workers, so it requests no CPU: what waits must not hold what its workers need. It
+    # runs on the driver's node, so that a lost node takes workers with it, but no trial.
     nothing = tune.PlacementGroupFactory([{"memory": 1024 * 1024, f"node:{get_node_ip_address()}": 0.0001}])
     session = f"{SESSION}{uuid.uuid4().hex[:8]}"
     progress = _Progress(config, over)
@@ -161,7 +161,7 @@ def _run(
             storage_path=config.output,
             verbose=0,
             stop=Halving(config, records, names) if config.scheduler == "asha" else None,
-            # Trials have checkpoints of their own.
+            # Trials write checkpoints of their own.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
             callbacks=[progress],
@@ -179,13 +179,13 @@ def _run(
             if record.run_id:
                 with _tracker(config, record) as tracker:
                     tracker.end("FAILED", reason)
-    # Also those of starts that were killed.
+    # This includes folders of earlier starts that were killed.
     for folder in Path(config.output).glob(f"{SESSION}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_runs(config: TuneConfig) -> None:
-    """Ends the MLflow runs of trials that no process trains any more; a resume opens them again."""
+    """Ends the MLflow runs of trials that no process trains any more. A resume opens them again."""
 
     def end() -> None:
         with contextlib.suppress(Exception):
@@ -193,25 +193,25 @@ def _end_runs(config: TuneConfig) -> None:
                 if record.run_id and not record.over and record.status != "interrupted":
                     runs.end_run(runs.Run(record.run_id, None), "KILLED")
 
-    # MLflow may be away, and whoever sent a signal does not wait for long.
+    # MLflow may not answer, and whoever sent a signal does not wait for long.
     thread = threading.Thread(target=end, daemon=True, name="mlflow")
     thread.start()
     thread.join(HURRIED)
 
 
 def _tracker(config: TuneConfig, record: ledger.Record, seconds: float = PATIENCE) -> Tracker:
-    """Of a trial that no process trains."""
+    """A tracker for a trial that no process trains."""
     output = str(ledger.run_folder(config.output, record))
     return Tracker(runs.Run(record.run_id, None), output, CURVES, seconds, _say, threading.Event())
 
 
 def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, Any]:
-    """Table, report, winner."""
+    """Writes the report, registers the winner's model if asked for, and returns the job's result."""
     records = ledger.read_all(config.output)
-    end = time.monotonic() + PATIENCE  # for all of them
+    end = time.monotonic() + PATIENCE  # for all trials together
     for record in records:
         kept = ledger.run_folder(config.output, record) / UNDELIVERED
-        if next(kept.glob("*.json"), None):  # MLflow was away when it ended
+        if next(kept.glob("*.json"), None):  # MLflow did not answer when the trial ended
             with _tracker(config, record, max(0.0, end - time.monotonic())) as tracker:
                 tracker.end("FAILED" if record.lost else "FINISHED", record.reason)
     best = ledger.ranked(records, config.metrics[0])
@@ -235,7 +235,7 @@ def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, An
     print(report.table(config, records), file=sys.stderr)
     if note := report.unequal(records):
         _say(note)
-    print(f"winner's training again:\n  {command}", file=sys.stderr)
+    print(f"command that trains the winner again:\n  {command}", file=sys.stderr)
     if again := sum(record.status == "interrupted" for record in records):
         print(f"interrupted trials: {again}; --resume makes another attempt", file=sys.stderr)
     return {
@@ -251,10 +251,10 @@ def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, An
 
 
 def _room(config: TuneConfig, space: Space) -> tuple[bool, Need]:
-    """Whether trials train on GPUs, and what one needs; there is room for one then.
+    """True if trials train on GPUs, and what one trial needs. Waits until there is room for one.
 
     Raises:
-        InputError: not one will ever fit the cluster.
+        InputError: the cluster will never have room for a trial.
     """
     trial = apply(base(config), space.fixed)
     gpu = choose_gpu(trial.gpu, partial(room_needed, trial), _say)
@@ -262,7 +262,7 @@ def _room(config: TuneConfig, space: Space) -> tuple[bool, Need]:
 
 
 def _concurrent(config: TuneConfig, need: Need) -> int:
-    """How many trials run at a time: as many as are wanted and the cluster may hold."""
+    """The number of trials to run at a time: as many as requested and as the cluster may hold."""
     wanted = min(config.concurrent, config.trials)
     return max(1, most_places(need, wanted * need.count) // need.count)
 
@@ -272,7 +272,7 @@ def _say(line: str) -> None:
 
 
 class _Progress(tune.Callback):
-    """A line for each measurement and each trial that ends."""
+    """Shows a line for each measurement and for each trial that ends."""
 
     def __init__(self, config: TuneConfig, over: int) -> None:
         self._config, self._over = config, over

@@ -1,4 +1,4 @@
-"""A trial: one Ray Train run, as a Ray Tune trainable whose steps are the rungs."""
+"""A trial of a search: one Ray Train run, as a Ray Tune trainable whose steps are the rungs."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.rungs import RungWatch, open_exchange
 
 POLL_SECONDS, STOP_SECONDS = 1.0, 60.0
-# Seconds that a trial waits, before it is interrupted, for MLflow to open its run.
+# Seconds that a trial waits for MLflow to open its run, before it is interrupted.
 OPENING_SECONDS = 600.0
 IMAGES, SEEN, FAILED = "images", "seen", "failed"
 CURVES = (IMAGES, *run_channel.CURVES)
@@ -39,7 +39,7 @@ def training(config: TuneConfig, record: Record, *, output: str = "") -> TrainCo
     """The training run that a trial stands for.
 
     Raises:
-        InputError: flags of the wrong type.
+        InputError: a flag has the wrong type.
     """
     trial = space.apply(base(config), record.flags)
     output = output or str(ledger.run_folder(config.output, record))
@@ -47,15 +47,15 @@ def training(config: TuneConfig, record: Record, *, output: str = "") -> TrainCo
 
 
 class Trial(tune.Trainable):
-    """Keeps a trial's record; what a rung costs is its subclass's matter.
+    """Keeps a trial's record. A subclass does the work of a rung.
 
-    A failure ends this trial alone. Settings that can't be trained, training that diverges, or a measurement that is
-    not finite: such a failure is final. Any other may be the infrastructure's, and a resume makes another attempt.
+    A failure ends only this trial. It is final if the settings can't be trained, training diverges, or a measurement
+    is not finite. Any other failure may be the infrastructure's, and a resume tries the trial again.
 
     Ray Tune calls `step` once for each rung, and `cleanup` when it is told to stop.
     """
 
-    _measured = False  # whether this process has measured the trial
+    _measured = False  # True once this process has measured the trial
 
     def setup(
         self,
@@ -65,15 +65,15 @@ class Trial(tune.Trainable):
         tracking: dict[str, str] | None = None,
         **settings: Any,
     ) -> None:
-        """Called by Ray Tune in the trial's own actor; `config` is the trial's flags, `tracking` the way to MLflow."""
-        # The driver's MLflow, password and all: its node may know another, or none.
+        """Ray Tune calls this in the trial's actor. `config` holds the trial's flags, `tracking` variables for MLflow."""
+        # Use the driver's MLflow with its password, since this node may be configured for another one, or none.
         os.environ.update(tracking or {})
         connect()
         self.job, self.settings = job, settings
         self.record = ledger.read(job.output, self.trial_name)
 
     def step(self) -> dict[str, Any]:
-        """Trains to the next rung and measures there; a failure is a result too."""
+        """Trains to the next rung and measures there. A failure is returned as a result too."""
         try:
             self.keep(status="running", reason="")
             rung = self.advance()
@@ -84,7 +84,7 @@ class Trial(tune.Trainable):
             if done := rung.images >= self.job.images:
                 self.finish()
                 self.keep(status="finished")
-        except Exception as error:  # whatever training raises: Ray Train has retried what can be
+        except Exception as error:  # Ray Train has already retried
             self.fail(error)
             return {
                 **dict.fromkeys(self.job.metrics, math.nan),
@@ -99,7 +99,7 @@ class Trial(tune.Trainable):
         """Ends an unfinished trial at its last rung, if Ray Tune told it to stop."""
         measured, self._measured = self._measured, False
         if self.record.status != "running" or not measured:
-            return  # what has no rung yet goes on after a resume
+            return  # a trial without a rung continues after a resume
         try:
             if self.stopped_early():
                 self.keep(status="stopped")
@@ -107,43 +107,42 @@ class Trial(tune.Trainable):
             self.fail(error)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial in the same process, which saves the seconds of a start; see Ray Tune's reuse_actors."""
+        """Starts the next trial in the same process, which saves seconds; see Ray Tune's reuse_actors."""
         self.cleanup()
         self.record = ledger.read(self.job.output, self.trial_name)
         return True
 
     def fail(self, error: Exception) -> None:
-        """Clears up, and only then is over: a search that is killed meanwhile tries this trial again."""
+        """Cleans up, and records the failure only after that, so that a search killed meanwhile tries the trial again."""
         status = "failed" if isinstance(error, BadSettings) else "interrupted"
         self.failed(reason := reason_of(error))
         self.keep(status=status, reason=reason)
 
     def keep(self, **changes: Any) -> None:
-        """Changes the trial's record, in memory and on disk."""
+        """Changes the trial's record in memory and on disk."""
         self.record = replace(self.record, **changes)
         ledger.write(self.job.output, self.record)
 
     def advance(self) -> Rung:
-        """Goes on to the next rung; after a resume first to the last one again, if it wasn't left behind."""
+        """Trains to the next rung and returns it. After a resume this may be the last measured rung again."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Waits for the end of a trial that had its last rung."""
+        """Waits for the end of a trial that reached its last rung."""
 
     def failed(self, reason: str) -> None:
-        """Clears up after a failure."""
+        """Cleans up after a failure."""
 
     def stopped_early(self) -> bool:
-        """Ends a trial between two rungs; whether it counts as stopped by the scheduler."""
+        """Ends a trial between two rungs. Returns True if it counts as stopped by the scheduler."""
         return True
 
 
 class TrainTrial(Trial):
-    """A trial that trains; `settings` hold the objective, the dataset's splits, the parent MLflow run, and
-    whether the search uses GPUs.
+    """A trial that trains. `settings` hold the objective, the splits, the parent MLflow run and the use of GPUs.
 
-    The training runs in a thread of its own, and its workers wait at each rung until the next call of `step`
-    (go on) or `cleanup` (end here: the model is exported as it is).
+    Training runs in a thread of its own. Its workers wait at each rung until the next call of `step` (continue) or
+    `cleanup` (end here and export the model as it is).
     """
 
     _future: Future[trainer.Trained] | None = None
@@ -181,7 +180,7 @@ class TrainTrial(Trial):
 
     def failed(self, reason: str) -> None:
         """See `Trial`."""
-        if self._future is not None:  # no workers are left waiting at a rung
+        if self._future is not None:  # leave no worker waiting at a rung
             with contextlib.suppress(ray.exceptions.RayError):
                 self._answer(False, STOP_SECONDS)
             wait([self._future], timeout=STOP_SECONDS)
@@ -195,7 +194,7 @@ class TrainTrial(Trial):
             config = replace(config, gpu=self.settings["gpu"])
         run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
         if is_new := run is None:
-            # What a killed attempt has opened under this mark is deleted.
+            # Runs that a killed attempt opened with this mark are deleted.
             self.keep(opening=self.record.opening or uuid.uuid4().hex)
             run = runs.open_run(
                 config.experiment,
@@ -212,7 +211,7 @@ class TrainTrial(Trial):
         if is_new:
             self._tracker.log_params(logged_settings(config))
             self._tracker.log_config(logged_config(config))
-        check_trial(self.job, self.record.flags, splits)  # the run says why it failed
+        check_trial(self.job, self.record.flags, splits)  # the open run records a failure
         self._exchange = open_exchange()
         watch = RungWatch(
             rung_steps(self.job, config.batch_size),
@@ -235,7 +234,7 @@ class TrainTrial(Trial):
             tracker.close()
 
     def _wait(self, go_on: bool) -> None:
-        """Waits for the end of training; the exchange may be restarted, and lose an answer before a worker has it."""
+        """Waits for the end of training. Repeats the answer, because the exchange may restart and lose it."""
         assert self._future is not None
         while not self._future.done():
             self._answer(go_on)
@@ -249,16 +248,16 @@ class TrainTrial(Trial):
 
 
 def reason_of(error: Exception) -> str:
-    """An error in one line: of a traceback, the last, which says what it was."""
+    """An error in one line. Of a traceback, this is the last line, which names the error."""
     name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
     return one_line(name + str(error).strip().rpartition("\n")[2])
 
 
 def check_finite(rung: Rung) -> None:
-    """Refuses what can't be compared.
+    """Refuses a measurement that can't be compared.
 
     Raises:
-        BadSettings: a figure that is not finite.
+        BadSettings: a metric is not finite.
     """
     for name, value in (*rung.metrics.items(), *(("that of an image", one) for one in rung.per_image)):
         if not math.isfinite(value):

@@ -134,7 +134,7 @@ def test_folders_in_an_archive_may_be_splits(tmp_path: Path) -> None:
     assert splits(found) == {"train": 12, "test": 4}
     assert Counter(item.label for item in items) == {"cat": 8, "dog": 8}
     assert found.listing.ignored == {
-        "test_data.zip/d/extra/1.png": "lies beside the splits test, train, and in none of them",
+        "test_data.zip/d/extra/1.png": "lies beside the splits test, train, in none of them",
         "test_data.zip/1.txt": "not an image",
     }
 
@@ -158,10 +158,10 @@ def test_metadata_in_an_archive(tmp_path: Path) -> None:
     pack(tmp_path / "a.zip", {"w/1.png": PNG, "w/2.png": PNG, "w/4.png": PNG, "w/metadata.csv": table})
     found, items = opened(tmp_path)
     assert {i.path: i.label for i in items} == {"a.zip/w/1.png": "cat", "a.zip/w/2.png": "dog"}
-    assert found.listing.bad == {"a.zip/w/3.png": "named in metadata.csv and not there"}
-    assert found.listing.ignored == {"a.zip/w/4.png": "not named in metadata.csv"}
+    assert found.listing.bad == {"a.zip/w/3.png": "listed in metadata.csv, but missing"}
+    assert found.listing.ignored == {"a.zip/w/4.png": "not listed in metadata.csv"}
     put(tmp_path, "metadata.csv", data=table)
-    assert opened(tmp_path)[0].listing.ignored["metadata.csv"] == "lies beside archives, not in one"
+    assert opened(tmp_path)[0].listing.ignored["metadata.csv"] == "lies beside the archives, not in one"
     pack(tmp_path / "a.zip", {"1.png": PNG, "metadata.jsonl": b"{"})
     with pytest.raises(InputError, match=r"a\.zip/metadata\.jsonl: line 1"):
         opened(tmp_path)
@@ -219,4 +219,4 @@ def test_a_remote_archive_is_read_in_stretches(monkeypatch: pytest.MonkeyPatch, 
         asked.clear()
         assert list(part.read([1])) == [whole[1]] and len(asked) == 1
         fs.rm_file(f"{bucket}/z/a.zip")
-        assert {item.reason for item in part.read()} == {"can't be read: it is not there any more"}
+        assert {item.reason for item in part.read()} == {"can't be read: it no longer exists"}

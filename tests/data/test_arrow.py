@@ -64,7 +64,7 @@ def test_splits_are_the_folders_of_a_dataset_dict(tmp_path: Path) -> None:
     found = listing(tmp_path)
     for split, images in splits.items():
         assert [item.data for part in found.parts if part.split == split for item in part.read()] == images
-    assert found.ignored == {"old/data.arrow": "not of a split that dataset_dict.json names"}
+    assert found.ignored == {"old/data.arrow": "dataset_dict.json does not list its folder as a split"}
     assert {"dataset_dict.json", "test/state.json", "test/dataset_info.json"} < found.used
 
 
@@ -83,7 +83,7 @@ def test_an_index_of_rows_is_refused(tmp_path: Path, key: str) -> None:
     dataset().save_to_disk(tmp_path)
     state(tmp_path, **{key: [{"filename": "indices.arrow"}]})
     with pytest.raises(
-        InputError, match=r"saved as a choice of rows \(.*\): save it again after flatten_indices\(\)$"
+        InputError, match=r"holds a selection of rows \(.*\): call flatten_indices\(\) and save it again$"
     ):
         listing(tmp_path)
 
@@ -100,11 +100,9 @@ def test_the_order_and_the_choice_of_files_are_those_of_the_state(tmp_path: Path
     found = listing(tmp_path)
     assert [item.data for item in items(found)] == IMAGES[8:12] + IMAGES[:4]
     assert found.ignored == dict.fromkeys(
-        ["cache-1234.arrow", names[1]], "not among the data files that state.json names"
+        ["cache-1234.arrow", names[1]], "state.json does not list it as a data file"
     )
-    assert found.bad == dict.fromkeys(
-        [names[3], "../secret.arrow"], "state.json names it, and it is not there"
-    )
+    assert found.bad == dict.fromkeys([names[3], "../secret.arrow"], "missing, although state.json lists it")
 
 
 def test_the_split_that_was_saved_counts_where_no_name_has_one(tmp_path: Path) -> None:

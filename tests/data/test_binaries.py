@@ -94,7 +94,7 @@ def test_splits_sizes_and_several_folders(tmp_path: Path) -> None:
     put(tmp_path, "other/t10k-labels-idx3-ubyte", "labels-idx1-ubyte", data=b"x")
     found, items = opened(tmp_path)
     assert found.listing.size == 0 and Counter(item.label for item in items)[None] == 3
-    words = "labels that belong to none of the files of images"
+    words = "labels without a file of images"
     assert found.listing.ignored == {"other/t10k-labels-idx3-ubyte": words, "labels-idx1-ubyte": words}
     assert {item.label for item in opened(tmp_path, label_column="none")[1]} == {None}
 
@@ -114,19 +114,19 @@ GOOD = idx(grey(4))
 FAULTS: dict[str, tuple[bytes | None, bytes | None, str]] = {
     "floats": (idx(grey(4).astype(">f4"), 13), None, "begins with 3331"),
     "four dimensions": (idx(grey(4)[..., None]), None, "begins with 2052"),
-    "labels": (idx(np.zeros(4, np.uint8)), None, "no IDX file of 8-bit images"),
+    "labels": (idx(np.zeros(4, np.uint8)), None, "not an IDX file of 8-bit images"),
     "empty": (b"", None, "cut short"),
     "header": (GOOD[:15], None, "cut short"),
     "cut": (GOOD[:-1], None, "cut short: 211 bytes, 212 expected"),
-    "long": (GOOD + b"x", None, "longer than it says"),
+    "long": (GOOD + b"x", None, "longer than its header says"),
     "no pixels": (idx(grey(4, 0, 7)), None, "0x7 pixels"),
-    "web page": (b"<html>404 not found</html>", None, "no IDX file of 8-bit images"),
+    "web page": (b"<html>404 not found</html>", None, "not an IDX file of 8-bit images"),
     "fewer labels": (None, idx(np.zeros(3, np.uint8)), "3 labels for the 4 images"),
     "more labels": (None, idx(np.zeros(5, np.uint8)), "5 labels for the 4 images"),
-    "other labels": (None, idx(np.zeros(4, ">i4"), 12), "no IDX file of 8-bit labels"),
+    "other labels": (None, idx(np.zeros(4, ">i4"), 12), "not an IDX file of 8-bit labels"),
     "labels cut": (None, idx(np.zeros(4, np.uint8))[:-1], "3 labels or more, 4 expected"),
     "labels long": (None, idx(np.zeros(4, np.uint8)) + b"x", "5 labels or more, 4 expected"),
-    "no labels": (None, b"", "no IDX file of 8-bit labels"),
+    "no labels": (None, b"", "not an IDX file of 8-bit labels"),
 }
 
 
@@ -162,7 +162,7 @@ def test_damaged_gzip_files_are_refused_in_one_line(name: str, damage: str, tmp_
 def test_labels_that_are_there_and_lead_nowhere_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "train-images-idx3-ubyte", data=GOOD)
     (tmp_path / "train-labels-idx1-ubyte").symlink_to("nothing")
-    with pytest.raises(InputError, match="a link to nothing: there are labels in it"):
+    with pytest.raises(InputError, match="a link to nothing: this file holds labels"):
         opened(tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_sizes_that_make_no_sense_are_refused(
     kind: dict[str, Any] = {"heads": 2, "classes": 100} if name == "train.bin" else {}
     put(tmp_path, name, data=change(cifar(5, **kind)[0]))
     put(tmp_path, "fine_label_names.txt", data="".join(f"fine{i}\n" for i in range(100)).encode())
-    with pytest.raises(InputError, match=rf"{name}: cut short, or not CIFAR-(10|100)'s: \d+ bytes"):
+    with pytest.raises(InputError, match=rf"{name}: cut short, or not a CIFAR-(10|100) file: \d+ bytes"):
         opened(tmp_path)
 
 
@@ -258,14 +258,14 @@ def test_labels_beyond_the_classes(tmp_path: Path) -> None:
         f"label {i} is not among the 3 classes" for i in range(3, 10)
     }
     (tmp_path / "data_batch_1.bin").write_bytes(b"\x89" + bytes(3072))
-    with pytest.raises(InputError, match="its first image has the label 137"):
+    with pytest.raises(InputError, match="its first image has label 137"):
         opened(tmp_path)
 
 
 @pytest.mark.parametrize("names", ["cat\ncat\n", "", "\n\n"])
 def test_names_of_classes_must_be_names(names: str, tmp_path: Path) -> None:
     write_cifar(tmp_path, names)
-    with pytest.raises(InputError, match=r"batches\.meta\.txt: should name each class once"):
+    with pytest.raises(InputError, match=r"batches\.meta\.txt: must name each class once"):
         opened(tmp_path)
 
 

@@ -118,14 +118,14 @@ def test_where_several_columns_may_be_meant_one_is_asked_for(
             {"image_column": "img"},
             "--image-column img: there is no such column; a.parquet has image, n, label, box",
         ),
-        ({"image_column": "n"}, "--image-column n: holds int64 in a.parquet, no images"),
-        ({"image_column": "box"}, "--image-column box: holds struct<x: int64> in a.parquet, no images"),
+        ({"image_column": "n"}, "--image-column n: holds int64 in a.parquet, not images"),
+        ({"image_column": "box"}, "--image-column box: holds struct<x: int64> in a.parquet, not images"),
         (
             {"label_column": "class"},
             "--label-column class: there is no such column; a.parquet has image, n, label, box",
         ),
-        ({"label_column": "box"}, "--label-column box: holds struct<x: int64> in a.parquet, no labels"),
-        ({"label_column": "image"}, "--label-column image: holds struct<.*> in a.parquet, no labels"),
+        ({"label_column": "box"}, "--label-column box: holds struct<x: int64> in a.parquet, not labels"),
+        ({"label_column": "image"}, "--label-column image: holds struct<.*> in a.parquet, not labels"),
     ],
 )
 def test_a_column_that_is_not_there_or_holds_something_else_is_refused(

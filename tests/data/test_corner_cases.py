@@ -113,7 +113,7 @@ def test_an_output_that_a_pattern_of_the_input_would_match_is_refused(
         storage.write_atomic(f"{root}/old/{i}.png", data)
     for output in ("out", "out/deeper"):
         with pytest.raises(
-            InputError, match=r"^--output \S+ lies inside of --input \S+: choose a folder beside it$"
+            InputError, match=r"^--output \S+ lies inside --input \S+: choose a folder beside it$"
         ):
             run(f"{root}/{pattern}", f"{root}/{output}")
     assert sum(split.rows for split in run(f"{root}/old/*.png", f"{root}/old/out").splits.values()) == 5
@@ -168,7 +168,7 @@ def test_the_line_says_what_is_held_out_and_what_is_left_alone(
     assert splits.indexes.keys() == {"train", "validation"}
     line = said(capsys.readouterr().err)
     assert ", held out by content)" in line
-    assert "split validation left alone" in line and "in none of the splits left alone" in line
+    assert "split validation not used" in line and "images in none of the splits not used" in line
 
 
 def test_the_line_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +236,7 @@ def test_what_is_in_none_of_the_splits_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / f"{name}.tar").write_bytes(tar_bytes(some))
     splits = open_splits(str(tmp_path))
     assert {name: index.rows for name, index in splits.indexes.items()} == {"train": 30, "validation": 10}
-    assert "none of the splits left alone" in splits.found
+    assert "none of the splits not used" in splits.found
     everything = open_splits(str(tmp_path), split=("all",))
     assert {name: index.rows for name, index in everything.indexes.items()} == {"train": 50, "validation": 10}
 

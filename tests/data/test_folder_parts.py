@@ -91,7 +91,7 @@ def test_a_remote_folder_is_read_several_files_at_a_time_in_order(monkeypatch: p
             "",
             "",
             "",
-            "can't be read: it is not there any more",
+            "can't be read: it no longer exists",
             "",
         ]
     assert fetch.THREADS < 32

@@ -105,7 +105,7 @@ def test_files_that_went_since_they_were_listed_say_so(how: str, tmp_path: Path)
         path.symlink_to(path if how == "link to itself" else "nothing")
     found = {item.path: (item.data, item.reason) for item in part.read()}
     words = {
-        "removed": "not there any more",
+        "removed": "no longer exists",
         "link to nothing": "a link to nothing",
         "link to itself": "leads to itself",
     }
@@ -137,7 +137,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     found, items = opened(root)
     assert {i.path: i.label for i in items} == {"cat/0.png": "cat", "cat/2.png": "cat", "dog/1.png": "dog"}
     assert found.listing.bad == {"cat/gone.png": "a link to nothing"}
-    assert found.listing.ignored == {"cat/up": "a link to a folder that it lies in"}
+    assert found.listing.ignored == {"cat/up": "a link to one of its own parent folders"}
 
 
 # Names.
@@ -227,7 +227,7 @@ def test_images_beside_splits_are_named(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "test/a/2.png", "extra/3.png", "4.png", "other/b/5.png")
     found, items = opened(tmp_path)
     assert {item.path for item in items} == {"train/a/1.png", "test/a/2.png"}
-    beside = "lies beside the splits test, train, and in none of them"
+    beside = "lies beside the splits test, train, in none of them"
     assert found.listing.ignored == dict.fromkeys(["4.png", "extra/3.png", "other/b/5.png"], beside)
 
 

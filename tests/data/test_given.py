@@ -82,7 +82,7 @@ def test_links_in_what_a_pattern_matches(tmp_path: Path) -> None:
     for pattern in ("*", "**"):
         tree = open_tree(f"{tmp_path / 'in'}/{pattern}")
         assert tree.files.keys() == {"cat/1.png", "dog/2.png", "owl/3.png"}
-        loop = "a link to a folder that it lies in"
+        loop = "a link to one of its own parent folders"
         assert tree.ignored == {"cat/loop": loop, "self": loop} and not tree.bad
     # The same image, by a name of its own.
     assert names(open_tree(f"{tmp_path / 'in'}/*/cat/1.png")) == {"self/cat/1.png"}
@@ -155,7 +155,7 @@ def test_damaged_labels_beside_one_file_of_idx_images_are_refused(tmp_path: Path
     (folder / pair[1]).unlink()
     assert {item.label for item in opened(folder / pair[0])[1]} == {None}
     (folder / pair[1]).symlink_to("nowhere")
-    with pytest.raises(InputError, match="a link to nothing: there are labels in it"):
+    with pytest.raises(InputError, match="a link to nothing: this file holds labels"):
         opened(folder / pair[0])
 
 

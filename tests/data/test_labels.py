@@ -47,7 +47,7 @@ def test_classes_that_nothing_names() -> None:
     assert name_classes(["b", "a", "10", "9"]) == ("10", "9", "a", "b")
     assert name_classes([str(MOST_UNNAMED_CLASSES)]) == ()
     assert name_classes(["9" * 5000, "1"]) == ("1", "9" * 5000)
-    with pytest.raises(InputError, match="those are no classes"):
+    with pytest.raises(InputError, match="too many for classes"):
         name_classes(f"caption {i}" for i in range(MOST_UNNAMED_CLASSES + 1))
 
 

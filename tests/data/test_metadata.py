@@ -63,7 +63,7 @@ def test_metadata_labels_images_as_datasets_reads_it(kind: str, tmp_path: Path) 
     )
     assert f"metadata.{kind}" in found.listing.used
     assert found.listing.ignored == dict.fromkeys(
-        ["left_out.png", "sub/left_out.png"], f"not named in metadata.{kind}"
+        ["left_out.png", "sub/left_out.png"], f"not listed in metadata.{kind}"
     )
     theirs = load_dataset("imagefolder", data_dir=str(root), cache_dir=str(tmp_path / "cache"), split="train")
     pixels = {item.label: 0 for item in items}
@@ -91,12 +91,12 @@ def test_what_is_named_and_not_there(kind: str, tmp_path: Path) -> None:
     TABLES[kind](tmp_path / f"metadata.{kind}", ["file_name", "label"], [[name, "x"] for name in names])
     found, items = opened(tmp_path)
     assert [item.path for item in items] == ["a.png"]
-    missing = f"named in metadata.{kind} and not there"
+    missing = f"listed in metadata.{kind}, but missing"
     assert found.listing.bad == {
         "b.png": missing,
         "sub/c.png": missing,
         "../up.png": missing,
-        "notes.txt": f"named in metadata.{kind} and no image",
+        "notes.txt": f"listed in metadata.{kind}, but not an image",
         "link.png": "a link to nothing",
     }
     assert found.listing.ignored == {".hidden.png": "hidden"}
@@ -145,7 +145,7 @@ def test_other_columns_can_be_chosen(tmp_path: Path) -> None:
     chosen = {"image_column": "image_file_name"}
     assert labels(tmp_path, **chosen) == {"1.png": "x", "2.png": "y"}
     ignored = opened(tmp_path, **chosen)[0].listing.ignored
-    assert ignored == dict.fromkeys(["1m.png", "2m.png"], "metadata.csv names it as mask_file_name")
+    assert ignored == dict.fromkeys(["1m.png", "2m.png"], "metadata.csv lists it as mask_file_name")
     assert set(labels(tmp_path, image_column="text", label_column="kind")) == {"2.png"}
     for flag in ("label", "image"):
         with pytest.raises(InputError, match=f"--{flag}-column breed"):
@@ -160,7 +160,7 @@ def test_metadata_without_labels_leaves_them_to_the_folders(tmp_path: Path) -> N
     found, items = opened(tmp_path)
     assert {i.path: i.label for i in items} == {"cat/1.png": "cat", "dog/2.png": "dog"}
     assert found.listing.ignored == {"metadata.csv": "has no column label"}
-    assert found.listing.bad == {"dog/3.png": "named in metadata.csv and not there"}
+    assert found.listing.bad == {"dog/3.png": "listed in metadata.csv, but missing"}
     (tmp_path / "metadata.csv").write_text("id;age\n1;2\n")
     assert opened(tmp_path)[0].listing.ignored == {"metadata.csv": "has no column file_name; it has id;age"}
     for empty in ("metadata.jsonl", "metadata.csv"):
@@ -207,7 +207,7 @@ def test_an_image_named_twice_needs_one_label(tmp_path: Path) -> None:
     write_csv(tmp_path / "metadata.csv", ["file_name", "label"], rows)
     found, items = opened(tmp_path)
     assert {i.path: i.label for i in items} == {"a.png": "0", "c.png": "1"}
-    assert found.listing.bad == {"b.png": "named twice in metadata.csv, with different labels"}
+    assert found.listing.bad == {"b.png": "listed twice in metadata.csv, with different labels"}
 
 
 @pytest.mark.parametrize("written", ["utf-8", "utf-8-sig"])
@@ -223,14 +223,14 @@ def test_names_in_metadata_are_found_however_they_are_written(written: str, tmp_
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("metadata.jsonl", b'{"file_name": "a.png", "label": 1}\n{"file_na', "line 2 is no JSON object"),
-        ("metadata.jsonl", b'["a.png", 1]\n', "line 1 is no JSON object"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "label": 1}\n{"file_na', "line 2 is not a JSON object"),
+        ("metadata.jsonl", b'["a.png", 1]\n', "line 1 is not a JSON object"),
         ("metadata.csv", b"file_name,label\na.png,1,2,3\n", "can't be read"),
         ("metadata.parquet", b"PAR1 cut", "can't be read"),
-        ("metadata.jsonl", b'{"file_name": 7, "label": 1}\n', "other things than names"),
+        ("metadata.jsonl", b'{"file_name": 7, "label": 1}\n', "values that are not file names"),
         ("dataset.json", b'{"labels": [["a.png", 1], ["b.p', "damaged"),
         ("dataset.json", b'{"labels": [["a.png", 1], "b.png"]}', "not all pairs"),
-        ("dataset.json", b'{"labels": [["a.png", [0.25, 0.5]]]}', "vectors, no classes"),
+        ("dataset.json", b'{"labels": [["a.png", [0.25, 0.5]]]}', "vectors, not classes"),
     ],
 )  # fmt: skip
 def test_damaged_files_of_labels_are_refused_in_one_line(
@@ -245,7 +245,7 @@ def test_damaged_files_of_labels_are_refused_in_one_line(
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet", "dataset.json"])
 def test_files_of_labels_that_are_there_and_lead_nowhere_are_refused(name: str, tmp_path: Path) -> None:
     (put(tmp_path, "cat/a.png") / name).symlink_to("nothing")
-    with pytest.raises(InputError, match="a link to nothing: there may be labels in it"):
+    with pytest.raises(InputError, match="a link to nothing: this file may hold labels"):
         opened(tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_edms_folders_are_no_classes(tmp_path: Path) -> None:
     found, items = opened(tmp_path)
     assert {i.path: i.label for i in items} == {name: str(i % 3) for i, name in enumerate(names[:6])}
     assert found.listing.classes == ("0", "1", "2")
-    assert found.listing.ignored == {names[6]: "not named in dataset.json"}
+    assert found.listing.ignored == {names[6]: "not listed in dataset.json"}
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": None}))
     assert labels(tmp_path) == dict.fromkeys(names) and opened(tmp_path)[0].listing.classes == ()
     one_hot = {"labels": {name: [0, int(i % 2 == 0), int(i % 2 == 1)] for i, name in enumerate(names)}}

@@ -142,7 +142,7 @@ def test_arrays_can_be_named(tmp_path: Path) -> None:
         opened(tmp_path)
     found, items = opened(tmp_path, source="npz", image_column="photos", label_column="breeds")
     assert [item.label for item in items] == ["0", "1", "2", "3"]
-    assert found.listing.ignored == {"a.npz/other": "neither images nor their labels"}
+    assert found.listing.ignored == {"a.npz/other": "neither images nor labels"}
     with pytest.raises(InputError, match="--label-column kinds: no such array; it has photos, breeds, other"):
         opened(tmp_path, source="npz", image_column="photos", label_column="kinds")
     with pytest.raises(InputError, match="--image-column pics"):
@@ -164,9 +164,9 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "int64": ({"images": images(2).astype(np.int64)}, "int64.*save it as uint8"),
     "bool": ({"images": images(2) > 7}, "bool.*save it as uint8"),
     "objects": ({"arr_0": OBJECTS}, "object.*save it as uint8"),
-    "object labels": ({"arr_0": images(2), "arr_1": OBJECTS}, "arr_1 is object.*no plain data"),
+    "object labels": ({"arr_0": images(2), "arr_1": OBJECTS}, "arr_1 is object.*not plain data"),
     "object texts": ({"arr_0": images(2), "arr_1": np.array(["a", "b"], dtype=object)}, "arr_1 is object"),
-    "records": ({"arr_0": images(2), "arr_1": np.zeros(2, [("a", "i4")])}, "no plain data"),
+    "records": ({"arr_0": images(2), "arr_1": np.zeros(2, [("a", "i4")])}, "not plain data"),
     "one image": ({"arr_0": images(1, 64, 48, 3)[0]}, "images are"),
     "one grey image": ({"images": images(1, 48, 64)[0][..., None]}, "images are"),
     "five channels": ({"arr_0": images(2, 6, 6, 5)}, "images are"),
@@ -204,9 +204,9 @@ def test_files_without_images_are_named(tmp_path: Path) -> None:
     assert len(items) == 6
     assert found.listing.ignored == {
         "stats.npz": "holds no array called arr_0, images, image, x, data; it has mu, sigma",
-        "features.npz/arr_0": "float32 [3, 2048], no images",
+        "features.npz/arr_0": "float32 [3, 2048], not images",
         "empty.npz": "holds no array called arr_0, images, image, x, data; it has none",
-        "more.npz/arr_2": "neither images nor their labels",
+        "more.npz/arr_2": "neither images nor labels",
         "features.npz": "holds no images",
     }
 
@@ -240,7 +240,7 @@ def test_damage_inside_a_compressed_array_is_an_error_of_its_file(tmp_path: Path
     whole = bytearray((tmp_path / "a.npz").read_bytes())
     whole[len(whole) // 2] ^= 0xFF
     (tmp_path / "a.npz").write_bytes(whole)
-    with pytest.raises(InputError, match=r"a\.npz: damaged, get it again"):
+    with pytest.raises(InputError, match=r"a\.npz: damaged, download it again"):
         opened(tmp_path)
 
 
@@ -251,7 +251,7 @@ def test_a_file_that_shrank_since_it_was_listed_is_an_error(tmp_path: Path) -> N
     with pytest.raises(InputError, match="ends at byte 2500"):
         list(part.read())
     (tmp_path / "a.npz").unlink()
-    with pytest.raises(InputError, match="not there any more"):
+    with pytest.raises(InputError, match="no longer exists"):
         list(part.read())
 
 

@@ -133,7 +133,7 @@ def test_labels_in_columns_of_two_names_are_asked_for(tmp_path: Path) -> None:
         (b"PAR1" + bytes(100) + b"\xff\xff\xff\x7fPAR1", "not a Parquet file: "),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",
-            "no Parquet file: a pointer to one",
+            "not a Parquet file but a Git LFS pointer",
         ),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_file_that_is_none_is_bad_and_the_others_are_read(
     ("error", "reason"),
     [
         (PermissionError(13, "Permission denied"), "can't be read: permission denied"),
-        (FileNotFoundError(2, "No such file or directory"), "can't be read: it is not there any more"),
+        (FileNotFoundError(2, "No such file or directory"), "can't be read: it no longer exists"),
         (PermissionError("Access Denied"), "can't be read: permission denied"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_row_group_that_is_shorter_than_it_should_be_is_an_error(
     )
     for call in (lambda: list(part.read()), lambda: list(part.read([7])), lambda: part.table(np.array([7]))):
         with pytest.raises(
-            InputError, match=f"row group 0 can't be read: it holds {8 - missing} rows, and should hold 8"
+            InputError, match=f"row group 0 can't be read: it holds {8 - missing} rows, its footer says 8"
         ):
             call()
 

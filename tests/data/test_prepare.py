@@ -185,7 +185,9 @@ def test_what_a_reader_refuses_on_a_node_is_one_line_here(
     settings = PrepareConfig(str(tmp_path / "out"), "idx", str(tmp_path / "in"))
     assert open_source(settings.source, settings.input, Request(10)).listing.parts
     (tmp_path / "in" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bdamaged")
-    with pytest.raises(InputError, match=r"^\S+train-images-idx3-ubyte.gz: damaged, get it again") as error:
+    with pytest.raises(
+        InputError, match=r"^\S+train-images-idx3-ubyte.gz: damaged, download it again"
+    ) as error:
         prepare(settings)
     assert "\n" not in str(error.value)
 
@@ -340,7 +342,7 @@ def test_a_refused_run_goes_on_once_the_bad_images_are_mended_removed_or_allowed
 def test_an_output_inside_of_its_input_is_refused(tmp_path: Path, place: str) -> None:
     source = write_folder(tmp_path / "in", IMAGES[:10])
     (tmp_path / "link").symlink_to(source)
-    with pytest.raises(InputError, match="lies inside of --input"):
+    with pytest.raises(InputError, match="lies inside --input"):
         prepare(config(source, tmp_path / place))
     assert sorted(p.name for p in source.iterdir()) == sorted(CLASSES)
 

@@ -169,9 +169,9 @@ def test_images_that_a_table_names_belong_to_it_however_many_they_are(tmp_path: 
         ("readme.html", "not an image: it is about the data"),
         ("SHA256SUMS", "not an image: it is about the data"),
         ("notes.txt", "not an image"),
-        ("coarse_label_names.txt", "names of the coarse classes: the fine ones are read"),
-        ("batches.meta.txt", "names of classes that no file beside it has"),
-        ("meta", "names of the classes as a pickle, which is never opened"),
+        ("coarse_label_names.txt", "names of the coarse classes; the fine classes are used"),
+        ("batches.meta.txt", "class names without a data file beside them"),
+        ("meta", "class names in a pickle, which is never opened"),
     ],
 )
 def test_what_else_lies_beside_cifar_is_called_what_it_is(name: str, reason: str, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_tar_that_is_cut_short_anywhere(tmp_path: Path) -> None:
         if begun:
             assert items[-1].path == f"a.tar/{begun[0].name}"
             assert items[-1].reason.startswith(
-                f"cut short: {begun[0].offset_data + begun[0].size - size} of its"
+                f"cut short: the last {begun[0].offset_data + begun[0].size - size} bytes"
             )
         elif len(items) > len(whole):
             assert "damaged at byte" in items[-1].path
@@ -106,7 +106,7 @@ def test_a_label_that_is_cut_short(tmp_path: Path) -> None:
     assert [(item.path, item.label, item.data) for item in items] == [
         ("a.tar/a.png", "1", A), ("a.tar/b.png", None, b""), ("a.tar/b.cls", None, b""),
     ]  # fmt: skip
-    assert "its label can't be read: b.cls: cut short: 3 of its bytes" in items[1].reason
+    assert "its label can't be read: b.cls: cut short: the last 3 bytes" in items[1].reason
 
 
 @pytest.mark.parametrize(
@@ -208,4 +208,4 @@ def test_links_in_a_damaged_tar(tmp_path: Path) -> None:
     assert items[2].reason == "a link to a.png, which is not in the tar"
     cut = read(tmp_path, tar_of([special("c.png", SOFT, "a.png"), ("a.png", A)])[: 2 * BLOCK + 40])
     assert [item.path for item in cut] == ["a.tar/c.png", "a.tar/a.png"]
-    assert all(item.reason.startswith(f"cut short: {len(A) - 40} of its bytes") for item in cut)
+    assert all(item.reason.startswith(f"cut short: the last {len(A) - 40} bytes") for item in cut)

@@ -80,11 +80,11 @@ def test_what_labels_say(tmp_path: Path, suffix: str, content: bytes, expected: 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"label": 1', "0.json: no JSON"),
-        (b"", "0.json: no JSON"),
-        (b"{'label': 1}", "0.json: no JSON"),
-        (b"\xff\xfe\xfd", "0.json: no JSON"),
-        (b"[" * 100_000, "0.json: no JSON"),
+        (b'{"label": 1', "0.json: not JSON"),
+        (b"", "0.json: not JSON"),
+        (b"{'label': 1}", "0.json: not JSON"),
+        (b"\xff\xfe\xfd", "0.json: not JSON"),
+        (b"[" * 100_000, "0.json: not JSON"),
         (b'{"label": [0, 1]}', "0.json: label [0, 1] names 2 classes"),
         (b'{"label": 1.5}', "0.json: label 1.5 is not a class number"),
         (b'{"label": 1e999}', "0.json: label inf is not a class number"),
@@ -109,4 +109,4 @@ def test_an_image_whose_label_cannot_be_read_is_not_used_beside_others(
 def test_labels_that_contradict_each_other(tmp_path: Path) -> None:
     items = read(tmp_path, [("s.png", A), ("s.cls", b"2"), ("s.cls", b"3"), ("t.png", B), ("t.cls", b"3")])
     assert [item.label for item in items] == [None, "3"]
-    assert "s.cls: there more than once, with different labels" in items[0].reason
+    assert "s.cls: occurs more than once, with different labels" in items[0].reason

@@ -68,7 +68,7 @@ def test_a_tar_that_is_none_is_bad(tmp_path: Path) -> None:
         "zst.tar": (b"\x28\xb5\x2f\xfd" + bytes(600), "`unzstd`"),
         "zip.tar": (zipped.getvalue(), "zip file"),
         "lfs.tar": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "git lfs pull"),
-        "short.tar": (b"404", "shorter than any"),
+        "short.tar": (b"404", "not a tar file: too short"),
     }
     listing = listing_of(
         tmp_path,
@@ -107,7 +107,7 @@ def test_a_tar_without_images(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("content", [b"<html>" * 1000, random.Random(0).randbytes(5000), A * 20])
 def test_what_is_no_tar_at_all_is_one_item(tmp_path: Path, content: bytes) -> None:
     (item,) = read(tmp_path, content)
-    assert item.reason == f"no tar file: there is no member in its {len(content)} bytes"
+    assert item.reason == f"not a tar file: no member in its {len(content)} bytes"
 
 
 def test_splits_by_the_names_of_the_tars(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_tar_that_went_away_is_its_own_fault_and_a_broken_disk_is_not(
     (tmp_path / "a.tar").rename(tmp_path / "b.tar")
     assert list(part.cut(5)) == [part]
     assert [tuple(item) for item in part.read()] == [
-        ("a.tar", b"", None, "can't be read: it is not there any more")
+        ("a.tar", b"", None, "can't be read: it no longer exists")
     ]
     assert [(i.path, i.data) for i in cut.read()] == [("a.tar/a.png", b""), ("a.tar/b.png", b"")]
     (tmp_path / "a.tar").symlink_to("a.tar")
@@ -147,7 +147,7 @@ def test_a_tar_that_went_away_is_its_own_fault_and_a_broken_disk_is_not(
                 with pytest.raises(type(error)):
                     list(reading())
     (tmp_path / "a.tar").write_bytes(b"")
-    assert {item.reason for item in cut.read()} == {"its bytes are not in the tar any more"}
+    assert {item.reason for item in cut.read()} == {"its bytes are no longer in the tar"}
 
 
 def test_every_byte_on_s3_is_fetched_about_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_every_byte_on_s3_is_fetched_about_once(bucket: str, monkeypatch: pytest
     assert list(cuts[3].read([9, 0, 9])) == [items[39], items[30], items[39]]
     assert len(fetched) == 2 and sum(fetched) < 2.1 * len(noise)
     storage.remove(f"{bucket}/a.tar")
-    assert {item.reason for item in cuts[0].read()} == {"can't be read: it is not there any more"}
+    assert {item.reason for item in cuts[0].read()} == {"can't be read: it no longer exists"}
 
 
 def test_a_picture_comes_out_as_it_went_in(tmp_path: Path) -> None:

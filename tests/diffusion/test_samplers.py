@@ -195,7 +195,7 @@ def test_the_first_step_is_the_last_one_of_enough_alpha_bar(sampler: SamplerName
         assert (len(seen), seen) == (10, sorted(seen, reverse=True))
         assert process.alpha_bar[seen[0]] >= least
         assert seen[0] == 999 or process.alpha_bar[seen[0] + 1] < least
-    with pytest.raises(InputError, match="more than that of every step"):
+    with pytest.raises(InputError, match="larger than that of every step"):
         sample(process, model, x_T, lambda step: x_T, sampler, 10, least_alpha_bar=1.0)
 
 

@@ -125,7 +125,7 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
         ({"data": "nowhere"}, "no such folder"),
         ({"output": "pyproject.toml/x"}, "not a folder"),
         ({"samples": "nowhere"}, "no such file or folder"),
-        ({"samples": "noise", "metrics": ("kernel",), "max_features": 19}, "at least 20 images a side"),
+        ({"samples": "noise", "metrics": ("kernel",), "max_features": 19}, "at least 20 images on each side"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
@@ -179,7 +179,7 @@ def test_samples_are_those_of_the_manifest_and_of_the_model(
 
     (folder / "data" / ".hidden").write_bytes(b"")
     assert open_samples(str(folder), DIGITS).rows == 16
-    with pytest.raises(InputError, match=r"--samples .*another model .*models:/digits/1"):
+    with pytest.raises(InputError, match=r"--samples .*made by models:/digits/1, not by --model"):
         open_samples(str(folder), DIGITS, "of another one")
     for change, reason in (
         (lambda data: shutil.copy(data / "part-0.parquet", data / "part-9.parquet"), "part-9.parquet, which"),
@@ -191,7 +191,7 @@ def test_samples_are_those_of_the_manifest_and_of_the_model(
         shutil.copytree(folder, changed)
         change(changed / "data")
         for read, flag in ((lambda uri: open_samples(uri, DIGITS), "--samples"), (open_splits, "--data")):
-            with pytest.raises(InputError, match=f"generate.py .*{flag} .*{reason}"):
+            with pytest.raises(InputError, match=f"{flag} .*{reason}.*: wait until jobs/generate.py ends"):
                 read(str(changed))
 
 

@@ -176,6 +176,6 @@ def test_images_whose_features_are_not_numbers_are_named(tmp_path: Path) -> None
     index = open_samples(str(write_samples(tmp_path / "samples", pixels, None)), DIGITS)
     with pytest.raises(InputError) as caught:
         measure([index], read_torchscript(str(tmp_path / "rooted.pt")), keep=10)
-    assert "--features: not finite for 7 images: " in str(caught.value)
+    assert "--features: the features of 7 images are not finite: " in str(caught.value)
     assert "part-0.parquet: image 3.png, " in str(caught.value)
     assert str(caught.value).endswith("part-1.parquet: image 91.png, …")

@@ -123,7 +123,7 @@ def test_an_evaluation_ends_well_whatever_becomes_of_the_card(
     else:
         (samples / "README.md").unlink()
     assert measured().metrics["frechet_distance"] > 0
-    said = "the figures are not in the card" in capfd.readouterr().err
+    said = "the metrics were not added to the card" in capfd.readouterr().err
     assert said == (harm == "busy")
     assert (samples / "README.md").exists() == (harm != "gone")
 

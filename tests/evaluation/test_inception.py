@@ -179,7 +179,9 @@ def test_networks_that_lack_the_output_are_refused_before_anything_is_measured(
 
     torch.jit.script(Plain()).save(tmp_path / "plain.pt")
     given: dict[str, Any] = {"model": "", "data": str(digits), "samples": str(samples), "metrics": (metric,)}
-    with pytest.raises(InputError, match=f"^--metrics {metric}: the network of --features has[^\n]*$"):
+    with pytest.raises(
+        InputError, match=f"^--metrics {metric}: the network of --features does not fit[^\n]*$"
+    ):
         evaluate(EvaluateConfig(**given, features=str(tmp_path / "plain.pt")), "")
     with pytest.raises(InputError, match=f"^--metrics {metric} needs --features FILE[^\n]*$"):
         evaluate(EvaluateConfig(**given), "")

@@ -76,7 +76,7 @@ def test_snapshots_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -
     with pytest.raises(InputError, match="damaged"):
         posthoc_ema(model, str(tmp_path), (0.1,))
     save_file({"other": torch.zeros(2)}, file)
-    with pytest.raises(InputError, match="not of the model"):
+    with pytest.raises(InputError, match="does not belong to --model"):
         posthoc_ema(model, str(tmp_path), (0.1,))
     with pytest.raises(InputError, match="EMA length"):
         posthoc_ema(model, str(tmp_path), (0.4,))

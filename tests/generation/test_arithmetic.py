@@ -52,7 +52,7 @@ def test_a_node_of_another_kind_is_refused_unless_told(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     for settings in ({"count": 32}, {"count": 16, "verify": True}):
         with pytest.raises(
-            InputError, match=r"computed by .*this node computes by .*AVX2.*--mixed-arithmetic"
+            InputError, match=r"computed with .*this node computes with .*AVX2.*--mixed-arithmetic"
         ):
             make(config(output, **settings), model)
     assert digests(output) == before

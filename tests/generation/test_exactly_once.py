@@ -64,7 +64,7 @@ def test_foreign_files_are_moved_aside_and_never_read_as_samples(
     (data / "train-000000000000-000000000008.parquet.0123.partial").write_bytes(b"a write that was cut off")
     make(config(copy), model)
     assert digests(copy) == digests(whole)
-    assert "2 files that are not of this dataset are now in" in capfd.readouterr().err
+    assert "2 files that do not belong to this dataset were moved to" in capfd.readouterr().err
     assert b"mine" in [path.read_bytes() for path in (copy / "foreign").iterdir()]
     assert len(opened(copy)) == 40
 
@@ -81,7 +81,7 @@ def test_foreign_images_among_png_folders_are_moved_aside(model: Path, tmp_path:
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(model: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("my thesis")
-    with pytest.raises(InputError, match=r"holds README\.md, which is not of this job"):
+    with pytest.raises(InputError, match=r"holds README\.md, which this job did not write"):
         make(config(tmp_path), model)
     assert (tmp_path / "README.md").read_text() == "my thesis"
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

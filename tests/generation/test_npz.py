@@ -95,7 +95,7 @@ def test_a_write_that_fails_leaves_the_former_one_file(
     with monkeypatch.context() as patch:
         patch.setattr(npz, "_collect", full)
         with pytest.raises(
-            InputError, match="No space left on device: mend that and run the same command again"
+            InputError, match="No space left on device: solve this and run the same command again"
         ):
             make(config(tmp_path, format="npz", count=16), model)
     assert (tmp_path / "samples.npz").read_bytes() == before

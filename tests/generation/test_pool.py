@@ -41,7 +41,7 @@ def test_what_goes_wrong_in_an_actor_ends_the_job_with_one_line(
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "notes").write_text("a file where a folder has to be")
     settings = config(tmp_path / "blocked")
-    with pytest.raises(InputError, match="run the same command again; what is finished is kept"):
+    with pytest.raises(InputError, match="run the same command again; finished files are kept"):
         make(settings, model, actor_pool(settings))
 
 
@@ -60,7 +60,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
     try:
         full = job("generate", *flags, home=tmp_path)
         assert full.code == 2, full.stderr
-        assert "No space left on device: mend that and run the same command again" in full.stderr
+        assert "No space left on device: solve this and run the same command again" in full.stderr
         kept = times(disk / "samples")
         noted = {
             path.name.removesuffix(".json") for path in (disk / "samples" / "notes").glob("train-*.json")

@@ -325,7 +325,7 @@ def test_a_resume_makes_another_attempt_where_the_infrastructure_failed(
     note = Path(config.output) / "search.json"
     old = json.loads(note.read_text())
     note.write_text(json.dumps(old | {"fixed": old["fixed"] | {"scheduler": "pbt"}}))
-    with pytest.raises(InputError, match="scheduler = pbt, which is no more, now it is asha"):
+    with pytest.raises(InputError, match="scheduler = pbt, which no longer exists, now it is asha"):
         search(config, FailingTrial)
 
 

@@ -44,7 +44,7 @@ def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
             "--loss simple does not train --variance learned",
         ),
         ({"diffusion": DiffusionConfig(loss="hybrid")}, "--loss hybrid trains --variance learned_range"),
-        ({"diffusion": DiffusionConfig(betas=(2.0, 3.0))}, "betas: given beside"),
+        ({"diffusion": DiffusionConfig(betas=(2.0, 3.0))}, "betas: given together"),
         (
             {"diffusion": DiffusionConfig(schedule="linear", beta_start=1e-18)},
             "--beta-start|betas: .*so small",

@@ -1,4 +1,4 @@
-"""Arrow files: folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` wrote, and IPC files of others."""
+"""Reads Arrow files: folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`, and other IPC files."""
 
 import json
 import posixpath
@@ -45,11 +45,12 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class ArrowPart(Part):
-    """Rows that follow each other in one file; `names` are the file, and images beside it that its rows name.
+    """Consecutive rows of one file. `names` are the file and the images beside it that its rows name.
 
     Attributes:
-        columns: where images and labels are.
-        stored: where its record batches lie, in a remote file.
+        start, count: number of the first row, and number of rows.
+        columns: the columns of images and labels.
+        stored: places of its record batches, in a remote file.
     """
 
     start: int
@@ -60,7 +61,7 @@ class ArrowPart(Part):
     def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
         file = opened(self.uri, self.columns, self.stored)
         if rows is not None and is_list(file.schema.field(self.columns.image).type):
-            # A row may hold several images, so that all before are read for their number.
+            # A row may hold several images, so all rows before must be read to count them.
             yield from pick(self.read(), rows)
             return
         beside = partial(read_beside, self.root, self.names[0])
@@ -79,12 +80,13 @@ class ArrowPart(Part):
 
 @dataclass
 class _Found:
-    """What a folder holds of Arrow files.
+    """The Arrow files of a folder.
 
     Attributes:
-        data: names of the files to read, in order, each with the split that it was saved as, if it was.
-        used: of the files that say so.
-        features: of the columns, by folder.
+        data: names of the files to read, in order, each with the split that it was saved as, or "".
+        used: JSON files of `datasets` that were read for this.
+        features: the features that `datasets` noted, by folder.
+        ignored, bad: as in `SourceListing`.
     """
 
     data: dict[str, str] = field(default_factory=dict)
@@ -105,13 +107,13 @@ def _find(tree: Tree) -> _Found:
         above = posixpath.join(posixpath.dirname(folder), _SPLITS)
         splits = _read_json(tree, above, found).get("splits") if folder else None
         if isinstance(splits, list) and posixpath.basename(folder) not in splits:
-            found.ignored |= dict.fromkeys(here, f"not of a split that {_SPLITS} names")
+            found.ignored |= dict.fromkeys(here, f"{_SPLITS} does not list its folder as a split")
             continue
         state = _read_json(tree, posixpath.join(folder, _STATE), found) if folder in saved else {}
         if any(state.get(key) for key in _INDICES):
             raise InputError(
-                f"{tree.uri(folder) if folder else tree.root}: saved as a choice of rows (`_indices_files` in {_STATE}): "
-                "save it again after flatten_indices()"
+                f"{tree.uri(folder) if folder else tree.root}: holds a selection of rows (`_indices_files` in {_STATE}): "
+                "call flatten_indices() and save it again"
             )
         if isinstance(state.get("_data_files"), list):
             split = split_of_word(str(state.get("_split") or ""))
@@ -120,20 +122,20 @@ def _find(tree: Tree) -> _Found:
                 if name in here:
                     found.data[name] = split
                 elif name not in tree.bad:
-                    found.bad[name] = f"{_STATE} names it, and it is not there"
-            rest = "not among the data files that state.json names"
+                    found.bad[name] = f"missing, although {_STATE} lists it"
+            rest = "state.json does not list it as a data file"
             found.ignored |= {name: rest for name in here if name not in found.data}
         else:
             for name in here:
                 if posixpath.basename(name).startswith(_CACHE):
-                    found.ignored[name] = "a cache of `datasets`"
+                    found.ignored[name] = "a cache file of `datasets`"
                 else:
                     found.data[name] = ""
     return found
 
 
 def _read_json(tree: Tree, name: str, found: _Found) -> dict[str, Any]:
-    """An object in a file that may be there; a damaged one is noted."""
+    """The object in a JSON file; empty if there is no such file. A damaged file is added to `found.bad`."""
     if name not in tree.files or name in found.bad:
         return {}
     try:
@@ -149,7 +151,7 @@ def _read_json(tree: Tree, name: str, found: _Found) -> dict[str, Any]:
 
 
 def is_arrow(tree: Tree) -> bool:
-    """Whether Arrow files are the source (see `tables.are_source`), or are to be refused."""
+    """True if Arrow files are the source (see `tables.are_source`), or must be refused."""
     if not any(name.lower().endswith(SUFFIXES) for name in tree.files):
         return False
     try:
@@ -160,10 +162,10 @@ def is_arrow(tree: Tree) -> bool:
 
 
 def list_arrow(tree: Tree, request: Request) -> SourceListing:
-    """The Arrow files of a folder that hold images, in parts of some rows.
+    """The Arrow files of a folder that hold images, in parts of about `request.images_per_part` rows.
 
     Raises:
-        InputError: see `columns.choose`; a dataset that was saved as a choice of rows of another one.
+        InputError: as `columns.choose`; or a dataset was saved as a selection of another one's rows.
     """
     forget_open_files()
     found = _find(tree)
@@ -173,7 +175,7 @@ def list_arrow(tree: Tree, request: Request) -> SourceListing:
     batches = {look.name: _batches(tree, look, choice.columns[look.name], bad) for look in looks}
     looks = [look for look in looks if look.name not in bad]
     classes, columns = name_labels(looks, {look.name: choice.columns[look.name] for look in looks})
-    # A file's own name and folder come first, then what it was saved as.
+    # The split is taken from a file's own name and folder first, then from the name that it was saved under.
     whole = {posixpath.join(found.data[name], name): name for name in columns}
     splits = {whole[name]: split for name, split in splits_of_files(whole).items()}
     parts = list[Part]()
@@ -216,7 +218,7 @@ def _look_at(tree: Tree, found: _Found, name: str) -> Look | str:
 
 
 def _batches(tree: Tree, look: Look, columns: Columns, bad: dict[str, str]) -> tuple[int, list[Stored]]:
-    """Rows of a file, and where they lie in a remote one; a file that can't be read to its end is noted."""
+    """Number of rows in a file and, in a remote file, their places. Adds a file that can't be read through to `bad`."""
     uri, where, smallest = tree.uri(look.name), printable(look.name), columns.label or columns.image
     try:
         if not storage.is_local(uri) and (stored := stored_batches(uri, where, smallest)):
@@ -228,7 +230,7 @@ def _batches(tree: Tree, look: Look, columns: Columns, bad: dict[str, str]) -> t
 
 
 def _named_beside(tree: Tree, look: Look, image: str, per_part: int) -> dict[int, set[str]]:
-    """The files beside an Arrow file that its rows name as their images, by the number of the part."""
+    """The image files beside an Arrow file that its rows name, by the number of the part."""
     kind, named, at = look.type_of(image), dict[int, set[str]](), 0
     if one_form(kind) == "bytes" or not files_beside(tree):
         return named

@@ -1,4 +1,4 @@
-"""Arrow IPC files opened, in the stream and the file format: mapped into memory, nothing in them is run."""
+"""Opens Arrow IPC files in stream and file format. Local files are memory-mapped; no code in a file is run."""
 
 import os
 import threading
@@ -17,22 +17,22 @@ from pipeline.redact import one_line
 from pipeline.stretches import open_file, read_stretch
 
 OPEN_FILES = 64
-_SCHEMAS = 1024  # of remote files
+_SCHEMAS = 1024  # schemas of remote files to keep
 _FILE, _OLD = b"ARROW1", b"FEA1"
-_MESSAGES = 8  # byte of the file format at which the same begins as in the stream format
-_HEAD, _SOME, _BLOCK = 2**14, 2**20, 8 * 2**20  # bytes of a remote file, asked for at once
+_MESSAGES = 8  # byte of the file format at which the same messages begin as in the stream format
+_HEAD, _SOME, _BLOCK = 2**14, 2**20, 8 * 2**20  # bytes of a remote file in one request
 _fetching = threading.Lock()
 
 
 def walk(uri: str, where: str, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    """The record batches of a file, one after the other, without holding the file.
+    """The record batches of a file, one after the other, without holding the whole file.
 
     Args:
-        where: the file, for errors.
-        columns: the only ones to read.
+        where: name of the file, for errors.
+        columns: columns to read.
 
     Raises:
-        InputError: not an Arrow file, or a record batch can't be read.
+        InputError: the file is not an Arrow file, or a record batch can't be read.
     """
     source = _source(uri, _SOME)
     schema, whole = _schema(source, where)
@@ -53,11 +53,11 @@ def walk(uri: str, where: str, columns: tuple[str, ...]) -> Iterator[pa.RecordBa
 
 
 class Stored(NamedTuple):
-    """Where a record batch lies in a file.
+    """Place of a record batch in a file.
 
     Attributes:
-        first: number of its first row.
-        begins, ends: its bytes.
+        first, rows: number of its first row, and number of rows.
+        begins, ends: byte offsets of its begin and end.
     """
 
     first: int
@@ -67,10 +67,13 @@ class Stored(NamedTuple):
 
 
 def stored_batches(uri: str, where: str, column: str) -> list[Stored]:
-    """Where the record batches of a remote file lie, so that nobody fetches the rest; none where a column is encoded.
+    """Places of the record batches of a remote file, so that readers fetch only what they need.
+
+    Returns an empty list if a column is dictionary-encoded, because its dictionary lies elsewhere in the file.
 
     Args:
-        column: is checked for damage.
+        where: name of the file, for errors.
+        column: column to check for damage.
 
     Raises:
         InputError: as `walk`.
@@ -99,22 +102,22 @@ def stored_batches(uri: str, where: str, column: str) -> list[Stored]:
 
 
 def _is_encoded(kind: pa.DataType) -> bool:
-    """Whether values stand in a dictionary, which lies elsewhere in the file."""
+    """True if values of this type are dictionary-encoded, at any depth."""
     inner = (kind.field(i).type for i in range(kind.num_fields))
     return pa.types.is_dictionary(kind) or any(map(_is_encoded, inner))
 
 
 def schema_of(uri: str) -> pa.Schema:
-    """The columns of a file from outside.
+    """The schema of a file from an untrusted source.
 
     Raises:
-        InputError: not an Arrow file.
+        InputError: the file is not an Arrow file.
     """
     return _schema(_source(uri, _HEAD), uri)[0]
 
 
 def _schema(source: pa.NativeFile, where: str) -> tuple[pa.Schema, bool]:
-    """The columns, and whether it is of the file format."""
+    """The schema, and True if the file has the file format rather than the stream format."""
     head = source.read(len(_FILE))
     source.seek(0)
     if head.startswith(_OLD):
@@ -148,13 +151,13 @@ def _source(uri: str, ahead: int = _BLOCK) -> pa.NativeFile:
 
 
 def _check(column: pa.Array) -> None:
-    """Raises an ArrowInvalid where offsets in a damaged file would lead out of the memory."""
+    """Raises ArrowInvalid if offsets in a damaged file point outside its memory."""
     column.validate()
     for part in column.flatten() if pa.types.is_struct(column.type) else [column]:
         try:
             part.validate(full=True)
         except pa.ArrowInvalid as error:
-            if "UTF8" not in str(error):  # such text is shown with replacement characters
+            if "UTF8" not in str(error):  # invalid text is read with replacement characters
                 raise
 
 
@@ -165,12 +168,12 @@ def _unreadable(error: Exception, where: str, number: int) -> Exception:
 
 
 class Opened(NamedTuple):
-    """A file whose columns were checked.
+    """An open file whose columns were checked.
 
     Attributes:
-        names: of the columns to read.
-        starts: int [batches + 1], the first row of each record batch, and the number of rows of all.
-        batches: of the stream format, all; of the file format, their reader; of a remote file, where they lie.
+        names: names of the columns to read.
+        starts: number of each record batch's first row, and the number of all rows: int [batches + 1].
+        batches: all batches for the stream format, the reader for the file format, or their places in a remote file.
     """
 
     names: list[str]
@@ -179,7 +182,7 @@ class Opened(NamedTuple):
     batches: Any
 
     def slices(self, where: str, first: int, count: int) -> Iterator[pa.RecordBatch]:
-        """Some rows that follow each other; raises InputError as `walk`."""
+        """The rows [first, first + count). Raises InputError as `walk`."""
         stop, here = first + count, int(np.searchsorted(self.starts, first, side="right")) - 1
         while first < stop:
             begin, end = int(self.starts[here]), min(int(self.starts[here + 1]), stop)
@@ -200,13 +203,13 @@ class Opened(NamedTuple):
 
 
 def opened(uri: str, columns: Columns, stored: tuple[Stored, ...] = ()) -> Opened:
-    """A file, kept open for the thread that asks.
+    """Opens a file and keeps it open for the calling thread.
 
     Args:
-        stored: its only record batches to read, of a remote file.
+        stored: places of the only record batches to read, in a remote file.
 
     Raises:
-        InputError: see `walk` and `cells.present`.
+        InputError: as `walk` and `cells.present`.
     """
     if stored:
         schema = _remote_schema(uri)
@@ -249,7 +252,7 @@ def _fetched_batch(uri: str, stored: Stored, schema: pa.Schema) -> pa.RecordBatc
 
 
 def _fetched_once(uri: str) -> bytes:
-    with _fetching:  # several threads want parts of one file
+    with _fetching:  # several threads may read parts of one file
         return _fetched(uri)
 
 
@@ -259,7 +262,7 @@ def _fetched(uri: str) -> bytes:
 
 
 def forget_open_files() -> None:
-    """Opens every file anew from now on: those of a remote store may be others by now."""
+    """Closes all files, so that they are opened anew. Files on a remote store may have changed."""
     _kept_open.cache_clear()
     for cache in (_fetched, _fetched_batch, _remote_schema):
         cache.cache_clear()

@@ -1,4 +1,4 @@
-"""What stands in a row of a Parquet or Arrow file: images with their names, and a label."""
+"""Reads the cells of Parquet and Arrow files: images with their names, and labels."""
 
 import errno
 import posixpath
@@ -16,9 +16,9 @@ from pipeline.errors import InputError
 from pipeline.redact import printable
 
 NO_IMAGE = "the row holds no image"
-ELSEWHERE = "its path leads out of the folder of the file that names it: not followed"
+ELSEWHERE = "its path leads out of the table's folder, so it is not read"
 _EXTENSION = b"ARROW:extension:name"
-# A file that a row names may be missing: that is no failure of the storage.
+# A row may name a file that is missing. That is no failure of the storage.
 _NOT_THERE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _NOT_THERE_ERRORS = (errno.ELOOP, errno.ENAMETOOLONG)
 _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|.*(://|::|\0)", re.DOTALL)
@@ -26,11 +26,11 @@ _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|.*(://|::|\0)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a file holds what; as jobs/prepare.py writes it, unless said otherwise.
+    """The columns to read of a file. The defaults are those of jobs/prepare.py.
 
     Attributes:
-        image, label: names of columns; no label column = "".
-        classes: names of the classes 0, 1, …, where labels are numbers that something names.
+        image, label: names of the columns; label is "" without a column of labels.
+        classes: names of the classes 0, 1, …, if labels are numbers with known names.
     """
 
     image: str = "image"
@@ -42,10 +42,10 @@ Form = Literal["", "bytes", "struct", "text", "list"]
 
 
 def form_of(kind: pa.DataType) -> Form:
-    """How a column of this type can hold images: in itself, beside their paths, by their paths, or in lists.
+    """The form in which a column of this type can hold images.
 
     Returns:
-        "" for none of these.
+        "bytes", "struct" (bytes and path), "text" (paths), "list" (lists of one of these), or "" for none.
     """
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if is_binary(kind):
@@ -62,7 +62,7 @@ def form_of(kind: pa.DataType) -> Form:
 
 
 def one_form(kind: pa.DataType) -> Form:
-    """How each image stands in a column, be it of images or of lists of images."""
+    """The form of a single image in a column of images or of lists of images."""
     return form_of(kind.value_type if is_list(kind) else kind)
 
 
@@ -86,7 +86,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def is_foreign(field: pa.Field) -> bool:
-    """Whether a column is of a type that a library reads in its own way, or has such a type in it."""
+    """True if a column has an extension type, which a library reads with its own code, at any depth."""
     kind = field.type
     if isinstance(kind, pa.BaseExtensionType) or _EXTENSION in (field.metadata or {}):
         return True
@@ -96,20 +96,20 @@ def is_foreign(field: pa.Field) -> bool:
 
 
 def check_names(fields: Iterable[pa.Field]) -> None:
-    """Raises UnicodeDecodeError where the name of a column, or of what is in it, is no text."""
+    """Raises UnicodeDecodeError if the name of a column, or of a field in it, is not valid text."""
     for field in fields:
         _ = field.name
         check_names(field.type.field(i) for i in range(field.type.num_fields))
 
 
 def present(uri: str, schema: pa.Schema, columns: Columns) -> list[str]:
-    """The columns to read: of images and, where the file has it, of labels.
+    """The names of the columns to read: images and, if the file has them, labels.
 
-    Python classes read some types. One of Ray's holds pickles: whoever looks at a value runs what the file's author
-    wrote. Such a column is refused here; others of the file are never looked at.
+    Some extension types are read by Python classes. One of Ray's holds pickles, so looking at a value runs code of
+    the file's author. Such a column is refused here. Other columns of the file are never looked at.
 
     Raises:
-        InputError: no such column of images, or one of these columns is of such a type.
+        InputError: there is no such column of images, or one of these columns has an extension type.
     """
     if columns.image not in schema.names:
         raise InputError(
@@ -122,9 +122,9 @@ def present(uri: str, schema: pa.Schema, columns: Columns) -> list[str]:
 
 
 def check_plain(uri: str, schema: pa.Schema, name: str) -> None:
-    """Raises an InputError for a column that only code from elsewhere can read, or that is there twice."""
+    """Raises InputError for a column that has an extension type, or whose name occurs twice."""
     if len(places := schema.get_all_field_indices(name)) > 1:
-        raise InputError(f"{uri}: has {len(places)} columns {printable(name)}: name each differently")
+        raise InputError(f"{uri}: has {len(places)} columns {printable(name)}: give each its own name")
     if is_foreign(schema.field(name)):
         kind = schema.field(name).type
         own = f"of the type {kind.extension_name}" if isinstance(kind, pa.BaseExtensionType) else str(kind)
@@ -132,7 +132,7 @@ def check_plain(uri: str, schema: pa.Schema, name: str) -> None:
 
 
 def texts(column: pa.Array) -> list[Any]:
-    """Values of any type; text in which some bytes are no UTF-8 has replacement characters there."""
+    """The values of a column of any type. Bytes that are not valid UTF-8 become replacement characters."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
@@ -148,7 +148,7 @@ def texts(column: pa.Array) -> list[Any]:
 
 
 def images_of(column: pa.Array) -> list[list[tuple[bytes | None, str | None]]]:
-    """For each row its images, as bytes and path: one image, or any number where the column holds lists."""
+    """The images of each row as (bytes, path): one image, or any number if the column holds lists."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if is_list(column.type):
@@ -163,7 +163,7 @@ def images_of(column: pa.Array) -> list[list[tuple[bytes | None, str | None]]]:
         zip((column.type.field(i).name for i in range(column.type.num_fields)), column.flatten(), strict=True)
     )
     path = fields.get("path")
-    # Some writers know text as bytes alone.
+    # Some writers store text as bytes.
     paths = none if path is None or not (is_text(path.type) or is_binary(path.type)) else texts(path)
     names = [name.decode(errors="replace") if isinstance(name, bytes) else name for name in paths]
     data = fields["bytes"].to_pylist() if "bytes" in fields else none
@@ -171,16 +171,17 @@ def images_of(column: pa.Array) -> list[list[tuple[bytes | None, str | None]]]:
 
 
 def name_beside(file: str, path: str) -> str | None:
-    """The name below the root of a file that a table names by its path from the table's own folder.
+    """The name, below the root, of a file that a table names by a path relative to the table's own folder.
 
     Args:
         file: the table's name below the root.
+        path: the path in the table.
 
     Returns:
-        None for a path that leads elsewhere: an absolute one, one that goes up and out, or a URL.
+        None for an absolute path, a URL, or a path that leads out of the folder.
     """
     if "/" not in path:
-        path = path.replace("\\", "/")  # as Windows has them
+        path = path.replace("\\", "/")  # a Windows path
     normal = posixpath.normpath(path)
     if not path or _ABSOLUTE.match(path) or normal.split("/")[0] in ("..", "."):
         return None
@@ -188,7 +189,7 @@ def name_beside(file: str, path: str) -> str | None:
 
 
 def read_beside(root: str, file: str, path: str) -> tuple[bytes, str]:
-    """An image that a table names: its bytes, or the reason why there are none."""
+    """Reads an image that a table names: its bytes and "", or nothing and the reason."""
     if (name := name_beside(file, path)) is None:
         return b"", ELSEWHERE
     try:
@@ -202,7 +203,7 @@ def read_beside(root: str, file: str, path: str) -> tuple[bytes, str]:
 
 
 def named(place: str, own: str | None) -> str:
-    """The path of an image in a row: the place of the row in the source, and the own name of the image if it has one."""
+    """The path of an image in a row: the row's place in the source, followed by the image's own name if it has one."""
     own = posixpath.basename(own.replace("\\", "/")) if own else ""
     return printable(f"{place}/{own}" if own else place)
 
@@ -214,13 +215,14 @@ def items_of(
     places: Iterable[str],
     beside: Callable[[str], tuple[bytes, str]],
 ) -> Iterator[list[Item]]:
-    """The images of each row; a row without one gives an item that says so.
+    """The images of each row. A row without an image gives one item with that reason.
 
     Args:
-        labels: of the same rows; None where the file has none.
+        images: cells of the column of images.
+        labels: labels of the same rows; None if the file has none.
         classes: names of the classes 0, 1, …
         places: a name for each row, unique within the source.
-        beside: reads an image by its path: its bytes, or the reason why there are none.
+        beside: function that reads an image by its path and returns its bytes and "", or nothing and the reason.
     """
     values = texts(labels) if labels is not None else None
     for number, (row, place) in enumerate(zip(images_of(images), places, strict=True)):

@@ -1,4 +1,4 @@
-"""CIFAR-10's and CIFAR-100's binary files."""
+"""Reads the binary files of CIFAR-10 and CIFAR-100."""
 
 import posixpath
 import re
@@ -24,11 +24,12 @@ _HUNDRED = ("train.bin", "test.bin")
 
 @dataclass(frozen=True)
 class _Kind:
-    """Of files.
+    """A kind of CIFAR file.
 
     Attributes:
-        labels: bytes before the pixels; the last of them is the class.
-        names: the file that names the classes.
+        labels: bytes of labels before the pixels of each image; the last byte is the class.
+        classes: number of classes.
+        names: name of the file with the class names.
     """
 
     labels: int
@@ -41,11 +42,11 @@ class _Kind:
 
 
 _OTHERS = {
-    "batches.meta.txt": "names of classes that no file beside it has",
-    "fine_label_names.txt": "names of classes that no file beside it has",
-    "coarse_label_names.txt": "names of the coarse classes: the fine ones are read",
-    "batches.meta": "names of the classes as a pickle, which is never opened",
-    "meta": "names of the classes as a pickle, which is never opened",
+    "batches.meta.txt": "class names without a data file beside them",
+    "fine_label_names.txt": "class names without a data file beside them",
+    "coarse_label_names.txt": "names of the coarse classes; the fine classes are used",
+    "batches.meta": "class names in a pickle, which is never opened",
+    "meta": "class names in a pickle, which is never opened",
 }
 _CIFAR_10 = _Kind(1, 10, "batches.meta.txt")
 _CIFAR_100 = _Kind(2, 100, "fine_label_names.txt")
@@ -53,11 +54,12 @@ _CIFAR_100 = _Kind(2, 100, "fine_label_names.txt")
 
 @dataclass(frozen=True)
 class CifarPart(Part):
-    """Images that follow each other in a file.
+    """Consecutive images of one file.
 
     Attributes:
-        records: all images of the file, each behind its labels.
-        classes: names of the classes; none = labels are not wanted.
+        records: all images of the file, each after its labels.
+        start, count: number of the first image, and number of images.
+        classes: names of the classes; empty = labels are not wanted.
     """
 
     records: Records
@@ -76,15 +78,15 @@ class CifarPart(Part):
 
 
 def is_cifar(tree: Tree) -> bool:
-    """Whether there are CIFAR's binary files, by their names, no less than the image files beside them.
+    """True if files have the names of CIFAR's binary files and are together no smaller than the image files beside them.
 
-    A train.bin needs their length, or the names of the classes beside it.
+    A train.bin or test.bin also needs a matching length, or a file of class names beside it.
     """
     return outweigh_images(tree, [name for name in tree.files if _kind(tree, name)])
 
 
 def is_cifar_name(base: str) -> bool:
-    """Whether a file may be one of CIFAR's, by its name without folders."""
+    """True if a file may be a CIFAR file, by its name without folders."""
     return bool(_TEN.fullmatch(base)) or base in _HUNDRED
 
 
@@ -97,10 +99,10 @@ def _kind(tree: Tree, name: str) -> _Kind | None:
 
 
 def list_cifar(tree: Tree, request: Request) -> SourceListing:
-    """All binary files, with the names of the classes that lie beside them.
+    """All binary files, with the class names beside them.
 
     Raises:
-        InputError: a file is cut short or something else; the classes of several files differ.
+        InputError: a file is cut short or is no CIFAR file, or the class names of several folders differ.
     """
     tree = with_beside(tree, lambda name: posixpath.basename(name) in (_CIFAR_10.names, _CIFAR_100.names))
     kinds = {name: kind for name in tree.files if (kind := _kind(tree, name))}
@@ -114,7 +116,9 @@ def list_cifar(tree: Tree, request: Request) -> SourceListing:
             found[folder] = _class_names(tree, names, kind)
             used |= {names} & tree.files.keys()
         if found[folder] != next(iter(found.values())):
-            raise InputError(f"{tree.uri(names)}: names other classes than another folder: give one of them")
+            raise InputError(
+                f"{tree.uri(names)}: its class names differ from another folder's: give one of the two folders"
+            )
         records = _records(tree, name, kind, len(found[folder]))
         classes = () if request.label_column == NO_LABELS else found[folder]
         split = "test" if "test" in posixpath.basename(name) else "train"
@@ -129,14 +133,14 @@ def list_cifar(tree: Tree, request: Request) -> SourceListing:
 
 def _class_names(tree: Tree, name: str, kind: _Kind) -> tuple[str, ...]:
     if name in tree.bad:
-        raise InputError(f"{tree.uri(name)}: {tree.bad[name]}: the classes are named in it")
+        raise InputError(f"{tree.uri(name)}: {tree.bad[name]}: this file names the classes")
     if name not in tree.files:
         return tuple(map(str, range(kind.classes)))
     with refusing(tree.uri(name)):
         text = storage.read_bytes(tree.uri(name)).decode("utf-8-sig", "backslashreplace")
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names or len(set(names)) < len(names):
-        raise InputError(f"{tree.uri(name)}: should name each class once, on a line of its own")
+        raise InputError(f"{tree.uri(name)}: must name each class once, one name a line")
     return names
 
 
@@ -144,12 +148,12 @@ def _records(tree: Tree, name: str, kind: _Kind, classes: int) -> Records:
     size, uri = tree.files[name].size, tree.uri(name)
     if not size or size % kind.size:
         raise InputError(
-            f"{uri}: cut short, or not CIFAR-{kind.classes}'s: {size} bytes are not records of {kind.size}"
+            f"{uri}: cut short, or not a CIFAR-{kind.classes} file: {size} bytes are no multiple of {kind.size}"
         )
     with refusing(uri):
         label = tree.head(name, kind.labels)[-1]
     if label >= classes:
         raise InputError(
-            f"{uri}: not CIFAR-{kind.classes}'s: its first image has the label {label} of {classes} classes"
+            f"{uri}: not a CIFAR-{kind.classes} file: its first image has label {label}, with {classes} classes"
         )
     return Records(0, kind.size, size // kind.size, version=tree.files[name].version)

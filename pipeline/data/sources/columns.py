@@ -1,4 +1,4 @@
-"""Which columns of Parquet and Arrow files hold images and labels: found by their types, then by usual names."""
+"""Finds the columns of images in Parquet and Arrow files: by their types, then by usual names."""
 
 import json
 import posixpath
@@ -22,17 +22,17 @@ _OTHERS = ("image_bytes", "img_bytes", "image_data", "bytes", "content", "data")
 _PATHS = ("file_name", "filename", "image_path", "img_path", "image_file", "filepath", "file", "path")
 _RANKS = {usual: rank for rank, usual in enumerate((*_IMAGES, *_PLURAL, *_OTHERS, *_PATHS))}
 NO_ROWS = "holds no rows"
-_FILES = 4  # of one schema, looked into until one tells
+_FILES = 4  # files of one schema to look into at most
 
 
 def image_columns(look: Look) -> list[str]:
-    """The columns that hold images, those of the surest kind alone.
+    """The columns that hold images, of the most certain kind that the file has.
 
-    Surest is what `datasets` calls an Image, then a struct of bytes and path, then bytes that begin as an image does,
-    then lists of these, then paths of files beside the table.
+    The kinds, from the most certain: columns that `datasets` calls Image; structs of bytes and path; bytes that begin
+    like an image; lists of these; paths of files beside the table.
 
     Raises:
-        InputError: the rows that tell can't be read.
+        InputError: the rows to look at can't be read.
     """
     known = Counter(look.schema.names)
     forms = {f.name: form_of(f.type) for f in look.fields if known[f.name] == 1 and not is_foreign(f)}
@@ -40,7 +40,7 @@ def image_columns(look: Look) -> list[str]:
     for lists in (False, True):
         if found := [n for n, kind in kinds.items() if kind == "Image" and (forms[n] == "list") == lists]:
             return found
-    # What `datasets` calls Audio, Video or ClassLabel is none.
+    # A column that `datasets` calls Audio, Video or ClassLabel holds no images.
     maybe = [name for name, kind in kinds.items() if kind in ("", "Image", "Value")]
 
     def tells(name: str) -> bool:
@@ -49,18 +49,17 @@ def image_columns(look: Look) -> list[str]:
     for form in ("struct", "bytes", "list", "text"):
         if found := [name for name in maybe if forms[name] == form and tells(name)]:
             return found
-    # A struct with bytes is meant to hold images, though the first ones are damaged or missing.
+    # A struct with bytes counts as images even if the first images are damaged or missing.
     return [name for name in maybe if one_form(look.type_of(name)) == "struct"]
 
 
-def says_more(look: Look, images: list[str]) -> bool:
-    """Whether a file holds images, or what is called so and must be refused.
+def holds_source(look: Look, images: list[str]) -> bool:
+    """True if a file holds images, or a column that is named like images and must be refused.
 
-    Paths of images alone make no source of a file: where it has neither labels nor a split, the folders of the images
-    say more of them.
+    A file with only paths of images, without labels or a split, does not count: the images' own folders say more.
 
     Args:
-        images: its columns of images.
+        images: the file's columns of images.
     """
     if refused_column(look) or not all(one_form(look.type_of(image)) == "text" for image in images):
         return True
@@ -74,10 +73,10 @@ def says_more(look: Look, images: list[str]) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """The columns of each file that holds images, the same names in all of them.
+    """The columns of each file that holds images; their names are the same in all files.
 
     Attributes:
-        columns: by file, without the names of classes.
+        columns: columns by file, without class names.
         ignored: files without rows or images, with the reason.
         bad: files that can't be looked into, with the reason.
     """
@@ -88,13 +87,13 @@ class Choice:
 
 
 def choose(looks: list[Look], request: Request, kind: str) -> Choice:
-    """The columns of images and of labels.
+    """Chooses the columns of images and of labels.
 
     Args:
-        kind: of the files, for reasons: Parquet, Arrow.
+        kind: kind of the files, for reasons: Parquet or Arrow.
 
     Raises:
-        InputError: a column that was asked for is not there or holds something else; several may be meant.
+        InputError: a requested column is missing or holds something else, or several columns may be meant.
     """
     rowless = {look.name: NO_ROWS for look in looks if not look.has_rows()}
     looks = [look for look in looks if look.name not in rowless]
@@ -117,7 +116,7 @@ def _named(looks: list[Look], wanted: str, kind: str) -> tuple[str, dict[str, st
             check_plain(look.name, look.schema, wanted)
             if not form_of(look.type_of(wanted)):
                 holds = f"holds {look.type_of(wanted)} in {printable(look.name)}"
-                raise InputError(f"--image-column {wanted}: {holds}, no images")
+                raise InputError(f"--image-column {wanted}: {holds}, not images")
     without = [look.name for look in looks if wanted not in look.schema.names]
     return wanted, dict.fromkeys(without, f"{kind} without the column {printable(wanted)}"), {}
 
@@ -143,16 +142,16 @@ def _found(looks: list[Look], kind: str) -> tuple[str, dict[str, str], dict[str,
 
 
 def _is_empty(look: Look, image: str) -> bool:
-    """Whether a file has the column of images, and nothing in it that tells: its first rows are damaged or missing."""
+    """True if a file has the column of images but its first rows show no image, because they are damaged or missing."""
     if look.schema.names.count(image) != 1 or not form_of(look.type_of(image)):
         return False
     return not any(path for _, path in look.first(image))
 
 
 def by_schema(looks: list[Look]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The columns that hold images, by file, and the files that can't be looked into, with the reason.
+    """The columns that hold images by file, and the files that can't be looked into, with the reason.
 
-    Files of one schema are taken for alike: only some of them are looked into.
+    Files of the same schema are assumed to be alike, so only a few of them are looked into.
     """
     known, tried, failed = dict[Any, list[str]](), Counter[Any](), dict[str, str]()
     keys = dict[str, Any]()
@@ -173,7 +172,7 @@ def by_schema(looks: list[Look]) -> tuple[dict[str, list[str]], dict[str, str]]:
 
 
 def refused_column(look: Look) -> str:
-    """The column that is called as images are, and that only code from elsewhere can read; "" for none."""
+    """Name of a column that is named like images but has an extension type; "" for none."""
     return next((f.name for f in look.fields if f.name.lower() in (*_IMAGES, *_PLURAL) and is_foreign(f)), "")
 
 

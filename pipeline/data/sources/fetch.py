@@ -1,4 +1,4 @@
-"""Files and stretches of files, several at a time where the storage is remote; and whose fault it is if one fails."""
+"""Fetches files, several at a time from remote storage, and tells a bad file from failing storage."""
 
 import contextlib
 import errno
@@ -13,16 +13,16 @@ from pipeline.errors import InputError
 from pipeline.stretches import steadily
 
 THREADS = 16
-MOST_BYTES = 2**30  # of an image: more than the largest that is decoded takes
+MOST_BYTES = 2**30  # largest file that is read as an image; more than any image that is decoded takes
 _Given = TypeVar("_Given")
 _Got = TypeVar("_Got")
 
 
 def in_order(call: Callable[[_Given], _Got], given: Iterable[_Given], uri: str) -> Iterator[_Got]:
-    """Calls a function that reads, in the order of what is given.
+    """Calls a reading function on each value and yields the results in order.
 
     Args:
-        uri: where it reads; a remote storage is asked for up to `THREADS` at a time, and is never further ahead.
+        uri: where it reads. For remote storage up to `THREADS` calls run at a time, and no more run ahead.
     """
     if storage.is_local(uri):
         yield from map(call, given)
@@ -38,15 +38,15 @@ def in_order(call: Callable[[_Given], _Got], given: Iterable[_Given], uri: str) 
 
 
 def fault_of_file(error: OSError, uri: str) -> str:
-    """Why this one file can't be read.
+    """The reason why this one file can't be read.
 
     Raises:
-        OSError: the same error, where the storage is at fault.
+        OSError: the same error, if the storage is at fault and not the file.
     """
     if isinstance(error, FileNotFoundError):
         if storage.is_local(uri) and os.path.islink(storage.open_fs(uri)[1]):  # noqa: PTH114
             return "a link to nothing"
-        return "can't be read: it is not there any more"
+        return "can't be read: it no longer exists"
     if isinstance(error, PermissionError):
         return "can't be read: permission denied"
     if error.errno == errno.ELOOP:
@@ -56,7 +56,7 @@ def fault_of_file(error: OSError, uri: str) -> str:
 
 @contextlib.contextmanager
 def refusing(uri: str) -> Iterator[None]:
-    """Raises an InputError in place of an error that is the fault of this one file."""
+    """Turns an error that is the fault of this one file into an InputError."""
     try:
         yield
     except OSError as error:
@@ -64,15 +64,15 @@ def refusing(uri: str) -> Iterator[None]:
 
 
 def local_stamp(uri: str) -> tuple[int, int, int] | None:
-    """Differs once another file lies there; None for a remote one, of which the store would be asked for each read."""
-    if not uri.startswith("/"):  # told without a file system: it is asked for every read
+    """Changes when a local file is replaced or changed; None for a remote file, since asking would cost a request."""
+    if not uri.startswith("/"):  # decided by the text alone, because this runs for every read
         return None
     info = os.stat(uri)  # noqa: PTH116
     return info.st_mtime_ns, info.st_size, info.st_ino
 
 
 def read_file(uri: str) -> tuple[bytes, str]:
-    """A whole file; or nothing, and the reason, which is the file's own.
+    """Reads a whole file: its bytes and "", or nothing and the reason if the file is at fault.
 
     Raises:
         OSError: the storage fails.

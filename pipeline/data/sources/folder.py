@@ -1,4 +1,4 @@
-"""Trees of image files: their folders, or metadata beside them, name the classes."""
+"""Reads trees of image files. Classes are named by folders, or by metadata beside the images."""
 
 import hashlib
 import itertools
@@ -27,11 +27,11 @@ _HEAD_BYTES = 64
 
 @dataclass(frozen=True)
 class FolderPart(Part):
-    """Some files of a tree.
+    """Some image files of a tree.
 
     Attributes:
-        labels: of each file.
-        bucket: the first binary digits of the hashes of their names.
+        labels: label of each file.
+        bucket: first binary digits of the hashes of their names.
     """
 
     labels: tuple[str | None, ...]
@@ -52,14 +52,14 @@ class FolderPart(Part):
 
 @dataclass(frozen=True)
 class Arranged:
-    """Images of a tree, or of an archive.
+    """The images of a tree or an archive, with their splits and labels.
 
     Attributes:
-        splits, labels: of each image that is used.
+        splits, labels: split and label of each image in use.
         used: other files that were read for labels.
         ignored, bad: as in `SourceListing`.
-        named: whether the labels are other than folders.
-        classes: names of the labels in order, where something names them.
+        named: True if labels come from metadata rather than folders.
+        classes: names of the labels in order, if metadata gives them.
     """
 
     splits: dict[str, str]
@@ -72,7 +72,7 @@ class Arranged:
 
 
 def is_folder(tree: Tree) -> bool:
-    """Whether there are images, by their names or their first bytes."""
+    """True if there are images, judged by names or by first bytes."""
     if any(map(is_image_name, tree.files)):
         return True
     names = list(tree.files)
@@ -81,10 +81,10 @@ def is_folder(tree: Tree) -> bool:
 
 
 def list_folder(tree: Tree, request: Request) -> SourceListing:
-    """All images of a tree, mixed by hashes of their names, so that every part has images of all classes.
+    """All images of a tree, spread over parts by hashes of their names, so that every part has images of all classes.
 
     Raises:
-        InputError: a file that holds labels can't be read, or contradicts another.
+        InputError: a file with labels can't be read, or contradicts another.
     """
     others = [name for name in tree.files if not is_image_name(name)]
     found = dict(zip(others, _are_images(tree, others), strict=True))
@@ -109,7 +109,7 @@ def list_folder(tree: Tree, request: Request) -> SourceListing:
 
 
 def _are_images(tree: Tree, names: Iterable[str]) -> Iterator[bool | None]:
-    """Whether files begin as images do; None where one can't be read, for which the registry finds the reason."""
+    """For each file, True if it begins like an image; None if it can't be read (`account_for` finds the reason)."""
 
     def is_image(name: str) -> bool | None:
         try:
@@ -128,17 +128,18 @@ def arrange(
     """Finds the split and the label of each image.
 
     Args:
-        given: where they lie.
-        label_of: the label of an image that lies in no split, by its name; by default its folder.
+        images: names of the images.
+        given: the tree or archive that they lie in.
+        label_of: label of an image outside any split, by its name; by default its folder.
 
     Raises:
-        InputError: see `read_labels`.
+        InputError: as `read_labels`.
     """
     images = dict.fromkeys(images)
     level, found = split_folders(images)
     doubled, depth = _doubled(images, level, found), 0 if found else splits_in_classes(images)
     ignored, splits, labels = dict[str, str](), dict[str, str](), dict[str, str | None]()
-    known = dict[str, str]()  # one object for all labels that are alike: they travel once
+    known = dict[str, str]()  # one object for all equal labels, so that pickle stores it once
     beside = BESIDE.format(", ".join(sorted(found)) or "of each class")
     for name in images:
         if found:
@@ -173,7 +174,7 @@ def arrange(
 
 
 def _doubled(images: Iterable[str], level: str, found: Mapping[str, str]) -> dict[str, str]:
-    """The folder in a split's folder that holds most of it and is called as the split is: train/train/cat/1.png."""
+    """A folder inside a split's folder that holds most of it and has the same name: train/train/cat/1.png."""
     inside = dict[str, Counter[str]]()
     for name in images:
         first, _, rest = name.removeprefix(level).partition("/")
@@ -189,12 +190,12 @@ def _doubled(images: Iterable[str], level: str, found: Mapping[str, str]) -> dic
 
 
 def folder_label(name: str) -> str | None:
-    """The folder that a file lies in, as text."""
+    """The folder that a file lies in, as a label; None for none."""
     return printable(posixpath.dirname(name)) or None
 
 
 def classes_of(found: Iterable[Arranged]) -> tuple[str, ...]:
-    """The classes of all images: folders in the order of their names, numbers in their own."""
+    """The classes of all images: folders sorted by name, numbers in numeric order."""
     found = list(found)
     labels = {label for one in found for label in one.labels.values() if label is not None}
     if not any(one.named for one in found):
@@ -204,10 +205,10 @@ def classes_of(found: Iterable[Arranged]) -> tuple[str, ...]:
 
 
 def buckets(splits: Mapping[str, str], images_per_part: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Cuts names, each with its split, into parts by hashes of the names: another file changes one part.
+    """Cuts names into parts of one split each, by hashes of the names, so that a new file changes only one part.
 
     Returns:
-        split, the first binary digits of the hashes, and names.
+        for each part: split, first binary digits of the hashes, and names.
     """
     hashed = sorted((split, _hash(name), name) for name, split in splits.items())
     for split, some in itertools.groupby(hashed, key=lambda entry: entry[0]):
@@ -218,6 +219,6 @@ def buckets(splits: Mapping[str, str], images_per_part: int) -> Iterator[tuple[s
 
 
 def _hash(name: str) -> str:
-    """64 binary digits."""
+    """SHA-256 of a name, as its first 64 binary digits."""
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return f"{int.from_bytes(digest[:8], 'big'):064b}"

@@ -1,4 +1,4 @@
-"""Which column of Parquet and Arrow files holds labels, and which classes they name."""
+"""Finds the column of labels in Parquet and Arrow files, and the classes that it names."""
 
 from dataclasses import replace
 
@@ -20,14 +20,14 @@ _ROWS = 4096
 
 
 def choose_label(looks: list[Look], image: str, wanted: str) -> str:
-    """The column of labels, the same in all files that have any; "" for none.
+    """Chooses the column of labels, the same in all files that have one; "" for none.
 
     Args:
         image: the column of images.
-        wanted: the column that was asked for, "none", or "" to find it.
+        wanted: the requested column, "none", or "" to find it.
 
     Raises:
-        InputError: it is not there, or holds no labels; several may be meant.
+        InputError: the column is missing or holds no labels, or several columns may be meant.
     """
     if wanted == NO_LABELS or not looks:
         return ""
@@ -38,29 +38,27 @@ def choose_label(looks: list[Look], image: str, wanted: str) -> str:
                 check_plain(look.name, look.schema, wanted)
                 if wanted == image or not _may_label(look.type_of(wanted)):
                     holds = f"holds {look.type_of(wanted)} in {printable(look.name)}"
-                    raise InputError(f"--label-column {wanted}: {holds}, no labels")
+                    raise InputError(f"--label-column {wanted}: {holds}, not labels")
         return wanted
     found = dict.fromkeys(label for look in looks if (label := label_column(look, image)))
     if len(found) > 1:
         raise InputError(
-            f"columns {listed(found)} of different files hold labels: give --label-column (none = take no labels)"
+            f"columns {listed(found)} of different files hold labels: give --label-column (none = no labels)"
         )
     return next(iter(found), "")
 
 
 def label_column(look: Look, image: str) -> str:
-    """The column of labels in one file: what `datasets` calls a ClassLabel, else one of a usual name; "" for none.
+    """The column of labels in one file: a ClassLabel of `datasets`, else a column with a usual name; "" for none.
 
     Raises:
-        InputError: several may be meant, or it is of a type that only code from elsewhere can read.
+        InputError: several columns may be meant, or the column has an extension type.
     """
     fields = [field for field in look.fields if field.name != image]
     classes = [f.name for f in fields if look.kind(f.name) == "ClassLabel" and _may_label(f.type)]
     plain = [name for name in classes if name.lower() == _USUAL[0]]
     if len(classes) > 1 and len(plain) != 1:
-        raise InputError(
-            f"columns {listed(classes)} hold classes: give --label-column (none = take no labels)"
-        )
+        raise InputError(f"columns {listed(classes)} hold classes: give --label-column (none = no labels)")
     if classes:
         return (plain or classes)[0]
     for usual in _USUAL:
@@ -81,21 +79,21 @@ def _may_label(kind: pa.DataType) -> bool:
 
 
 def _holds_masks(look: Look, field: pa.Field) -> bool:
-    """Whether what is called label is another image."""
+    """True if the column holds images, such as masks, rather than labels."""
     return is_binary(field.type) and any(told_by_all(data or b"") for data, _ in look.first(field.name))
 
 
 def name_labels(looks: list[Look], columns: dict[str, Columns]) -> tuple[tuple[str, ...], dict[str, Columns]]:
-    """The classes of all files, and the columns of each with the names that its numbers stand for.
+    """The classes of all files, and the columns of each file with the names of its class numbers.
 
-    Numbers are named by what `datasets` noted in their own file, else in the others where those agree. Texts name
-    classes themselves, in the order of the texts; all of them are read for that.
+    Class numbers get the names that `datasets` noted in the same file, or else in the other files if those agree.
+    Text labels are class names themselves, sorted; all of them are read for that.
 
     Returns:
-        the classes are none where numbers name themselves.
+        classes (empty if numbers have no names) and columns by file.
 
     Raises:
-        InputError: so many different texts that they can't be classes.
+        InputError: there are too many different texts for classes.
     """
     labelled = [look for look in looks if columns[look.name].label]
     named = {look.name: look.names(columns[look.name].label) for look in labelled}
@@ -110,13 +108,13 @@ def name_labels(looks: list[Look], columns: dict[str, Columns]) -> tuple[tuple[s
             if len(found) > MOST_UNNAMED_CLASSES:
                 raise InputError(
                     f"column {printable(columns[look.name].label)} holds more than {MOST_UNNAMED_CLASSES:,} different "
-                    f"labels, such as {min(found)[:60]!r}: those are no classes: give --label-column (none = no labels)"
+                    f"labels, such as {min(found)[:60]!r}: too many for classes: give --label-column (none = no labels)"
                 )
         classes = (*classes, *(name for name in name_classes(found) if name not in set(classes)))
     kept, mine = dict[Columns, Columns](), dict[str, Columns]()
     for name, both in columns.items():
         its = replace(both, classes=named.get(name) or (shared if both.label else ()))
-        mine[name] = kept.setdefault(its, its)  # one object for all that are alike: it travels once
+        mine[name] = kept.setdefault(its, its)  # one object for all equal ones, so that pickle stores it once
     return classes, mine
 
 

@@ -1,4 +1,4 @@
-"""What of the files that were given is not read, each with the reason why it is not."""
+"""Gives each file that a source does not read a reason."""
 
 import posixpath
 import re
@@ -16,7 +16,7 @@ from pipeline.data.sources.parts import SourceListing
 from pipeline.data.sources.tree import Tree
 from pipeline.redact import printable
 
-# Files that another source reads.
+# Files that a different source reads, by words for them.
 _KINDS: dict[str, Callable[[str], bool]] = {
     "an archive": lambda name: name.endswith((".tar", ".zip", ".npz")),
     "a Parquet file": lambda name: name.endswith(parquet.SUFFIXES),
@@ -32,7 +32,7 @@ _DOCUMENT = re.compile(
 
 
 def without_parts(tree: Tree) -> Tree:
-    """A tree without the images that jobs/prepare.py keeps beside the shards: they are in these as well."""
+    """The tree without the images that jobs/prepare.py keeps beside its shards; the shards hold them too."""
     parts = tuple(
         name.removesuffix("settings.json") for name in tree.files if f"/{name}".endswith(f"/{UNFINISHED}")
     )
@@ -44,7 +44,7 @@ def without_parts(tree: Tree) -> Tree:
 
 
 def account_for(tree: Tree, source: Source, listing: SourceListing) -> SourceListing:
-    """Gives every file that is in no part a reason.
+    """Gives every file that no part reads a reason.
 
     Raises:
         OSError: the storage fails.
@@ -55,7 +55,7 @@ def account_for(tree: Tree, source: Source, listing: SourceListing) -> SourceLis
     ]
 
     def reason(name: str) -> tuple[str, bool]:
-        """Why a file was not read, and whether it could have been an image."""
+        """The reason why a file was not read, and True if it could have been an image."""
         try:
             kind = sniff(tree.head(name))
         except OSError as error:
@@ -70,7 +70,7 @@ def account_for(tree: Tree, source: Source, listing: SourceListing) -> SourceLis
 
 
 def _what_else(tree: Tree, name: str, source: Source) -> str:
-    """What a file, or a member of an archive, is that is not an image, where its name tells."""
+    """A better reason for a file or archive member that is not an image, from its name."""
     base = posixpath.basename(name).lower()
     kinds = (kind for kind, is_it in _KINDS.items() if name in tree.files and is_it(base))
     if kind := next(kinds, ""):

@@ -1,4 +1,4 @@
-"""NumPy's .npz files of images and labels, as guided-diffusion, Keras and MedMNIST write them."""
+"""Reads NumPy's .npz files of images and labels, as guided-diffusion, Keras and MedMNIST write them."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,8 @@ from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
 from pipeline.redact import printable
 
-# Names of arrays of images, and those of their labels; a split may stand before or after: x_train, test_images.
+# Names of arrays of images, each with the names of its labels. A split may stand before or after: x_train,
+# test_images.
 _NAMES = {
     "arr_0": ("arr_1",),
     "images": ("labels", "label"),
@@ -28,7 +29,7 @@ _LABELS = ("labels", "label", "targets", "y", "arr_1")
 
 
 class Pair(NamedTuple):
-    """An array of images, and that of their labels where there is one."""
+    """An array of images, its array of labels if there is one, and its split."""
 
     images: Array
     labels: Array | None
@@ -36,7 +37,7 @@ class Pair(NamedTuple):
 
 
 def is_npz(tree: Tree) -> bool:
-    """Whether there are .npz files with images, or damaged ones, no less than the image files beside them."""
+    """True if there are .npz files with images, or damaged ones, no smaller than the image files beside them."""
 
     def hold_images(names: list[str]) -> Iterator[bool]:
         for arrays in _list_all(tree, names):
@@ -49,10 +50,10 @@ def is_npz(tree: Tree) -> bool:
 
 
 def list_npz(tree: Tree, request: Request) -> SourceListing:
-    """All images in all .npz files of a tree; `image_column` and `label_column` name other arrays than the usual.
+    """All images in all .npz files of a tree. `image_column` and `label_column` name arrays other than the usual ones.
 
     Raises:
-        InputError: arrays of images or labels that are not plain uint8 or classes; labels that are more or fewer.
+        InputError: images are not plain uint8, labels are not classes, or their numbers differ.
     """
     names, parts, ignored, bad = _npz(tree), list[Part](), dict[str, str](), dict[str, str]()
     splits, shapes, found = splits_of_files(names), set[tuple[int, int, int]](), set[str]()
@@ -69,7 +70,7 @@ def list_npz(tree: Tree, request: Request) -> SourceListing:
         for pair in pairs:
             count = pair.images.shape[0] if pair.images.shape else 0
             if len(pair.images.shape) < 3 and not pair.images.dtype.hasobject:
-                ignored[f"{name}/{pair.images.key}"] = f"{pair.images}, no images"
+                ignored[f"{name}/{pair.images.key}"] = f"{pair.images}, not images"
                 continue
             records, shape, planes = as_images(pair.images, uri, tree.files[name].version)
             labels = list[tuple[str | None, str]]([(None, "")] * count)
@@ -88,7 +89,7 @@ def list_npz(tree: Tree, request: Request) -> SourceListing:
                 pair.split or splits[name], pair.images.key,
             )  # fmt: skip
         if used:
-            left = {f"{name}/{key}": "neither images nor their labels" for key in arrays.keys() - used}
+            left = {f"{name}/{key}": "neither images nor labels" for key in arrays.keys() - used}
             ignored = left | ignored
         else:
             ignored[name] = "holds no images"
@@ -118,7 +119,7 @@ def _list_all(tree: Tree, names: list[str]) -> Iterator[dict[str, Array] | str]:
 
 
 def _pairs(arrays: dict[str, Array], request: Request) -> Iterator[Pair]:
-    """The arrays of images in a file, with their labels and the split that their names say."""
+    """The arrays of images in a file, with their labels and the split in their names."""
     names = {request.image_column.lower(): _LABELS} if request.image_column else _NAMES
     meanings = {_meaning(key): array for key, array in arrays.items()}
     images = {meaning: array for meaning, array in meanings.items() if meaning[1] in names}
@@ -132,7 +133,7 @@ def _pairs(arrays: dict[str, Array], request: Request) -> Iterator[Pair]:
 
 
 def _meaning(key: str) -> tuple[str, str]:
-    """The split that the name of an array says, and the name without it."""
+    """The split in an array's name, and the name without it."""
     lowered = key.lower()
     first, _, rest = lowered.partition("_")
     if rest and (split := split_of_word(first)):

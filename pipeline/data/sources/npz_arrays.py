@@ -1,4 +1,4 @@
-"""The arrays in an .npz file: what they are and where they lie. Objects, which only pickle reads, are refused."""
+"""Finds the arrays in an .npz file, their types and places. Arrays of objects, which need pickle, are refused."""
 
 import struct
 import zipfile
@@ -19,9 +19,9 @@ _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_MEMBER = struct.Struct("<26xHH")  # lengths of its name, and of what follows that
+_MEMBER = struct.Struct("<26xHH")  # lengths of a member's name and extra field
 _CHANNELS = (1, 3, 4)
-_HEADER_BYTES, _LABEL_BYTES = 2**14, 2**20  # that are fetched at once
+_HEADER_BYTES, _LABEL_BYTES = 2**14, 2**20  # bytes to fetch at once
 _PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -29,8 +29,10 @@ class Array(NamedTuple):
     """One array.
 
     Attributes:
-        offset: of its values, in the file where `packed` is "", else in the member of that name.
-        fortran: whether the first axis runs fastest.
+        key: name of the array.
+        fortran: True if the array is stored column by column.
+        offset: byte offset of its values, in the file if `packed` is "", else in the unpacked member.
+        packed: name of the compressed member that holds it; "" if it is stored uncompressed.
     """
 
     key: str
@@ -45,7 +47,7 @@ class Array(NamedTuple):
 
 
 def list_arrays(uri: str) -> dict[str, Array] | str:
-    """The arrays by their names; or why the file can't be read.
+    """The arrays by name, or the reason why the file can't be read.
 
     Raises:
         OSError: the storage fails.
@@ -58,11 +60,11 @@ def list_arrays(uri: str) -> dict[str, Array] | str:
                 if key == info.filename:
                     continue
                 if info.flag_bits & 1 or info.compress_type not in _PACKED:
-                    return f"{key} is encrypted, or compressed as NumPy does not do it"
+                    return f"{key} is encrypted, or compressed in a way that NumPy does not use"
                 with archive.open(info) as member:
                     version = np.lib.format.read_magic(member)
                     if version not in _HEADERS:
-                        return f"{key} is no plain array"
+                        return f"{key} is not an .npy array of version 1 or 2"
                     shape, fortran, dtype = _HEADERS[version](member)
                     offset = member.tell()
                 size = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
@@ -86,13 +88,13 @@ def list_arrays(uri: str) -> dict[str, Array] | str:
 
 
 def as_images(array: Array, uri: str, version: str) -> tuple[Records, tuple[int, int, int], bool]:
-    """How the images in an array lie.
+    """The layout of the images in an array.
 
     Returns:
-        where they are; the shape of each; and whether that is [C, H, W], not [H, W, C].
+        their place in the file, the shape of each, and True if the shape is [C, H, W] and not [H, W, C].
 
     Raises:
-        InputError: the array holds something else.
+        InputError: the array does not hold uint8 images.
     """
     if array.dtype != np.uint8:
         if array.dtype.kind == "f":
@@ -101,7 +103,9 @@ def as_images(array: Array, uri: str, version: str) -> tuple[Records, tuple[int,
             words = "images are uint8 here"
         raise InputError(f"{uri}: {array.key} is {array}, and {words}: save it as uint8 from 0 to 255")
     if array.fortran:
-        raise InputError(f"{uri}: {array.key} is stored column by column: save numpy.ascontiguousarray of it")
+        raise InputError(
+            f"{uri}: {array.key} is stored column by column: save numpy.ascontiguousarray(it) instead"
+        )
     shape = array.shape[1:]
     planes = len(shape) == 3 and shape[0] in _CHANNELS and shape[2] not in _CHANNELS
     if len(shape) == 2:
@@ -117,14 +121,14 @@ def as_images(array: Array, uri: str, version: str) -> tuple[Records, tuple[int,
 
 
 def read_labels(array: Array, uri: str, count: int) -> list[tuple[str | None, str]]:
-    """Labels as text, with the reason why one can be no class: numbers, text, or one-hot rows.
+    """Reads labels given as numbers, text or one-hot rows. Returns the text of each, and why it can't be a class or "".
 
     Raises:
-        InputError: they are something else, or not as many as there are images.
+        InputError: the labels are something else, or their number differs from that of the images.
     """
     if array.dtype.kind not in "biufSU" or array.dtype.hasobject:
         raise InputError(
-            f"{uri}: {array.key} is {array}, which is no plain data: save its labels as numbers or as text (dtype U)"
+            f"{uri}: {array.key} is {array}, not plain data: save the labels as numbers or as text (dtype U)"
         )
     try:
         with (
@@ -135,14 +139,14 @@ def read_labels(array: Array, uri: str, count: int) -> list[tuple[str | None, st
         ):
             values = np.lib.format.read_array(member, allow_pickle=False)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise InputError(f"{uri}: {array.key} is damaged, get it again: {one_line(error)}") from None
+        raise InputError(f"{uri}: {array.key} is damaged, download it again: {one_line(error)}") from None
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     elif values.ndim == 2 and values.dtype.kind in "biuf" and _is_one_hot(values):
         values = values.argmax(1)
     if values.ndim != 1:
         raise InputError(
-            f"{uri}: {array.key} is {array}, not one class an image: --label-column none takes no labels"
+            f"{uri}: {array.key} is {array}, not one class an image (--label-column none = no labels)"
         )
     if len(values) != count:
         raise InputError(f"{uri}: {array.key} holds {len(values)} labels for {count} images")

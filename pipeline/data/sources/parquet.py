@@ -1,4 +1,4 @@
-"""Parquet files as a source: those of a folder that hold images, and the parts to read them in."""
+"""Reads Parquet files as a source: finds those that hold images, and cuts them into parts."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,25 +34,25 @@ _POINTER = b"version https://git-lfs"
 
 
 def row_counts(uri: str) -> list[int]:
-    """Rows of each row group of a file that was prepared or generated.
+    """Rows of each row group of a file that jobs/prepare.py or jobs/generate.py wrote.
 
     Raises:
-        InputError: not a Parquet file, or one without a column `image`.
+        InputError: the file is not a Parquet file, or has no column `image`.
     """
     metadata = opened(uri, PREPARED).file.metadata
     return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
 def is_parquet(tree: Tree) -> bool:
-    """Whether Parquet files are the source: see `tables.are_source`."""
+    """True if Parquet files are the source; see `tables.are_source`."""
     return are_source(tree, _names(tree), partial(_look_at, tree))
 
 
 def list_parquet(tree: Tree, request: Request) -> SourceListing:
-    """The Parquet files of a folder that hold images, in parts of some row groups.
+    """The Parquet files of a folder that hold images, in parts of about `request.images_per_part` images.
 
     Raises:
-        InputError: see `columns.choose`.
+        InputError: as `columns.choose`.
     """
     found, bad = look_at_all(partial(_look_at, tree), _names(tree))
     choice = choose(found, request, "Parquet")
@@ -71,7 +71,7 @@ def _names(tree: Tree) -> list[str]:
 
 
 def _look_at(tree: Tree, name: str) -> Look | str:
-    """What its footer says of a file, or why it can't be opened."""
+    """The columns of a file from its footer, or the reason why it can't be opened."""
     uri = tree.uri(name)
     try:
         file = open_parquet(uri)
@@ -79,7 +79,7 @@ def _look_at(tree: Tree, name: str) -> Look | str:
         return fault_of_file(error, uri)
     except InputError as error:
         if tree.head(name).startswith(_POINTER):
-            return "no Parquet file: a pointer to one, which `git lfs pull` fetches"
+            return "not a Parquet file but a Git LFS pointer: run `git lfs pull`"
         return str(error).removeprefix(f"{uri}: ")
     groups = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
 
@@ -112,7 +112,7 @@ def _cut(
 
 
 def _named_beside(tree: Tree, look: Look, image: str) -> list[set[str]]:
-    """The files beside a Parquet file that its rows name as their images, for each row group."""
+    """The image files beside a Parquet file that its rows name, for each row group."""
     name, form = look.name, one_form(look.type_of(image))
     found = [set[str]() for _ in look.groups or ()]
     if form == "bytes" or not files_beside(tree):
@@ -132,5 +132,5 @@ def _named_beside(tree: Tree, look: Look, image: str) -> list[set[str]]:
 
 
 def _is_whole(leaf: Any) -> bool:
-    """Whether statistics say that a column has no nulls."""
+    """True if the statistics of a column say that it has no nulls."""
     return leaf.is_stats_set and leaf.statistics.has_null_count and not leaf.statistics.null_count

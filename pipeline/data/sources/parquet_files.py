@@ -1,4 +1,4 @@
-"""Parquet files opened and their row groups read: nothing in them is run, and the largest are read piece by piece."""
+"""Opens Parquet files and reads their row groups, large ones in pieces. No code in a file is run."""
 
 import contextlib
 import threading
@@ -19,32 +19,32 @@ from pipeline.errors import InputError
 from pipeline.redact import one_line
 from pipeline.stretches import RemoteFile, open_file
 
-OPEN_FILES = 64  # for each thread one of its own
+OPEN_FILES = 64  # each thread opens its own
 PARSED_FOOTERS, REMOTE_FILES = 128, 4096
-_MARK = b"PAR1"  # at a file's end
-_FOOTER = 2**16  # bytes that are asked for before a footer's length is known
-# A row group of more bytes is never held as a whole.
+_MARK = b"PAR1"  # the last bytes of a file
+_FOOTER = 2**16  # bytes to fetch before the footer's length is known
+# A row group of more than BIG_GROUP bytes is never held whole, but read in pieces of about PIECE bytes.
 BIG_GROUP, PIECE = 256 * 2**20, 64 * 2**20
 _BUFFER = 2**20
 PREPARED = Columns()
-_asking = tuple(threading.Lock() for _ in range(1024))  # many, so that files rarely share one
+_asking = tuple(threading.Lock() for _ in range(1024))  # many locks, so that files rarely share one
 
 
 def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:
-    """A file from outside; see `cells.present` for what of it may be looked at.
+    """Opens a file from an untrusted source. `cells.present` says which of its columns may be looked at.
 
     Args:
-        piecewise: to read a part of a large row group without the rest.
+        piecewise: read parts of a large row group without the rest.
 
     Raises:
-        InputError: not a Parquet file.
+        InputError: the file is not a Parquet file.
     """
     options = {"buffer_size": _BUFFER} if piecewise else {}
     try:
         file = pq.ParquetFile(
             _source(uri),
             metadata=_metadata(uri, local_stamp(uri)),
-            # All that is needed of a row group is asked for in one request.
+            # With pre_buffer, one request fetches everything needed of a row group.
             pre_buffer=not piecewise,
             binary_type=pa.large_binary(),
             list_type=pa.LargeListType,
@@ -60,26 +60,26 @@ def open_parquet(uri: str, piecewise: bool = False) -> pq.ParquetFile:
 
 
 def _source(uri: str) -> Any:
-    # A local file is read by pyarrow itself: through Python it costs a tenth of decoding small images.
+    # pyarrow reads local files itself. Reading through Python would cost a tenth of the time to decode small images.
     return pa.OSFile(storage.open_fs(uri)[1]) if storage.is_local(uri) else _asked_once(uri)[0].again()
 
 
 @lru_cache(maxsize=PARSED_FOOTERS)
 def _metadata(uri: str, stamp: Any) -> pq.FileMetaData:
-    """What a file's footer says, for all threads: some kilobytes a row group."""
+    """A file's parsed footer, shared by all threads; it takes some kilobytes a row group."""
     if storage.is_local(uri):
         return pq.read_metadata(_source(uri))
     return pq.read_metadata(pa.BufferReader(zlib.decompress(_asked_once(uri)[1])))
 
 
 def _asked_once(uri: str) -> tuple[RemoteFile, bytes]:
-    with _asking[hash(uri) % len(_asking)]:  # several threads want parts of one file
+    with _asking[hash(uri) % len(_asking)]:  # several threads may read parts of one file
         return _remote(uri)
 
 
 @lru_cache(maxsize=REMOTE_FILES)
 def _remote(uri: str) -> tuple[RemoteFile, bytes]:
-    """A remote file and its footer, compressed to some 50 bytes a row group: those of many files are kept."""
+    """A remote file and its compressed footer, some 50 bytes a row group, so that footers of many files can be kept."""
     file: Any = open_file(uri)
     file.seek(max(0, file.size - _FOOTER))
     end = file.read()
@@ -92,13 +92,13 @@ def _remote(uri: str) -> tuple[RemoteFile, bytes]:
 
 
 def forget_files() -> None:
-    """Opens every file anew from now on: those of a remote store may be others by now."""
+    """Closes all files, so that they are opened anew. Files on a remote store may have changed."""
     for cache in (_kept_open, _metadata, _remote):
         cache.cache_clear()
 
 
 class Opened(NamedTuple):
-    """A file whose columns were checked: those to read, and how the images stand in theirs."""
+    """An open file, the checked names of the columns to read, and the form of its images."""
 
     file: pq.ParquetFile
     names: list[str]
@@ -106,13 +106,13 @@ class Opened(NamedTuple):
 
 
 def opened(uri: str, columns: Columns, piecewise: bool = False) -> Opened:
-    """A file, kept open for the thread that asks."""
+    """Opens a file and keeps it open for the calling thread. Raises InputError as `open_parquet` and `cells.present`."""
     return _kept_open(uri, columns.image, columns.label, piecewise, local_stamp(uri), threading.get_ident())
 
 
 @lru_cache(maxsize=OPEN_FILES)
 def _kept_open(uri: str, image: str, label: str, piecewise: bool, stamp: Any, thread: int) -> Opened:
-    """A file is opened once a thread, not once a row group; no two threads may read through one open file."""
+    """Opens a file once for each thread, because two threads must not read through one open file."""
     file = open_parquet(uri, piecewise)
     schema = file.schema_arrow
     return Opened(file, present(uri, schema, Columns(image, label)), form_of(schema.field(image).type))
@@ -120,7 +120,7 @@ def _kept_open(uri: str, image: str, label: str, piecewise: bool, stamp: Any, th
 
 @contextlib.contextmanager
 def reading(where: str, group: int) -> Iterator[None]:
-    """Makes an InputError of what the reader says of damaged bytes."""
+    """Turns the reader's errors on damaged bytes into InputError; errors of the storage pass through."""
     try:
         yield
     except InputError:
@@ -137,7 +137,7 @@ def iterate(
     """Columns of a row group, about `step` rows at a time.
 
     Args:
-        where: the file, for errors.
+        where: name of the file, for errors.
 
     Raises:
         InputError: the row group can't be read.
@@ -152,7 +152,7 @@ def iterate(
                 except pa.ArrowNotImplementedError:
                     if rows == 1:
                         raise
-                    break  # rows of more than 2 GiB together: one by one, then
+                    break  # `step` rows take more than 2 GiB: read them one by one
             if batch is None:
                 _check_rows(file, where, group, at)
                 return
@@ -165,12 +165,12 @@ def iterate(
 def _check_rows(file: pq.ParquetFile, where: str, group: int, rows: int) -> None:
     if rows != (said := file.metadata.row_group(group).num_rows):
         raise InputError(
-            f"{where}: row group {group} can't be read: it holds {rows} rows, and should hold {said}"
+            f"{where}: row group {group} can't be read: it holds {rows} rows, its footer says {said}"
         )
 
 
 def batches(uri: str, group: int, columns: Columns) -> Iterator[pa.RecordBatch]:
-    """The images and labels of a row group, in pieces that can be held."""
+    """The images and labels of a row group, in pieces that fit into memory."""
     found = opened(uri, columns)
     about = found.file.metadata.row_group(group)
     if about.total_byte_size > BIG_GROUP:
@@ -183,11 +183,11 @@ def read_row_group(uri: str, number: int, columns: Columns = PREPARED) -> pa.Tab
     """The images of one row group, still encoded.
 
     Returns:
-        columns bytes (large_binary, null for what lies beside the file), label (int64, -1 for none) and path (string,
-        the image's own name, null where it has none).
+        columns bytes (large_binary, null for an image in a file of its own), label (int64, -1 for none) and path
+        (string, the image's own name, null if it has none).
 
     Raises:
-        InputError: the row group can't be read, or a column is of a type that only code from elsewhere can read.
+        InputError: the row group can't be read, or a column has an extension type.
     """
     file, names, _ = opened(uri, columns)
     with reading(uri, number):
@@ -200,7 +200,7 @@ def read_row_group(uri: str, number: int, columns: Columns = PREPARED) -> pa.Tab
 
 
 def some_rows(uri: str, group: int, rows: np.ndarray, columns: Columns) -> pa.Table:
-    """As `read_row_group`, of some rows in any order."""
+    """As `read_row_group`, but only the given rows, in any order."""
     if opened(uri, columns).file.metadata.row_group(group).total_byte_size <= BIG_GROUP:
         return read_row_group(uri, group, columns).take(rows)
     wanted, pieces, at = np.unique(rows), list[pa.Table](), 0
@@ -219,7 +219,7 @@ def _plain(table: pa.Table, columns: Columns) -> pa.Table:
         image = image.cast(image.type.value_type)
     own: Any = pa.nulls(count, pa.string())
     if pa.types.is_struct(image.type):
-        kind, fields = image.type, image.flatten()  # with the nulls of the rows
+        kind, fields = image.type, image.flatten()  # flatten() also applies the rows' own nulls
         image, path = fields[kind.get_field_index("bytes")], kind.get_field_index("path")
         own = _names(fields[path]) if path >= 0 and is_text(fields[path].type) else own
     label = table[columns.label] if columns.label in table.column_names else None
@@ -233,7 +233,7 @@ def _plain(table: pa.Table, columns: Columns) -> pa.Table:
 
 
 def _names(own: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """The images' own names; bytes that are no UTF-8 have replacement characters."""
+    """The images' own names, with replacement characters for invalid UTF-8."""
     with contextlib.suppress(pa.ArrowInvalid):
         plain = own.cast(pa.string())
         plain.validate(full=True)

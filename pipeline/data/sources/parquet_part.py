@@ -1,4 +1,4 @@
-"""Images of some row groups of a Parquet file."""
+"""The part of a Parquet file that one task reads: some of its row groups."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ from pipeline.data.sources.parts import Item, Part, image_table, pick
 
 @dataclass(frozen=True)
 class ParquetPart(Part):
-    """Row groups that follow each other in one file; `names` are the file, and images beside it that its rows name.
+    """Consecutive row groups of one file. `names` are the file and the images beside it that its rows name.
 
     Attributes:
-        columns: where images and labels are.
-        prepared: whether the images' own names are their paths, as jobs/prepare.py and jobs/generate.py write them.
+        start, count: number of the first row group, and number of row groups.
+        columns: the columns of images and labels.
+        prepared: True if the images' own names are whole paths, as jobs/prepare.py and jobs/generate.py write them.
     """
 
     whole: ClassVar[bool] = True
@@ -31,7 +32,7 @@ class ParquetPart(Part):
 
     def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
         if rows is not None and opened(self.uri, self.columns).form == "list":
-            # A row may hold several images, so that all before are read for their number.
+            # A row may hold several images, so all rows before must be read to count them.
             yield from pick(self.read(), rows)
             return
         if rows is None:
@@ -75,7 +76,7 @@ class ParquetPart(Part):
         return table.set_column(2, "path", pa.array(paths, pa.string()))
 
     def _by_group(self, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Row groups that hold some rows: number, first row in this part, and which of the rows they are."""
+        """For each row group that holds some of the rows: its number, its first row in this part, indices into `rows`."""
         metadata = opened(self.uri, self.columns).file.metadata
         counts = [metadata.row_group(g).num_rows for g in range(self.start, self.start + self.count)]
         ends = np.cumsum(counts)
@@ -94,7 +95,7 @@ class ParquetPart(Part):
                 pieces.append(self._some_rows(group, rows[here] - first))
                 places.append(here)
             table = pa.concat_tables(pieces).take(np.argsort(np.concatenate(places)))
-        if table["bytes"].null_count:  # they lie beside the file
+        if table["bytes"].null_count:  # these images lie in files of their own
             data = pa.array([item.data for item in self.read(rows.tolist())], pa.large_binary())
             table = table.set_column(0, "bytes", data)
         return table

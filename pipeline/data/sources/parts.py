@@ -1,4 +1,4 @@
-"""The parts that a source of images is read in: each source has a small type of its own for them."""
+"""The parts into which a source of images is cut. Each source has a small type of its own for them."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,18 +14,18 @@ from pipeline.data.images import Encoded, encode_png
 from pipeline.errors import InputError
 from pipeline.redact import printable
 
-# What `datasets` calls the table of an ImageFolder: the images are files, and it names them.
+# The name in `datasets` for the table of an ImageFolder, which names the image files and their labels.
 IMAGE_FOLDER_TABLE = "metadata.parquet"
 
 
 class Item(NamedTuple):
-    """One image as it was found.
+    """One image as it is in the source.
 
     Attributes:
-        path: its name in the source, printable.
-        data: the encoded bytes, or the pixels where the source holds those: uint8 [H, W, C].
-        label: what the source says of its class (see pipeline.data.labels), or None.
-        reason: why it can't be used, where that is known before it is decoded.
+        path: printable name in the source.
+        data: the encoded bytes, or pixels if the source holds those: uint8 [H, W, C].
+        label: the source's own word for its class (see pipeline.data.labels), or None.
+        reason: why the image can't be used, if that is known before decoding; else "".
     """
 
     path: str
@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the content as it was given."""
+        """SHA-256 of the encoded bytes, or of the shape and the pixels."""
         if isinstance(self.data, bytes):
             return hashlib.sha256(self.data).digest()
         return hashlib.sha256(str(self.data.shape).encode() + self.data.tobytes()).digest()
@@ -43,13 +43,13 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Part(ABC):
-    """What one task reads of a source, on any node and by itself; thousands of them travel by pickle.
+    """A piece of a source that one task can read alone, on any node. Parts are small to pickle.
 
     Attributes:
         root: URI of the folder that was given.
-        names: of the files in it that this part reads.
-        split: the source's own split that its images belong to (train, validation or test); "" where it has none.
-        whole: whether reading one of its images reads them all.
+        names: names of the files in it that this part reads.
+        split: the source's own split that its images belong to (train, validation or test); "" for none.
+        whole: True if reading one of its images reads them all.
     """
 
     whole: ClassVar[bool] = False
@@ -60,39 +60,42 @@ class Part(ABC):
 
     @property
     def uri(self) -> str:
-        """Of its first file."""
+        """URI of its first file."""
         return storage.join(self.root, self.names[0])
 
     @property
     def slot(self) -> str:
-        """Its place in the source, where its files' names don't tell: see `decoded.slots_of`."""
+        """Its place in the source, if the names of its files don't tell; see `decoded.slots_of`."""
         return ""
 
     @abstractmethod
     def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
-        """Its images, in order; an image that can't be read is still an item, with the reason.
+        """Yields its images in order. An image that can't be read is still an item, with the reason.
 
         Args:
-            rows: only these, by their positions in the part, in this order.
+            rows: positions in the part; only these images are read, in this order.
         """
 
     def cut(self, images: int) -> Iterator["Part"]:
-        """Cuts it into parts of about so many images, where it was not cut small from the start."""
+        """Cuts the part into parts of about `images` images, if it was not made small in the first place."""
         yield self
 
     def table(self, rows: np.ndarray) -> pa.Table:
-        """Some of its images, by their positions in it (int [N], any order).
+        """Some of its images.
+
+        Args:
+            rows: positions in the part, in any order: int [N].
 
         Returns:
-            columns bytes (large_binary), label (int64, class numbers that stand in the file, -1 for none) and path
-            (string).
+            columns bytes (large_binary), label (int64, class numbers as stored in the file, -1 for none) and path
+            (string), in the order of `rows`.
         """
         items = list(self.read(rows.tolist()))
         return image_table(items)
 
 
 def image_table(items: Sequence[Item]) -> pa.Table:
-    """Images as rows of bytes, label (-1) and path; pixels are encoded as PNG."""
+    """Images as a table of bytes, label (always -1) and path. Pixels are encoded as PNG."""
     data = [item.data if isinstance(item.data, bytes) else encode_png(item.data) for item in items]
     return pa.table(
         {
@@ -108,12 +111,13 @@ class SourceListing:
     """A source cut into parts.
 
     Attributes:
-        used: names of the files that its parts read, and of those that were read for labels.
-        size, channels: of the source's own images, or 0 where they vary.
-        classes: of labels, in order; empty where there are none or numbers name themselves; None where they are only
-            known after reading.
-        ignored: files that are no data, by name, with the reason.
-        bad: files that should hold images and can't be read, by name, with the reason.
+        parts: the parts, in an order that is the same on every machine.
+        used: names of the files that the parts read, and of files read for labels.
+        size, channels: width and height in pixels, and channels, of the source's images; 0 if they vary.
+        classes: class names in order; empty if there are none or labels are plain numbers; None if only reading
+            tells.
+        ignored: reason by name, for files that are not data.
+        bad: reason by name, for files that should hold images but can't be read.
     """
 
     parts: tuple[Part, ...]
@@ -127,11 +131,11 @@ class SourceListing:
 
 @dataclass(frozen=True)
 class Request:
-    """How a source is to be read.
+    """How to read a source.
 
     Attributes:
-        images_per_part: about so many images go into one part.
-        image_column, label_column: of Parquet and Arrow files; "" = found by their types and usual names.
+        images_per_part: approximate number of images in one part.
+        image_column, label_column: columns of Parquet and Arrow files; "" = found by types and usual names.
         split: the source's own splits to use; see `splits.roles_of`.
     """
 
@@ -143,13 +147,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Given:
-    """What lies in one tree or in one archive, and how it is to be read.
+    """The files of one tree or archive, and how to read them.
 
     Attributes:
-        names: of all files.
-        unreadable: files that are there as well, and why they are not read.
-        read: the content of a file, or nothing and the reason.
-        where: its own name, for errors.
+        names: names of all files.
+        unreadable: other files in it, with the reason why they are not read.
+        read: reads a file: its content and "", or nothing and the reason.
+        request: how to read the source.
+        where: name of the tree or archive, for errors.
     """
 
     names: Collection[str]
@@ -159,10 +164,10 @@ class Given:
     where: str
 
     def content(self, name: str) -> bytes:
-        """Of a file that holds labels.
+        """The content of a file with labels.
 
         Raises:
-            InputError: it can't be read.
+            InputError: the file can't be read.
         """
         data, reason = self.read(name)
         if reason:
@@ -171,7 +176,7 @@ class Given:
 
 
 def pick(items: Iterable[Item], rows: Sequence[int] | None) -> Iterator[Item]:
-    """Some of a part's images, where the whole part must be read for them."""
+    """The images at some positions of a part that must be read whole to find them."""
     if rows is None:
         yield from items
         return

@@ -1,4 +1,4 @@
-"""Images that lie in a file as pixels, one behind the other: stretches of it are read, and packed files unpacked once."""
+"""Reads images stored in a file as raw pixels, one after the other. Packed files are unpacked once."""
 
 import gzip
 import os
@@ -20,20 +20,21 @@ from pipeline.redact import one_line, printable
 from pipeline.stretches import open_file, read_stretch
 
 GZIP = "gzip"
-_UNPACKED_FILES = 8  # that are kept, in files without names, where temporary files are
+_UNPACKED_FILES = 8  # unpacked copies to keep, as unnamed temporary files
 _COPY_BYTES = 2**22
 _unpacking = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Records:
-    """Records of equal length in a file, or in what it unpacks to.
+    """Records of equal length in a file, or in its unpacked content.
 
     Attributes:
-        offset: bytes before the first.
-        size: bytes of each.
-        packed: "" for a plain file; GZIP; or a member of a zip file.
-        version: of the file.
+        offset: bytes before the first record.
+        size: bytes of each record.
+        count: number of records.
+        packed: "" for a plain file, GZIP, or the name of a member of a zip file.
+        version: version of the file; see `tree.File`.
     """
 
     offset: int
@@ -44,11 +45,11 @@ class Records:
 
     @property
     def end(self) -> int:
-        """From the beginning of the file to the end of the last record."""
+        """Byte offset of the end of the last record."""
         return self.offset + self.size * self.count
 
     def read(self, uri: str, numbers: Sequence[int]) -> Iterator[bytes]:
-        """Some records, in the order given.
+        """Reads records in the order given.
 
         Raises:
             InputError: the file is damaged, or shorter than it was.
@@ -59,13 +60,13 @@ class Records:
             start = self.offset + first * self.size
             stop = start + count * self.size
             if self.packed:
-                copy = unpack(uri, self)  # kept open here
+                copy = unpack(uri, self)  # this reference keeps the copy open
                 data = os.pread(copy.fileno(), stop - start, start)
             else:
                 with refusing(uri):
                     data = read_stretch(uri, start, stop)
             if len(data) != stop - start:
-                raise InputError(f"{uri}: ends at byte {start + len(data)}, {self.end} were there before")
+                raise InputError(f"{uri}: ends at byte {start + len(data)}, earlier at byte {self.end}")
             return data
 
         for data in in_order(read, _stretches(numbers), uri):
@@ -73,7 +74,7 @@ class Records:
                 yield data[at : at + self.size]
 
     def check(self, uri: str, size: int) -> None:
-        """Raises an InputError where the file, of so many bytes, is damaged or has another length."""
+        """Raises InputError if the file, which has `size` bytes, is damaged or has the wrong length."""
         if self.packed:
             unpack(uri, self)
         elif size != self.end:
@@ -81,7 +82,7 @@ class Records:
 
 
 def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First number and length of each run of numbers that follow each other."""
+    """First number and length of each run of consecutive numbers."""
     first, count = 0, 0
     for number in numbers:
         if count and number == first + count:
@@ -95,10 +96,10 @@ def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def unpack(uri: str, records: Records) -> IO[bytes]:
-    """What a packed file holds, in a file without a name that goes away with this process.
+    """The content of a packed file, in an unnamed temporary file that disappears with this process.
 
     Raises:
-        InputError: it is damaged, or holds more or less than it says.
+        InputError: the file is damaged, or holds more or less than expected.
     """
     with _unpacking:
         return _unpacked(uri, records.packed, records.version, records.end)
@@ -110,11 +111,11 @@ def _unpacked(uri: str, packed: str, version: str, expected: int) -> IO[bytes]:
     with refusing(uri), open_file(uri, ahead=_COPY_BYTES) as file:
         try:
             with gzip.open(file) if packed == GZIP else zipfile.ZipFile(file).open(packed) as content:
-                # No more than is expected: a few bytes may unpack to more than any disk has.
+                # Unpacks little more than expected, because a few bytes may unpack to more than a disk holds.
                 while copy.tell() <= expected and (piece := content.read(_COPY_BYTES)):
                     copy.write(piece)
         except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-            raise InputError(f"{uri}: damaged, get it again: {one_line(error)}") from None
+            raise InputError(f"{uri}: damaged, download it again: {one_line(error)}") from None
     if copy.tell() != expected:
         raise InputError(f"{uri}: {_length(copy.tell(), expected)}")
     copy.flush()
@@ -123,21 +124,21 @@ def _unpacked(uri: str, packed: str, version: str, expected: int) -> IO[bytes]:
 
 def _length(found: int, expected: int) -> str:
     if found < expected:
-        return f"cut short: {found} bytes, {expected} expected: get it again"
-    return f"longer than it says: more than {expected} bytes"
+        return f"cut short: {found} bytes, {expected} expected: download it again"
+    return f"longer than its header says: more than {expected} bytes"
 
 
 @dataclass(frozen=True)
 class ArrayPart(Part):
-    """Images that follow each other in an array.
+    """Consecutive images of an array.
 
     Attributes:
         records: all images of the array.
-        shape: of each, as it lies there: [H, W, C], or [C, H, W] where `planes`.
-        start: its first image's place in the array.
-        labels: of its images.
-        faults: place in the part, and reason, of each image whose label can be no class.
-        array: the array's name, where the file holds several.
+        shape: stored shape of each image: [H, W, C], or [C, H, W] if `planes`.
+        start: number of its first image in the array.
+        labels: labels of its images.
+        faults: (position in the part, reason) of each image whose label can't be a class.
+        array: name of the array, if the file holds several.
     """
 
     records: Records
@@ -162,7 +163,7 @@ class ArrayPart(Part):
 
 
 def to_pixels(data: bytes, shape: tuple[int, int, int], planes: bool) -> np.ndarray:
-    """uint8 [H, W, C] of bytes that are that, or [C, H, W]."""
+    """Raw bytes of shape [H, W, C], or [C, H, W] if `planes`, as uint8 [H, W, C]."""
     pixels = np.frombuffer(data, np.uint8).reshape(shape)
     return np.ascontiguousarray(pixels.transpose(1, 2, 0)) if planes else pixels
 
@@ -178,10 +179,11 @@ def cut_array(
     split: str,
     array: str = "",
 ) -> Iterator[ArrayPart]:
-    """Parts of an array.
+    """Cuts an array into parts.
 
     Args:
-        labels: of each image, with the reason why it can be no class.
+        labels: label of each image, and the reason why it can't be a class or "".
+        array: name of the array, if the file holds several.
     """
     for start in range(0, records.count, images_per_part):
         some = labels[start : start + images_per_part]

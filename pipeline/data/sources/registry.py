@@ -1,7 +1,7 @@
-"""The sources that images are read from, by name, and which of them a folder is.
+"""The sources of images, by name, and how to find out which of them a folder is.
 
-A source is cut into parts, small descriptions that any node can read alone, in an order that does not depend
-on the machine. Every file that was given is in a part, or named with the reason why it is not.
+A source is cut into parts: small descriptions that any node can read alone, in an order that is the same on every
+machine. Every given file is in a part, or named with the reason why it is not.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from pipeline.data.sources.tree import Tree, open_tree
 from pipeline.errors import InputError
 from pipeline.redact import printable
 
-SHOWN = 5  # classes and reasons, in the line that describes a source
-# What other tools write, and what to do with it.
+SHOWN = 5  # classes and reasons to show in the line that describes a source
+# Formats of other tools that are not read, and what to do with them.
 _ELSEWHERE = {
     ".tar.gz": "compressed tar files: unpack them with `gunzip`, or their images into folders",
     ".tgz": "compressed tar files: unpack them with `gunzip`, or their images into folders",
@@ -68,7 +68,7 @@ class DigitsPart(Part):
         yield from pick(items(), rows)
 
 
-# In the order in which a folder is asked whether it is one.
+# The order in which a folder is tested for each source.
 _SOURCES: dict[Source, tuple[Callable[[Tree], bool], Callable[[Tree, Request], SourceListing]]] = {
     "arrow": (arrow.is_arrow, arrow.list_arrow),
     "huggingface": (parquet.is_parquet, parquet.list_parquet),
@@ -83,11 +83,12 @@ _SOURCES: dict[Source, tuple[Callable[[Tree], bool], Callable[[Tree, Request], S
 
 @dataclass(frozen=True)
 class Opened:
-    """What a source was found to be.
+    """A source after it was opened.
 
     Attributes:
-        listing: its parts; `ignored` and `bad` account for every file in `tree` that is in none of them.
-        roles: what each of its own splits is used for; see `splits.roles_of`.
+        source: the kind of source, never "auto".
+        listing: its parts; `ignored` and `bad` account for every file in `tree` that no part reads.
+        roles: use of each of its own splits; see `splits.roles_of`.
     """
 
     source: Source
@@ -102,10 +103,11 @@ class Opened:
         return sum(self.tree.files[name].size for name in names if name in self.tree.files)
 
     def describe(self, splits: dict[str, int], classes: Sequence[str], bad: Sequence[dict[str, str]]) -> str:
-        """One line: what it is, the images in each split, the classes, and what was left out and why.
+        """One line with the kind of source, the images in each split, the classes, and what was left out and why.
 
         Args:
             splits: images in use, by split.
+            classes: names of the classes.
             bad: path and reason of each image that can't be used.
         """
         cut = ", held out by content" if "" in self.roles.values() and "validation" in splits else ""
@@ -121,9 +123,9 @@ class Opened:
         ]
         alone = {part.split for part in self.listing.parts} - self.roles.keys()
         if named := sorted(alone - {""}):
-            left.append(f"split {', '.join(named)} left alone (--split takes it)")
+            left.append(f"split {', '.join(named)} not used (--split NAME uses it)")
         if "" in alone:
-            left.append("what is in none of the splits left alone (--split all takes it)")
+            left.append("images in none of the splits not used (--split all uses them)")
         counts = ", ".join(f"{count:,} {name}" for name, count in splits.items())
         words = [
             f"{printable(self.uri) or self.source} is {self.source}: {sum(splits.values()):,} images ({counts}{cut})",
@@ -133,7 +135,7 @@ class Opened:
 
 
 def _tally(reasons: dict[str, str]) -> list[tuple[str, int]]:
-    """Reasons with the name of one file each, and how many files there are; the most frequent first."""
+    """Reasons, each with the name of one file, and the number of files with that reason; the most frequent first."""
     example = {reason: name for name, reason in reversed(reasons.items())}
     most = Counter(reasons.values()).most_common()
     named = [(f"{reason} ({example[reason]}{', …' * (count > 1)})", count) for reason, count in most[:SHOWN]]
@@ -142,20 +144,22 @@ def _tally(reasons: dict[str, str]) -> list[tuple[str, int]]:
 
 
 def open_source(source: Source, uri: str, request: Request, flag: str = "--input") -> Opened:
-    """Finds out what a source is, and cuts it into parts of about `request.images_per_part` images.
+    """Opens a source and cuts it into parts of about `request.images_per_part` images.
 
     Args:
-        source: auto = found by the names and the content of the files.
-        flag: that the URI was given with, for errors.
+        source: kind of source; auto = found by names and content of the files.
+        flag: flag that the URI was given with, for errors.
 
     Raises:
-        InputError: nothing of that kind is there.
+        InputError: the URI is missing, or holds nothing of that kind.
     """
     if source == "digits":
         listing = SourceListing((DigitsPart("", ("digits",)),), frozenset(), 8, 1, tuple(map(str, range(10))))
         return Opened("digits", "", Tree("", {}), listing, {"": ""})
     if not uri:
-        raise InputError(f"{flag} is missing: where are the images? (--source digits has its own)")
+        raise InputError(
+            f"{flag} is missing: give the folder of images (or --source digits, which needs none)"
+        )
     forget_files()
     tree = without_parts(open_tree(storage.absolute(uri)))
     found = _find_source(tree, uri, flag, request) if source == "auto" else source
@@ -179,7 +183,7 @@ def _find_source(tree: Tree, uri: str, flag: str, request: Request) -> Source:
 
 
 def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = "auto") -> str:
-    """Why there is nothing to read, whatever it is or as the source that was asked for."""
+    """The reason why there is nothing to read, with advice for formats that are not read."""
     names = [name.lower() for name in tree.files]
     for suffix, words in _ELSEWHERE.items():
         if any(name.endswith(suffix) for name in names):
@@ -198,7 +202,7 @@ def _nothing(tree: Tree, listing: SourceListing | None = None, source: Source = 
         name, reason = next(iter(reasons.items()))
         return f"nothing in it can be read: {printable(name)}: {reason}"
     if not names:
-        hidden = f" ({len(tree.ignored)} hidden or special files are no data)" if tree.ignored else ""
+        hidden = f" ({len(tree.ignored)} hidden or special files are not data)" if tree.ignored else ""
         return f"is empty{hidden}: give a folder of images, or shards that jobs/prepare.py wrote"
     if source != "auto":
         return f"holds nothing that --source {source} reads"

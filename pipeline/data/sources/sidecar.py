@@ -1,7 +1,7 @@
-"""Labels of image files that stand in a file beside them: Hugging Face's metadata.*, and EDM's dataset.json.
+"""Reads labels of image files from a file beside them: metadata.* of Hugging Face, or dataset.json of EDM.
 
-Where such a file labels images, its labels take the place of folder names, in its folder and below; the nearest file
-counts. An image there that it does not name is not used, as `datasets` does it.
+If such a file labels images, its labels replace folder names, in its folder and below. The nearest file counts. An
+image that the file does not name is not used, as in `datasets`.
 """
 
 import posixpath
@@ -20,20 +20,21 @@ from pipeline.errors import InputError
 from pipeline.redact import printable
 
 _LABEL = "label"
-Named = tuple[str | None, str]  # a label, and the reason why that can be no class
+Named = tuple[str | None, str]  # a label, and the reason why it can't be a class or ""
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """One such file.
+    """One file with labels.
 
     Attributes:
-        named: the images that it names.
-        labels: whether it says anything of labels.
-        all_named: whether the images that it does not name are to be left out.
-        beside: other files that it names, with the column; they belong to images and are none of their own.
-        classes: names of its labels in order, where it has them.
-        chosen: whether it has the column of images that was asked for.
+        name: name below the root.
+        named: the images that it names, with their labels.
+        labels: True if it says anything about labels.
+        all_named: True if images that it does not name are left out.
+        beside: other files that it names, such as masks, with the column. They are not images of their own.
+        classes: names of its labels in order, if it has them.
+        chosen: True if it has the requested column of images.
     """
 
     name: str
@@ -55,12 +56,12 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Labels:
-    """What all such files say.
+    """The labels from all such files of a tree or archive.
 
     Attributes:
         of: label of each image that they label.
         used, ignored, bad: as in `SourceListing`.
-        classes: names of their labels in order, where they have them.
+        classes: names of the labels in order, if the files have them.
     """
 
     of: dict[str, str | None]
@@ -75,10 +76,11 @@ def is_sidecar(name: str) -> bool:
 
 
 def read_labels(images: Collection[str], given: Given) -> Labels:
-    """Reads the labels of images, all of which lie in one tree or in one archive.
+    """Reads the labels of images that lie in one tree or archive.
 
     Raises:
-        InputError: such a file can't be read; two in one folder hold labels; no file has the column that was asked for.
+        InputError: a file with labels can't be read, two files in one folder hold labels, or no file has the
+            requested column.
     """
     request, where = given.request, given.where
     sidecars, ignored = _read_all(given)
@@ -89,9 +91,9 @@ def read_labels(images: Collection[str], given: Given) -> Labels:
         ("--image-column", request.image_column, any(sidecar.chosen for sidecar in sidecars)),
     ):
         if column and not there:
-            raise InputError(f"{flag} {column}: {where} has no {' or '.join(TABLES)} with such a column")
+            raise InputError(f"{flag} {column}: {where} has no {' or '.join(TABLES)} with this column")
     of, bad, nearest = dict[str, str | None](), dict[str, str](), _by_folder(labelling, where)
-    # The nearest last: it counts.
+    # The nearest file comes last and overrides the others.
     for sidecar in sorted(
         sidecars, key=lambda sidecar: len(sidecar.folder.split("/") if sidecar.folder else ())
     ):
@@ -104,15 +106,15 @@ def read_labels(images: Collection[str], given: Given) -> Labels:
                     bad[name] = reason
             elif name not in given.unreadable:
                 bad[name] = (
-                    f"named in {sidecar.base} and {'no image' if name in given.names else 'not there'}"
+                    f"listed in {sidecar.base}, but {'not an image' if name in given.names else 'missing'}"
                 )
     for sidecar in sidecars:
-        beside = {name: f"{sidecar.base} names it as {column}" for name, column in sidecar.beside.items()}
+        beside = {name: f"{sidecar.base} lists it as {column}" for name, column in sidecar.beside.items()}
         ignored |= {name: reason for name, reason in beside.items() if name in images and name not in of}
     for name in images if nearest else ():
         governing = None if name in of or name in ignored else _governing(name, nearest)
         if governing is not None and governing.all_named:
-            ignored[name] = f"not named in {governing.base}"
+            ignored[name] = f"not listed in {governing.base}"
         elif governing is not None:
             of[name] = None
     classes = tuple(dict.fromkeys(name for sidecar in labelling for name in sidecar.classes))
@@ -120,11 +122,11 @@ def read_labels(images: Collection[str], given: Given) -> Labels:
 
 
 def _read_all(given: Given) -> tuple[list[Sidecar], dict[str, str]]:
-    """All such files, and those that hold no labels with the reason."""
+    """All files with labels, and the reason for each such file that holds none."""
     request, where = given.request, given.where
     for name, reason in given.unreadable.items():
         if is_sidecar(name) and reason != HIDDEN:
-            raise InputError(f"{where}/{printable(name)}: {reason}: there may be labels in it")
+            raise InputError(f"{where}/{printable(name)}: {reason}: this file may hold labels")
     found, ignored = list[Sidecar](), dict[str, str]()
     there = list(filter(is_sidecar, given.names))
     find = _finder(given.names) if there else str
@@ -161,7 +163,7 @@ def _governing(name: str, by_folder: dict[str, Sidecar]) -> Sidecar | None:
 
 
 def _parse(name: str, data: bytes, request: Request, where: str) -> Sidecar:
-    """Raises NoMetadata for a file that is something else, InputError for one that is damaged."""
+    """Parses one file. Raises NoMetadata if it is something else, InputError if it is damaged."""
     base = posixpath.basename(name)
     if base == EDM:
         pairs = read_edm(data, where)
@@ -190,14 +192,14 @@ def _named(rows: Iterable[tuple[str, Any]], classes: tuple[str, ...], base: str)
     for path, value in rows:
         label = class_text(value, classes)
         if named.setdefault(path, label) != label:
-            named[path] = None, f"named twice in {base}, with different labels"
+            named[path] = None, f"listed twice in {base}, with different labels"
     return named
 
 
 def _finder(names: Collection[str]) -> Callable[[str], str]:
-    """Returns a function from a path to the file that it means, or else to itself.
+    """Returns a function from a path in a table to the name of the file that it means; other paths are normalised.
 
-    Windows separates folders otherwise, and macOS writes accents otherwise than those who write tables.
+    This allows for Windows separators, and for macOS, which writes accents in decomposed form.
     """
     composed = {unicodedata.normalize("NFC", name): name for name in names}
 
@@ -214,11 +216,11 @@ def _finder(names: Collection[str]) -> Callable[[str], str]:
 
 
 def _resolved(sidecar: Sidecar, find: Callable[[str], str]) -> Sidecar:
-    """With names below the root, in place of those below its own folder."""
+    """The same labels with names below the root, instead of names below the file's own folder."""
     named = dict[str, Named]()
     for path, label in sidecar.named.items():
         name = find(posixpath.join(sidecar.folder, path))
         if named.setdefault(name, label) != label:
-            named[name] = None, f"named twice in {sidecar.base}, with different labels"
+            named[name] = None, f"listed twice in {sidecar.base}, with different labels"
     beside = {find(posixpath.join(sidecar.folder, path)): column for path, column in sidecar.beside.items()}
     return replace(sidecar, named=named, beside=beside)

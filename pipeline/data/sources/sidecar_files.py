@@ -1,4 +1,4 @@
-"""What is in the files that hold labels of images: tables as CSV, JSON lines or Parquet, and EDM's dataset.json."""
+"""Parses the files that hold labels of images: tables in CSV, JSON lines or Parquet, and EDM's dataset.json."""
 
 import csv
 import io
@@ -30,15 +30,16 @@ _Wanted = Callable[[list[str]], list[str]]
 
 
 class NoMetadata(Exception):
-    """This file only has the name of one that holds labels: says why, where that should be known."""
+    """The file has the name of a file with labels but is something else; the message says why, if users should know."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns that name files, and that of the labels where there is one: text, numbers, None.
+    """The columns of file names and of labels, as text, numbers or None.
 
     Attributes:
-        classes: names of labels that are numbers, where the file has them.
+        values: cells by column.
+        classes: names of numeric labels, if the file has them.
     """
 
     values: dict[str, list[Any]]
@@ -50,13 +51,14 @@ def read_table(base: str, data: bytes, image: str, label: str, where: str) -> Ta
 
     Args:
         base: its name without folders.
-        image: a column that names files, beside those called so; "" for none.
+        data: its content.
+        image: a further column of file names, besides `file_name` and `*_file_name`; "" for none.
         label: the column of labels.
-        where: its whole name, for errors.
+        where: its full name, for errors.
 
     Raises:
-        NoMetadata: it has no column of file names.
-        InputError: it is damaged.
+        NoMetadata: the file has no column of file names.
+        InputError: the file is damaged.
     """
 
     def wanted(columns: list[str]) -> list[str]:
@@ -74,11 +76,11 @@ def read_table(base: str, data: bytes, image: str, label: str, where: str) -> Ta
         table = read(data, wanted, label, where)
     except (pa.ArrowException, csv.Error, OSError, UnicodeError) as error:
         raise InputError(
-            f"{where}: can't be read: {one_line(error)}: mend it, or move it out of the folder"
+            f"{where}: can't be read: {one_line(error)}: correct it, or move it out of the folder"
         ) from None
     for column, values in table.values.items():
         if column != label and not all(isinstance(value, (str, type(None))) for value in values):
-            raise InputError(f"{where}: column {column} holds other things than names of files")
+            raise InputError(f"{where}: column {column} holds values that are not file names")
     return table
 
 
@@ -86,7 +88,7 @@ def _csv(data: bytes, wanted_of: _Wanted, label: str, where: str) -> Table:
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "surrogateescape", newline="")
     columns = next(csv.reader(text), [])
     wanted = wanted_of(columns)
-    # Every cell as it stands: 0001 may be the name of a file.
+    # Every cell is read as text, because 0001 may be the name of a file.
     options = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.binary()), include_columns=wanted, check_utf8=False
     )
@@ -105,7 +107,7 @@ def _csv(data: bytes, wanted_of: _Wanted, label: str, where: str) -> Table:
 
 
 def _typed(cells: list[str]) -> list[Any]:
-    """Cells as numbers, where all that hold anything are; None for those that hold nothing."""
+    """Cells as numbers if all non-empty cells are numbers, else as text; None for empty cells."""
     found = [cell.strip() for cell in cells]
     full = [cell for cell in found if cell not in _NOTHING]
     numeric = all(map(_NUMBER.fullmatch, full))
@@ -131,7 +133,7 @@ def _json_lines(data: bytes, wanted_of: _Wanted, label: str, where: str) -> Tabl
             row = None
         if not isinstance(row, dict):
             raise InputError(
-                f"{where}: line {number} is no JSON object: mend it, or move the file out of the folder"
+                f"{where}: line {number} is not a JSON object: correct it, or move the file out of the folder"
             )
         rows.append(row)
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -145,7 +147,7 @@ def _parquet(data: bytes, wanted_of: _Wanted, label: str, where: str) -> Table:
     for column in wanted:
         check_plain(where, schema, column)
     table = file.read(columns=wanted)
-    try:  # as `datasets` notes it
+    try:  # class names as `datasets` stores them
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
         names = ()
@@ -156,17 +158,17 @@ def read_edm(data: bytes, where: str) -> list[tuple[str, Any]] | None:
     """Reads a dataset.json: {"labels": [["00000/img00000000.png", 3], …]}.
 
     Returns:
-        names and labels; None where the images have no labels.
+        names and labels; None if the images have no labels.
 
     Raises:
-        NoMetadata: it is something else.
-        InputError: it is damaged, or its labels are no classes.
+        NoMetadata: the file is something else.
+        InputError: the file is damaged, or its labels are not classes.
     """
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
         if _EDM_BEGINS.match(data):
-            raise InputError(f"{where}: damaged: it is no JSON: mend it, or get it again") from None
+            raise InputError(f"{where}: damaged: it is not JSON: correct it, or download it again") from None
         raise NoMetadata from None
     if not isinstance(content, dict) or "labels" not in content:
         raise NoMetadata
@@ -190,5 +192,5 @@ def _class_number(label: Any, where: str) -> Any:
     if sorted(label, key=bool) == [0] * (len(label) - 1) + [1]:  # one-hot
         return label.index(1)
     raise InputError(
-        f"{where}: its labels are vectors, no classes: set `labels` to null in it to train without labels"
+        f"{where}: its labels are vectors, not classes: set `labels` to null to train without labels"
     )

@@ -1,4 +1,4 @@
-"""The splits that a source has of its own, by the names of its files and folders, as `datasets` knows them."""
+"""Finds a source's own splits by the names of its files and folders, with the names that `datasets` knows."""
 
 import re
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pipeline.errors import InputError
 
-# Usual names of splits, and what they are called here.
+# Usual names of splits, and our names for them.
 _NAMES = {
     "train": "train",
     "training": "train",
@@ -25,11 +25,11 @@ _WORD = re.compile(
 )
 _FOLDER = re.compile(r"(t10k|[a-z]+)(?:[-_. ]?\d+)?")
 VALIDATION_FRACTION = 0.1
-BESIDE = "lies beside the splits {}, and in none of them"
+BESIDE = "lies beside the splits {}, in none of them"
 
 
 def split_of_word(word: str) -> str:
-    """The split that a folder of this name is, such as train or val2017; "" for none."""
+    """The split that a folder name such as train or val2017 stands for; "" for none."""
     found = _FOLDER.fullmatch(word.lower())
     return _NAMES.get(found[1], "") if found else ""
 
@@ -37,11 +37,11 @@ def split_of_word(word: str) -> str:
 def splits_of_files(names: Iterable[str]) -> dict[str, str]:
     """The split of each file that holds many images, such as test-00000-of-00001.parquet or val/0003.tar.
 
-    A split stands in the file's own name or, where that has none, in the innermost folder that has one. Files without
-    one are the training split, where no other file is it.
+    The file's own name decides or, if it names no split, the innermost folder that does. Files without a split count
+    as training data if no other file does.
 
     Returns:
-        the split by name, "" where nothing names one.
+        split by name; "" for none.
     """
     found = {name: _split_of_file(name) for name in names}
     if any(found.values()) and "train" not in found.values():
@@ -57,14 +57,15 @@ def _split_of_file(name: str) -> str:
 
 
 def split_folders(names: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """The folders that are splits, in a tree whose other folders are classes, such as train/CLASS and test/CLASS.
+    """The folders that are splits in a tree such as train/CLASS and test/CLASS.
 
-    Folders are splits where all beside each other have names of splits, or where one is the training split and
-    another is held out: a class may be called train, among others. Fewer files beside folders than in them hide none.
+    Folders count as splits if all folders on one level have names of splits, or if one is the training split and
+    another is held out. One folder called train among others may be a class. A minority of files outside the folders
+    does not matter.
 
     Returns:
-        the folder above them ("" for the root, else with a / at its end), and the split of each; none where there are
-        none.
+        the folder above them ("" for the root, else ending in /), and the split of each folder; empty if there are no
+        splits.
     """
     names = list(names)
     level, inside = "", [name.split("/") for name in names]
@@ -74,7 +75,7 @@ def split_folders(names: Iterable[str]) -> tuple[str, dict[str, str]]:
         folders, few = {parts[0] for parts in deeper}, is_most(len(deeper), len(inside))
         found = _splits(folders)
         kinds = set(found.values())
-        # Of several inside of each other, one that is called as a split is gives way to those that are several.
+        # A single folder with the name of a split gives way to several such folders inside it.
         if (len(kinds) > 1 and (few or "train" in kinds)) or (found and few and not best[1]):
             best = level, found
         if not few or len(folders) != 1:
@@ -84,12 +85,12 @@ def split_folders(names: Iterable[str]) -> tuple[str, dict[str, str]]:
 
 
 def is_most(count: int, all_of_them: int) -> bool:
-    """Whether these are more than the others."""
+    """True if `count` is more than half of all."""
     return 2 * count > all_of_them
 
 
 def _only_splits(names: list[str]) -> tuple[str, dict[str, str]]:
-    """The one folder, wherever it is, that holds the training split beside another; nothing where there are several."""
+    """The only folder anywhere that holds the training split beside another; nothing if several such folders exist."""
     inside: dict[str, set[str]] = {}
     for name in names:
         *folders, _ = name.split("/")
@@ -105,9 +106,9 @@ def _only_splits(names: list[str]) -> tuple[str, dict[str, str]]:
 
 
 def splits_in_classes(names: Iterable[str]) -> int:
-    """How deep the folders of splits lie in a tree like CLASS/train and CLASS/test; 0 where it is no such tree.
+    """The depth of the split folders in a tree such as CLASS/train and CLASS/test; 0 if the tree is not like that.
 
-    Fewer images that lie elsewhere than in these folders hide none.
+    A minority of images outside these folders does not matter.
     """
     folders = [name.split("/")[:-1] for name in names]
     for depth in range(1, max(map(len, folders), default=0)):
@@ -126,21 +127,21 @@ def _splits(folders: set[str]) -> dict[str, str]:
 
 
 def roles_of(own: Iterable[str], wanted: tuple[str, ...] = ()) -> dict[str, str]:
-    """What each of a source's own splits is used for.
+    """The use of each of a source's own splits.
 
-    The training split trains. The validation split is held out, or the test split where that is all there is; a test
-    split beside both is left alone, and so is what is in none of several. A single split is cut: some images are held
-    out by their content.
+    The training split trains. The validation split is held out, or the test split if there is no validation split. A
+    test split beside both is left alone, and so are images in none of several splits. A single split is divided: some
+    images are held out by a hash of their content.
 
     Args:
-        own: the source's splits, "" among them where it has none.
-        wanted: those to use; none = all but a test split beside the other two; "all" = that one as well.
+        own: the source's splits; "" stands for images without one.
+        wanted: splits to use; empty = all except a test split beside the other two; ("all",) = that one too.
 
     Returns:
-        train, validation, test or "" (cut by content) for each split that is used.
+        for each split in use: "train", "validation", "test", or "" (divided by content).
 
     Raises:
-        InputError: a split is wanted that is not there, or none of several is to train on.
+        InputError: a wanted split does not exist, or none of several splits is for training.
     """
     there = set(own)
     if wanted == ("all",):
@@ -150,18 +151,21 @@ def roles_of(own: Iterable[str], wanted: tuple[str, ...] = ()) -> dict[str, str]
         raise InputError(f"--split {missing[0]}: the data has no such split; it has {known}")
     used = set(wanted) or (there - {"test"} if {"train", "validation"} <= there else there)
     if not wanted and "train" in used and len(used) > 1:
-        used -= {""}  # in none of the splits
+        used -= {""}  # images in none of the splits
     if len(used) == 1:
         return {used.pop(): ""}
     if "train" not in used:
         named = " and ".join(sorted(used))
-        raise InputError(
-            f"the data has the splits {named}, and none to train on: name the one to use with --split"
-        )
+        raise InputError(f"the data has the splits {named}, none for training: choose one with --split")
     test = "test" if "validation" in used else "validation"
     return {split: {"": "train", "test": test}.get(split, split) for split in used}
 
 
 def held_out(digest: bytes, fraction: float) -> bool:
-    """Whether an image belongs to the validation split, by a hash of its content."""
+    """True if an image belongs to the validation split.
+
+    Args:
+        digest: SHA-256 of its encoded content.
+        fraction: share of the images to hold out.
+    """
     return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -1,4 +1,4 @@
-"""What Parquet and Arrow files have in common: which of a folder hold images, and which images they name beside them."""
+"""Shared by Parquet and Arrow files: finds the files that hold images, and the image files that they name."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 
 from pipeline.data.sources.cells import images_of, name_beside
-from pipeline.data.sources.columns import by_schema, says_more
+from pipeline.data.sources.columns import by_schema, holds_source
 from pipeline.data.sources.fetch import THREADS
 from pipeline.data.sources.look import Look
 from pipeline.data.sources.loose import outweigh_images
@@ -20,7 +20,7 @@ _FIRST = 32  # files to look into before all others
 def look_at_all(
     look_at: Callable[[str], Look | str], names: Iterable[str]
 ) -> tuple[list[Look], dict[str, str]]:
-    """The files that can be opened, and the others with the reason."""
+    """The files that can be opened, and the reason for each file that can't."""
     looks, bad = list[Look](), dict[str, str]()
     with ThreadPoolExecutor(THREADS) as pool:
         for name, look in zip(names := list(names), pool.map(look_at, names), strict=True):
@@ -32,9 +32,9 @@ def look_at_all(
 
 
 def are_source(tree: Tree, names: list[str], look_at: Callable[[str], Look | str]) -> bool:
-    """Whether some of these files hold images, or none of them can be opened; and they outweigh the images beside.
+    """True if some of these files hold images, or none can be opened, and they are no smaller than the images beside.
 
-    Images beside that such a file names belong to it, and count for nothing.
+    Image files that such a file names belong to it, so they are not compared.
     """
     holding, damaged = list[str](), list[str]()
     for some in filter(None, (names[:_FIRST], names[_FIRST:])):
@@ -42,7 +42,7 @@ def are_source(tree: Tree, names: list[str], look_at: Callable[[str], Look | str
         damaged += bad
         looks = [look for look in opened if look.has_rows()]
         columns = by_schema(looks)[0]
-        found = [look for look in looks if says_more(look, columns.get(look.name, []))]
+        found = [look for look in looks if holds_source(look, columns.get(look.name, []))]
         holding += [look.name for look in found]
         if holding and outweigh_images(tree, holding):
             return True
@@ -56,12 +56,12 @@ def _names_files(look: Look, image: str) -> bool:
         return any(data is None and path and look.beside(path) for data, path in look.first(image))
     except StorageError:
         raise
-    except InputError:  # whoever reads the rows will say so
+    except InputError:  # reading the rows will report the damage
         return False
 
 
 def names_beside(tree: Tree, file: str, images: pa.Array) -> Iterator[set[str]]:
-    """For each row of a column, the files of the tree that it names as its images."""
+    """For each row of a column, the files in the tree that it names as its images."""
     for row in images_of(images):
         names = (name_beside(file, path) for data, path in row if data is None and path)
         yield {name for name in names if name in tree.files}

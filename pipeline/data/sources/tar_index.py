@@ -1,4 +1,4 @@
-"""Which members of a tar are images, where their bytes lie, and what their labels are."""
+"""Indexes a tar: which members are images, where their bytes lie, and their labels."""
 
 import posixpath
 import tarfile
@@ -17,8 +17,8 @@ from pipeline.data.sources.tree import is_hidden
 from pipeline.redact import printable
 
 _HEAD_BYTES = 512
-_TGA = ".tga"  # images that their first bytes don't tell
-# No images, whatever is in them.
+_TGA = ".tga"  # images that can't be recognised by their first bytes
+# Members with these suffixes are never images.
 _TEXT_SUFFIXES = (".txt", ".text", ".caption", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml")
 _LINKS = (tarfile.SYMTYPE, tarfile.LNKTYPE)
 _UNREADABLE = {
@@ -30,13 +30,14 @@ _UNREADABLE = {
 
 
 class TarImage(NamedTuple):
-    """An image in a tar, or what stands where one may have been.
+    """An image in a tar, or a damaged place where one may have been.
 
     Attributes:
-        name: what follows the name of the tar in the image's path.
-        offset, size: its bytes in the tar.
-        reason: why it can't be used.
-        pieces: of a sparse file: place in the file, and size, of each stretch that is stored.
+        name: the part of the image's path after the name of the tar.
+        offset, size: byte offset in the tar, and size of the file in bytes.
+        label: its label, or None.
+        reason: why it can't be used; "" if it can.
+        pieces: for a sparse file, (offset in the file, size) of each stored stretch.
     """
 
     name: str
@@ -48,13 +49,13 @@ class TarImage(NamedTuple):
 
     @property
     def stored(self) -> int:
-        """Bytes that lie in the tar; none of an image that can't be used."""
+        """Bytes stored in the tar; 0 for an image that can't be used."""
         if self.reason:
             return 0
         return sum(size for _, size in self.pieces) if self.pieces else self.size
 
     def content(self, stored: bytes) -> bytes:
-        """The file that was stored."""
+        """The file's content, made from the bytes stored in the tar."""
         if not self.pieces or self.reason:
             return stored
         whole, at = bytearray(self.size), 0
@@ -65,20 +66,20 @@ class TarImage(NamedTuple):
 
 
 def stored_bytes(file: IO[bytes], image: TarImage) -> bytes:
-    """What lies of an image in its tar."""
+    """The bytes of an image that are stored in the tar."""
     file.seek(image.offset)
     return file.read(image.stored)
 
 
 def index_tar(file: IO[bytes], size: int) -> list[TarImage]:
-    """All images of a tar in its order, with what is damaged between them.
+    """All images of a tar in order, with the damage between them.
 
-    Reads the headers, the labels, and the first bytes of members whose names don't tell what they are. No two images
-    have the same name.
+    Reads the headers, the labels, and the first bytes of members whose names don't tell what they are. Names are made
+    unique.
 
     Args:
         file: open for reading and seeking.
-        size: bytes in it.
+        size: size of the tar in bytes.
     """
     found = list(walk(file, size))
     resolve = _resolver(found)
@@ -103,9 +104,9 @@ def index_tar(file: IO[bytes], size: int) -> list[TarImage]:
 
 
 def _resolver(found: list[Member | Damage]) -> Callable[[int, Member], tuple[Member | None, str]]:
-    """Returns a function from a member, and its place among all, to the one that holds its data, and what is wrong.
+    """Returns a function that follows links: from a member and its index to the member with its data, and a fault or "".
 
-    Folders, and links to them, have no data.
+    The first is None for folders and for links to folders, which have no data.
     """
     places, folders = defaultdict[str, list[tuple[int, Member]]](list), {".", "/"}
     for place, member in enumerate(found):
@@ -128,7 +129,7 @@ def _resolver(found: list[Member | Damage]) -> Callable[[int, Member], tuple[Mem
                     None if known else first,
                     f"a link to {printable(member.link)}, which is not in the tar",
                 )
-            # As unpacking does: a hard link leads to what lies before it, the other kind to what is there in the end.
+            # As in unpacking, a hard link leads to the last member before it, a symbolic link to the last of all.
             which = max(0, bisect_left(some, place, key=lambda one: one[0]) - 1) if hard else -1
             place, member = some[which]
             if place in seen:
@@ -139,14 +140,14 @@ def _resolver(found: list[Member | Damage]) -> Callable[[int, Member], tuple[Mem
 
 
 def _fault(member: Member) -> str:
-    """Why the data of a member can't be read."""
+    """The reason why the data of a member can't be read, or ""."""
     if member.missing:
-        return f"cut short: {member.missing} of its bytes lie behind the end of the tar"
+        return f"cut short: the last {member.missing} bytes are missing from the tar"
     return _UNREADABLE.get(member.kind, "")
 
 
 def _plain(name: str) -> str:
-    """A name without what makes no difference in it, such as ./ in front."""
+    """A normalised name, for example without ./ in front."""
     return posixpath.normpath(name)
 
 
@@ -155,7 +156,7 @@ def _hidden(name: str) -> bool:
 
 
 def _path(name: str) -> str:
-    """A name as part of a path that leads nowhere."""
+    """A name made safe as the end of a path: printable, and without ".." in it."""
     return "/" + "/".join("_" if part == ".." else part for part in printable(name).lstrip("/").split("/"))
 
 
@@ -164,7 +165,7 @@ def _is_image(file: IO[bytes], image: TarImage, suffix: str) -> bool:
         return True
     if suffix in tar_labels.SUFFIXES or suffix in _TEXT_SUFFIXES:
         return False
-    return bool(image.reason) or sniff(_head(file, image)) is not None  # what can't be read may be one
+    return bool(image.reason) or sniff(_head(file, image)) is not None  # an unreadable one may be an image
 
 
 def _head(file: IO[bytes], image: TarImage) -> bytes:
@@ -177,7 +178,7 @@ def _label(file: IO[bytes], image: TarImage, suffix: str) -> Label:
     if image.reason:
         return Label(problem=image.reason)
     if image.size > tar_labels.MOST_BYTES:
-        return Label(problem=f"{image.size} bytes are more than a label has")
+        return Label(problem=f"{image.size} bytes, too large for a label")
     return parse_label(suffix, image.content(stored_bytes(file, image)))
 
 
@@ -187,7 +188,7 @@ def _checked(image: TarImage) -> TarImage:
     if not image.size:
         return image._replace(reason="empty")
     if image.size > MOST_BYTES:
-        return image._replace(reason=f"{image.size} bytes are more than an image has")
+        return image._replace(reason=f"{image.size} bytes, too large for an image")
     return image
 
 
@@ -196,7 +197,7 @@ def _labelled(image: TarImage, label: Label) -> TarImage:
 
 
 def _named_once(images: Iterator[TarImage]) -> Iterator[TarImage]:
-    """Appends a number to names that were there before."""
+    """Makes names unique by appending a number to repeated ones."""
     given, counts = set[str](), defaultdict[str, int](int)
     for image in images:
         name = image.name

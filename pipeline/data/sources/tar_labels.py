@@ -1,11 +1,11 @@
-"""The labels of images in a tar: what .cls and .json members say, and which image each belongs to.
+"""Reads the labels of images in a tar from .cls and .json members, and matches them to images.
 
-An image takes the label of the member with its own name before the last dot, or else of the one with the longest part
-of it that ends before an earlier dot: a.input.jpg takes that of a.input.cls, or else of a.cls.
+An image takes the label of the member that shares its name up to the last dot. If there is none, it takes the member
+that shares its name up to an earlier dot, the longest first: a.input.jpg takes a.input.cls, else a.cls.
 
-A .cls member holds a class number or a name; one that is empty or -1 holds none. A .json member holds it as `label`,
-or else as `class` or `cls`. Of two with the same name, .cls goes first. An image whose label is there and can't be read
-is not used. JSON that can't be read is let alone where no image of the tar has a label, and other JSON could be read.
+A .cls member holds a class number or a name; an empty one, or -1, means no label. A .json member holds the label as
+`label`, else as `class` or `cls`. If both exist, .cls comes first. An image whose label can't be read is not used.
+Unreadable JSON is ignored if no image of the tar has a label and other JSON could be read.
 """
 
 import codecs
@@ -22,26 +22,26 @@ from pipeline.redact import printable
 SUFFIXES = (".cls", ".json")
 MOST_BYTES = 64 * 2**20
 _KEYS = ("label", "class", "cls")
-_NO_JSON = "no JSON"
+_NO_JSON = "not JSON"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Label(NamedTuple):
-    """What a member says of a class, or why that can't be read; neither where it says nothing."""
+    """The label that a member holds, or the reason why it can't be read; neither if it holds none."""
 
     text: str | None = None
     problem: str = ""
 
 
 def stem_and_suffix(name: str) -> tuple[str, str]:
-    """A name in two, at the last dot of its last part; the suffix has its dot, and small letters."""
+    """A name split at the last dot of its last component; the suffix includes the dot, in lower case."""
     base = posixpath.basename(name)
     suffix = base[base.rfind(".") :] if "." in base else ""
     return name[: len(name) - len(suffix)], suffix.lower()
 
 
 def parse_label(suffix: str, content: bytes) -> Label:
-    """What is in a .cls or a .json member."""
+    """Parses a .cls or .json member."""
     if suffix == ".cls":
         encoding = "utf-16" if content.startswith(_UTF_16) else "utf-8-sig"
         return Label(_published(content.decode(encoding, errors="backslashreplace")))
@@ -55,7 +55,7 @@ def parse_label(suffix: str, content: bytes) -> Label:
 
 
 def _published(text: str | None) -> str | None:
-    """A label, without halves of characters that can't be stored."""
+    """A label as text that can be stored, with lone surrogates escaped; None for a withheld label."""
     text = label_text(text and text.encode(errors="backslashreplace"))
     return None if text == UNPUBLISHED else text
 
@@ -65,7 +65,7 @@ class Labels:
     """The labels in a tar, by the names of their members.
 
     Attributes:
-        images: of each name.
+        images: number of images with each name.
     """
 
     images: Counter[str] = field(default_factory=Counter)
@@ -75,7 +75,7 @@ class Labels:
         self._found[stem_and_suffix(name)].append(label)
 
     def finder(self) -> Callable[[str, int], Label]:
-        """Returns a function from the name of an image, and which of that name it is (from 0), to its label."""
+        """Returns a function from an image's name and its index among images of that name (from 0) to its label."""
         labels = [(suffix, label) for (_, suffix), some in self._found.items() for label in some]
         some_have = any(label.text is not None for _, label in labels)
         some_read = any(suffix == ".json" and label.problem != _NO_JSON for suffix, label in labels)
@@ -97,7 +97,7 @@ class Labels:
 
 
 def _stems(name: str) -> Iterator[str]:
-    """A name, and all its beginnings that end before a dot of its last part, longest first."""
+    """A name, then all its prefixes that end before a dot of its last component, longest first."""
     yield name
     base = name.rfind("/") + 1
     while (dot := name.rfind(".", base)) > base:
@@ -106,12 +106,12 @@ def _stems(name: str) -> Iterator[str]:
 
 
 def _one(found: list[Label], number: int, images: int) -> Label:
-    """The label of one of the images of a name, of all members that may hold it."""
+    """The label for image `number` of the `images` images with one name, from all members that may hold it."""
     if len(set(found)) <= 1:
         return found[0] if found else Label()
-    # Tars that were written one behind the other may have the same names.
+    # Concatenated tars may repeat names. Then the n-th label belongs to the n-th image.
     return (
         found[number]
         if len(found) == images
-        else Label(problem="there more than once, with different labels")
+        else Label(problem="occurs more than once, with different labels")
     )

@@ -1,7 +1,7 @@
-"""The members of a tar, read with tarfile's own parser, past any damage.
+"""Walks the members of a tar with tarfile's own parser, past any damage.
 
-tarfile itself ends without a word at the first damaged header. Here the next good one is looked for, and the stretch
-between is reported.
+tarfile itself silently stops at the first damaged header. This module searches for the next good header and reports
+the stretch between.
 """
 
 import io
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple, cast
 
 BLOCK = tarfile.BLOCKSIZE
-# Folders, and GNU's lists of them, lists of long names, and labels of tapes.
+# Types of members without file content: folders, and GNU's folder lists, lists of long names and volume labels.
 WITHOUT_CONTENT = (tarfile.DIRTYPE, b"D", b"N", b"V")
 CONTINUED = b"M"  # GNU: the rest of a file that begins in another tar
-# Of one member, for names, extended headers and maps of sparse files: a damaged header may claim anything.
+# Limits for one member's headers (long names, extended headers, sparse maps). A damaged header may claim any size.
 _MOST_HEADER_BYTES = 2**20
 _MOST_HEADER_READS = 64
 _SCANNED_BYTES = 2**20
@@ -24,12 +24,12 @@ class Member(NamedTuple):
 
     Attributes:
         kind: tarfile's type; REGTYPE for every file.
-        begins, ends: the bytes of the tar that it takes, with its headers and its padding.
-        offset: byte of the tar at which its data begins.
-        size: bytes of the file; fewer are stored where it is sparse.
-        pieces: of a sparse file: place in the file, and size, of each stretch that is stored.
+        begins, ends: byte offsets of the member in the tar, with its headers and its padding.
+        offset: byte offset of its data in the tar.
+        size: size of the file in bytes; a sparse file stores fewer bytes.
+        pieces: for a sparse file, (offset in the file, size) of each stored stretch.
         link: the name that a link leads to.
-        missing: bytes of its data that would lie behind the end of the tar.
+        missing: bytes of its data that are cut off by the end of the tar.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A stretch of a tar, from its first byte to the one behind it, that can't be read, and why."""
+    """A stretch of a tar, [begins, ends) in bytes, that can't be read, and the reason."""
 
     begins: int
     ends: int
@@ -52,16 +52,16 @@ class Damage(NamedTuple):
 
 
 def walk(file: IO[bytes], size: int) -> Iterator[Member | Damage]:
-    """All members of a tar in their order, and its damage between them; the content of no member is read.
+    """All members of a tar in order, with the damage between them. The content of members is not read.
 
-    A tar of nothing but zeros has neither. Tars that were written one behind the other are read as one.
+    A tar of zeros alone yields nothing. Concatenated tars are read as one.
 
     Args:
-        file: open for reading and seeking; its place is another one afterwards.
-        size: bytes in it.
+        file: open for reading and seeking; its position changes.
+        size: size of the tar in bytes.
     """
     parser = _parser(file)
-    # The bytes from `end` to `here` belong to no member; `known`: they are the rest of one that was cut short.
+    # The bytes from `end` to `here` belong to no member. `known`: they are the rest of a member that was cut short.
     here, end, known, found = 0, 0, False, False
     while here + BLOCK <= size:
         member = _member_at(parser, here, size)
@@ -72,29 +72,29 @@ def walk(file: IO[bytes], size: int) -> Iterator[Member | Damage]:
             yield Damage(end, member.begins, f"no member can be read from byte {end} to byte {member.begins}")
         yield member
         found, known = True, member.missing > 0
-        # Other members may lie behind a size that is wrong.
+        # The size in the header may be wrong, so other members may follow directly.
         here = end = member.offset if known else member.ends
     if known:
         return
     if _any_bytes(file, end, size):
-        all_of_it = f"no tar file: there is no member in its {size} bytes"
+        all_of_it = f"not a tar file: no member in its {size} bytes"
         yield Damage(end, size, f"no member can be read from byte {end} on" if found else all_of_it)
     elif found and end >= size:
-        reason = f"ends at byte {size} without the mark of a tar's end: it may have been cut short"
+        reason = f"ends at byte {size} without a tar's end marker: it may be cut short"
         yield Damage(size, size, reason)
 
 
 def is_header(block: bytes) -> bool:
-    """Whether a member can begin with this block."""
+    """True if a member can begin with this block of 512 bytes."""
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except Exception:  # as of damaged headers
+    except Exception:  # damaged headers make tarfile raise anything
         return False
     return True
 
 
 class _Headers:
-    """A file as tarfile's parser sees it: so much may be read for one member, and no more."""
+    """A file for tarfile's parser, with a limit on what may be read for one member's headers."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._bytes, self._reads = file, 0, 0
@@ -115,7 +115,7 @@ class _Headers:
 
 
 def _parser(file: IO[bytes]) -> tarfile.TarFile:
-    # It reads a member as soon as it is made, and may fail at that: here it is of an empty tar.
+    # TarFile reads a member on creation and may fail on a damaged one, so it is created on an empty tar.
     empty = io.BytesIO(bytes(2 * BLOCK))
     parser = tarfile.TarFile(fileobj=empty, encoding="utf-8", errors="surrogateescape")
     parser.fileobj = cast(Any, _Headers(file))
@@ -123,11 +123,11 @@ def _parser(file: IO[bytes]) -> tarfile.TarFile:
 
 
 def _member_at(parser: tarfile.TarFile, here: int, size: int) -> Member | None:
-    """The member whose headers begin at a byte; None for padding and for what is no header."""
+    """The member whose headers begin at a byte offset; None for padding and for anything that is no header."""
     cast(_Headers, parser.fileobj).begin(here)
     try:
         info: Any = tarfile.TarInfo.fromtarfile(parser)
-    except OSError:  # of the storage
+    except OSError:  # the storage failed
         raise
     except Exception:  # damaged headers make tarfile raise anything
         return None
@@ -137,7 +137,7 @@ def _member_at(parser: tarfile.TarFile, here: int, size: int) -> Member | None:
     inside = all(place >= 0 and 0 <= length <= info.size - place for place, length in pieces)
     if info.size < 0 or ends < info.offset_data or not inside:
         return None
-    # POSIX: a type that nobody knows is a file.
+    # POSIX: a member of an unknown type is a file.
     is_file = info.isreg() or info.type not in (*tarfile.SUPPORTED_TYPES, *WITHOUT_CONTENT, CONTINUED)
     return Member(
         name=info.name,
@@ -153,7 +153,7 @@ def _member_at(parser: tarfile.TarFile, here: int, size: int) -> Member | None:
 
 
 def _any_bytes(file: IO[bytes], start: int, stop: int) -> bool:
-    """Whether there is anything but zeros."""
+    """True if the bytes [start, stop) are not all zero."""
     file.seek(start)
     return any(
         file.read(min(_SCANNED_BYTES, stop - at)).strip(b"\0") for at in range(start, stop, _SCANNED_BYTES)

@@ -1,4 +1,4 @@
-"""Tars of images as WebDataset has them, read without unpacking anything to disk, and past any damage."""
+"""Reads tars of images in the WebDataset convention, without unpacking them to disk and past any damage."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from pipeline.redact import printable
 from pipeline.stretches import read_stretch, read_stretches, steadily
 
 _PIECE_BYTES = 32 * 2**20
-_GAP_BYTES = 2**16  # between two images that one request fetches
+_GAP_BYTES = 2**16  # largest gap between two images that one request fetches
 _COMPRESSED = "a tar compressed with {}: decompress it with `{}`"
 _SUFFIXES = {
     (".tar.gz", ".tgz"): _COMPRESSED.format("gzip", "gunzip"),
@@ -33,23 +33,23 @@ _SUFFIXES = {
     (".tar.zst", ".tzst"): _COMPRESSED.format("zstd", "unzstd"),
     (".tar.lz4", ".tlz4"): _COMPRESSED.format("lz4", "unlz4"),
 }
-# What is named .tar as well, by its first bytes.
+# Other formats that are sometimes named .tar, by their first bytes.
 _HEADS = {
     b"\x1f\x8b": _COMPRESSED.format("gzip", "gunzip"),
     b"BZh": _COMPRESSED.format("bzip2", "bunzip2"),
     b"\xfd7zXZ\0": _COMPRESSED.format("xz", "unxz"),
     b"\x28\xb5\x2f\xfd": _COMPRESSED.format("zstd", "unzstd"),
     b"\x04\x22\x4d\x18": _COMPRESSED.format("lz4", "unlz4"),
-    b"PK\3\4": "no tar file: a zip file, whose name should end in .zip",
-    b"version https://git-lfs": "no tar file: a pointer to one, which `git lfs pull` fetches",
+    b"PK\3\4": "not a tar file but a zip file: rename it to .zip",
+    b"version https://git-lfs": "not a tar file but a Git LFS pointer: run `git lfs pull`",
 }
-# Copies of remote tars that are being cut, by URI: the new parts that are read meanwhile fetch nothing again.
+# Local copies of remote tars while they are being cut, by URI. Parts that are read meanwhile use the copy.
 _copies: dict[str, IO[bytes]] = {}
 _copies_lock = threading.Lock()
 
 
 class _FileFault(Exception):
-    """This tar alone can't be read: says why."""
+    """This tar alone can't be read; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TarPart(Part):
     """A tar, or some of its images.
 
     Attributes:
-        members: the images; none = all that are in the tar, which is read for them first.
+        members: the images; empty = all images in the tar, which must be indexed first.
     """
 
     members: tuple[TarImage, ...] = ()
@@ -97,20 +97,20 @@ class TarPart(Part):
         path = printable(self.names[0]) + image.name
         reason = image.reason
         if len(stored) < image.stored and not reason:
-            reason = "its bytes are not in the tar any more"
+            reason = "its bytes are no longer in the tar"
         return Item(path, b"" if reason else image.content(stored), image.label, reason)
 
 
 def is_tars(tree: Tree) -> bool:
-    """Whether there are files named .tar, no less than the image files beside them."""
+    """True if there are files named .tar, no smaller than the image files beside them."""
     return outweigh_images(tree, list(filter(_is_tar, tree.files)))
 
 
 def list_tars(tree: Tree, request: Request) -> SourceListing:
-    """All tars, each a part of its own: how many images there are is known when it was read.
+    """All tars, each as one part, because only reading tells how many images a tar holds.
 
-    Reads the first bytes of each. Files named .tar that are none, and compressed tars, are `bad`; one that is damaged
-    is read as far as it can be.
+    Reads the first bytes of each. Compressed tars, and files named .tar that are no tars, are `bad`. A damaged tar is
+    read as far as possible.
     """
     bad = {name: reason for name in tree.files if (reason := _compressed(name))}
     ignored = {name: "empty" for name in tree.files if _is_tar(name) and not tree.files[name].size}
@@ -129,12 +129,12 @@ def _is_tar(name: str) -> bool:
 
 
 def _compressed(name: str) -> str:
-    """The reason why a tar of that name isn't read; "" for other names."""
+    """The reason why a file with this name, such as a compressed tar, isn't read; "" for other names."""
     return next((reason for suffixes, reason in _SUFFIXES.items() if name.lower().endswith(suffixes)), "")
 
 
 def _no_tar(tree: Tree, name: str) -> str:
-    """Why a file named .tar can be none; "" where it may be one."""
+    """The reason why a file named .tar is no tar; "" if it may be one."""
     try:
         with _faults_of(tree.uri(name)):
             head = tree.head(name, BLOCK)
@@ -143,7 +143,7 @@ def _no_tar(tree: Tree, name: str) -> str:
     if is_header(head):
         return ""
     found = next((reason for magic, reason in _HEADS.items() if head.startswith(magic)), "")
-    return found or ("no tar file: shorter than any" if len(head) < BLOCK else "")
+    return found or ("not a tar file: too short" if len(head) < BLOCK else "")
 
 
 def _some(images: Sequence[TarImage], rows: Sequence[int] | None) -> list[TarImage]:
@@ -152,7 +152,7 @@ def _some(images: Sequence[TarImage], rows: Sequence[int] | None) -> list[TarIma
 
 @contextlib.contextmanager
 def _faults_of(uri: str) -> Iterator[None]:
-    """Tells what is wrong with one file from what is wrong with its storage."""
+    """Raises _FileFault for an error of this one file; errors of the storage pass through."""
     try:
         yield
     except OSError as error:
@@ -161,7 +161,7 @@ def _faults_of(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_disk(uri: str) -> Iterator[tuple[IO[bytes], int]]:
-    """A file for reading at any place, and its size; one that is elsewhere is fetched, and deleted afterwards."""
+    """Opens a file for random reading and yields it with its size. A remote file is copied to disk, then deleted."""
     fs, path = storage.open_fs(uri)
     if isinstance(fs, LocalFileSystem):
         with contextlib.ExitStack() as stack:
@@ -181,7 +181,7 @@ def _on_disk(uri: str) -> Iterator[tuple[IO[bytes], int]]:
 
 @contextlib.contextmanager
 def _lent(uri: str, file: IO[bytes]) -> Iterator[None]:
-    """Lets those who read images of a remote tar meanwhile, in this process, read them from its copy."""
+    """Lets other threads of this process read images of a remote tar from its local copy meanwhile."""
     if storage.is_local(uri):
         yield
         return

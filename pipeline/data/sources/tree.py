@@ -1,4 +1,4 @@
-"""All files that a user gave, on any storage: which can be data, and why the others can't."""
+"""Lists all files that a user gave, on any storage: those that can be data, and the reason for each that can't."""
 
 import glob
 import os
@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.stretches import read_stretch, version_of
 
-# What systems and tools leave beside data.
+# Files that operating systems leave beside data.
 _LITTER = ("thumbs.db", "desktop.ini")
 HIDDEN = "hidden"
 _CLOSED = "the folder can't be read"
@@ -34,7 +34,8 @@ class File:
     """A file that can be read.
 
     Attributes:
-        version: differs whenever the content does: an ETag, or size and time of the last change.
+        size: size in bytes.
+        version: text that changes with the content: an ETag, or size and time of the last change.
     """
 
     size: int
@@ -43,14 +44,14 @@ class File:
 
 @dataclass(frozen=True)
 class Tree:
-    """The files below a folder, or one file, or those that a pattern matches.
+    """The files below a folder, or one file, or the files that a pattern matches.
 
     Attributes:
-        root: URI of the folder that they lie in; of a pattern, the one before its first name with *, ? or [].
-        files: by name, which is what follows the root; in order of the names.
-        ignored: files and folders that are no data, by name, with the reason.
-        bad: files and folders that may be data and can't be read, by name, with the reason.
-        whole: whether all that lies in the root was given.
+        root: URI of their folder; for a pattern, the folder before the first component with *, ? or [].
+        files: files by name, the path below the root, sorted by name.
+        ignored: reason by name, for files and folders that are not data.
+        bad: reason by name, for files and folders that may be data but can't be read.
+        whole: True if everything in the root was given.
     """
 
     root: str
@@ -60,23 +61,24 @@ class Tree:
     whole: bool = True
 
     def uri(self, name: str) -> str:
-        """Of one of its files."""
+        """URI of one of its files."""
         return storage.join(self.root, name)
 
     def head(self, name: str, count: int = 64) -> bytes:
-        """The first bytes of a file; fewer where it is short."""
+        """The first `count` bytes of a file; fewer if it is shorter."""
         if not self.files[name].size:
             return b""
         return read_stretch(self.uri(name), 0, count)
 
 
 def open_tree(uri: str) -> Tree:
-    """Lists what is given, following links: a file, all below a folder, or all of that for each match of a pattern.
+    """Lists a file, everything below a folder, or both for each match of a pattern. Links are followed.
 
-    Names begin where a pattern does: they and the labels in them do not depend on what else it matches.
+    Names are relative to the folder in which a pattern begins. So names, and labels taken from them, do not depend on
+    what else the pattern matches.
 
     Raises:
-        InputError: nothing of that name is there, or the storage can't say.
+        InputError: nothing of that name exists, or the storage can't tell.
     """
     fs, path = storage.open_fs(uri)
     pattern = storage.pattern_of(uri)
@@ -108,10 +110,10 @@ def _sort_in_remote(tree: Tree, name: str, info: dict[str, Any]) -> None:
 
 
 def with_beside(tree: Tree, wanted: Callable[[str], bool]) -> Tree:
-    """A tree with files that lie beside those that were given, where these are not a whole folder.
+    """The tree, with files added that lie beside the given ones, if those are not a whole folder.
 
     Args:
-        wanted: says of a name whether that file is to be added.
+        wanted: returns True for the name of a file to add.
 
     Raises:
         InputError: the folder can't be read.
@@ -132,24 +134,24 @@ def with_beside(tree: Tree, wanted: Callable[[str], bool]) -> Tree:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file, or a folder whose name ends with a /, is none that a user gave as data."""
+    """True if a file, or a folder whose name ends in /, is hidden or left by the system, so that it is not data."""
     *folders, base = name.split("/")
     hidden = any(part.startswith((".", "__")) for part in folders)
     return hidden or base.startswith(".") or base.lower() in _LITTER
 
 
 def _local_tree(root: str, given: Iterable[str]) -> Tree:
-    """The files among some names below a folder, "." for the folder itself, and all files below the others."""
+    """The given files below a folder, and all files below the given folders ("." for the folder itself)."""
     given = sorted(given)
     tree = Tree(root, {}, whole=given == ["."])
-    # Of each folder that is walked, those that it lies in: a link to one of these is not followed for ever.
+    # For each folder, its parent folders. A link to one of these is not followed, since that would never end.
     outside = tuple(_identity(folder.stat()) for folder in Path(root).resolve().parents)
     identity = lru_cache(lambda folder: _identity(os.stat(posixpath.join(root, folder))))  # noqa: PTH116
     walked, waiting = set[str](), list[tuple[str, tuple[tuple[int, int], ...]]]()
 
     def sort_in(name: str, above: tuple[tuple[int, int], ...]) -> None:
         if (inside := _sort_in(tree, name, tree.uri(name) if name else root)) in above:
-            tree.ignored[name] = "a link to a folder that it lies in"
+            tree.ignored[name] = "a link to one of its own parent folders"
         elif inside is not None:
             walked.add(name)
             waiting.append((name, (*above, inside)))
@@ -181,11 +183,11 @@ def _folders_above(name: str) -> list[str]:
 
 
 def _matching(tree: Tree, pattern: str, uri: str) -> Tree:
-    """What matches a pattern with ** in it, or lies in a folder that does. Not by glob, which goes round in links."""
+    """The files that match a pattern with **, or lie in a folder that does. `glob` would loop on circular links."""
     matches = storage.matcher(pattern)
     files = {name: file for name, file in tree.files.items() if matches(name)}
     ignored = {name: reason for name, reason in tree.ignored.items() if matches(name)}
-    # What a closed folder holds may match.
+    # Files in a folder that can't be read might match.
     bad = {name: why for name, why in tree.bad.items() if matches(name) or why.startswith(_CLOSED)}
     if not (files or ignored or bad):
         raise InputError(f"{uri}: no such file or folder")
@@ -193,7 +195,7 @@ def _matching(tree: Tree, pattern: str, uri: str) -> Tree:
 
 
 def _sort_in(tree: Tree, name: str, path: str) -> tuple[int, int] | None:
-    """Adds what is no folder to a tree; returns which folder it is otherwise."""
+    """Adds a file to the tree. For a folder, returns its identity (device, inode) instead."""
     try:
         info = os.stat(path)  # noqa: PTH116
     except OSError as error:
@@ -208,7 +210,9 @@ def _sort_in(tree: Tree, name: str, path: str) -> tuple[int, int] | None:
     elif stat.S_ISREG(info.st_mode):
         tree.files[name] = File(info.st_size, f"{info.st_size}-{info.st_mtime_ns}")
     else:
-        kind = next((words for is_it, words in _UNREADABLE_KINDS if is_it(info.st_mode)), "no file")
+        kind = next(
+            (words for is_it, words in _UNREADABLE_KINDS if is_it(info.st_mode)), "not a regular file"
+        )
         tree.ignored[name] = kind
     return None
 

@@ -1,4 +1,4 @@
-"""The files in a zip archive: where they lie, and their content, which is never written anywhere."""
+"""Finds and reads the files in a zip archive. Nothing is ever written to disk."""
 
 import contextlib
 import io
@@ -17,21 +17,22 @@ from pipeline.redact import one_line
 from pipeline.stretches import open_file, read_stretch
 
 _HEAD_BYTES = 64
-_DIRECTORY_BYTES = 2**16  # of an archive's directory, fetched at once
-_HEADER = struct.Struct("<4s22xHH")  # of a member: signature, lengths of its name and of what follows that
-_SLACK = 512  # bytes that this header may be longer than the archive's directory says
-_ENCRYPTED, _UTF_8 = 0x1, 0x800  # flags
+_DIRECTORY_BYTES = 2**16  # bytes of an archive's directory to fetch at once
+_HEADER = struct.Struct("<4s22xHH")  # member header: signature, lengths of name and extra field
+_SLACK = 512  # bytes that this header may be longer than in the archive's directory
+_ENCRYPTED, _UTF_8 = 0x1, 0x800  # flags of a member
 _DOS, _UNIX = 0, 3
 
 
 class Member(NamedTuple):
-    """Where a file lies in an archive.
+    """The place of a file in an archive.
 
     Attributes:
-        offset, packed: its first byte and its length in the archive, without its header.
-        size, crc: of its content.
-        method: number of the compression.
-        reason: why it can't be read.
+        offset: byte offset of its header in the archive.
+        packed: length of its compressed content, in bytes.
+        size, crc: length in bytes and checksum of its content.
+        method: number of the compression method.
+        reason: why it can't be read; "" if it can.
     """
 
     name: str
@@ -44,10 +45,10 @@ class Member(NamedTuple):
 
 
 def read_member(uri: str, member: Member, most: int = MOST_BYTES) -> tuple[bytes, str]:
-    """A member's content; or nothing, and the reason.
+    """Reads a member: its content and "", or nothing and the reason.
 
     Args:
-        most: bytes to read of it; a longer one is only begun, and not checked.
+        most: most bytes to read; a longer member is read up to here and its checksum is not verified.
 
     Raises:
         OSError: the storage fails.
@@ -64,7 +65,7 @@ def read_member(uri: str, member: Member, most: int = MOST_BYTES) -> tuple[bytes
         signature, name, extra = _HEADER.unpack_from(stored)
         begins = _HEADER.size + name + extra
         if signature != b"PK\3\4":
-            return b"", "damaged: there is no member where the archive's directory says"
+            return b"", "damaged: no member at the place in the archive's directory"
         if len(stored) < begins + wanted:
             stored = read_stretch(uri, member.offset, member.offset + begins + wanted)
     except OSError as error:
@@ -79,19 +80,19 @@ def read_member(uri: str, member: Member, most: int = MOST_BYTES) -> tuple[bytes
             data: bytes = file.read(min(most, member.size))
     except NotImplementedError:
         return b"", f"compression method {member.method} is not supported"
-    except Exception as error:  # each method has its own errors, and all of it lies in memory
+    except Exception as error:  # each compression method raises its own errors; storage is not involved here
         known = {zipfile.BadZipFile: "its checksum is wrong", EOFError: "cut short"}
         return b"", f"damaged: {known.get(type(error)) or one_line(error)}"
     return (data, "") if begun or len(data) == member.size else (b"", "damaged: cut short")
 
 
 class Archive(NamedTuple):
-    """What is in an archive.
+    """The content of an archive.
 
     Attributes:
-        members: files that may be data.
-        images: names of those that are images.
-        ignored: other members that are no data, with the reason.
+        members: files that may be data, by name.
+        images: names of the members that are images.
+        ignored: reason by name, for members that are not data.
     """
 
     members: dict[str, Member]
@@ -100,7 +101,7 @@ class Archive(NamedTuple):
 
 
 def open_archive(uri: str) -> Archive | str:
-    """Reads the directory of an archive; or returns why that can't be done.
+    """Reads the directory of an archive, or returns the reason why it can't be read.
 
     Raises:
         OSError: the storage fails.
@@ -117,7 +118,7 @@ def open_archive(uri: str) -> Archive | str:
             raise
         return f"damaged: {one_line(error)}"
     members, ignored, others = dict[str, Member](), dict[str, str](), list[str]()
-    for info in reversed(infos):  # of several with one name, the last is the one that unpacking leaves
+    for info in reversed(infos):  # the last of several equal names wins, as in unpacking
         place = name = _place(info)
         while name in members:
             name = f"{place} ({int(name[len(place) + 2 : -1] or 1) + 1})"
@@ -136,10 +137,10 @@ def open_archive(uri: str) -> Archive | str:
 
 
 def _place(info: zipfile.ZipInfo) -> str:
-    """A member's name, as text alone: nothing is ever written there."""
+    """A member's name with / as separator and without "..". It is only a label; nothing is written there."""
     name = info.filename
     if not info.flag_bits & _UTF_8:
-        with contextlib.suppress(UnicodeError):  # macOS does not say that its names are UTF-8
+        with contextlib.suppress(UnicodeError):  # macOS writes UTF-8 names without setting the flag
             name = name.encode("cp437").decode("utf-8")
     name = name.replace("\\", "/") if info.create_system == _DOS else name
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
@@ -152,7 +153,7 @@ def _member(name: str, info: zipfile.ZipInfo) -> Member:
     elif info.create_system == _UNIX and stat.S_ISLNK(info.external_attr >> 16):
         reason = "a link"
     elif info.file_size > MOST_BYTES:
-        reason = f"{info.file_size} bytes are more than an image has"
+        reason = f"{info.file_size} bytes, too large for an image"
     return Member(
         name, info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, reason
     )
@@ -162,4 +163,4 @@ def _is_image(uri: str, member: Member) -> bool:
     if is_sidecar(member.name):
         return False
     data, reason = read_member(uri, member, _HEAD_BYTES)
-    return bool(reason) or sniff(data) is not None  # what can't be read may be one
+    return bool(reason) or sniff(data) is not None  # an unreadable one may be an image

@@ -1,4 +1,4 @@
-"""Zip archives of image files: their folders, or metadata in them, name the classes."""
+"""Reads zip archives of image files. Classes are named by folders, or by metadata in the archive."""
 
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,9 @@ class ZipPart(Part):
     """Some images of an archive.
 
     Attributes:
-        labels: of each of them.
-        bucket: the first binary digits of the hashes of their names.
+        members: places of the images.
+        labels: label of each image.
+        bucket: first binary digits of the hashes of their names.
     """
 
     members: tuple[Member, ...]
@@ -51,7 +52,7 @@ class ZipPart(Part):
 
 
 def is_zip(tree: Tree) -> bool:
-    """Whether there are zip files with images in them, or damaged ones, no less than the images beside them."""
+    """True if there are zip files with images, or damaged ones, no smaller than the image files beside them."""
 
     def hold_images(names: list[str]) -> Iterator[bool]:
         for archive in _open_all(tree, names):
@@ -61,13 +62,13 @@ def is_zip(tree: Tree) -> bool:
 
 
 def list_zip(tree: Tree, request: Request) -> SourceListing:
-    """All images in all zip files of a tree, mixed by hashes of their names within each.
+    """All images in all zip files of a tree, spread over parts by hashes of their names within each archive.
 
-    The folders in an archive are splits where there are several, else its name may say one. Other folders are
-    classes, without those that all images of an archive lie in.
+    Folders in an archive are splits if there are several such folders; else the archive's own name may give the
+    split. Other folders are classes, without the folders that all images of an archive share.
 
     Raises:
-        InputError: a file that holds labels can't be read, or contradicts another.
+        InputError: a file with labels can't be read, or contradicts another.
     """
     names, parts = _zips(tree), list[Part]()
     ignored, bad, found = dict[str, str](), dict[str, str](), list[Arranged]()
@@ -89,7 +90,7 @@ def list_zip(tree: Tree, request: Request) -> SourceListing:
         others = {member: NO_IMAGE for member in archive.members if member not in mine}
         ignored |= _inside(name, others | archive.ignored | arranged.ignored)
         bad |= _inside(name, arranged.bad)
-    ignored |= {name: "lies beside archives, not in one" for name in tree.files if is_sidecar(name)}
+    ignored |= {name: "lies beside the archives, not in one" for name in tree.files if is_sidecar(name)}
     used = {part.names[0] for part in parts}
     return SourceListing(tuple(parts), frozenset(used), classes=classes_of(found), ignored=ignored, bad=bad)
 
@@ -118,7 +119,7 @@ def _arrange(tree: Tree, name: str, archive: Archive, split: str, request: Reque
     folders = [folder for image in archive.images if (folder := posixpath.dirname(image))]
     wrapping = posixpath.commonpath(folders) if is_most(len(folders), len(archive.images)) else ""
     if set(folders) == {wrapping}:
-        # A single folder is a class, unless it is called as the split is: train2017.zip has train2017/.
+        # A single folder is a class, unless its name gives the archive's own split: train2017.zip holds train2017/.
         alone = posixpath.basename(wrapping)
         wrapping = (
             wrapping if split and splits_of_files([alone]) == {alone: split} else posixpath.dirname(wrapping)
