@@ -40,6 +40,20 @@ def redirected(descriptor: int, target: int) -> Iterator[int]:
         os.close(real)
 
 
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """What is printed inside may have a reader that ends early, as in `--help | head`: no error, with exit code 0."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
 class Display:
     """A progress bar on a terminal, plain lines elsewhere; on stderr."""
 

@@ -17,16 +17,16 @@ import tyro
 
 # tyro prints a box of several lines where a command line is wrong. Its events say the same in words that fit one.
 from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, on_parse_error
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 from pipeline.cluster.session import connect_later, connect_now, disconnect
 from pipeline.commands import attempts
 from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
-from pipeline.display import quieten, redirected
+from pipeline.display import quieten, reader_may_leave, redirected
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.output import to_json
-from pipeline.ranges import check_ranges, range_of
+from pipeline.ranges import Seed, check_ranges, range_of
 from pipeline.redact import one_line, printable, redact, refuse_secrets
 from pipeline.tracking import address
 
@@ -34,23 +34,62 @@ T = TypeVar("T")
 HELP = ConstructorRegistry()
 
 
+class _Group:
+    """Settings that `--help` shows together; a subclass holds them."""
+
+    fields: tuple[StructFieldSpec, ...]
+
+
 @HELP.struct_rule
-def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A configuration as tyro shows it, with the range of each number behind its default."""
+def _as_shown(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A configuration as `--help` shows it: each number with its range, settings in their groups."""
+    if isinstance(info.type, type) and issubclass(info.type, _Group):
+        return StructConstructorSpec(dict, info.type.fields)
     spec = dataclass_rule(info)
     if spec is None:
         return None
+    starts = getattr(info.type, "help_groups", {})
+    current, entries, groups = "", list[Any](), dict[str, list[StructFieldSpec]]()
+    for one in spec.fields:
+        current = starts.get(one.name, current)
+        one = dataclasses.replace(one, type=_with_hint(one.type), helptext=_on_one_line(one.helptext))
+        if not current or dataclasses.is_dataclass(one.type):  # one of its own is a group already
+            entries.append(one)
+            continue
+        if current not in groups:
+            entries.append(current)
+        groups.setdefault(current, []).append(one)
 
-    def shown(hint: Any) -> Any:
-        if not (span := range_of(hint)):
-            return hint
-        ends = f"; {span.ends}" if span.ends else ""
-        return Annotated[
-            hint, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}{ends})")
-        ]
+    def build(**values: Any) -> Any:
+        for name in groups:
+            values |= values.pop(name)
+        return spec.instantiate(**values)
 
-    fields = (dataclasses.replace(one, type=shown(one.type)) for one in spec.fields)
-    return dataclasses.replace(spec, fields=tuple(fields))
+    build.__doc__ = info.type.__doc__
+    types = {name: type(name, (_Group,), {"fields": tuple(some)}) for name, some in groups.items()}
+    fields = (
+        StructFieldSpec(one, types[one], tyro.MISSING_NONPROP) if isinstance(one, str) else one
+        for one in entries
+    )
+    return StructConstructorSpec(build, tuple(fields))
+
+
+def _on_one_line(text: str | Callable[[], str | None] | None) -> Callable[[], str | None]:
+    """A setting's docstring without the line breaks of the source."""
+    return lambda: " ".join(((text() if callable(text) else text) or "").split()) or None
+
+
+def _with_hint(hint: Any) -> Any:
+    """A setting's type with what stands behind its help: the default, and the range of a number."""
+    span = range_of(hint)
+    ends = f"; {span.ends}" if span and span.ends and hint != Seed else ""
+
+    def shown(default: str) -> str:
+        return f"(default: {'empty' if default in ('', repr('')) else default}{ends})"
+
+    return (
+        hint if dataclasses.is_dataclass(hint) else Annotated[hint, tyro.conf.arg(help_behavior_hint=shown)]
+    )
 
 
 def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
@@ -65,15 +104,15 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
     if path is not None:
         extra["default"] = _with_defaults(cls, load_yaml(path), f"--config {path}")
     description = (
-        f"{about}\n\n--config FILE.yaml starts from saved settings, flags override them; --verbose lets "
-        "the logs of Ray and MLflow through."
+        f"{about.strip()}\n\n--config FILE.yaml reads settings from a file; flags override them. --verbose shows the "
+        "logs of Ray and MLflow."
     )
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
     def refuse(event: ParseErrorEvent) -> None:
         raise InputError(f"{_mistake(event, cls)} (see {program(job)} --help)")
 
-    with on_parse_error(refuse):
+    with on_parse_error(refuse), reader_may_leave():
         config = tyro.cli(
             cls,
             args=arguments,

@@ -1,4 +1,7 @@
-"""Measure a model: held-out bits/dim, and the quality of a generated dataset beside the real one."""
+"""Measure a model by held-out bits/dim, and its samples against real images.
+
+Example: ray-ddpm evaluate --model models:/photos@newest --data data/photos --samples samples --output figures
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images."""
+"""Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images.
+
+Example: ray-ddpm plot --model models:/photos@newest --data data/photos --output pictures
+"""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -19,11 +22,11 @@ class PlotConfig:
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
     data: str
-    """The dataset that the model was trained on (URI)."""
+    """Dataset that the model was trained on (URI)."""
     output: str
     """Folder for the pictures (URI)."""
     seed: Seed = 0
-    """Seed of the samples drawn."""
+    """Seed of the samples."""
     reading: Reading = field(default_factory=Reading)
 
 

@@ -5,6 +5,7 @@ Every named schedule is defined for any T. Those given by their betas (linear, q
 """
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Callable
@@ -167,4 +168,6 @@ def _checked(betas: Tensor) -> Tensor:
 
 
 def _unknown(schedule: str) -> str:
-    return f"schedule {schedule!r}: neither a file nor one of {', '.join(SCHEDULES)}"
+    near = difflib.get_close_matches(schedule, SCHEDULES, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"schedule {schedule!r}: neither a file nor one of {', '.join(SCHEDULES)}{hint}"

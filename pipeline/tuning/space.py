@@ -5,6 +5,7 @@ entry of the space; a value that it has no type for (a list, flags chosen togeth
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import shlex
@@ -157,7 +158,10 @@ def resolve_flag(name: str, where: str = "--space") -> str:
     wanted = RENAMED.get(wanted, wanted)
     found = [flag for flag in leaf_fields(TrainConfig) if wanted in (flag, flag.rpartition(".")[2])]
     if not found:
-        raise InputError(f"{where}: {name!r} is no flag of jobs/train.py (see its --help)")
+        leaves = [flag.rpartition(".")[2] for flag in leaf_fields(TrainConfig)]
+        near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else "see its --help"
+        raise InputError(f"{where}: {name!r} is no flag of the train job: {hint}")
     if found[0] in RESERVED:
         raise InputError(f"{where}: {name!r} is set by the search itself (see jobs/tune.py --help)")
     return found[0]
