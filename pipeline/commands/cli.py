@@ -23,7 +23,7 @@ from tyro.constructors._struct_spec_dataclass import dataclass_rule
 from pipeline.cluster.session import connect_later, connect_now, disconnect
 from pipeline.commands import attempts
 from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
-from pipeline.display import quieten, reader_may_leave, redirected
+from pipeline.display import quieten, reader_may_leave, redirected, status
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.output import to_json
 from pipeline.ranges import Seed, check_ranges, range_of
@@ -204,9 +204,16 @@ def main(
             if ray:
                 # Before the check, which joins the cluster itself where it has much data to read.
                 connect_later(verbose, {**address.environment(), **environment(config)}, workers)
+            if check:
+                status.show(f"{job}: opening the data")
             checked = (check(config),) if check else ()
             if ray:
+                place = os.environ.get("RAY_ADDRESS", "local")
+                status.show(
+                    f"{job}: {'starting Ray' if place in ('', 'local') else f'joining Ray at {redact(place)}'}"
+                )
                 connect_now()
+            status.clear()
             result = execute(config, *checked)
             print(to_json(result), file=stream, flush=True)
             if ray:
@@ -228,6 +235,7 @@ def main(
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 1
     finally:
+        status.clear()
         if former is not None:
             signal.signal(signal.SIGTERM, former)
     return 0

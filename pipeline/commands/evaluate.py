@@ -10,13 +10,13 @@ from pipeline.evaluation.config import EvaluateConfig
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    """Resolves the model once, then measures it over the cluster; a registered one's figures go to MLflow too."""
+    """Resolves the model once, then measures it over the cluster; the results go to its MLflow run too."""
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.tracking import registry
 
     model, pinned = registry.resolve_model(config.model)
     metrics, on, pictures = evaluate(config, model)
-    registry.log_figures(pinned, metrics, pictures)
+    registry.log_results(pinned, "evaluate", metrics, pictures)
     result = {"output": config.output, "model": pinned, "metrics": metrics}
     return result | ({"measured_on": on} if on else {})
 

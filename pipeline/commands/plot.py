@@ -31,7 +31,7 @@ class PlotConfig:
 
 
 def execute(config: PlotConfig) -> dict[str, Any]:
-    """Draws every picture."""
+    """Draws every picture; they go to the model's MLflow run too."""
     from pipeline.data.index import open_splits
     from pipeline.models.export import load_model
     from pipeline.pictures import make
@@ -54,6 +54,7 @@ def execute(config: PlotConfig) -> dict[str, Any]:
         ]
         for path in paths:
             storage.write_atomic(storage.join(config.output, path.name), path.read_bytes())
+        registry.log_results(pinned, "plot", {}, [str(path) for path in paths])
     return {"output": config.output, "model": pinned, "count": len(paths)}
 
 

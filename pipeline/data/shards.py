@@ -51,10 +51,10 @@ class PrepareConfig:
 
     output: str
     """Folder for the shards (URI)."""
-    input: str = ""
-    """Folder or file with the images (URI)."""
     source: Source = "auto"
     """Format of --input; auto finds it by looking at the files. digits is built in and needs no --input."""
+    input: str = ""
+    """Folder or file with the images (URI)."""
     image_size: ImageSize = 0
     """Width and height in pixels; 0 = the images' own, if all have the same."""
     validation_fraction: Annotated[float, Range(ge=0, lt=1)] = VALIDATION_FRACTION

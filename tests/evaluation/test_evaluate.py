@@ -214,15 +214,29 @@ def test_data_without_classes_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.usefixtures("evaluated_here")
-def test_a_model_that_is_not_finite_has_no_bits_per_dim(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "conv_out.bias",
+            math.nan,
+            r"the model's weights are not finite \(1 tensors, the first is conv_out.bias\)",
+        ),
+        ("conv_norm_out.weight", 3e38, r"--model \S+: its bits/dim are (nan|inf): "),
+    ],
+)
+def test_a_model_that_is_not_finite_has_no_bits_per_dim(
+    name: str, value: float, says: str, digits: Path, tmp_path: Path
+) -> None:
     model, spec = small_model()
-    weights = model.state_dict() | {"conv_out.bias": torch.full((1,), math.nan)}
+    weights = model.state_dict()
+    weights[name] = torch.full_like(weights[name], value)
     folder = save_model(tmp_path / "model", weights, spec)
     output = tmp_path / "figures"
     config = EvaluateConfig(
         str(folder), str(digits), output=str(output), metrics=("bits",), max_images=4, terms=4
     )
-    with pytest.raises(InputError, match=r"--model \S+: its bits/dim are nan: weights that are not finite"):
+    with pytest.raises(InputError, match=says):
         evaluate(config, folder)
     assert not output.exists()
 

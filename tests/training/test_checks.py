@@ -11,11 +11,11 @@ from pipeline import storage
 from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.data.index import open_splits
 from pipeline.errors import InputError
-from pipeline.tracking import runs
+from pipeline.tracking import RUN_FILE, runs
 from pipeline.training import checkpoint
 from pipeline.training.checks import check, check_fit
 from pipeline.training.identity import open_run
-from pipeline.training.run_channel import QUARANTINE, RUN_FILE
+from pipeline.training.run_channel import QUARANTINE
 from tests.jobs.common import database
 from tests.training.digit_runs import ROWS
 
