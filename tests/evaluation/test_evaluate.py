@@ -287,7 +287,7 @@ def test_copies_of_training_images_are_counted_and_shown(
     pixels = np.concatenate([copies.numpy(), others.numpy()]).transpose(0, 2, 3, 1)
     samples = write_samples(tmp_path / "samples", pixels, None)
     drawn = list[np.ndarray]()
-    monkeypatch.setattr(draw, "save_nearest", lambda a, b, path: drawn.extend((a, b)) or path.touch())
+    monkeypatch.setattr(draw, "save_nearest", lambda a, b, path, _: drawn.extend((a, b)) or path.touch())
     metrics = evaluate(
         EvaluateConfig(
             model="", data=str(digits), samples=str(samples), metrics=("memorisation",), classifier_steps=2,
