@@ -58,14 +58,15 @@ def reader_may_leave() -> Iterator[None]:
 class Status:
     """What a job is doing while there is no progress to count: a line on stderr.
 
-    The line appears once it has been true for `PHASE_SECONDS`. So a job that ends at once says nothing but why.
+    A line appears after `PHASE_SECONDS`, unless `clear` or another line comes first. So a job that fails at once prints
+    its error alone.
     """
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
 
     def show(self, line: str) -> None:
-        """Replaces the line before it, which never appears if it has not yet."""
+        """Shows a line soon, in place of the one that waits."""
         self.clear()
         self._stderr = os.dup(2)  # `redirected` may hold back the real one
         self._timer = threading.Timer(PHASE_SECONDS, os.write, (self._stderr, f"{line}\n".encode()))

@@ -101,9 +101,8 @@ def train(
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display("train", config.steps, "steps"))
         patient = partial(patiently, seconds=config.storage_patience, say=display.note)
-        if (
-            tracker and config.gpu is not None
-        ):  # a search has chosen for all of its trials, and made sure of room
+        # A search has chosen for all of its trials, and made sure of room.
+        if tracker and config.gpu is not None:
             gpu = config.gpu
         else:
             gpu = choose_gpu(config.gpu, partial(room_needed, config), display.note)
@@ -111,9 +110,8 @@ def train(
         lost = tracker.lost if tracker else stack.enter_context(locked(output))
         run, is_new = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
         if mine := tracker is None:
-            display.note(
-                f"MLflow run {config.run_name or run_name(config, spec)!r}: {address.how_to_open(run.id)}"
-            )
+            name = config.run_name or run_name(config, spec)
+            display.note(f"MLflow run {name!r}: {address.how_to_open(run.id)}")
             tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
             stack.enter_context(tracker)
         if is_new and mine:
@@ -135,11 +133,7 @@ def train(
             if mine:
                 patient(lambda: draw_exported(output, config.seed), f"{SAMPLES} can't be written to {output}")
                 tracker.log_file(SAMPLES)
-                display.phase(
-                    f"registering the model as {config.register}"
-                    if config.register
-                    else "ending the MLflow run"
-                )
+                display.phase("logging the model in MLflow")
                 tracker.log_model(exported, config.register, config.alias)
             status = "FINISHED"
         except (Interrupted, KeyboardInterrupt):
