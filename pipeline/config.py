@@ -5,6 +5,7 @@ torch or Ray: a configuration can be read, checked and written anywhere.
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -26,6 +27,7 @@ from pipeline.ranges import (
     Range,
     Seed,
     Share,
+    help_groups,
 )
 
 Variance = Literal["fixed_large", "fixed_small", "learned_range"]
@@ -56,29 +58,30 @@ class DiffusionConfig:
     timesteps: Annotated[int, Range(ge=1, le=10_000)] = 1000
     """T, the number of diffusion steps."""
     beta_start: Annotated[float, Range(gt=0, lt=1)] = 1e-4
-    """First beta of linear and quadratic at T = 1000; other T rescale it."""
+    """First beta of the linear and quadratic schedules, given for T = 1000 and rescaled to other T."""
     beta_end: Annotated[float, Range(gt=0, lt=1)] = 0.02
-    """Last beta of linear and quadratic at T = 1000; other T rescale it."""
+    """Last beta of the linear and quadratic schedules, given for T = 1000 and rescaled to other T."""
     cosine_offset: MoreThanZero = 0.008
-    """s of the cosine schedule: keeps the first betas from being too small."""
+    """Offset s of the cosine schedule, which keeps the first betas from being too small."""
     sigmoid_temperature: MoreThanZero = 1.0
-    """Temperature of the sigmoid schedule: lower ones fall more steeply in the middle."""
+    """Temperature of the sigmoid schedule; a lower one falls more steeply in the middle."""
     log_snr_first: Annotated[float, Range(ge=0, le=30)] = 10.0
-    """log(alpha_bar / (1 - alpha_bar)) of the first step of the log_snr schedule."""
+    """log(alpha_bar / (1 - alpha_bar)) at the first step of the log_snr schedule."""
     log_snr_last: Annotated[float, Range(ge=-30, le=0)] = -10.0
-    """The same of the last step."""
+    """log(alpha_bar / (1 - alpha_bar)) at the last step of the log_snr schedule."""
     variance: Variance = "fixed_large"
-    """Reverse-process variance: beta, beta-tilde, or learned between the two in log space."""
+    """Variance of the reverse process: beta (fixed_large), beta-tilde (fixed_small), or learned between the two."""
     loss: LossKind = "simple"
-    """Training objective: L_simple, the weighted L_t, L_vlb, L_hybrid, or min-SNR weighted L_simple."""
+    """Training objective: simple (L_simple), weighted (L_t with its weights), vlb (L_vlb), hybrid (L_hybrid), or min_snr
+    (L_simple with min-SNR weights). vlb and hybrid train --variance learned_range."""
     timestep_sampler: TimestepSampler = "uniform"
-    """How t is drawn in training."""
+    """How training draws t: uniform, or loss_second_moment (in proportion to the root mean square of its loss)."""
     vlb_weight: NotNegative = 0.001
     """Weight of L_vlb in L_hybrid (lambda of Improved DDPM, equation 16)."""
     min_snr_gamma: MoreThanZero = 5.0
     """Gamma of the min-SNR weighting (Hang et al. 2023)."""
     betas: tuple[Finite, ...] = ()
-    """The betas themselves, in order; filled in from the file that --schedule names. Leave empty."""
+    """Leave empty: the job fills in the betas from the file that --schedule names."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,19 @@ class ModelConfig:
     """The UNet that predicts epsilon."""
 
     model_channels: Annotated[int, Range(ge=4, le=65_536)] = 64
-    """Channels at the highest resolution; an even number."""
+    """Channels at the full resolution; an even number."""
     channel_multipliers: tuple[Annotated[int, Range(ge=1, le=1024)], ...] = (1, 2, 2)
-    """Channels of each level, as multiples of --model-channels; each level halves the resolution."""
+    """Channels of each level, as multiples of --model-channels. Each further level halves the resolution."""
     res_blocks: Annotated[int, Range(ge=1, le=1024)] = 2
     """Residual blocks per level."""
     attention_resolutions: tuple[Positive, ...] = (16,)
-    """Feature-map sizes in pixels at which self-attention is used (the middle block always has it)."""
+    """Widths of the feature maps, in pixels, that get self-attention. The middle block always has it."""
     head_channels: Positive = 32
-    """Channels per attention head."""
+    """Channels per attention head; must divide the channels of each level with attention."""
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Dropout probability inside the residual blocks."""
     class_conditional: bool = False
-    """Condition on the data's labels (needed for --guidance when sampling)."""
+    """Condition the model on the data's labels. Sampling by class and --guidance need it."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +138,13 @@ class OptimizerConfig:
     clip_norm: NotNegative = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     ema_decays: tuple[Decay, ...] = (0.999,)
-    """Decay rates of the weight averages; the first one is the model that is exported."""
+    """Decay rates per step of the averages of the weights. The first average is the exported model."""
     ema_lengths: tuple[EmaLength, ...] = ()
-    """EDM2 power-function averages, as relative lengths sigma_rel; OUTPUT/snapshots keeps each as it
-    stood at every checkpoint, and jobs/evaluate.py makes any other length of them (0.05 and 0.1 serve well)."""
+    """Relative lengths (sigma_rel) of EDM2 power-function averages. OUTPUT/snapshots keeps them at every checkpoint, and
+    the evaluate job makes averages of other lengths from them. 0.05 and 0.1 serve well."""
     ema_device: EmaDevice = "worker"
-    """Where the averages are kept: on the worker's device, or in main memory (cpu), which leaves a GPU's memory to the
-    training and costs a copy of the weights each step. It changes no result but by rounding."""
+    """Memory that holds the averages: the worker's device, or main memory (cpu). cpu saves GPU memory and costs one copy
+    of the weights per step."""
 
 
 @dataclass(frozen=True)
@@ -149,108 +152,119 @@ class Reading:
     """How raw data is read; prepared data needs none of it."""
 
     source: Source = "auto"
-    """Kind of --data where it was not prepared; auto looks into it."""
+    """Format of raw data; auto finds it by looking at the files."""
     image_column: str = ""
-    """Column with the images in Parquet and Arrow files; found by its type where there is only one."""
+    """Column with the images in Parquet and Arrow files; empty = the only one of that type."""
     label_column: str = ""
-    """Column with the labels in Parquet and Arrow files, or in the metadata of a folder; none = take no labels."""
+    """Column with the labels in Parquet and Arrow files, or in a folder's metadata; none = read no labels."""
 
 
+@help_groups(
+    images="image_size",
+    hardware="min_workers",
+    checkpoint="checkpoint_every",
+    validation="validate_every",
+    failure="storage_patience",
+    tracking="experiment",
+)
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: what the data, the model and the optimizer are, and where everything goes."""
 
     data: str
-    """Dataset to train on: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
+    """Dataset to train on: a folder that the prepare job wrote, or raw images that it reads (URI)."""
     output: str
-    """Where the run lives: checkpoints, configuration, models (a folder that all nodes see, or s3://, gs://…)."""
+    """Folder for the run's checkpoints, settings and models (URI). All nodes must see it."""
     steps: Steps = 10_000
-    """Optimizer steps in all, whatever was done before a resume."""
-    workers: Positive = 1
-    """Data-parallel workers; the most that are used where --min-workers is given."""
-    min_workers: Natural = 0
-    """Elastic training: go on with as few as this many workers while nodes are missing; 0 = not elastic."""
-    resize_seconds: MoreThanZero = 60.0
-    """Elastic training: seconds between two looks at whether there is room for more workers."""
+    """Optimizer steps in all, those before a resume included."""
     batch_size: Positive = 128
-    """Global batch size in images: split over the workers, never multiplied by them."""
-    microbatch: Natural = 0
-    """Images per forward pass in one worker, accumulating gradients; 0 = the worker's whole part."""
+    """Images per optimizer step, all workers together."""
+    workers: Positive = 1
+    """Data-parallel workers; with --min-workers the most of them."""
+    gpu: bool | None = None
+    """Train on GPUs. None = only if the cluster has, or can add, a GPU for every worker."""
     seed: Seed = 0
-    """Seed of the order of the data, of timesteps, noise, augmentation and of the first weights."""
+    """Seed of the data order, the timesteps, the noise, the augmentation and the initial weights."""
     resume: bool = False
-    """Go on from the newest complete checkpoint in --output; start a new run where there is none."""
+    """Continue from the newest whole checkpoint in --output; without one, start a new run."""
+    register: str = ""
+    """Register the finished model in MLflow under this name; other jobs then load it as models:/NAME@ALIAS. Empty = do
+    not register."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    label_dropout: Share = 0.1
-    """Share of samples whose label is hidden, for guidance (class-conditional models only)."""
     image_size: ImageSize = 0
-    """Width and height in pixels that the images are brought to; 0 = their own."""
+    """Width and height, in pixels, to which images are resized; 0 = keep their own."""
     random_flip: bool = False
-    """Mirror half of the images, left to right."""
+    """Mirror each image left to right with probability 1/2."""
     random_crop: bool = False
-    """Cut the square out of an image that is not one in a random place, not in its centre."""
-    readers: Annotated[int, Range(ge=1, le=1024)] = 2
-    """Processes beside each worker that read and decode its images."""
-    cache_dir: str = ""
-    """Folder on each node's own disk that keeps what is read of remote data, for later epochs; empty = none."""
-    cache_gb: MoreThanZero = 100.0
-    """Most gigabytes that it holds."""
+    """Crop images that are not square at a random place, not at the centre."""
+    label_dropout: Share = 0.1
+    """Share of images trained without their label, which guidance needs (class-conditional models only)."""
+    split: tuple[str, ...] = ()
+    """Splits of raw data to use. Empty = all, but without the test split if there is a validation split."""
+    reading: Reading = field(default_factory=Reading)
+    min_workers: Natural = 0
+    """Elastic training: continue with at least this many workers while nodes are missing; 0 = not elastic."""
+    resize_seconds: MoreThanZero = 60.0
+    """Elastic training: seconds between two checks for room for more workers."""
+    microbatch: Natural = 0
+    """Images per forward pass of one worker; gradients are accumulated. 0 = the worker's part of the batch at once."""
     precision: Precision = "auto"
-    """Arithmetic of the forward pass; auto = bf16 where the hardware has it."""
+    """Arithmetic of the forward pass; auto = bf16 where the hardware supports it, else fp32."""
     compile: bool = False
-    """Run the network through torch.compile."""
-    gpu: bool | None = None
-    """Train on GPUs; left out = when the cluster has one for every worker, or its autoscaler brings them."""
+    """Compile the network with torch.compile. The first step then takes minutes."""
     cpus_per_worker: Cpus = 1.0
-    """CPUs (and CPU threads) that each worker reserves."""
+    """CPUs that each worker reserves; it computes with as many threads."""
     gpus_per_worker: GpuShare = 1.0
-    """GPUs that a worker reserves where it trains on GPUs; with a fraction several runs share one (one worker each)."""
+    """GPUs that each worker reserves when training on GPUs. A fraction lets several runs of one worker share a GPU."""
+    readers: Annotated[int, Range(ge=1, le=1024)] = 2
+    """Processes per worker that read and decode images."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that caches remote data for later epochs; empty = no cache."""
+    cache_gb: MoreThanZero = 100.0
+    """Size limit of that cache, in gigabytes per node."""
     peak_tflops: NotNegative = 0.0
-    """TFLOP/s of a worker's device that the MFU curve is a share of; 0 = its matrix product, measured at the start."""
-    log_every: Positive = 50
-    """Steps between two points of the MLflow curves."""
+    """TFLOP/s of a worker's device, for the MFU curve; 0 = measure a matrix product at the start."""
     checkpoint_every: Positive = 1000
     """Steps between two checkpoints."""
     keep_checkpoints: Positive = 3
-    """Newest checkpoints that are kept; with --validate-every those of the lowest bits/dim, beside the newest one."""
+    """Newest checkpoints to keep; with --validate-every those with the lowest bits/dim, and the newest."""
     validate_every: Natural = 0
-    """Checkpoints between two validations beside the training: held-out bits/dim and a sample grid; 0 = none."""
+    """Checkpoints between two validations (held-out bits/dim and a grid of samples); 0 = none. The steps go on
+    meanwhile."""
     validation_images: Natural = 256
-    """Held-out images of each validation; 0 = all."""
+    """Held-out images per validation; 0 = all."""
     validation_terms: Natural = 20
-    """Terms of the bound evaluated for each of them, stratified over t; 0 = all T."""
+    """Terms of the bound per image, stratified over t; an even number; 0 = all T."""
     validate_metrics: tuple[ValidationMetric, ...] = ("bits",)
-    """Figures of a validation: bits, and of samples frechet, kernel, precision_recall, cas, as jobs/evaluate.py has them;
-    by the same noise and the same real images, at most 10,000, every time."""
+    """Figures of a validation: bits (required), and of samples frechet, kernel, precision_recall, cas. Every validation
+    uses the same noise and the same real images, at most 10,000."""
     validation_samples: Annotated[int, Range(ge=20)] = 500
-    """Samples that all but bits are measured on: DDIM, 25 steps."""
+    """Samples per validation for the figures of samples, made by 25 steps of DDIM."""
     validation_features: str = "classifier"
-    """classifier (trained on the data at the first validation), the folder of one, or a trusted TorchScript file."""
+    """Features of those figures: classifier (trained on the data at the first validation), the folder of one, or a
+    TorchScript file. Such a file is a program: use only one that you trust."""
     storage_patience: NotNegative = 600
-    """Seconds for which a storage that can't read or write a checkpoint is asked again before the run ends."""
-    tracking_patience: NotNegative = 60
-    """Seconds that the job waits for an MLflow that is away: before a new run, and at the end with what it missed."""
+    """Seconds to retry a storage that can't read or write a checkpoint, before the run ends."""
     max_failures: Natural = 10
-    """Restarts of the worker group before the run is given up."""
+    """Restarts of the workers before the run gives up."""
     max_bad_fraction: Share = 0.01
-    """Share of undecodable images at which the run stops."""
+    """Share of undecodable images above which the run stops."""
     skip_nonfinite: bool = False
-    """Skip a step whose loss or gradient is not finite, instead of stopping the run."""
+    """Skip a step whose loss or gradient is not finite; without this flag the run stops."""
     max_skipped_in_a_row: Positive = 100
-    """Skipped steps in a row at which the run stops all the same."""
+    """Skipped steps in a row after which the run stops all the same."""
     experiment: str = "ray-ddpm"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     run_name: str = ""
-    """MLflow run name; empty = made of the data, the schedule and T."""
-    register: str = ""
-    """Name under which the finished model is registered in MLflow; empty = not registered."""
+    """Name of the MLflow run; empty = made from the data, the schedule and T."""
     alias: str = "newest"
-    """Alias that is pointed at the registered version."""
-    reading: Reading = field(default_factory=Reading)
-    split: tuple[str, ...] = ()
-    """The own splits of raw data to use; all, but a test split is left alone where there is a validation split."""
+    """Alias that points to the registered version (with --register)."""
+    log_every: Positive = 50
+    """Steps between two points of the MLflow curves."""
+    tracking_patience: NotNegative = 60
+    """Seconds to wait for MLflow if it does not answer, before a new run and again at the end."""
 
 
 _T = TypeVar("_T")
@@ -270,8 +284,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _T:
+def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config", root: type | None = None) -> _T:
     """The inverse of `to_dict`, for nested frozen dataclasses.
+
+    Args:
+        where: what the values were read from, for messages.
+        root: the outermost dataclass, where `cls` lies inside of it: a key may belong elsewhere in it.
 
     Raises:
         InputError: a key that `cls` does not have, or a value of the wrong type.
@@ -286,11 +304,12 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
     if unknown:
         if unknown[0] in REMOVED:
             raise InputError(f"{where}: {unknown[0]!r} is gone, since {REMOVED[unknown[0]]}: leave it out")
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(hints))}")
+        hint = nearest_setting(unknown[0], root or cls) or f"known keys: {', '.join(sorted(hints))}"
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; {hint}")
 
     def convert(hint: Any, value: Any, name: str) -> Any:
         if dataclasses.is_dataclass(hint):
-            return from_dict(hint, value, f"{where}.{name}")  # type: ignore[arg-type]
+            return from_dict(hint, value, f"{where}.{name}", root or cls)  # type: ignore[arg-type]
         # What a user writes is named as the flag is.
         setting = f"{where}: --{name.replace('_', '-')}" if where.startswith("--") else f"{where}.{name}"
         kinds = get_args(hint)
@@ -313,6 +332,17 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config") -> _
         return cls(**arguments)
     except TypeError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def nearest_setting(key: str, cls: type) -> str:
+    """A question that names the setting which an unknown key may stand for, and its place; "" where none is near."""
+    leaves = {name.rpartition(".")[2]: name for name in leaf_fields(cls)}
+    near = difflib.get_close_matches(key.replace("-", "_").rpartition(".")[2], leaves, n=1, cutoff=0.7)
+    if not near:
+        return ""
+    section, _, leaf = leaves[near[0]].rpartition(".")
+    place = f"{section}.{leaf}, written {section}: {{{leaf}: …}}" if section else f"{leaf}, at the top level"
+    return f"did you mean {place}?"
 
 
 def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,7 +12,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_LINE_SECONDS = 10.0
+PLAIN_LINE_SECONDS, PHASE_SECONDS = 10.0, 1.0
 # Whatever they report as an error also comes as an exception, which is told in one line.
 TALKATIVE = (
     "ray", "ray.data", "ray.train", "ray.tune", "mlflow", "alembic", "matplotlib", "fsspec", "gcsfs", "urllib3",
@@ -40,6 +41,50 @@ def redirected(descriptor: int, target: int) -> Iterator[int]:
         os.close(real)
 
 
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """What is printed inside may have a reader that ends early, as in `--help | head`: no error, with exit code 0."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+class Status:
+    """What a job is doing while there is no progress to count: a line on stderr.
+
+    A line appears after `PHASE_SECONDS`, unless `clear` or another line comes first. So a job that fails at once prints
+    its error alone.
+    """
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+
+    def show(self, line: str) -> None:
+        """Shows a line soon, in place of the one that waits."""
+        self.clear()
+        self._stderr = os.dup(2)  # `redirected` may hold back the real one
+        self._timer = threading.Timer(PHASE_SECONDS, os.write, (self._stderr, f"{line}\n".encode()))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def clear(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+            self._timer = None
+            os.close(self._stderr)
+
+
+status = Status()
+"""Of this process, which does one job at a time."""
+
+
 class Display:
     """A progress bar on a terminal, plain lines elsewhere; on stderr."""
 
@@ -47,6 +92,7 @@ class Display:
         self._total, self._unit, self._title, self._last = total, unit, title, 0.0
         self._began: tuple[float, int] | None = None
         self._bar: Progress | None = None
+        status.clear()
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -59,7 +105,21 @@ class Display:
             self._task = self._bar.add_task(title, total=total, note="")
             self._bar.start()
 
+    def phase(self, what: str) -> None:
+        """Says what the work is at while no progress can be counted, as a present participle: "starting 2 workers"."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=what)
+        else:
+            status.show(f"{self._title}: {what}")
+
     def update(self, done: int, note: str) -> None:
+        """Shows the progress.
+
+        Args:
+            done: units done so far.
+            note: figures to show beside it.
+        """
+        status.clear()
         now = time.monotonic()
         began, first = self._began = self._began or (now, done)
         if self._bar is not None:
@@ -79,6 +139,7 @@ class Display:
             print(f"{self._title}: {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        status.clear()
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,6 @@
-"""The range of every numeric setting: it stands in the setting's type, and is checked in one place.
+"""The range of every numeric setting, and the groups in which `--help` shows settings.
+
+A range stands in the setting's type, and is checked in one place:
 
     batch_size: Annotated[int, Range(ge=1)] = 128
 
@@ -8,8 +10,9 @@ space.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pipeline.errors import InputError
 
@@ -64,6 +67,23 @@ Share = Annotated[float, Range(ge=0, le=1)]
 # Ray counts ten-thousandths of a CPU, in 64 bits.
 Cpus = Annotated[float, Range(ge=0.0001, le=1_000_000)]
 GpuShare = Annotated[float, Range(ge=0.0001, le=1)]
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def help_groups(**first: str) -> Callable[[_Class], _Class]:
+    """Class decorator of a configuration: `--help` shows its settings from the one named on, in order, as a group.
+
+    Args:
+        first: by the group's name, its first setting. Settings before all groups are the common ones.
+    """
+
+    def mark(cls: _Class) -> _Class:
+        cls.help_groups = {start: group for group, start in first.items()}  # type: ignore[attr-defined]
+        return cls
+
+    return mark
 
 
 def check_ranges(config: Any) -> None:

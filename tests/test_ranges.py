@@ -17,7 +17,7 @@ from pipeline.data.shards import PrepareConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.generation.config import GenerateConfig
-from pipeline.ranges import LARGEST, Range, check_ranges, range_of
+from pipeline.ranges import LARGEST, Range, Seed, check_ranges, range_of
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.space import RESERVED, parse_space
 
@@ -167,9 +167,10 @@ def test_help_shows_the_ranges_behind_the_defaults(job: str, capsys: pytest.Capt
         __main__.main([job, "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for setting in SETTINGS:
-        assert setting.job != job or not setting.span.ends or f"; {setting.span.ends})" in shown
+        if setting.job == job and setting.span.ends and setting.span != range_of(Seed):  # too long to show
+            assert f"; {setting.span.ends})" in shown
     if job == "train":
-        assert "accumulating gradients; 0 = the worker's whole part. (default: 0; at least 0)" in shown
+        assert "0 = the worker's part of the batch at once. (default: 0; at least 0)" in shown
         assert "Adam's moment decay rates. (default: 0.9 0.999; at least 0 and less than 1)" in shown
 
 

@@ -44,21 +44,21 @@ class SubmitConfig:
     """What to run on the cluster; flags of the job itself follow after `--`."""
 
     job: Annotated[Job, tyro.conf.Positional]
-    """The job to submit. `ray job status`, `logs`, `stop` and `list` do the rest."""
+    """Job to submit. `ray job status`, `logs`, `stop` and `list` manage it afterwards."""
     address: str = ""
-    """Ray's job server, http:// or https://; left out = RAY_ADDRESS, else http://127.0.0.1:8265."""
-    id: str = ""
-    """Submission id. The same id again joins the job that runs under it, or reports the one that ended."""
+    """Address of Ray's job server (http:// or https://); empty = RAY_ADDRESS, or else http://127.0.0.1:8265."""
     wait: bool = False
-    """Stream the job's output, exit with its exit code and print its result."""
+    """Show the job's output until it ends, then print its result and exit with its exit code."""
+    id: str = ""
+    """Submission id; empty = a new one. An id that was used before joins that job, or reports how it ended."""
     forward: tuple[str, ...] = ()
-    """Environment variables that the job gets from here (MLFLOW_TRACKING_URI, say); never secrets."""
+    """Environment variables to pass on to the job, such as MLFLOW_TRACKING_URI; never secrets."""
     include: tuple[str, ...] = ()
-    """Files, folders or patterns of the working tree that are sent beside what git tracks; never secrets."""
+    """Files, folders or patterns of the working tree to send beside those that git tracks; never secrets."""
     verify: str = "true"
-    """Check of an https:// server: true, false, or a file or folder with certificates of trusted authorities."""
+    """How to check an https:// server: true, false, or a file or folder with certificates of trusted authorities."""
     max_megabytes: Positive = 20
-    """Largest working tree that is sent."""
+    """Size limit of the working tree that is sent, in megabytes."""
 
 
 def submit(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from pipeline import __version__
+from pipeline.display import reader_may_leave
 
 JOBS = {
     "prepare": "turn images into Parquet shards",
@@ -27,9 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     if job == "--version":
         print(f"ray-ddpm {__version__}")
         return 0
-    if job in ("", "-h", "--help"):
-        print(usage(), file=sys.stdout if job else sys.stderr)
-        return 0 if job else 2
+    if job in ("-h", "--help"):
+        with reader_may_leave():
+            print(usage())
+        return 0
+    if not job:
+        print(usage(), file=sys.stderr)
+        return 2
     near = difflib.get_close_matches(job, JOBS, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     print(f"ray-ddpm: no job {job!r}{hint}: give one of {', '.join(JOBS)}", file=sys.stderr)

@@ -11,48 +11,27 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import tyro
 
 # tyro prints a box of several lines where a command line is wrong. Its events say the same in words that fit one.
 from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, on_parse_error
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
-from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 from pipeline.cluster.session import connect_later, connect_now, disconnect
 from pipeline.commands import attempts
+from pipeline.commands.help import HELP
 from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
-from pipeline.display import quieten, redirected
+from pipeline.display import quieten, reader_may_leave, redirected, status
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.output import to_json
-from pipeline.ranges import check_ranges, range_of
+from pipeline.ranges import check_ranges
 from pipeline.redact import one_line, printable, redact, refuse_secrets
 from pipeline.tracking import address
 
 T = TypeVar("T")
-HELP = ConstructorRegistry()
 # torch's optimizers import torch._dynamo, which takes two seconds, when the first of them is made.
 TRAINING_WORKERS = "pipeline.training.worker,torch._dynamo"
-
-
-@HELP.struct_rule
-def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A configuration as tyro shows it, with the range of each number behind its default."""
-    spec = dataclass_rule(info)
-    if spec is None:
-        return None
-
-    def shown(hint: Any) -> Any:
-        if not (span := range_of(hint)):
-            return hint
-        ends = f"; {span.ends}" if span.ends else ""
-        return Annotated[
-            hint, tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}{ends})")
-        ]
-
-    fields = (dataclasses.replace(one, type=shown(one.type)) for one in spec.fields)
-    return dataclasses.replace(spec, fields=tuple(fields))
 
 
 def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
@@ -67,15 +46,15 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
     if path is not None:
         extra["default"] = _with_defaults(cls, load_yaml(path), f"--config {path}")
     description = (
-        f"{about}\n\n--config FILE.yaml starts from saved settings, flags override them; --verbose lets "
-        "the logs of Ray and MLflow through."
+        f"{about.strip()}\n\n--config FILE.yaml reads settings from a file; flags override them. --verbose shows the "
+        "logs of Ray and MLflow."
     )
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
     def refuse(event: ParseErrorEvent) -> None:
         raise InputError(f"{_mistake(event, cls)} (see {program(job)} --help)")
 
-    with on_parse_error(refuse):
+    with on_parse_error(refuse), reader_may_leave():
         config = tyro.cli(
             cls,
             args=arguments,
@@ -170,10 +149,17 @@ def main(
                 # Before the check, which joins the cluster itself where it has much data to read.
                 variables = {**address.environment(), **environment(config)}
                 connect_later(verbose, variables, workers, soon=ray == "at once")
+            if check:
+                status.show(f"{job}: opening the data")
             checked = (check(config),) if check else ()
             if ray == "at once":
+                place = os.environ.get("RAY_ADDRESS", "local")
+                status.show(
+                    f"{job}: {'starting Ray' if place in ('', 'local') else f'joining Ray at {redact(place)}'}"
+                )
                 _start(meanwhile)
                 connect_now()
+            status.clear()
             result = execute(config, *checked)
             print(to_json(result), file=stream, flush=True)
             if ray != "never":
@@ -195,6 +181,7 @@ def main(
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 1
     finally:
+        status.clear()
         if former is not None:
             signal.signal(signal.SIGTERM, former)
     return 0

@@ -1,4 +1,7 @@
-"""The whole pipeline on real handwritten digits: prepare, train, register, generate, draw."""
+"""The whole pipeline on real handwritten digits: prepare, train, register, generate, draw.
+
+Example: ray-ddpm demo --output demo
+"""
 
 import sys
 import time
@@ -24,7 +27,7 @@ class DemoConfig:
     """Where the demo's results go, and how long it trains."""
 
     output: str = "demo"
-    """Folder for the shards, the run, the samples and the pictures; it must not exist yet."""
+    """Folder for the shards, the run, the samples and the pictures. It must be empty or new."""
     steps: Steps = 300
     """Optimizer steps."""
     workers: Positive = 2

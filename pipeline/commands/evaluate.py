@@ -1,4 +1,7 @@
-"""Measure a model: held-out bits/dim, and the quality of a generated dataset beside the real one."""
+"""Measure a model by held-out bits/dim, and its samples against real images.
+
+Example: ray-ddpm evaluate --model models:/photos@newest --data data/photos --samples samples --output figures
+"""
 
 from typing import Any
 
@@ -7,13 +10,13 @@ from pipeline.evaluation.config import EvaluateConfig
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    """Resolves the model once, then measures it over the cluster; a registered one's figures go to MLflow too."""
+    """Resolves the model once, then measures it over the cluster; the results go to its MLflow run too."""
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.tracking import registry
 
     model, pinned = registry.resolve_model(config.model)
     metrics, on, pictures = evaluate(config, model)
-    registry.log_figures(pinned, metrics, pictures)
+    registry.log_results(pinned, "evaluate", metrics, pictures)
     result = {"output": config.output, "model": pinned, "metrics": metrics}
     return result | ({"measured_on": on} if on else {})
 

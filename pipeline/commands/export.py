@@ -1,4 +1,7 @@
-"""Write a model for others: as a folder that diffusers loads, or as safetensors with their configuration and a card."""
+"""Write a model for others: as a folder for diffusers, or as safetensors with its configuration and a card.
+
+Example: ray-ddpm export --model models:/photos@newest --output photos-diffusers
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +19,9 @@ class ExportConfig:
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
     output: str
-    """Folder for the export (URI): an empty one, or one with an earlier export, which is replaced."""
+    """Folder for the export (URI): a new or empty one, or one with an earlier export, which is replaced."""
     to: Literal["diffusers", "safetensors"] = "diffusers"
-    """diffusers: for DDPMPipeline.from_pretrained; safetensors: the model itself, as `pipeline.load_model` reads it."""
+    """Form of the export: diffusers (for DDPMPipeline.from_pretrained) or safetensors (for `pipeline.load_model`)."""
 
 
 def execute(config: ExportConfig) -> dict[str, Any]:

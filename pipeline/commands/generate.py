@@ -1,4 +1,7 @@
-"""Generate a dataset of samples from a trained model, exactly once, byte for byte."""
+"""Generate a dataset of samples from a trained model. A repeated job makes only what is missing, byte for byte the same.
+
+Example: ray-ddpm generate --model models:/photos@newest --output samples --count 10000 --sampler ddim --sampling-steps 50
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images."""
+"""Draw a model: samples, forward and reverse process, schedules, the bound over t, the nearest training images.
+
+Example: ray-ddpm plot --model models:/photos@newest --data data/photos --output pictures
+"""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -19,16 +22,16 @@ class PlotConfig:
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
     data: str
-    """The dataset that the model was trained on (URI)."""
+    """Dataset that the model was trained on (URI)."""
     output: str
     """Folder for the pictures (URI)."""
     seed: Seed = 0
-    """Seed of the samples drawn."""
+    """Seed of the samples."""
     reading: Reading = field(default_factory=Reading)
 
 
 def execute(config: PlotConfig) -> dict[str, Any]:
-    """Draws every picture."""
+    """Draws every picture; they go to the model's MLflow run too."""
     from pipeline.data.index import open_splits
     from pipeline.models.export import load_model
     from pipeline.pictures import make
@@ -51,6 +54,7 @@ def execute(config: PlotConfig) -> dict[str, Any]:
         ]
         for path in paths:
             storage.write_atomic(storage.join(config.output, path.name), path.read_bytes())
+        registry.log_results(pinned, "plot", {}, [str(path) for path in paths])
     return {"output": config.output, "model": pinned, "count": len(paths)}
 
 

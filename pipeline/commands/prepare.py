@@ -1,4 +1,7 @@
-"""Turn images into Parquet shards that training streams, with a manifest and a quarantine list."""
+"""Turn images into Parquet shards that training streams, with a manifest and a list of unusable images.
+
+Example: ray-ddpm prepare --input photos/ --image-size 64 --output data/photos
+"""
 
 from typing import Any
 

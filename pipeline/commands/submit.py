@@ -1,4 +1,7 @@
-"""Submit a job to a Ray cluster, from outside: submit [--address URL] [--wait] JOB -- FLAGS…"""
+"""Submit a job to a Ray cluster from outside: submit [FLAGS] JOB -- FLAGS OF THE JOB.
+
+Example: ray-ddpm submit --address http://head:8265 --wait train -- --data s3://bucket/photos --output s3://bucket/run
+"""
 
 from pipeline.cluster.submit import SubmitConfig, submit
 from pipeline.commands import cli

@@ -1,7 +1,8 @@
-"""Train a diffusion model on image shards with Ray Train, tracked in MLflow.
+"""Train a diffusion model with Ray Train, and track it in MLflow.
 
-SIGTERM and Ctrl-C save the run and end it with exit code 128 + the signal's number (143, 130); --resume goes on from the
-newest whole checkpoint in --output, and starts a new run where there is none.
+Example: ray-ddpm train --data data/photos --output runs/photos --steps 20000 --workers 2 --register photos
+
+SIGTERM and Ctrl-C save the run and end it with exit code 128 + the signal's number (143, 130). --resume continues it.
 """
 
 from typing import Any

@@ -1,4 +1,7 @@
-"""Search schedules, T, learning rate, width and any other flag of training, by held-out bits/dim or sample quality."""
+"""Search noise schedules, T, the learning rate or any flag of the train job, by held-out bits/dim or sample quality.
+
+Example: ray-ddpm tune --data data/photos --output searches/photos --trials 20
+"""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
 from pipeline.output import check_apart, check_claim, is_inside, read_claim, write_claim
-from pipeline.ranges import Natural, Positive, Range, Share, check_ranges
+from pipeline.ranges import Natural, Positive, Range, Share, check_ranges, help_groups
 from pipeline.versions import PREPARING
 
 NAMED_BAD_IMAGES = 5
@@ -44,6 +44,7 @@ SMALL_BYTES = 16 * 2**20
 Byte = Annotated[int, Range(ge=0, le=255)]
 
 
+@help_groups(images="channels", columns="image_column", shards="rows_per_shard")
 @dataclass(frozen=True)
 class PrepareConfig:
     """What to read, and the images to make of it."""
@@ -51,31 +52,31 @@ class PrepareConfig:
     output: str
     """Folder for the shards (URI)."""
     source: Source = "auto"
-    """Kind of --input; auto looks into it. digits is embedded and needs no --input."""
+    """Format of --input; auto finds it by looking at the files. digits is built in and needs no --input."""
     input: str = ""
-    """Where the images are (URI)."""
+    """Folder or file with the images (URI)."""
     image_size: ImageSize = 0
-    """Width and height in pixels; 0 = the source's own, where all its images have one."""
-    channels: Literal[0, 1, 3, 4] = 0
-    """1 = grey, 3 = colour, 4 = colour and alpha; 0 = the source's own, colour where it varies."""
+    """Width and height in pixels; 0 = the images' own, if all have the same."""
     validation_fraction: Annotated[float, Range(ge=0, lt=1)] = VALIDATION_FRACTION
-    """Share of images held out, by a hash of their content, where the source has no split for that."""
-    rows_per_shard: Positive = 10_000
-    """About so many images in one shard."""
-    rows_per_group: Natural = 0
-    """Images in one row group, the unit of reading and shuffling; 0 = as the number and size of all images ask for."""
+    """Share of images to hold out, chosen by a hash of their content, if the source has no such split."""
     max_bad_fraction: Share = 0.01
-    """Share of images that can't be used at which the job stops."""
+    """Share of unusable images above which the job stops."""
+    channels: Literal[0, 1, 3, 4] = 0
+    """Colour channels: 1 = grey, 3 = colour, 4 = colour and alpha; 0 = the images' own, colour if they differ."""
     crop: Literal["centre", "none"] = "centre"
-    """Cut a square out of the middle, or keep all of the longer side (then training can crop at random)."""
+    """Cut out the central square, or keep the whole longer side so that training can crop at random (none)."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Colour under transparent images, red green blue in 0..255."""
+    """Colour behind transparent images: red, green and blue in 0..255."""
     image_column: str = ""
-    """Column with the images in Parquet and Arrow files; found by its type where there is only one."""
+    """Column with the images in Parquet and Arrow files; empty = the only one of that type."""
     label_column: str = ""
-    """Column with the labels in Parquet and Arrow files, or in the metadata of a folder; none = take no labels."""
+    """Column with the labels in Parquet and Arrow files, or in a folder's metadata; none = read no labels."""
     split: tuple[str, ...] = ()
-    """The source's own splits to use; all, but a test split is left alone where there is a validation split."""
+    """Splits of the source to use. Empty = all, but without the test split if there is a validation split."""
+    rows_per_shard: Positive = 10_000
+    """Images per shard, roughly."""
+    rows_per_group: Natural = 0
+    """Images per row group, the unit of reading and shuffling; 0 = chosen from the number and size of the images."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:

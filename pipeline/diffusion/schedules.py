@@ -5,6 +5,7 @@ T, so that the whole chain adds about as much noise as the published one of 1000
 """
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Callable
@@ -169,4 +170,6 @@ def _checked(betas: Tensor) -> Tensor:
 
 
 def _unknown(schedule: str) -> str:
-    return f"schedule {schedule!r}: neither a file nor one of {', '.join(SCHEDULES)}"
+    near = difflib.get_close_matches(schedule, SCHEDULES, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"schedule {schedule!r}: neither a file nor one of {', '.join(SCHEDULES)}{hint}"

@@ -114,7 +114,7 @@ def _memorisation(
             torch.cat([read_images(index, np.array([one]))[0] for one in some]).permute(0, 2, 3, 1).numpy()
             for index, some in ((compared.samples, kept[first]), (compared.reference, ids[first]))
         )
-        picture = draw.file_of(lambda path: draw.save_nearest(shown, copied, path))
+        picture = draw.file_of(lambda path: draw.save_nearest(shown, copied, path, min(len(shown), 16)))
         storage.write_atomic(storage.join(config.output, "nearest.png"), picture)
     return memorised(mine, distances[len(places) :])
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pipeline.config import EmaLength, Reading
 from pipeline.errors import InputError
-from pipeline.ranges import Natural, Positive, Range, Seed, check_ranges
+from pipeline.ranges import Natural, Positive, Range, Seed, check_ranges, help_groups
 
 # "manifold" is what 0.1.0 called precision_recall.
 Metric = Literal[
@@ -15,6 +15,7 @@ BITS_PER_DIM, FRECHET = "bits_per_dim", "frechet_distance"
 """Names of figures, by which runs and trials are compared."""
 
 
+@help_groups(bound="terms", comparison="features", averages="ema_lengths", hardware="actors")
 @dataclass(frozen=True)
 class EvaluateConfig:
     """What to measure, on what."""
@@ -22,11 +23,12 @@ class EvaluateConfig:
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
     data: str
-    """Dataset to measure against: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
+    """Dataset to measure against: a folder that the prepare job wrote, or raw images that it reads (URI)."""
     samples: str = ""
-    """Samples to compare with the data: a folder of jobs/generate.py (--format parquet or npz), or an .npz file (URI)."""
+    """Samples to compare with the data (URI): a folder that the generate job wrote as parquet or npz, or an .npz file.
+    Empty = measure bits/dim alone."""
     output: str = ""
-    """Folder for metrics.json, the terms of the bound, their plot and the classifier (URI); empty = not written."""
+    """Folder for metrics.json, the terms of the bound and their plot, and the classifier (URI); empty = write none."""
     metrics: tuple[Metric, ...] = (
         "bits",
         "frechet",
@@ -36,43 +38,44 @@ class EvaluateConfig:
         "cas",
         "memorisation",
     )
-    """What to measure; all but bits need --samples, knn and cas also labels, memorisation two splits. sfid and
-    inception_score need --features FILE: the Inception network by which they are defined (inception-2015-12-05.pt)."""
+    """What to measure. All but bits need --samples; knn and cas need labels, memorisation two splits. sfid and
+    inception_score need --features FILE with the Inception network (inception-2015-12-05.pt)."""
     split: str = "validation"
-    """Held-out split: bits/dim is measured on it, and it is the real yardstick beside the samples."""
+    """Held-out split: bits/dim is measured on it, and its real images are measured as the samples are."""
     reference_split: str = "train"
     """Split that samples are compared with, and that the classifier is trained on."""
-    ema_lengths: tuple[EmaLength, ...] = ()
-    """Lengths of EDM2 averages to compare by bits/dim, made of --snapshots; each is written as a model to --output."""
-    snapshots: str = ""
-    """Snapshots of a run trained with --ema-lengths: its output's folder `snapshots` (URI)."""
+    seed: Seed = 0
+    """Seed of the noise, of the classifier and of the choice of images."""
     terms: Natural = 0
-    """Terms of the bound evaluated for each image, an even number: an estimate; 0 = every one, exactly."""
+    """Terms of the bound per image, an even number, for an estimate; 0 = all T, exact."""
     max_images: Natural = 1000
-    """Images of the split that bits/dim is measured on, chosen by the seed; 0 = all."""
+    """Images of the split for bits/dim, chosen by the seed; 0 = all."""
     batch_size: Positive = 64
     """Images per forward pass of the bound."""
     features: str = "classifier"
-    """classifier (trained on the data), the folder of one, or a TorchScript file: a program, so only one you trust."""
+    """Features: classifier (trained on the data), the folder of one, or a TorchScript file. Such a file is a program: use
+    only one that you trust."""
     reference_statistics: str = ""
-    """npz file with mu and sigma of these features, and for sfid mu_s and sigma_s, as the field publishes them: the
-    distance to those, too."""
+    """npz file with published mu and sigma of these features (for sfid also mu_s and sigma_s). The distance to them is
+    measured too; empty = no."""
     classifier_steps: Positive = 500
-    """Optimizer steps of each classifier: for features, and for cas of the samples and of as many real images."""
+    """Optimizer steps of each classifier: the one for features, and the two that cas compares."""
     max_features: Natural = 10_000
-    """Images a side for all but the Fréchet distance, which takes every one; chosen by the seed, 0 = all."""
+    """Images per side for all but the Fréchet distance, which takes all; chosen by the seed. 0 = all."""
     kernel_subset_size: Annotated[int, Range(ge=2)] = 1000
-    """Images a side in each subset of the kernel distance; fewer where that would leave less than ten subsets."""
+    """Images per side in each subset of the kernel distance; fewer if there would be less than ten subsets."""
     precision_recall_neighbours: Positive = 3
-    """k of precision and recall."""
+    """Neighbours k of precision and recall."""
     knn_neighbours: Positive = 5
-    """k of the vote on a sample's label, among real images by their pixels."""
-    seed: Seed = 0
-    """Seed of the noise, of the classifier and of the choice of images."""
+    """Neighbours k that vote on a sample's label: the real images nearest to it in pixels."""
+    ema_lengths: tuple[EmaLength, ...] = ()
+    """Relative lengths of EDM2 averages to compare by bits/dim, made from --snapshots. Each is written to --output."""
+    snapshots: str = ""
+    """Folder OUTPUT/snapshots of a training run with --ema-lengths (URI)."""
     actors: Natural = 0
-    """Processes that measure; 0 = one per CPU of the cluster (per GPU where those are used)."""
+    """Processes that measure; 0 = one per CPU of the cluster (per GPU if it measures on GPUs)."""
     gpu: bool | None = None
-    """Measure on GPUs; left out = when the cluster has any."""
+    """Measure on GPUs. None = if the cluster has any."""
     reading: Reading = field(default_factory=Reading)
 
 

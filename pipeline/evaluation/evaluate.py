@@ -114,8 +114,8 @@ def _bits(
         )
         if not math.isfinite(bits.bits_per_dim):
             raise InputError(
-                f"--model {config.model}: its bits/dim are {bits.bits_per_dim}: weights that are not finite, or so large "
-                "that what they give is not: take another model"
+                f"--model {config.model}: its bits/dim are {bits.bits_per_dim}: the weights are so large that the "
+                "network's output is not finite: take an earlier checkpoint or another model"
             )
         return bits
 

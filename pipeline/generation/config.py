@@ -1,70 +1,84 @@
 """Settings of a generation job."""
 
+import difflib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pipeline.config import ModelSpec, Precision, SamplerName
 from pipeline.errors import InputError
-from pipeline.ranges import Finite, Natural, NotNegative, Positive, Range, Seed, Share, check_ranges
+from pipeline.ranges import (
+    Finite,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    check_ranges,
+    help_groups,
+)
 
 MOST_PNGS = 1_000_000
 Format = Literal["parquet", "webdataset", "png", "npz"]
 
 
+@help_groups(classes="guidance", dataset="format", hardware="actors", verification="verify")
 @dataclass(frozen=True)
 class GenerateConfig:
     """What to sample from which model, and where it goes."""
 
     model: str = ""
-    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS (pinned when the output is begun)."""
+    """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS. An alias is resolved once, when the output is
+    begun."""
     output: str = ""
-    """Folder for the dataset (URI; all nodes must see it)."""
+    """Folder for the dataset (URI). All nodes must see it."""
     count: Positive = 64
-    """Samples in all; raised later, it only adds."""
-    batch_size: Annotated[int, Range(ge=1, le=65_536)] = 64
-    """Samples computed together."""
-    rows_per_file: Positive = 1024
-    """Samples in one file, the unit that is written whole or not at all; a multiple of --batch-size."""
+    """Samples in all. A larger count on the same output only adds samples."""
     sampler: SamplerName = "ancestral"
-    """Sampler: ancestral (DDPM), ddim, dpm_solver (DPM-Solver++ 2M)."""
+    """Sampler: ancestral (DDPM), ddim, or dpm_solver (DPM-Solver++ 2M)."""
     sampling_steps: Natural = 0
-    """Steps of the sampler; 0 = the model's T."""
+    """Steps of the sampler, at most the model's T; 0 = T."""
     eta: Share = 0.0
-    """Noise of DDIM: 0 deterministic, 1 as ancestral."""
+    """Noise of the ddim sampler: 0 = deterministic, 1 = as much as ancestral sampling."""
     least_alpha_bar: Share = 0.0
-    """Start at the noisiest step with at least this alpha_bar; 0 = at T. For ddim and dpm_solver, cosine schedule."""
+    """Start sampling at the noisiest step with at least this alpha_bar; 0 = at T. Helps ddim and dpm_solver on a cosine
+    schedule."""
+    batch_size: Annotated[int, Range(ge=1, le=65_536)] = 64
+    """Samples per forward pass."""
+    seed: Seed = 0
+    """Seed of the noise. Sample i depends on the model, the sampler's settings, the seed and i alone."""
     guidance: Finite = 1.0
-    """Classifier-free guidance; 1 = none (class-conditional models only)."""
+    """Scale of classifier-free guidance; 1 = none (class-conditional models only)."""
     labels: tuple[str, ...] = ()
     """Classes to sample, by name or number; empty = all (class-conditional models only)."""
     label_weights: tuple[NotNegative, ...] = ()
-    """How often, relative to each other, those classes are drawn; empty = equally often."""
-    seed: Seed = 0
-    """Seed: sample i is a function of (model, sampler settings, seed, i)."""
-    actors: Natural = 0
-    """Sampler actors, exactly so many (short for equal --min-actors and --max-actors); 0 = as those two say."""
-    min_actors: Positive = 1
-    """Fewest actors of the pool, which grows while work waits and shrinks when it runs out."""
-    max_actors: Natural = 0
-    """Most actors of the pool; 0 = one for every CPU (or GPU) of the cluster, those included that an autoscaler adds."""
-    gpu: bool = False
-    """One GPU for each actor."""
-    precision: Precision = "fp32"
-    """Arithmetic of the network; auto = bf16 on GPU."""
-    mixed_arithmetic: bool = False
-    """Let CPUs and GPUs of several kinds make one dataset: each rounds otherwise, so some pixels differ a little."""
-    compile: bool = False
-    """Run the network through torch.compile (needs a C++ compiler where the actors run)."""
+    """Relative frequency of each of those classes; empty = equal."""
     format: Format = "parquet"
-    """parquet (Hugging Face image convention), webdataset (tars), png (folders by label), npz (NumPy archives, and one of
-    all samples that guided-diffusion's evaluator takes)."""
+    """Format of the dataset: parquet (Hugging Face image convention), webdataset (tars), png (one folder per label), npz
+    (NumPy archives, and one of all samples for guided-diffusion's evaluator)."""
+    rows_per_file: Positive = 1024
+    """Samples per file, a multiple of --batch-size. A file appears whole or not at all."""
     max_blank_fraction: Share = 0.01
-    """Share of images of one colour, or with numbers that are not finite, over which the job is refused."""
+    """Share of samples that are of one colour or not finite, above which the job stops."""
+    actors: Natural = 0
+    """Sampler processes; short for equal --min-actors and --max-actors. 0 = use those two."""
+    min_actors: Positive = 1
+    """Fewest sampler processes. The pool grows while work waits and shrinks when none is left."""
+    max_actors: Natural = 0
+    """Most sampler processes; 0 = one per CPU (or GPU) that the cluster has or its autoscaler can add."""
+    gpu: bool = False
+    """Sample on GPUs, one per process."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network; auto = bf16 on a GPU, else fp32."""
+    mixed_arithmetic: bool = False
+    """Allow CPUs or GPUs of several kinds to make one dataset. They round differently, so a few pixels differ."""
+    compile: bool = False
+    """Compile the network with torch.compile; needs a C++ compiler on every node."""
     verify: bool = False
-    """Write nothing: check all that a reader of --output would open, and that a share of it comes out the same again.
-    Settings and model are those of --output."""
+    """Write nothing. Check every file of --output as a reader would, and generate a share of the files again to compare.
+    Model and settings come from --output."""
     verify_share: Share = 0.05
-    """The share of files that --verify generates again; at least one is."""
+    """Share of the files that --verify generates again, at least one."""
 
     @property
     def bf16(self) -> bool:
@@ -82,8 +96,10 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
 
     check_ranges(config)
     if config.rows_per_file % config.batch_size:
+        below = config.rows_per_file // config.batch_size * config.batch_size
+        near = f"{below} or {below + config.batch_size}" if below else f"{config.batch_size}"
         raise InputError(
-            f"--rows-per-file {config.rows_per_file} is not a multiple of --batch-size {config.batch_size}"
+            f"--rows-per-file {config.rows_per_file} is not a multiple of --batch-size {config.batch_size}: give {near}"
         )
     if config.format == "png" and config.count > MOST_PNGS:
         raise InputError(
@@ -92,7 +108,9 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
         )
     T = spec.diffusion.timesteps
     if config.sampling_steps > T:
-        raise InputError(f"--sampling-steps {config.sampling_steps} is outside 1 to the model's T = {T}")
+        raise InputError(
+            f"--sampling-steps {config.sampling_steps} is more than the model's T = {T}: give 1 to {T}, or 0 for {T}"
+        )
     usable = int((make_process(spec.diffusion).alpha_bar >= config.least_alpha_bar).sum())
     if usable < max(1, config.sampling_steps):
         raise InputError(
@@ -117,7 +135,8 @@ def _check_labels(config: GenerateConfig, spec: ModelSpec) -> None:
     if not spec.model.class_conditional:
         if config.labels or config.label_weights or config.guidance != 1:
             raise InputError(
-                "--labels, --label-weights and --guidance need a class-conditional model, which this one is not"
+                "--labels, --label-weights and --guidance need a class-conditional model, which this one is not: leave "
+                "them out, or train one with --class-conditional"
             )
         return
     label_numbers(config, spec)
@@ -142,7 +161,9 @@ def label_numbers(config: GenerateConfig, spec: ModelSpec) -> list[int]:
             numbers.append(int(label))
         else:
             some = ", ".join(names[:5]) + ", …" * (len(names) > 5)
-            raise InputError(f"--labels {label}: the model has classes 0 to {len(names) - 1}: {some}")
+            near = difflib.get_close_matches(label, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError(f"--labels {label}: the model has classes 0 to {len(names) - 1}: {some}{hint}")
     return numbers
 
 

@@ -80,7 +80,7 @@ def load_model(model: str | Path | Packed) -> tuple[UNet, ModelSpec]:
     """Rebuilds a model from its folder (path or URI), in eval mode, on the CPU.
 
     Raises:
-        InputError: not a model folder, a damaged one, or one that can't be read.
+        InputError: not a model folder, a damaged one, one that can't be read, or one with weights that are not finite.
     """
     packed = pack_model(model)
     spec = read_spec(packed)
@@ -89,6 +89,11 @@ def load_model(model: str | Path | Packed) -> tuple[UNet, ModelSpec]:
         network.load_state_dict(load(packed.weights))
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise _damaged(packed.where, error) from None
+    if bad := [name for name, weight in network.state_dict().items() if not weight.isfinite().all()]:
+        raise InputError(
+            f"{packed.where}: the model's weights are not finite ({len(bad)} tensors, the first is {bad[0]}): its "
+            "training diverged: take an earlier checkpoint or another model"
+        )
     return network.eval().requires_grad_(False), spec
 
 

@@ -53,7 +53,8 @@ def check_model(config: ModelConfig, image: ImageConfig) -> None:
     """
     check_ranges(config)
     if config.model_channels % 2:
-        raise InputError(f"--model-channels {config.model_channels} must be even")
+        near = f"{config.model_channels - 1} or {config.model_channels + 1}"
+        raise InputError(f"--model-channels {config.model_channels} must be even: give {near}")
     if not config.channel_multipliers:
         raise InputError("--channel-multipliers needs at least one value")
     factor = 2 ** (len(config.channel_multipliers) - 1)
@@ -65,17 +66,23 @@ def check_model(config: ModelConfig, image: ImageConfig) -> None:
             f"with --image-size {sizes}, or give fewer --channel-multipliers"
         )
     if config.class_conditional and not image.classes:
-        raise InputError("--class-conditional: the data has no labels")
+        raise InputError(
+            "--class-conditional: the data has no labels: leave the flag out, or give labelled data"
+        )
     widths = [
         config.model_channels * m
         for i, m in enumerate(config.channel_multipliers)
         if _attends(config, image, i)
     ]
-    for width in [*widths, config.model_channels * config.channel_multipliers[-1]]:
-        if width % config.head_channels:
-            raise InputError(
-                f"--head-channels {config.head_channels} does not divide a level's {width} channels"
-            )
+    widths = sorted({*widths, config.model_channels * config.channel_multipliers[-1]})
+    if any(width % config.head_channels for width in widths):
+        common = math.gcd(*widths)
+        fit = [size for size in range(1, min(common, 1024) + 1) if common % size == 0]
+        nearest = sorted(sorted(fit, key=lambda size: abs(size - config.head_channels))[:3])
+        raise InputError(
+            f"--head-channels {config.head_channels} does not divide the {' and '.join(map(str, widths))} channels of "
+            f"levels with attention: give {', '.join(map(str, nearest[:-1]))} or {nearest[-1]}"
+        )
 
 
 def _attends(config: ModelConfig, image: ImageConfig, level: int) -> bool:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 BORDER = 1
 LEAST_TILE_PIXELS = 32
+FONT_PIXELS, GAP = 12, 4
 
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
@@ -29,9 +30,50 @@ def grid(images: np.ndarray, columns: int) -> Image.Image:
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
-def save_grid(images: np.ndarray, path: Path, columns: int = 0) -> None:
-    """Writes `grid` as PNG; as square as it can be where `columns` is 0."""
-    grid(images, columns or max(1, int(np.ceil(np.sqrt(len(images)))))).save(path)
+def save_grid(
+    images: np.ndarray,
+    path: Path,
+    columns: int = 0,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> None:
+    """Writes `grid` as PNG, with what its rows and columns show written beside them.
+
+    Args:
+        columns: 0 = as square as it can be.
+        row_names: one for each row, or none.
+        column_names: one for each column, or none.
+    """
+    picture = grid(images, columns or max(1, int(np.ceil(np.sqrt(len(images))))))
+    _with_names(picture, list(row_names), list(column_names)).save(path)
+
+
+def _with_names(picture: Image.Image, rows: list[str], columns: list[str]) -> Image.Image:
+    """A grid with names to the left of its rows and, where they are too wide to lie, upright above its columns."""
+    font = ImageFont.load_default(FONT_PIXELS)
+    widest = {
+        "rows": max(map(font.getlength, rows), default=0),
+        "columns": max(map(font.getlength, columns), default=0),
+    }
+    tile_w = picture.width // max(1, len(columns))
+    upright = widest["columns"] > tile_w - 2 * GAP
+    left = int(widest["rows"]) + 2 * GAP if rows else 0
+    top = (int(widest["columns"]) + 2 * GAP if upright else FONT_PIXELS + 2 * GAP) if columns else 0
+    canvas = Image.new(picture.mode, (picture.width + left, picture.height + top), "white")
+    canvas.paste(picture, (left, top))
+    pen = ImageDraw.Draw(canvas)
+    for i, name in enumerate(rows):
+        middle = top + (i + 0.5) * (picture.height - BORDER) / len(rows)
+        pen.text((left - GAP, middle), name, "black", font, anchor="rm")
+    for i, name in enumerate(columns):
+        middle = left + (i + 0.5) * (picture.width - BORDER) / len(columns)
+        if upright:
+            strip = Image.new(picture.mode, (top, FONT_PIXELS + GAP), "white")
+            ImageDraw.Draw(strip).text((GAP, strip.height / 2), name, "black", font, anchor="lm")
+            canvas.paste(strip.rotate(90, expand=True), (int(middle - strip.height / 2), 0))
+        else:
+            pen.text((middle, top - GAP), name, "black", font, anchor="mb")
+    return canvas
 
 
 def file_of(save: Callable[[Path], object]) -> bytes:
@@ -107,15 +149,22 @@ def save_bound_terms(terms: np.ndarray, path: Path, steps: np.ndarray | None = N
     _finish(figure, path)
 
 
-def save_nearest(samples: np.ndarray, nearest: np.ndarray, path: Path) -> None:
-    """Samples (upper of each pair of rows) above their nearest training images; both uint8 [N, H, W, C]."""
-    columns = min(len(samples), 16)
+def save_nearest(
+    samples: np.ndarray, nearest: np.ndarray, path: Path, columns: int, column_names: Sequence[str] = ()
+) -> None:
+    """Rows of samples, each above a row of their nearest training images; both uint8 [N, H, W, C].
+
+    Args:
+        columns: samples in a row; what is left of N after whole rows is not shown.
+        column_names: one for each column, or none.
+    """
     pairs = [
         part
         for i in range(0, len(samples) - columns + 1, columns)
         for part in (samples[i : i + columns], nearest[i : i + columns])
     ]
-    save_grid(np.concatenate(pairs), path, columns)
+    names = ["sample", "nearest"] * (len(pairs) // 2)
+    save_grid(np.concatenate(pairs), path, columns, names, column_names)
 
 
 def _finish(figure: plt.Figure, path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.models.unet import UNet
 from pipeline.pictures import draw
 from pipeline.rng import Purpose, normal
 
-STRIP_COLUMNS = 9
+STRIP_COLUMNS, MOST_COLUMNS = 9, 16
 BOUND_POINTS = 64
 ROWS_AT_A_TIME = 64
 
@@ -32,10 +32,11 @@ ROWS_AT_A_TIME = 64
 def draw_samples(
     model: UNet, spec: ModelSpec, path: Path, *, rows: int = 8, steps: int = 25, seed: int = 0
 ) -> Path:
-    """A grid of DDIM samples; for a class-conditional model each column is one class."""
-    columns = min(len(spec.image.classes), 16) if spec.model.class_conditional else rows
+    """A grid of DDIM samples; for a class-conditional model each column is one class, with its name above."""
+    classes = spec.image.classes[:MOST_COLUMNS] if spec.model.class_conditional else ()
+    columns = len(classes) or rows
     images = preview(model, spec, rows * columns, steps=steps, seed=seed, classes=columns)
-    draw.save_grid(as_pixels(images), path, columns)
+    draw.save_grid(as_pixels(images), path, columns, column_names=list(map(_shown, classes)))
     return path
 
 
@@ -55,20 +56,22 @@ def process_strip(
     reverse: dict[int, Tensor] = {T: noise}
 
     def keep(step: int, x: Tensor) -> None:
+        display.update(step + 1, "")
         if (t := T - 1 - step) in steps:
             reverse[t] = x
 
     labels = ids % len(spec.image.classes) if spec.model.class_conditional else None
-    sample(
-        process,
-        model,
-        noise,
-        lambda step: normal(seed, step + 1, ids, Purpose.SAMPLING, shape),
-        "ancestral",
-        T,
-        labels=labels,
-        on_step=keep,
-    )
+    with Display(f"plot: {path.name}", T, "steps") as display:
+        sample(
+            process,
+            model,
+            noise,
+            lambda step: normal(seed, step + 1, ids, Purpose.SAMPLING, shape),
+            "ancestral",
+            T,
+            labels=labels,
+            on_step=keep,
+        )
     backward = steps[::-1]
     draw.save_process_strip(
         [as_pixels(to_pixels(x)) for x in forward],
@@ -102,11 +105,13 @@ def bound_terms(
     # Where the terms change fastest, at small t, the points lie close.
     steps = sorted({int(t) for t in np.geomspace(1, len(process), BOUND_POINTS).round()})
     terms = []
-    for step in steps:
-        t = torch.full((len(ids),), step - 1)
-        x_t = q_sample(process, x_0, t, normal(seed, step - 1, ids, Purpose.BOUND, tuple(x_0.shape[1:])))
-        with torch.inference_mode():
-            terms.append(vlb_term(process, model(x_t, t, labels), x_0, x_t, t, clip=True).mean().item())
+    with Display(f"plot: {path.name}", len(steps), "terms") as display:
+        for step in steps:
+            t = torch.full((len(ids),), step - 1)
+            x_t = q_sample(process, x_0, t, normal(seed, step - 1, ids, Purpose.BOUND, tuple(x_0.shape[1:])))
+            with torch.inference_mode():
+                terms.append(vlb_term(process, model(x_t, t, labels), x_0, x_t, t, clip=True).mean().item())
+            display.update(len(terms), "")
     draw.save_bound_terms(np.array(terms), path, np.array(steps))
     return path
 
@@ -115,10 +120,13 @@ def nearest_neighbours(
     model: UNet, spec: ModelSpec, index: DatasetIndex, path: Path, *, count: int = 32, seed: int = 0
 ) -> Path:
     """Samples above the training images closest to them in pixels: copies would show."""
-    images = preview(model, spec, count, seed=seed)
+    classes = spec.image.classes[:MOST_COLUMNS] if spec.model.class_conditional else ()
+    columns = min(len(classes) or MOST_COLUMNS, count)
+    classes, count = classes[:columns], count - count % columns
+    images = preview(model, spec, count, seed=seed, classes=len(classes))
     flat = images.flatten(1).float()
     nearest, least = images.clone(), torch.full((count,), math.inf)
-    with Display("nearest", index.rows, "images") as display:
+    with Display(f"plot: {path.name}", index.rows, "images") as display:
         seen = 0
         for real, _ in _chunks(index, spec):
             distance, found = torch.cdist(flat, real.flatten(1).float()).min(1)
@@ -128,7 +136,7 @@ def nearest_neighbours(
             display.update(seen, "")
     if not seen:
         raise _none_can_be_decoded(index)
-    draw.save_nearest(as_pixels(images), as_pixels(nearest), path)
+    draw.save_nearest(as_pixels(images), as_pixels(nearest), path, columns, list(map(_shown, classes)))
     return path
 
 
@@ -168,6 +176,11 @@ def _chunks(index: DatasetIndex, spec: ModelSpec) -> Iterator[tuple[Tensor, Tens
                     labels.append(known.get(label, len(numbers)))
             if images:
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def _shown(name: str) -> str:
+    """A class's name, short enough for a picture."""
+    return name if len(name) <= 20 else f"{name[:19]}…"
 
 
 def _none_can_be_decoded(index: DatasetIndex) -> InputError:

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from pipeline.cluster.session import submitted_settings
@@ -61,11 +62,27 @@ def ui_command() -> str:
     return f"mlflow ui --backend-store-uri {redact(tracking_uri())} --host 127.0.0.1"
 
 
+def is_there() -> bool:
+    """Whether MLflow may be asked without making a new database: that file exists, or it is no file."""
+    found = _FILE.fullmatch(tracking_uri())
+    return found is None or Path(found["path"]).exists()
+
+
+def how_to_open(run_id: str) -> str:
+    """The page of a run in MLflow's user interface, and the command that serves it where no server does."""
+    uri = redact(tracking_uri())
+    page = f"/#/runs/{run_id}"
+    if uri.startswith(("http://", "https://")):
+        return uri.rstrip("/") + page
+    return f"{ui_command()} shows it at http://127.0.0.1:5000{page}"
+
+
 def quieten() -> None:
     """Turns off MLflow's progress bars and log lines on stderr, whether it is already imported or not."""
     global is_quiet
     is_quiet = True
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     if mlflow := sys.modules.get("mlflow"):
         mlflow.utils.logging_utils.disable_logging()

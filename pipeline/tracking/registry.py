@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from pipeline.models.export import (
 )
 from pipeline.models.sampling import SERVED
 from pipeline.redact import printable
-from pipeline.tracking import runs  # also for its settings of MLflow
+from pipeline.tracking import RUN_FILE, address, runs  # runs also for its settings of MLflow
 
 MODEL_FOLDER = "model"
 PICTURE = "samples.png"  # artifact of a run: samples of its trained model
@@ -197,36 +198,53 @@ def resolve_model(model: str) -> tuple[Packed, str]:
         raise InputError(f"--model {error}") from None
 
 
-def log_figures(model: str, figures: dict[str, float], pictures: list[str]) -> None:
-    """Figures of a registered model go to the run that trained it, as `evaluate/NAME`, and onto the version as tags.
+def log_results(model: str, job: str, figures: dict[str, float], pictures: list[str]) -> None:
+    """What a job found out about a model goes to the run that trained it: figures as `JOB/NAME`, pictures under `JOB`.
 
-    Where MLflow is away or does not allow it a line on stderr says so: the caller has the figures.
+    Figures of a registered model also become tags of its version. A line on stderr says where they went, or why they did
+    not: the caller has them anyway.
 
     Args:
-        model: `models:/NAME/VERSION`; of any other model nothing is logged.
-        pictures: URIs of files that go beside them.
+        model: `models:/NAME/VERSION`, or the folder `model` of a training's output; another model has no run.
+        pictures: URIs of files.
     """
-    if not (match := re.fullmatch(r"models:/([^/@]+)/(\d+)", model)):
+    registered = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
+    run_id = "" if registered else _run_beside(model)
+    if not (registered or run_id):
         return
-    name, version = match[1], match[2]
 
-    def log() -> None:
+    def log() -> str:
         client = runs.open_client()
-        run = client.get_model_version(name, version).run_id
-        for figure, value in figures.items():
-            client.set_model_version_tag(name, version, figure, f"{value:.6g}")
-            if run:
-                client.log_metric(run, f"evaluate/{figure}", value)
+        run = run_id
+        if registered:
+            run = client.get_model_version(registered[1], registered[2]).run_id
+            for figure, value in figures.items():
+                client.set_model_version_tag(registered[1], registered[2], figure, f"{value:.6g}")
+        for figure, value in figures.items() if run else ():
+            client.log_metric(run, f"{job}/{figure}", value)
         for uri in pictures if run else ():
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder) / storage.name(uri)
                 copy.write_bytes(storage.read_bytes(uri))
-                client.log_artifact(run, str(copy), "evaluate")
+                client.log_artifact(run, str(copy), job)
+        return run or ""
 
     try:
-        runs.wait_for_mlflow(log, PATIENCE)
+        if run := runs.wait_for_mlflow(log, PATIENCE):
+            print(f"{job}: in the model's MLflow run: {address.how_to_open(run)}", file=sys.stderr)
     except InputError as error:
-        print(f"evaluate: the figures are not in MLflow: {error}", file=sys.stderr)
+        print(f"{job}: the results are not in MLflow: {error}", file=sys.stderr)
+
+
+def _run_beside(model: str) -> str:
+    """The id of the run in whose output a model folder lies; "" where there is none, or MLflow's database is not here."""
+    folder, _, name = model.rstrip("/").rpartition("/")
+    if name != MODEL_FOLDER or not address.is_there():
+        return ""
+    try:
+        return str(json.loads(storage.read_bytes(storage.join(folder or ".", RUN_FILE)))["run_id"])
+    except Exception:  # no training's output, or out of reach, with errors of the storage's own kind
+        return ""
 
 
 def _download(model: str) -> tuple[Packed, str]:

@@ -11,6 +11,7 @@ import ray
 from pipeline import storage
 from pipeline.cluster.session import spilled_bytes
 from pipeline.display import Display
+from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.redact import one_line
 from pipeline.tracking.tracker import Tracker
 
@@ -38,6 +39,7 @@ class ChannelReader:
         self._received = 0
         self._files = list[tuple[str, bytes]]()
         self._said = set[str]()
+        self._progress, self._validation = (0, ""), ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="run-channel")
         self.latest: dict[str, float] = {}
@@ -55,13 +57,20 @@ class ChannelReader:
         self._received = received
         for line in messages.notices:
             self._display.note(line)
+        if messages.phase:
+            self._display.phase(messages.phase)
         spilled = {"spilled_bytes": float(spilled_bytes())} if messages.points else {}
         points = [(when, step, values | spilled) for when, step, values in messages.points]
         for _, step, values in self._tracker.log_points(points):
             self.latest |= values
             if "loss" in values:
-                note = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
-                self._display.update(step, note)
+                self._progress = (
+                    step,
+                    f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s",
+                )
+            if BITS_PER_DIM in values:
+                self._validation = f"  {values[BITS_PER_DIM]:.3f} bits/dim at step {step}"
+            self._display.update(self._progress[0], self._progress[1] + self._validation)
             try:
                 self._on_point(step, values)
             except Exception as error:  # the caller's own: the run goes on
@@ -96,4 +105,3 @@ class ChannelReader:
             if self._tracker.lost.is_set() or self._round():
                 break
             time.sleep(POLL_SECONDS)
-        self._display.close()

@@ -59,11 +59,13 @@ def check_settings(config: TrainConfig) -> None:
     """
     check_ranges(config)
     if config.min_workers > config.workers:
-        raise InputError(f"--min-workers {config.min_workers} is more than --workers {config.workers}")
+        raise InputError(
+            f"--min-workers {config.min_workers} is more than --workers {config.workers}: give at most {config.workers}"
+        )
     if config.batch_size < config.workers:
         raise InputError(
             f"--batch-size {config.batch_size} is the global batch and is split over --workers {config.workers}: "
-            "it must be at least as large"
+            f"give at least {config.workers}"
         )
     if config.gpus_per_worker < 1 and config.workers > 1:
         raise InputError(
@@ -119,7 +121,8 @@ def _check_validation(config: TrainConfig, spec: ModelSpec, held_out: int) -> No
         raise InputError("--validate-every needs at least two held-out images")
     if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
         raise InputError(
-            f"--validation-terms {config.validation_terms}: give an even number, or 0 for every term"
+            f"--validation-terms {config.validation_terms} must be even: give {config.validation_terms - 1} or "
+            f"{config.validation_terms + 1}; 0 = all terms"
         )
     metrics, features = set(config.validate_metrics), config.validation_features
     if "bits" not in metrics:

@@ -16,10 +16,10 @@ from pipeline.config import (
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.output import check_claim, read_claim, write_claim
-from pipeline.tracking import runs
+from pipeline.tracking import RUN_FILE, runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
 from pipeline.training.checkpoint_manager import CHECKPOINTS
-from pipeline.training.run_channel import CURVES, QUARANTINE, RUN_FILE
+from pipeline.training.run_channel import CURVES, QUARANTINE
 
 
 def open_run(

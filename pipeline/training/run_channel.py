@@ -26,7 +26,7 @@ T = TypeVar("T")
 # The value by which a point is known as one of a curve: of the training, and of the validation.
 CURVES = ("loss", BITS_PER_DIM)
 SAVE_SECONDS = 60
-RUN_FILE, QUARANTINE = "run.json", "quarantine.jsonl"
+QUARANTINE = "quarantine.jsonl"
 
 
 class Command(IntEnum):
@@ -39,17 +39,19 @@ class Command(IntEnum):
 
 @dataclass
 class Messages:
-    """What was posted: points of curves, files by their path in the run's output, lines for the user."""
+    """What was posted: points of curves, files by their path in the run's output, lines for the user, a phase."""
 
     points: list[Point] = field(default_factory=list)
     files: list[tuple[str, bytes]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    phase: str = ""
 
     def add(self, other: "Messages") -> None:
         """Appends later ones."""
         self.points += other.points
         self.files += other.files
         self.notices += other.notices
+        self.phase = other.phase or self.phase
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -114,6 +116,10 @@ class RunChannel:
 
     async def notice(self, line: str) -> None:
         self._messages.notices.append(line)
+
+    async def phase(self, what: str) -> None:
+        """Says what the workers are at; see `Display.phase`."""
+        self._messages.phase = what
 
     async def quarantine(self, bad: dict[str, str]) -> None:
         """Keeps the list of images that could not be decoded, and why; every epoch finds the same ones."""

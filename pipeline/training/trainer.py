@@ -33,13 +33,13 @@ from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.lock import locked
 from pipeline.models.export import load_model, save_model
 from pipeline.patience import arrow_fs, patiently
-from pipeline.tracking import registry, runs
+from pipeline.tracking import address, registry, runs
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, worker
 from pipeline.training.channel_reader import ChannelReader
 from pipeline.training.checkpoint_manager import CHECKPOINTS, mend, newest_whole, sweep
 from pipeline.training.checks import check
-from pipeline.training.identity import logged_config, logged_settings, open_run
+from pipeline.training.identity import logged_config, logged_settings, open_run, run_name
 from pipeline.training.run_channel import (
     CURVES,
     PatientOnChannel,
@@ -94,18 +94,22 @@ def train(
         Interrupted: a signal ended the run; it was saved first.
     """
     data, spec = check(config, data)
-    display = Display("train", config.steps, "steps")
-    if tracker and config.gpu is not None:  # a search has chosen for all of its trials, and made sure of room
-        gpu = config.gpu
-    else:
-        gpu = choose_gpu(config.gpu, partial(room_needed, config), display.note)
     config = replace(config, data=storage.absolute(config.data))
     output = storage.absolute(config.output)
-    patient = partial(patiently, seconds=config.storage_patience, say=display.note)
     with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display("train", config.steps, "steps"))
+        patient = partial(patiently, seconds=config.storage_patience, say=display.note)
+        # A search has chosen for all of its trials, and made sure of room.
+        if tracker and config.gpu is not None:
+            gpu = config.gpu
+        else:
+            gpu = choose_gpu(config.gpu, partial(room_needed, config), display.note)
+        display.phase("opening the MLflow run")
         lost = tracker.lost if tracker else stack.enter_context(locked(output))
         run, is_new = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
         if mine := tracker is None:
+            name = config.run_name or run_name(config, spec)
+            display.note(f"MLflow run {name!r}: {address.how_to_open(run.id)}")
             tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
             stack.enter_context(tracker)
         if is_new and mine:
@@ -122,10 +126,12 @@ def train(
             )
             weights, metrics = _train(job)
             place = storage.join(output, "model")
+            display.phase(f"writing the model to {place}")
             exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
             if mine:
                 patient(lambda: draw_exported(output, config.seed), f"{SAMPLES} can't be written to {output}")
                 tracker.log_file(SAMPLES)
+                display.phase("logging the model in MLflow")
                 tracker.log_model(exported, config.register, config.alias)
             status = "FINISHED"
         except (Interrupted, KeyboardInterrupt):
@@ -180,6 +186,7 @@ def _train(job: _Job) -> tuple[dict[str, Tensor], dict[str, float]]:
     try:
         trainer = _trainer(job, channel)
         with ChannelReader(channel, job.output, job.display, job.tracker, job.on_point) as reader:
+            job.display.phase(f"starting {config.workers} worker{'s' * (config.workers > 1)}")
             try:
                 with announced(room_needed(config, bool(config.gpu)), note):
                     result, signal_number = run_until_signal(trainer.fit, channel, note)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,15 +17,16 @@ from safetensors.torch import save as pack
 
 from pipeline import storage
 from pipeline.config import ModelSpec, TrainConfig
+from pipeline.data.batch import Batch
 from pipeline.errors import BadSettings, InputError
 from pipeline.models.snapshots import Snapshot
-from pipeline.tracking import Point
+from pipeline.tracking import RUN_FILE, Point
 from pipeline.training import checkpoint, flops, loop, network
 from pipeline.training.agreement import Agreement
 from pipeline.training.checkpoint_manager import CHECKPOINTS, CheckpointManager
 from pipeline.training.gauges import RunGauges
 from pipeline.training.meter import Meter
-from pipeline.training.run_channel import RUN_FILE, Command, PatientOnChannel
+from pipeline.training.run_channel import Command, PatientOnChannel
 from pipeline.training.state import TrainState, new_state
 from pipeline.training.step import learning_rate
 
@@ -94,6 +96,8 @@ def _run(task: Task) -> None:
     config, spec, hooks = task.config, task.spec, task.hooks
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    say = task.channel.phase.remote if rank == 0 else lambda what: None
+    say("building the model")
     _check_shared(task)
     network.prepare_device(config, device)
     state = new_state(config, spec, device)
@@ -111,14 +115,24 @@ def _run(task: Task) -> None:
             meter.flops_per_image = aside.submit(flops.flops_per_image, spec).result
         model = network.wrap(config, state.model, world_size, device)
         run.begin()
+        say("reading the first batch")
+        first = "compiling the network for the first step" if config.compile else "making the first steps"
         try:
-            loop.train(config, spec, state, model, batches, meter, run)
+            loop.train(config, spec, state, model, _at_first(batches, lambda: say(first)), meter, run)
         except (InputError, loop.NonFinite) as error:
             run.fail(error)
             raise
     if hooks.watch is not None and state.step == config.steps:
         hooks.watch(state, rank, world_size)
     run.finish()
+
+
+def _at_first(batches: Iterator[Batch], call: Callable[[], object]) -> Iterator[Batch]:
+    """The same batches; calls once when the first one is there."""
+    for number, batch in enumerate(batches):
+        if number == 0:
+            call()
+        yield batch
 
 
 class RunObserver(loop.Observer):

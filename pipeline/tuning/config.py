@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 from pipeline.config import Reading, TrainConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.config import BITS_PER_DIM, FRECHET
-from pipeline.ranges import Cpus, GpuShare, MoreThanZero, Natural, Positive, Range, Seed, check_ranges
+from pipeline.ranges import (
+    Cpus,
+    GpuShare,
+    MoreThanZero,
+    Natural,
+    Positive,
+    Range,
+    Seed,
+    check_ranges,
+    help_groups,
+)
 
 Scheduler = Literal["asha", "none"]
 Searcher = Literal["tpe", "random"]
@@ -15,68 +25,72 @@ OBJECTIVES = {"bits": (BITS_PER_DIM,), "frechet": (FRECHET,), "both": (BITS_PER_
 LOSSES = ("loss", "mse", "training_mse", "training_loss", "train_loss")
 
 
+@help_groups(
+    trial="images", measurement="terms", hardware="concurrent", tracking="experiment", dataset="split"
+)
 @dataclass(frozen=True)
 class TuneConfig:
     """What is searched, what it is judged by, and for how long each trial trains."""
 
     data: str
-    """Dataset with held-out images: a folder that jobs/prepare.py wrote, or any of the formats that it reads (URI)."""
+    """Dataset with held-out images: a folder that the prepare job wrote, or raw images that it reads (URI)."""
     output: str
-    """Folder for the trials and the report (all nodes must see it)."""
+    """Folder for the trials and the report. All nodes must see it."""
     trials: Positive = 12
-    """Trials in all, whatever was done before a resume."""
-    resume: bool = False
-    """Go on with the search in --output, also where it was moved or copied to; no finished trial is run again."""
+    """Trials in all, those before a resume included."""
     space: str = ""
-    """YAML file of the search space, any flag of jobs/train.py; empty = pipeline/tuning/space.yaml."""
+    """YAML file with the search space, over any flag of the train job. Empty = pipeline/tuning/space.yaml, fitted to the
+    size and the classes of the data."""
     objective: str = "bits"
-    """bits (held-out bits/dim), frechet (distance of samples to the data), both (a Pareto front)."""
+    """What trials are compared by: bits (held-out bits/dim), frechet (distance of samples to the data), both."""
     searcher: Searcher = "tpe"
-    """How trials are chosen: Optuna's TPE, or at random."""
+    """How the next trial's settings are chosen: tpe (Optuna's TPE) or random."""
     scheduler: Scheduler = "asha"
-    """asha stops weak trials at rungs, by both figures where there are two; none trains every trial to its end."""
-    images: Positive = 40_960
-    """Images that a trial sees in training, if it isn't stopped; brought to the nearest whole batch, as each rung is."""
-    rungs: Annotated[int, Range(ge=1, le=40)] = 3
-    """Measurements of a trial, the last one at its end."""
-    reduction: Annotated[int, Range(ge=2)] = 3
-    """asha keeps one of so many trials at each rung, and each rung is so many times the images of the one before."""
-    concurrent: Positive = 64
-    """Most trials at a time; never more than fit the cluster, with the nodes that its autoscaler can add."""
-    workers: Positive = 1
-    """Training workers of each trial."""
-    cpus_per_worker: Cpus = 1.0
-    """CPUs that each worker reserves; fractions let more trials run at a time."""
-    gpus_per_worker: GpuShare = 1.0
-    """GPUs that each worker reserves where trials train on GPUs; with a fraction several trials share one."""
-    cache_dir: str = ""
-    """Folder on each node's own disk that keeps what trials read of remote data, for all of them; empty = none."""
-    cache_gb: MoreThanZero = 100.0
-    """Most gigabytes that it holds."""
-    terms: Natural = 32
-    """Terms of the bound evaluated for each held-out image, stratified over t; an even number; 0 = all T."""
-    decoder: Literal["softmax", "own"] = "softmax"
-    """L_0 of the bound: softmax over the values that occur, without parameters and so the same for all trials, or each
-    model's own discretized Gaussian, whose width depends on the schedule."""
-    max_images: Natural = 256
-    """Held-out images that every trial is judged on; 0 = all."""
-    samples: Annotated[int, Range(ge=2)] = 512
-    """Samples of the Fréchet distance."""
-    sampling_steps: Positive = 25
-    """Model evaluations for each of those samples (DDIM), the same for every trial."""
-    features: str = "classifier"
-    """Features of the Fréchet distance: see jobs/evaluate.py --features."""
+    """asha stops weak trials early, by both figures if there are two; none trains every trial to its end."""
+    resume: bool = False
+    """Continue the search in --output, even if it was moved or copied. Finished trials are not repeated."""
     seed: Seed = 0
     """Seed of the search, of every trial's training and of every measurement."""
-    experiment: str = "ray-ddpm"
-    """MLflow experiment."""
     register: str = "tuned"
-    """Name under which the winner is registered in MLflow; empty = not registered."""
+    """Register the best trial's model in MLflow under this name; empty = do not register."""
+    images: Positive = 40_960
+    """Training images that a trial sees if nothing stops it, rounded to whole batches."""
+    rungs: Annotated[int, Range(ge=1, le=40)] = 3
+    """Measurements per trial, the last at its end."""
+    reduction: Annotated[int, Range(ge=2)] = 3
+    """Factor of asha: at each rung one trial in so many goes on, and sees so many times the images."""
+    terms: Natural = 32
+    """Terms of the bound per held-out image, stratified over t; an even number; 0 = all T."""
+    decoder: Literal["softmax", "own"] = "softmax"
+    """L_0 of the bound: softmax (over the pixel values that occur, the same for all trials), or each model's own
+    discretized Gaussian, whose width depends on the schedule."""
+    max_images: Natural = 256
+    """Held-out images to judge every trial on; 0 = all."""
+    samples: Annotated[int, Range(ge=2)] = 512
+    """Samples per measurement of the Fréchet distance."""
+    sampling_steps: Positive = 25
+    """Steps of DDIM for each of those samples."""
+    features: str = "classifier"
+    """Features of the Fréchet distance; see `ray-ddpm evaluate --help`."""
+    concurrent: Positive = 64
+    """Most trials at a time, limited by what fits the cluster with the nodes that its autoscaler can add."""
+    workers: Positive = 1
+    """Training workers per trial."""
+    cpus_per_worker: Cpus = 1.0
+    """CPUs that each worker reserves. A fraction lets more trials run at a time."""
+    gpus_per_worker: GpuShare = 1.0
+    """GPUs that each worker reserves when training on GPUs. A fraction lets several trials share a GPU."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that caches remote data for all trials; empty = no cache."""
+    cache_gb: MoreThanZero = 100.0
+    """Size limit of that cache, in gigabytes per node."""
+    experiment: str = "ray-ddpm"
+    """Name of the MLflow experiment."""
     alias: str = "best"
-    """Alias that is pointed at the registered version."""
-    reading: Reading = field(default_factory=Reading)
+    """Alias that points to the registered version."""
     split: tuple[str, ...] = ()
-    """The own splits of raw data to use; all, but a test split is left alone where there is a validation split."""
+    """Splits of raw data to use. Empty = all, but without the test split if there is a validation split."""
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -100,11 +114,16 @@ def check(config: TuneConfig) -> None:
         raise InputError(f"--objective {config.objective!r} is not one of {', '.join(OBJECTIVES)}")
     check_ranges(config)
     if config.images < config.reduction ** (config.rungs - 1):
-        raise InputError(f"--images {config.images} are too few for --rungs {config.rungs}")
+        least = config.reduction ** (config.rungs - 1)
+        raise InputError(
+            f"--images {config.images} are too few for --rungs {config.rungs}: give at least {least}, or fewer --rungs"
+        )
     if config.max_images == 1:
         raise InputError("--max-images 1: a standard error needs at least two images")
     if config.terms % 2:
-        raise InputError(f"--terms {config.terms}: give an even number, or 0 for all terms of the bound")
+        raise InputError(
+            f"--terms {config.terms} must be even: give {config.terms - 1} or {config.terms + 1}; 0 = all terms"
+        )
 
 
 def rung_images(config: TuneConfig) -> list[int]:

@@ -40,7 +40,7 @@ from pipeline.tuning.config import TuneConfig, base, check
 from pipeline.tuning.identity import PATIENCE, SEARCH_FILE, open_search
 from pipeline.tuning.objective import CLASSIFIER, make_objective
 from pipeline.tuning.proposals import Halving, Proposals
-from pipeline.tuning.space import Space, apply, load_space, train_command
+from pipeline.tuning.space import Space, apply, fitted, load_space, train_command
 from pipeline.tuning.trial import CURVES, SEEN, TrainTrial, Trial, reason_of, training
 
 SESSION = "ray-"
@@ -59,7 +59,7 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
         InputError: no trial could run with the settings or the space, or the output already holds a search.
     """
     check(config)
-    space = load_space(config.space)
+    space = load_space(config.space)  # what is wrong with a file is known before the data is opened
     if not storage.is_local(config.output):
         raise InputError(
             f"--output {config.output}: the trials share files: give a folder that all nodes see"
@@ -71,6 +71,8 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
     size = int(space.fixed.get("image_size", 0))
     splits = open_splits(config.data, size, config.reading, config.split, config.output)
     _ = splits["validation"]
+    if not config.space:
+        space = load_space(flags=fitted(splits["train"].image, splits["train"].rows))
     check_choices(config, space, splits)
     if FRECHET in config.metrics and config.features != CLASSIFIER:
         open_extractor(config.features, splits["train"].image)
@@ -94,6 +96,13 @@ def search(
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
         run, is_new = open_search(config, space, splits)
+        _say(f"MLflow run of the search: {address.how_to_open(run.id)}")
+        if not config.space:
+            image = splits["train"].image
+            flags = ", ".join(
+                f"{name} {value}" for name, value in fitted(image, splits["train"].rows).items()
+            )
+            _say(f"space for {image.size}x{image.size} images of {len(image.classes)} classes: {flags}")
         splits = splits.keep(config.output)
         with Tracker(run, config.output, config.metrics, PATIENCE, _say, lost) as tracker:
             if is_new:

@@ -5,6 +5,7 @@ entry of the space; a value that it has no type for (a list, flags chosen togeth
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import shlex
@@ -21,7 +22,7 @@ from optuna.distributions import (
 )
 
 from pipeline import storage
-from pipeline.config import RENAMED, TrainConfig, from_dict, leaf_fields, load_yaml, to_dict
+from pipeline.config import RENAMED, ImageConfig, TrainConfig, from_dict, leaf_fields, load_yaml, to_dict
 from pipeline.errors import InputError
 from pipeline.ranges import check_ranges
 from pipeline.redact import one_line
@@ -94,14 +95,41 @@ class Space:
         return sorted(schedule for schedule in schedules if Path(schedule).is_file())
 
 
-def load_space(path: str = "") -> Space:
+def load_space(path: str = "", flags: Flags | None = None) -> Space:
     """Reads a space file; the default one where `path` is empty.
+
+    Args:
+        flags: what to add to the file, in the same form; see `fitted`.
 
     Raises:
         InputError: the file can't be read, an unknown flag, a value that the flag can't have, nothing to search.
     """
     where = f"--space {path}" if path else "the default space"
-    return parse_space(load_yaml(path or str(DEFAULT_SPACE), "--space"), where)
+    return parse_space(load_yaml(path or str(DEFAULT_SPACE), "--space") | (flags or {}), where)
+
+
+def fitted(image: ImageConfig, rows: int) -> Flags:
+    """What the default space has for images of this size and these classes, in the form of a space file.
+
+    The UNet halves images down to 8 pixels, at least once, and attends where they are small. A larger image gets more
+    channels and a smaller batch. Data with classes gets a class-conditional model.
+
+    Args:
+        rows: images to train on; a batch has no more.
+    """
+    sizes = [image.size]
+    while sizes[-1] % 2 == 0 and (sizes[-1] > 8 or len(sizes) == 1):
+        sizes.append(sizes[-1] // 2)
+    batch_size = 128 if image.size <= 32 else 64 if image.size <= 64 else 32
+    flags: Flags = {
+        "batch_size": min(batch_size, rows),
+        "model.channel_multipliers": [[1, *[2] * (len(sizes) - 1)]],
+        "model.attention_resolutions": [[size for size in sizes[1:] if size <= 16]],
+        "model.model_channels": [32, 64] if image.size <= 16 else [64, 128],
+    }
+    if len(image.classes) > 1:
+        flags |= {"model.class_conditional": True, "label_dropout": [0.05, 0.1, 0.2]}
+    return flags
 
 
 def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
@@ -157,7 +185,10 @@ def resolve_flag(name: str, where: str = "--space") -> str:
     wanted = RENAMED.get(wanted, wanted)
     found = [flag for flag in leaf_fields(TrainConfig) if wanted in (flag, flag.rpartition(".")[2])]
     if not found:
-        raise InputError(f"{where}: {name!r} is no flag of jobs/train.py (see its --help)")
+        leaves = [flag.rpartition(".")[2] for flag in leaf_fields(TrainConfig)]
+        near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else "see its --help"
+        raise InputError(f"{where}: {name!r} is no flag of the train job: {hint}")
     if found[0] in RESERVED:
         raise InputError(f"{where}: {name!r} is set by the search itself (see jobs/tune.py --help)")
     return found[0]

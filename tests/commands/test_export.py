@@ -16,8 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline import storage
+from pipeline.cluster.pool import in_process
+from pipeline.commands import evaluate, generate, plot
+from pipeline.commands import export as export_job
 from pipeline.commands.__main__ import main
 from pipeline.config import DiffusionConfig, ImageConfig, ModelSpec, to_dict
+from pipeline.errors import InputError
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.generation.config import GenerateConfig
 from pipeline.models.export import load_model, model_fingerprint, save_model
 from pipeline.models.sampling import sample_images
 from pipeline.rng import Purpose, normal
@@ -177,3 +183,29 @@ def test_what_cannot_be_exported_gets_one_line_and_nothing_is_written(
     ):
         assert says in refused(capfd, *flags)
         assert digest() == before
+
+
+@pytest.mark.parametrize("job", ["export", "plot", "evaluate", "generate"])
+def test_no_job_takes_a_model_whose_weights_are_not_finite(
+    job: str, home: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = randomised(SPEC).state_dict()
+    broken["conv_out.weight"][0] = float("nan")
+    save_model(home / "broken", broken, SPEC)
+    execute, config = {
+        "export": (export_job.execute, export_job.ExportConfig("broken", "out")),
+        "plot": (plot.execute, plot.PlotConfig("broken", str(digits), "out")),
+        "evaluate": (evaluate.execute, EvaluateConfig("broken", str(digits), output="out")),
+        "generate": (
+            generate.execute,
+            GenerateConfig("broken", "out", count=2, batch_size=2, rows_per_file=2),
+        ),
+    }[job]
+    monkeypatch.setattr("pipeline.generation.job.actor_pool", lambda config: in_process)
+    with pytest.raises(
+        InputError, match=r"broken: the model's weights are not finite \(1 tensors, the first is conv_out"
+    ):
+        execute(config)  # type: ignore[operator]
+    assert not [
+        path for path in home.glob("out/**/*") if path.suffix in (".png", ".parquet", ".safetensors", ".csv")
+    ]

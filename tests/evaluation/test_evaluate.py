@@ -214,15 +214,29 @@ def test_data_without_classes_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.usefixtures("evaluated_here")
-def test_a_model_that_is_not_finite_has_no_bits_per_dim(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "conv_out.bias",
+            math.nan,
+            r"the model's weights are not finite \(1 tensors, the first is conv_out.bias\)",
+        ),
+        ("conv_norm_out.weight", 3e38, r"--model \S+: its bits/dim are (nan|inf): "),
+    ],
+)
+def test_a_model_that_is_not_finite_has_no_bits_per_dim(
+    name: str, value: float, says: str, digits: Path, tmp_path: Path
+) -> None:
     model, spec = small_model()
-    weights = model.state_dict() | {"conv_out.bias": torch.full((1,), math.nan)}
+    weights = model.state_dict()
+    weights[name] = torch.full_like(weights[name], value)
     folder = save_model(tmp_path / "model", weights, spec)
     output = tmp_path / "figures"
     config = EvaluateConfig(
         str(folder), str(digits), output=str(output), metrics=("bits",), max_images=4, terms=4
     )
-    with pytest.raises(InputError, match=r"--model \S+: its bits/dim are nan: weights that are not finite"):
+    with pytest.raises(InputError, match=says):
         evaluate(config, folder)
     assert not output.exists()
 
@@ -273,7 +287,7 @@ def test_copies_of_training_images_are_counted_and_shown(
     pixels = np.concatenate([copies.numpy(), others.numpy()]).transpose(0, 2, 3, 1)
     samples = write_samples(tmp_path / "samples", pixels, None)
     drawn = list[np.ndarray]()
-    monkeypatch.setattr(draw, "save_nearest", lambda a, b, path: drawn.extend((a, b)) or path.touch())
+    monkeypatch.setattr(draw, "save_nearest", lambda a, b, path, _: drawn.extend((a, b)) or path.touch())
     metrics = evaluate(
         EvaluateConfig(
             model="", data=str(digits), samples=str(samples), metrics=("memorisation",), classifier_steps=2,

@@ -80,12 +80,12 @@ def test_the_bound_over_t_is_that_of_the_evaluation(
 def test_beside_each_sample_is_the_training_image_nearest_to_it(
     train: DatasetIndex, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
 ) -> None:
-    path = make.nearest_neighbours(*small_model(), train, tmp_path / "nearest.png", count=16)
+    path = make.nearest_neighbours(*small_model(), train, tmp_path / "nearest.png", count=20)
     assert is_picture(path)
-    samples, nearest, _ = drawn["save_nearest"]
+    samples, nearest, *_ = drawn["save_nearest"]
     real = make.as_pixels(make.real_images(train, small_model()[1], train.rows)[0]).reshape(train.rows, -1)
-    distance = cdist(samples.reshape(16, -1), real)
-    found = np.linalg.norm(samples.reshape(16, -1).astype(float) - nearest.reshape(16, -1), axis=1)
+    distance = cdist(samples.reshape(20, -1), real)
+    found = np.linalg.norm(samples.reshape(20, -1).astype(float) - nearest.reshape(20, -1), axis=1)
     np.testing.assert_allclose(found, distance.min(axis=1), rtol=1e-6)
 
 
@@ -97,5 +97,61 @@ def test_a_copy_of_the_last_of_many_training_images_is_found(
     others = np.random.default_rng(0).integers(0, 256, (10_100, 8, 8, 1), dtype=np.uint8)
     folder = write_samples(tmp_path / "data", np.concatenate([others, copy[None]]), None)
     make.nearest_neighbours(model, spec, open_samples(str(folder), DIGITS), tmp_path / "out.png", count=3)
-    _, nearest, _ = drawn["save_nearest"]
+    _, nearest, *_ = drawn["save_nearest"]
     np.testing.assert_array_equal(nearest[2], copy)
+
+
+def text_columns(picture: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Numbers of the columns of pixels in a part of a picture that have any black in them."""
+    return np.flatnonzero((np.asarray(picture.convert("L").crop(box)) < 128).any(0))
+
+
+def test_rows_of_the_nearest_say_what_they_are_and_columns_which_class(
+    train: DatasetIndex, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    path = make.nearest_neighbours(*small_model(), train, tmp_path / "nearest.png", count=20)
+    samples, _, _, columns, names = drawn["save_nearest"]
+    assert (columns, names) == (10, list(DIGITS.classes))
+    again = sample_images(
+        *small_model(),
+        torch.arange(20),
+        labels=torch.arange(20) % 10,
+        sampler="ddim",
+        eta=1.0,
+        sampling_steps=20,
+    )
+    np.testing.assert_array_equal(samples, make.as_pixels(again))
+    with Image.open(path) as picture:
+        bare = draw.grid(samples.repeat(2, axis=0), 10)  # as many tiles, and nothing written
+        left, top = picture.width - bare.width, picture.height - bare.height
+        assert left > 30 and top > 10
+        for row in range(4):
+            y = top + row * (bare.height - 1) // 4
+            assert len(text_columns(picture, (0, y, left, y + bare.height // 4))) > 20
+        # A digit above each column, around its middle.
+        at = text_columns(picture, (left, 0, picture.width, top)) / (bare.width / 10)
+        assert set(at.astype(int)) == set(range(10))
+        assert np.abs(at % 1 - 0.5).max() < 0.3
+
+
+def test_an_unconditional_models_grid_has_no_names_and_a_conditional_ones_has(tmp_path: Path) -> None:
+    sizes = {}
+    for conditional in (True, False):
+        path = make.draw_samples(*small_model(conditional=conditional), tmp_path / "grid.png", rows=4)
+        with Image.open(path) as picture:
+            sizes[conditional] = picture.size
+    tile = (sizes[False][0] - 1) // 4
+    assert sizes[False] == (4 * tile + 1, 4 * tile + 1)
+    assert sizes[True][0] == 10 * tile + 1 and sizes[True][1] > 4 * tile + 1
+
+
+def test_long_names_stand_upright_and_leave_the_images_their_place(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    draw.save_grid(images, tmp_path / "grid.png", 2, column_names=["a very long class name", "b"])
+    with Image.open(tmp_path / "grid.png") as picture:
+        bare = draw.grid(images, 2)
+        assert picture.width == bare.width and picture.height > bare.height + 100
+        below = picture.crop((0, picture.height - bare.height, picture.width, picture.height))
+        np.testing.assert_array_equal(np.asarray(below), np.asarray(bare))
+        at = text_columns(picture, (0, 0, picture.width, picture.height - bare.height))
+        assert at.min() < bare.width / 2 and at.max() > bare.width / 2

@@ -34,7 +34,7 @@ def test_the_flags_decide_the_size_of_the_pool() -> None:
 def test_what_goes_wrong_in_an_actor_ends_the_job_with_one_line(
     cluster: None, model: Path, tmp_path: Path
 ) -> None:
-    bad = with_bias(model, tmp_path / "bad", float("nan"))
+    bad = with_bias(model, tmp_path / "bad", float("inf"))
     settings = config(tmp_path / "out", guidance=1.0)
     with pytest.raises(InputError, match="are blank or not finite"):
         make(settings, bad, actor_pool(settings))

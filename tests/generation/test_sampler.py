@@ -1,5 +1,6 @@
 """A sample's bytes depend on the model, the settings and its number alone; bad images are counted."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,18 @@ def test_a_compiled_network_makes_nearly_the_same_images_and_repeats_them(model:
 
 
 def with_bias(model: Path, folder: Path, bias: float) -> Path:
-    """The model with a last layer that gives a constant."""
+    """The model with a last layer that gives a constant; one that is not finite if the constant is infinite."""
     network, spec = load_model(model)
     weights = network.state_dict()
     weights["conv_out.weight"] = torch.zeros_like(weights["conv_out.weight"])
-    weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], bias)
+    if math.isinf(bias):  # finite weights all the same: the layer before overflows
+        weights["conv_norm_out.weight"] = torch.full_like(weights["conv_norm_out.weight"], 3e38)
+    else:
+        weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], bias)
     return save_model(folder, weights, spec)
 
 
-@pytest.mark.parametrize(("bias", "named"), [(float("nan"), "nonfinite"), (1e6, "blank")])
+@pytest.mark.parametrize(("bias", "named"), [(float("inf"), "nonfinite"), (1e6, "blank")])
 def test_bad_images_are_counted_and_refused_over_the_limit(
     bias: float, named: str, model: Path, tmp_path: Path
 ) -> None:

@@ -74,7 +74,9 @@ def check(case: str, outcome: Outcome, home: Path) -> None:
     (name, *_), named = CASES[case]
     assert outcome.code == 2, outcome.stderr
     assert outcome.stdout == ""
-    message = outcome.stderr.strip().splitlines()
+    # Only what takes a second is told of; a slow machine takes one for anything.
+    phases = (f"{name}: starting Ray", f"{name}: opening the data")
+    message = [line for line in outcome.stderr.strip().splitlines() if line not in phases]
     assert len(message) == 1, outcome.stderr
     assert message[0].startswith(f"{name}: ")
     assert named in message[0]

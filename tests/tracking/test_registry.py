@@ -1,6 +1,7 @@
 """A MODEL by its name: exactly the model that was logged, and no copy of it is left behind."""
 
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,8 @@ def test_no_job_leaves_anything_in_the_temporary_folder(
     assert float(version.tags["bits_per_dim"]) == pytest.approx(measured["bits_per_dim"], rel=1e-5)
     assert [file.path for file in client.list_artifacts(version.run_id, "evaluate")] == ["evaluate/terms.png"]
     assert leaves_nothing(plot, plot.PlotConfig(model, data, str(home / "pictures")))["count"] == 5
+    drawn = [file.path for file in client.list_artifacts(version.run_id, "plot")]
+    assert drawn == [f"plot/{name}.png" for name in ("bound", "nearest", "process", "samples", "schedules")]
     for job, config in (
         (generate, GenerateConfig(model, out, count=0)),
         (evaluate, EvaluateConfig(model, "nowhere")),
@@ -180,11 +183,36 @@ def test_no_job_leaves_anything_in_the_temporary_folder(
 def test_figures_of_a_model_stay_with_who_measured_it_where_mlflow_does_not_take_them(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    registry.log_figures("runs/model", {"bits_per_dim": 1.0}, [])
+    registry.log_results("runs/model", "evaluate", {"bits_per_dim": 1.0}, [])
     assert not capsys.readouterr().err
-    registry.log_figures("models:/nobody/3", {"bits_per_dim": 1.0}, [])
-    assert "the figures are not in MLflow" in capsys.readouterr().err
+    registry.log_results("models:/nobody/3", "evaluate", {"bits_per_dim": 1.0}, [])
+    assert "the results are not in MLflow" in capsys.readouterr().err
     monkeypatch.setattr(registry, "PATIENCE", 0.5)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    registry.log_figures("models:/digits/1", {"bits_per_dim": 1.0}, [])
-    assert "the figures are not in MLflow: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
+    registry.log_results("models:/digits/1", "evaluate", {"bits_per_dim": 1.0}, [])
+    assert "the results are not in MLflow: MLflow at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_results_of_a_model_in_a_trainings_output_go_to_the_run_of_that_training(
+    temporary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs.start_run("results", "mine", {})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"run_id": run.id}))
+    picture = tmp_path / "terms.png"
+    picture.write_bytes(b"png")
+    registry.log_results(f"{tmp_path}/run/model", "evaluate", {"bits_per_dim": 1.5}, [str(picture)])
+    client = runs.open_client()
+    assert client.get_run(run.id).data.metrics["evaluate/bits_per_dim"] == 1.5
+    assert [file.path for file in client.list_artifacts(run.id, "evaluate")] == ["evaluate/terms.png"]
+    assert f"/#/runs/{run.id}" in capsys.readouterr().err
+    registry.log_results(f"{tmp_path}/run/ema-0.1", "evaluate", {"bits_per_dim": 9.0}, [])
+    assert client.get_run(run.id).data.metrics["evaluate/bits_per_dim"] == 1.5
+
+
+def test_results_of_a_folder_make_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "run.json").write_text('{"run_id": "r"}')
+    registry.log_results("model", "evaluate", {"bits_per_dim": 1.5}, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -11,11 +11,11 @@ from pipeline import storage
 from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.data.index import open_splits
 from pipeline.errors import InputError
-from pipeline.tracking import runs
+from pipeline.tracking import RUN_FILE, runs
 from pipeline.training import checkpoint
 from pipeline.training.checks import check, check_fit
 from pipeline.training.identity import open_run
-from pipeline.training.run_channel import QUARANTINE, RUN_FILE
+from pipeline.training.run_channel import QUARANTINE
 from tests.jobs.common import database
 from tests.training.digit_runs import ROWS
 
@@ -34,8 +34,8 @@ def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
     [
         ({"batch_size": ROWS + 1}, f"--batch-size {ROWS + 1} is more than the {ROWS} images to train on"),
         ({"steps": 10**9 - 1, "batch_size": ROWS}, r"--steps 999999999 are more than 16777216 epochs of"),
-        ({"workers": 3, "batch_size": 2}, "--batch-size 2 is the global batch"),
-        ({"workers": 2, "min_workers": 3}, "--min-workers 3 is more than --workers 2"),
+        ({"workers": 3, "batch_size": 2}, "--batch-size 2 is the global batch .* give at least 3"),
+        ({"workers": 2, "min_workers": 3}, "--min-workers 3 is more than --workers 2: give at most 2"),
         ({"microbatch": -1}, "--microbatch -1: must be at least 0"),
         ({"optimizer": OptimizerConfig(ema_decays=())}, "--ema-decays needs at least one value"),
         ({"optimizer": OptimizerConfig(adam_betas=(0.9, 1.0))}, "--adam-betas 1.0: must be"),
@@ -49,12 +49,19 @@ def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
             {"diffusion": DiffusionConfig(schedule="linear", beta_start=1e-18)},
             "--beta-start|betas: .*so small",
         ),
-        ({"model": ModelConfig(33)}, "--model-channels 33 must be even"),
+        ({"model": ModelConfig(33)}, "--model-channels 33 must be even: give 32 or 34"),
         ({"model": ModelConfig(channel_multipliers=())}, "--channel-multipliers needs at least one"),
-        ({"model": ModelConfig(head_channels=24)}, "--head-channels 24 does not divide"),
+        (
+            {"model": ModelConfig(head_channels=24)},
+            r"24 does not divide the \d.* channels .*: give 8, 16 or 32",
+        ),
+        (
+            {"model": ModelConfig(24, (1,), head_channels=7)},
+            "does not divide the 24 channels .*: give 4, 6 or 8",
+        ),
         ({"model": ModelConfig(channel_multipliers=(1,) * 5)}, "can't be halved 4 times"),
         ({"validate_every": 1, "validation_images": 1}, "at least two held-out images"),
-        ({"validate_every": 1, "validation_terms": 3}, "--validation-terms 3"),
+        ({"validate_every": 1, "validation_terms": 3}, "--validation-terms 3 must be even: give 2 or 4"),
         ({"validate_every": 1, "validate_metrics": ("frechet",)}, "--validate-metrics needs bits"),
         (
             {"validate_every": 1, "validate_metrics": ("bits", "cas")},

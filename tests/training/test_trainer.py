@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -15,7 +16,7 @@ import pytest
 import ray.train
 import torch
 
-from pipeline import storage
+from pipeline import display, storage
 from pipeline.config import OptimizerConfig
 from pipeline.errors import InputError
 from pipeline.lock import LeaseLost
@@ -42,8 +43,13 @@ class Reports(ray.train.UserCallback):
 
 
 def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
-    home: Path, straight: Undisturbed, bucket: str
+    home: Path,
+    straight: Undisturbed,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(display, "PHASE_SECONDS", 0.0)
     output, points = f"{bucket}/digits", list[tuple[int, dict[str, float]]]()
     config = settings(
         home, output, validate_every=2, validation_images=16, validation_terms=4, resume=True
@@ -55,6 +61,18 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
     )
     assert (home / "reports").read_text().split() == ["3", "6", "9", "10"]
     assert [step for step, values in points if "bits_per_dim" in values] == [6, 10]
+    shown = capfd.readouterr().err
+    phases = (
+        "opening the MLflow run",
+        "MLflow run '",
+        "starting ",
+        "making the first steps",
+        "10/10 steps",
+        "writing the model",
+    )
+    places = [shown.index(f"train: {phase}") for phase in phases]
+    assert places == sorted(places), shown
+    assert re.search(r"train: 10/10 steps  loss \d.* bits/dim at step 10\n", shown), shown
 
     trained = train(config)
     assert set(curve(trained, "bits_per_dim")) == {6, 10, 12, 18}

@@ -12,7 +12,7 @@ from pipeline.tuning.choices import MOST_COMBINATIONS, check_choices
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.proposals import Proposals
 from pipeline.tuning.search import check_search
-from pipeline.tuning.space import load_space, parse_space
+from pipeline.tuning.space import fitted, load_space, parse_space
 
 CONFIG = TuneConfig("d", "o", images=3000)
 
@@ -65,7 +65,8 @@ def test_a_number_of_steps_that_no_schedule_has_is_refused(values: dict[str, Any
 
 
 def test_values_that_go_with_some_others_can_be_searched(data: Splits) -> None:
-    check_choices(CONFIG, load_space(), data)
+    train = data["train"]
+    check_choices(CONFIG, load_space(flags=fitted(train.image, train.rows)), data)
     mixed = parse_space({"variance": ["learned_range", "fixed_small"], "loss": ["simple", "hybrid"]})
     check_choices(CONFIG, mixed, data)
     check_choices(CONFIG, parse_space({"model_channels": [32, 24], "head_channels": [32, 24]}), data)

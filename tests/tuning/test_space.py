@@ -1,17 +1,29 @@
 """The search space: every flag of training, by any of its names, checked before anything runs."""
 
 import json
+import random
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.distributions import CategoricalDistribution
 
 from pipeline.commands import cli
-from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.diffusion.losses import check_loss
 from pipeline.diffusion.schedules import make_betas
 from pipeline.errors import InputError
-from pipeline.tuning.space import RESERVED, apply, load_space, parse_space, resolve_flag, train_command
+from pipeline.models.unet import check_model
+from pipeline.tuning.space import (
+    RESERVED,
+    apply,
+    fitted,
+    load_space,
+    parse_space,
+    resolve_flag,
+    train_command,
+)
 
 BASE = TrainConfig(data="d", output="o")
 
@@ -29,8 +41,47 @@ def test_every_flag_of_training_can_be_searched_by_its_dotted_its_bare_and_its_c
                 assert resolve_flag(name) == dotted
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 12, 28, 32, 64, 96, 256])
+@pytest.mark.parametrize("classes", [(), ("one",), ("cat", "dog")])
+def test_the_default_space_fits_images_of_any_size_and_classes(size: int, classes: tuple[str, ...]) -> None:
+    image = ImageConfig(size, 3, classes)
+    space = load_space(flags=fitted(image, 1000))
+    chance = random.Random(0)
+    for _ in range(50):
+        chosen = {
+            name: chance.choice(entry.choices if isinstance(entry, CategoricalDistribution) else [entry.low])  # type: ignore[attr-defined]
+            for name, entry in space.entries.items()
+        }
+        trial = apply(BASE, space.decode(chosen))
+        check_model(trial.model, image)
+        assert trial.model.class_conditional == (len(classes) > 1)
+        levels = [size // 2**k for k in range(len(trial.model.channel_multipliers))]
+        assert set(trial.model.attention_resolutions) <= set(levels)
+    assert ("label_dropout" in space.entries) == (len(classes) > 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "expected"),
+    [
+        (8, 1620, (128, [1, 2], [4], [32, 64])),
+        (28, 60_000, (128, [1, 2, 2], [14, 7], [64, 128])),
+        (32, 100, (100, [1, 2, 2], [16, 8], [64, 128])),
+        (64, 10_000, (64, [1, 2, 2, 2], [16, 8], [64, 128])),
+    ],
+)
+def test_the_default_space_for_common_sizes(size: int, rows: int, expected: tuple[Any, ...]) -> None:
+    flags = fitted(ImageConfig(size, 3), rows)
+    found = (
+        flags["batch_size"],
+        *flags["model.channel_multipliers"],
+        *flags["model.attention_resolutions"],
+        flags["model.model_channels"],
+    )
+    assert found == expected
+
+
 def test_the_default_space_searches_what_a_user_expects_and_all_its_choices_can_be_trained() -> None:
-    space = load_space()
+    space = load_space(flags=fitted(ImageConfig(8, 1), 1620))
     found = set(space.entries) - space.together
     groups = [json.loads(value) for name in space.together for value in space.entries[name].choices]  # type: ignore[attr-defined]
     found |= {flag for group in groups for flag in group}
@@ -84,7 +135,7 @@ def test_a_choice_becomes_the_training_run_that_it_names() -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"shedule": ["linear"]}, "'shedule'"),
+        ({"shedule": ["linear"]}, "'shedule' is no flag of the train job: did you mean schedule?"),
         ({"steps": [10, 20]}, "'steps'"),
         ({"diffusion.variance": ["fixed"]}, "fixed_large"),
         ({"timesteps": [100, "many"]}, "'many'"),
