@@ -143,15 +143,19 @@ def _take(lease: _Lease) -> None:
     """Takes the lease. Waits until the lease of an owner that may be dead expires, unless the owner renews it."""
     seen, since = lease.other(), time.monotonic()
     while True:
-        # Measured by the time that the owner wrote and by our own clock, whichever shows the end first.
-        silent = max(time.time() - seen.get("time", 0.0), time.monotonic() - since)
-        if expired := silent >= LEASE_SECONDS:
+        watched = time.monotonic() - since
+        # The owner's clock may be wrong by minutes, so its silence counts only once it has missed two renewals.
+        left = min(
+            LEASE_SECONDS - watched,
+            max(LEASE_SECONDS - (time.time() - seen.get("time", 0.0)), 2 * RENEW_SECONDS - watched),
+        )
+        if expired := not seen or left <= 0:
             if lease.take(seen):
                 return
-        elif time.monotonic() - since < POLL_SECONDS:
+        elif watched < POLL_SECONDS:
             print(
                 f"--output {lease.output} is held by {_holder(seen)}, which may be dead: "
-                f"taking over in {LEASE_SECONDS - silent:.0f} s unless it renews its lease",
+                f"taking over in {left:.0f} s unless it renews its lease",
                 file=sys.stderr,
                 flush=True,
             )

@@ -66,18 +66,20 @@ def test_a_process_that_lives_is_named_and_one_that_was_killed_is_followed(outpu
         assert json.loads(storage.read_bytes(f"{output}/lock.json"))["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("slow", [0, 600])
 def test_a_driver_on_another_machine_is_waited_for_until_it_shows_that_it_is_alive(
-    output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    slow: float, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also if its clock is ten minutes slow."""
     monkeypatch.setattr(lock_module, "POLL_SECONDS", 0.05)
     place = f"{output}/lock.json"
-    storage.write_atomic(place, owner(host="elsewhere", pid=7))
+    storage.write_atomic(place, owner(host="elsewhere", pid=7, time=time.time() - slow))
 
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(0.2):
-            storage.write_atomic(place, owner(host="elsewhere", pid=7))
+            storage.write_atomic(place, owner(host="elsewhere", pid=7, time=time.time() - slow))
 
     with ThreadPoolExecutor(1) as elsewhere:
         elsewhere.submit(renew)
@@ -91,6 +93,7 @@ def test_a_driver_on_another_machine_is_waited_for_until_it_shows_that_it_is_ali
 
 def test_an_expired_lease_is_taken_over(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "RENEW_SECONDS", 0.1)
     place = f"{output}/lock.json"
     storage.write_atomic(place, owner(host="elsewhere", time=time.time() - lock_module.LEASE_SECONDS - 1))
     with locked(output):
@@ -174,6 +177,7 @@ def test_of_many_drivers_at_once_exactly_one_gets_a_new_lock_and_one_a_dead_ones
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "RENEW_SECONDS", 1.0)
     for dead in (False, True):
         if dead:
             storage.write_atomic(f"{output}/lock.json", owner(host="elsewhere", time=0.0))

@@ -110,9 +110,19 @@ def _knock(address: str, verify: bool | str) -> None:
             "--verify FILE names the authority's certificate"
         ) from None
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-        raise InputError(f"no Ray job server answers at {address}: {one_line(error)}") from None
+        raise InputError(
+            f"no Ray job server answers at {address}: {one_line(_root(error))}; `ray start --head` starts a cluster on "
+            "this machine, --address names another"
+        ) from None
     except (requests.exceptions.RequestException, ValueError, KeyError, TypeError) as error:
         raise InputError(f"what answers at {address} is no Ray job server: {one_line(error)}") from None
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of a chain of errors: the one that the system raised."""
+    while before := error.__cause__ or error.__context__:
+        error = before
+    return error
 
 
 def _check_versions(client: Any, address: str) -> None:

@@ -45,6 +45,9 @@ _SETTINGS = {
 }
 
 
+START_TIMEOUT = (
+    "timed out during startup"  # in the message of what `ray.init` raises, which has no type of its own
+)
 # Of a Ray that a job starts for itself. Its one node never gets a notice, and nobody looks at the node's figures.
 _OWN_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -82,7 +85,7 @@ def connect(
 
     Raises:
         InputError: no cluster at RAY_ADDRESS can be joined, or no Ray started in the folder for temporary files.
-        Outage: nothing answers at RAY_ADDRESS.
+        Outage: nothing answers at RAY_ADDRESS, or a Ray of this process's own did not start in time.
     """
     _set_variables(verbose)
     if not verbose:
@@ -115,9 +118,14 @@ def connect(
                 ray.init(**options)
         except ConnectionError as error:
             raise Outage(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
-        except OSError as error:
-            if address:
+        except Exception as error:
+            if address or not (isinstance(error, OSError) or START_TIMEOUT in str(error)):
                 raise
+            if START_TIMEOUT in str(error):
+                raise Outage(
+                    "Ray did not start on this machine within half a minute: it is too busy, or short of memory; "
+                    "run the same command again once it is not"
+                ) from None
             place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
             raise InputError(
                 f"Ray can't start in {place}/ray: {one_line(error)}; RAY_TMPDIR names a folder for it, on a short path"

@@ -20,7 +20,6 @@ Encoded = (
 )  # the bytes of an image file, or its pixels: uint8 [H, W, C] of 1, 3 or 4 channels
 Colour = tuple[int, int, int]
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_GAP = 3.0
 _ROTATING_FORMATS = {"TIFF", "MPO"}
 _ROTATING_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 _ORIENTATION = 0x0112

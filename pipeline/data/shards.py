@@ -157,7 +157,9 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
 def _image(config: PrepareConfig, opened: Opened) -> ImageConfig:
     size = config.image_size or opened.listing.size
     if not size:
-        raise InputError(f"--input {config.input}: its images may be of any size: give --image-size")
+        raise InputError(
+            f"--input {config.input}: its images may be of any size: give the one to make, such as --image-size 64"
+        )
     return ImageConfig(size, config.channels or opened.listing.channels or 3)
 
 

@@ -139,9 +139,10 @@ def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
     }
     for index in sets:
         rows = min(index.rows, config.max_features or index.rows)
-        for metric in config.metrics:
-            if rows < least.get(metric, 0):
-                raise InputError(
-                    f"--metrics {metric} needs at least {least[metric]} images on each side, but {index.split} of "
-                    f"{index.uri} has {rows}: give more images, or leave the metric out"
-                )
+        if missed := {name: least[name] for name in config.metrics if rows < least.get(name, 0)}:
+            needs = ", ".join(f"{name} needs {count}" for name, count in missed.items())
+            rest = " ".join(name for name in config.metrics if name not in missed)
+            raise InputError(
+                f"--metrics: {needs} images on each side, and the {index.split} images of {index.uri} are {rows}: give "
+                + (f"more images, or --metrics {rest}" if rest else "more images")
+            )

@@ -41,7 +41,8 @@ def check_choices(config: TuneConfig, space: Space, data: Splits) -> None:
         return first
 
     if reason := refusal(values):
-        raise InputError(f"--space: no trial could be run: {reason}")
+        where = "--space" if config.space else "the default search space (--space FILE names another)"
+        raise InputError(f"{where}: no trial could be run: {reason}")
     for name, choices in values.items():
         for value in choices:
             if (name, value) not in good and (reason := refusal({**values, name: [value]})):

@@ -34,7 +34,7 @@ class Proposals(Searcher):
         self._asked: dict[str, optuna.trial.Trial] = {}
         # A resume uses another seed, because the same one would propose the first trials again.
         seed = (config.seed * 100_003 + len(records)) % 2**32
-        self._chance = optuna.samplers.RandomSampler(seed=(seed + 2**31) % 2**32)  # unlike all other seeds
+        self._chance = optuna.samplers.RandomSampler(seed=(seed + 2**31) % 2**32)  # unlike the other one
         self._sampler = _sampler(config, seed)
         directions = ["minimize"] * len(config.metrics)
         self.study = optuna.create_study(sampler=self._sampler, directions=directions)

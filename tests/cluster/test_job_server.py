@@ -166,6 +166,15 @@ def test_another_server_is_told_from_a_job_server() -> None:
         connect(address)
 
 
+def test_where_nothing_listens_the_cause_is_named_and_what_to_do() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(
+            InputError, match=r": \[Errno 111\] Connection refused; `ray start --head` starts"
+        ):
+            connect(f"http://127.0.0.1:{closed.getsockname()[1]}")
+
+
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_server, "SECONDS", 0.5)
     with socket.socket() as silent:

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import platform
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -153,3 +156,25 @@ def test_a_job_says_so_in_one_line(variable: str, value: str, complaint: str, tm
     done = run_job("evaluate", "--model", "m", "--data", "d", home=tmp_path, timeout=60, **{variable: value})
     assert done.code == 2 and complaint in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_ray_that_does_not_start_in_time_is_told_in_one_line() -> None:
+    """In a process of its own: this one may have a Ray."""
+    program = """
+import ray
+from pipeline.cluster.session import connect
+
+def init(**_):
+    raise Exception("The current node timed out during startup. This could happen because …")
+
+ray.init = init
+try:
+    connect()
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.startswith("Outage Ray did not start on this machine")

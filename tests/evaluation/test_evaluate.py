@@ -125,7 +125,10 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
         ({"data": "nowhere"}, "no such folder"),
         ({"output": "pyproject.toml/x"}, "not a folder"),
         ({"samples": "nowhere"}, "no such file or folder"),
-        ({"samples": "noise", "metrics": ("kernel",), "max_features": 19}, "at least 20 images on each side"),
+        (
+            {"samples": "noise", "metrics": ("kernel", "knn", "bits"), "max_features": 3},
+            "kernel needs 20, knn needs",
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(

@@ -14,7 +14,7 @@ from pipeline.tuning.proposals import Proposals
 from pipeline.tuning.search import check_search
 from pipeline.tuning.space import fitted, load_space, parse_space
 
-CONFIG = TuneConfig("d", "o", images=3000)
+CONFIG = TuneConfig("d", "o", images=3000, space="space.yaml")
 
 
 @pytest.fixture(scope="module")
