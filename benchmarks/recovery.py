@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TextIO
@@ -63,7 +64,9 @@ def of_job(kind: str, environment: dict[str, str], kills: int) -> dict[str, floa
     """Starts a training job of a kind, and kills its workers."""
     os.mkfifo(pipe := Path(kind.strip("-")).absolute())
     command = [sys.executable, __file__, kind, str(pipe)]
+    open_end = os.open(pipe, os.O_RDWR)  # a worker that is killed does not end the pipe; the job does
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    threading.Thread(target=lambda: (job.wait(), os.close(open_end)), daemon=True).start()
     try:
         with pipe.open() as steps:
             return measure(job.pid, steps, kills)
