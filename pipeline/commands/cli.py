@@ -30,8 +30,6 @@ from pipeline.redact import one_line, printable, redact, refuse_secrets
 from pipeline.tracking import address
 
 T = TypeVar("T")
-# torch's optimizers import torch._dynamo, which takes two seconds, when the first of them is made.
-TRAINING_WORKERS = "pipeline.training.worker,torch._dynamo"
 
 
 def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
@@ -113,7 +111,7 @@ def main(
     *,
     check: Callable[[T], Any] | None = None,
     ray: Literal["at once", "when needed", "never"] = "at once",
-    workers: str = "ray.data",
+    workers: Callable[[T], str] = lambda config: "ray.data",
     meanwhile: Callable[[], object] = lambda: None,
     environment: Callable[[T], dict[str, str]] = lambda config: {},
 ) -> int:
@@ -148,7 +146,7 @@ def main(
             if ray != "never":
                 # Before the check, which joins the cluster itself where it has much data to read.
                 variables = {**address.environment(), **environment(config)}
-                connect_later(verbose, variables, workers, soon=ray == "at once")
+                connect_later(verbose, variables, workers(config), soon=ray == "at once")
             if check:
                 status.show(f"{job}: opening the data")
             checked = (check(config),) if check else ()
@@ -185,6 +183,11 @@ def main(
         if former is not None:
             signal.signal(signal.SIGTERM, former)
     return 0
+
+
+def training_workers(config: Any) -> str:
+    """Modules that workers of a training run. DDP imports torch._dynamo, which takes two seconds."""
+    return "pipeline.training.worker" + ",torch._dynamo" * (config.workers > 1)
 
 
 def open_tracking() -> None:

@@ -113,6 +113,6 @@ def main(arguments: list[str]) -> int:
         DemoConfig,
         execute,
         arguments,
-        workers=cli.TRAINING_WORKERS,
+        workers=cli.training_workers,
         meanwhile=cli.open_tracking,
     )

@@ -24,5 +24,10 @@ def execute(config: EvaluateConfig) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
     return cli.main(
-        "evaluate", __doc__ or "", EvaluateConfig, execute, arguments, workers="pipeline.evaluation.features"
+        "evaluate",
+        __doc__ or "",
+        EvaluateConfig,
+        execute,
+        arguments,
+        workers=lambda config: "pipeline.evaluation.features",
     )

@@ -21,5 +21,10 @@ def execute(config: GenerateConfig) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Runs the job with these flags; returns its exit code."""
     return cli.main(
-        "generate", __doc__ or "", GenerateConfig, execute, arguments, workers="pipeline.generation.sampler"
+        "generate",
+        __doc__ or "",
+        GenerateConfig,
+        execute,
+        arguments,
+        workers=lambda config: "pipeline.generation.sampler",
     )

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         execute,
         arguments,
         check=check,
-        workers=cli.TRAINING_WORKERS,
+        workers=cli.training_workers,
         meanwhile=cli.open_tracking,
         environment=lambda config: disk_cache.environment(config.cache_dir, config.cache_gb),
     )

@@ -1,5 +1,6 @@
 """All that changes while training. Plain torch, no Ray."""
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,14 @@ from pipeline.config import ModelSpec, TrainConfig
 from pipeline.diffusion import timesteps
 from pipeline.models import ema
 from pipeline.models.unet import UNet, build
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, without its guards against being compiled, which import torch._dynamo: two seconds at every start."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 @dataclass
@@ -22,7 +31,7 @@ class TrainState:
     """
 
     model: UNet
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     ema: ema.Averages
     timestep_sampler: timesteps.State
     step: int = 0
@@ -47,7 +56,7 @@ def new_state(config: TrainConfig, spec: ModelSpec, device: torch.device) -> Tra
         model = build(spec)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     options = config.optimizer
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         model.parameters(),
         lr=options.learning_rate,
         betas=options.adam_betas,

@@ -16,6 +16,8 @@ import pytest
 import ray
 
 from pipeline.cluster import forking
+from pipeline.commands.cli import training_workers
+from pipeline.config import TrainConfig
 from tests.jobs.common import ROOT
 from tests.system.cluster import is_alive
 
@@ -119,11 +121,9 @@ def forks_after(imports: str) -> bool:
 def preloaded() -> set[str]:
     """What the jobs name as their workers' modules."""
     files = (ROOT / "pipeline" / "commands").glob("*.py")
-    return {
-        name
-        for file in files
-        for name in re.findall(r'(?i:workers)(?:: str ?= ?| = |=)"([\w.,]+)"', file.read_text())
-    }
+    named = {name for file in files for name in re.findall(r'lambda config: "([\w.]+)"', file.read_text())}
+    trained = {training_workers(TrainConfig("d", "o", workers=count)) for count in (1, 2)}
+    return named | trained
 
 
 @pytest.mark.parametrize("module", sorted(preloaded()))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import socket
+import subprocess
+import sys
 from collections.abc import Container
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from pipeline.training.identity import _fixed
 from pipeline.training.loop import NonFinite, train
 from pipeline.training.meter import Meter, samples_digest
 from pipeline.training.network import wrap
-from pipeline.training.state import TrainState, new_state
+from pipeline.training.state import AdamW, TrainState, new_state
 from tests.training.common import batches, problem
 from tests.training.digit_runs import assert_same
 
@@ -293,3 +295,30 @@ def test_where_averages_are_kept_is_no_part_of_what_a_resume_compares() -> None:
     index = SimpleNamespace(fingerprint="f", plan=lambda seed, batch_size: SimpleNamespace(lanes=1))
     moved = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_device="cpu"))
     assert _fixed(config, spec, index) == _fixed(moved, spec, index)  # type: ignore[arg-type]
+
+
+def test_a_worker_by_itself_does_without_what_compiles(digits: Path) -> None:
+    """Importing torch._dynamo takes two seconds at every start; AdamW's own methods would do it."""
+    program = f"""
+import sys
+from tests.training.runs import undisturbed
+from pipeline.config import ModelConfig, TrainConfig
+model = ModelConfig(model_channels=32, channel_multipliers=(1,), res_blocks=1, attention_resolutions=(8,))
+undisturbed(TrainConfig({str(digits)!r}, "o", steps=2, batch_size=8, model=model, checkpoint_every=1))
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_the_optimizer_makes_the_steps_of_torchs() -> None:
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1, "fused": True}
+    pairs = [(ours, AdamW([ours], **options)), (theirs, torch.optim.AdamW([theirs], **options))]
+    for _ in range(3):
+        for parameter, optimizer in pairs:
+            (parameter**3).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            assert parameter.grad is None and parameter.requires_grad
+    assert torch.equal(ours, theirs)
