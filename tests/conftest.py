@@ -17,7 +17,7 @@ import pytest
 from tests.data.weather import Weather
 from tests.jobs.common import Outcome, database, outcome_of
 
-# One thread a process: two tests, or a test and its jobs, share two cores, and no computation here needs more.
+# One thread per process: two tests, or a test and its jobs, share two cores, and no computation here needs more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Many nodes share this machine and nobody reads their metrics, whose collection would take a tenth of it.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
