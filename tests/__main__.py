@@ -1,7 +1,7 @@
-"""Every test but the soak tests, in two processes at once, of about equal length.
+"""Run every test except the soak tests, in two processes side by side that take about equally long.
 
-`python -m tests` shows what the first prints as it comes, and what the second printed when both have ended. Where they
-take far too long, or somebody ends them, it shows where each stands before it ends them itself.
+`python -m tests` shows the first process's output as it comes, and the second's once both have ended. After
+MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is ended.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ SECONDS_TO_CLEAR_UP = 60
 
 
 def with_system_tests() -> list[str]:
-    """The files that say `system` of a test: to import all the others would take half a minute."""
+    """Return the files that mark a test as `system`. Importing all the others would take half a minute."""
     files = sorted(Path(__file__).parent.rglob("test_*.py"))
     return [str(file) for file in files if "mark.system" in file.read_text()]
 
 
 def run() -> int:
-    """The exit code: the larger of the two."""
+    """Run both processes and return the larger of their exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
     with tempfile.TemporaryFile() as log:
         first = subprocess.Popen([*PYTEST, "-m", "system and not soak", *with_system_tests()])
@@ -36,7 +36,7 @@ def run() -> int:
             for process in started:
                 process.wait(deadline - time.monotonic())
         except (subprocess.TimeoutExpired, TimeoutError, KeyboardInterrupt) as why:
-            _end(started, ask=not isinstance(why, KeyboardInterrupt))  # which they got as well
+            _end(started, ask=not isinstance(why, KeyboardInterrupt))  # Ctrl-C reaches them too
             _show(log)
             print(f"tests: ended before they were done (at most {MOST_SECONDS} s)", file=sys.stderr)
             return 1
@@ -49,7 +49,7 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def _end(started: tuple[subprocess.Popen[bytes], ...], ask: bool) -> None:
-    """Each says what all its threads do (tests/conftest.py), and ends what it has started."""
+    """End both. If `ask`, each first prints its threads' stacks (tests/conftest.py) and ends what it started."""
     for process in started:
         if ask and process.poll() is None:
             process.send_signal(signal.SIGUSR1)

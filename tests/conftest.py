@@ -1,7 +1,7 @@
-"""What many tests need once: a Ray, an S3 server, prepared digits, a cluster of several nodes, a served one.
+"""Fixtures that many tests share: a local Ray, an S3 server, an MLflow server, prepared digits.
 
-The order of the tests makes it cheap: those without any cluster first, then those on one local Ray of this process,
-then those that start clusters and jobs of their own.
+Tests are sorted so that each is started once: first the tests without a cluster, then those on the one local Ray of
+this process, then those that start clusters and jobs of their own.
 """
 
 import faulthandler
@@ -17,32 +17,32 @@ import pytest
 from tests.data.weather import Weather
 from tests.jobs.common import Outcome, database, outcome_of
 
-# A thread each: two tests, or a test and its jobs, share two cores, and nothing here is large enough for more threads.
+# One thread per process: two tests, or a test and its jobs, share two cores, and no computation here needs more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Many nodes share this machine, and nobody looks at their figures: what watches them would take a tenth of it.
+# Many nodes share this machine and nobody reads their metrics, whose collection would take a tenth of it.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
-# Below so many files the interval does not count, and Ray looks for new logs ten times a second.
+# Below this number of files Ray ignores the interval and looks for new logs ten times a second.
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "1")
-# Nodes that tests start are not counted anywhere, and Ray Data needs no process for it.
+# No usage statistics: the tests' nodes shouldn't be counted, and Ray Data then starts no process for it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Nodes go without notice here, and a training needs no process that looks out for one. Submitted jobs have it: their
-# nodes are given none of these variables (tests/system/served.py).
+# Nodes die without notice here, so training needs no process that watches for preemption notices. Submitted jobs
+# do have that process: their nodes get none of these variables (tests/system/served.py).
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-# Nor are there programs enough to compile that headers would be worth it.
+# The tests compile too few programs for precompiled headers to pay.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
-# Without a GPU Triton's kernels are interpreted (tests/gpu); Triton looks at this when it is imported.
+# Without a GPU Triton interprets its kernels (tests/gpu). Triton reads this variable on import.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:
-    """SIGUSR1 shows what every thread does, past what captures the output: see tests/__main__.py."""
+    """On SIGUSR1 print every thread's stack to the real stderr, which pytest doesn't capture (tests/__main__.py)."""
     faulthandler.register(signal.SIGUSR1, os.fdopen(os.dup(2), "w"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that use a cluster that is shared, and orders all so that each is started once."""
+    """Mark the tests that use a shared cluster, and sort all tests so that each cluster is started once."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "cluster" in fixtures and not item.get_closest_marker("system"):
@@ -58,7 +58,7 @@ def _place(item: pytest.Item) -> int:
 
 @pytest.fixture(autouse=True)
 def no_ray_unasked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that starts Ray without saying so: it would cost whatever runs after it."""
+    """Fail a test that starts Ray without a marker for it. The tests after it would pay for that Ray."""
 
     def running() -> bool:
         return "ray" in sys.modules and sys.modules["ray"].is_initialized()
@@ -73,7 +73,7 @@ def no_ray_unasked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """A bucket of an S3 server on this machine, which every process started from now on reaches."""
+    """URI of a bucket on a local S3 server. The environment points every process started from now on to it."""
     from tests.data.s3 import s3_server
 
     with s3_server("tests") as uri:
@@ -82,13 +82,13 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3: str) -> str:
-    """An empty folder in that bucket."""
+    """URI of an empty folder in that bucket."""
     return f"{s3}/{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture
 def weather(s3: str) -> Iterator[Weather]:
-    """What happens to the requests that the S3 server gets; nothing any more after the test."""
+    """The proxy before the S3 server, which can make requests fail. It is calm again after the test."""
     from tests.data.s3 import weather
 
     yield weather[-1]
@@ -97,7 +97,7 @@ def weather(s3: str) -> Iterator[Weather]:
 
 @pytest.fixture(scope="session")
 def mlflow_weather(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weather]:
-    """What happens to the requests that a server of MLflow gets."""
+    """The proxy before an MLflow server, which can make requests fail."""
     from tests.tracking.server import mlflow_server
 
     with mlflow_server(tmp_path_factory.mktemp("mlflow-server")) as port:
@@ -108,7 +108,7 @@ def mlflow_weather(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weather
 
 @pytest.fixture
 def mlflow(mlflow_weather: Weather, monkeypatch: pytest.MonkeyPatch) -> Iterator[Weather]:
-    """The weather before the server that MLFLOW_TRACKING_URI names; calm again after the test."""
+    """The same proxy, with MLFLOW_TRACKING_URI pointing to it. It is calm again after the test."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_weather.address)
     yield mlflow_weather
     mlflow_weather.calm()
@@ -116,7 +116,7 @@ def mlflow(mlflow_weather: Weather, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.fixture(scope="session")
 def cluster(s3: str) -> Iterator[None]:
-    """The one local Ray of this process; its workers reach the S3 server. `leave_ray` makes room for another."""
+    """The one local Ray of this process. Its workers reach the S3 server. Call `leave_ray` to start another Ray."""
     from pipeline.cluster.session import connect
     from tests.data.common import leave_ray
 
@@ -127,20 +127,20 @@ def cluster(s3: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real handwritten digits as prepared shards: 1620 to train on, 177 held out; not to be changed."""
+    """Real handwritten digits as prepared shards: 1620 for training, 177 held out. Tests must not change them."""
     from pipeline.data import shards
 
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
         _prepare_here(patch)
-        # Of the 1797, so many as make 18 batches of 90.
+        # This fraction of the 1797 leaves 18 batches of 90 for training.
         shards.prepare(shards.PrepareConfig(output=str(folder), source="digits", validation_fraction=0.098))
     return folder
 
 
 @pytest.fixture
 def prepared_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prepare` decodes in this process: some tests show that a pool of actors makes the same of it."""
+    """`prepare` decodes in this process. Other tests show that a pool of actors gives the same shards."""
     _prepare_here(monkeypatch)
 
 
@@ -155,7 +155,7 @@ def _prepare_here(patch: pytest.MonkeyPatch) -> None:
 def job(
     cluster: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Outcome]:
-    """As `run_job`, in this process and on its Ray: for what a process of its own would prove nothing more of."""
+    """Like `run_job`, but in this process and on its Ray, for tests that gain nothing from a process of their own."""
     from pipeline.commands import __main__, cli
 
     def run(name: str, *flags: object, home: Path) -> Outcome:

@@ -1,4 +1,4 @@
-"""The house: every module has its room, imports point one way, and what is private to Ray has one door."""
+"""Every module has its place in the import contract, imports point one way, and one file imports Ray's private parts."""
 
 import ast
 import subprocess
@@ -16,7 +16,7 @@ from tests.jobs.common import ROOT
 
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
 SCRIPT = 'from _launch import launch\n\nif __name__ == "__main__":\n    launch("{}")\n'
-# Private parts of Ray by the names of their packages; those with an underscore are private by their name.
+# Packages of Ray that are private though their names have no underscore.
 PRIVATE = (
     "ray.dashboard",
     "ray.tune.execution",
@@ -28,7 +28,7 @@ PRIVATE = (
 
 
 def modules() -> set[str]:
-    """What lies straight below pipeline/."""
+    """Names of the modules and packages directly below pipeline/."""
     return {
         path.stem
         for path in (ROOT / "pipeline").iterdir()
@@ -45,7 +45,7 @@ def test_every_module_has_its_place_in_the_contract() -> None:
 
 
 def test_a_module_without_a_place_and_an_import_that_runs_up_break_the_contract(tmp_path: Path) -> None:
-    """`make lint` would say so: the contract is tried on a small tree with both faults."""
+    """The contract is tried on a small tree with both faults. `make lint` reports them in the real one."""
     for name, content in (("errors", "import pipeline.commands\n"), ("commands", ""), ("homeless", "")):
         folder = tmp_path / "pipeline" / name
         folder.mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_a_module_without_a_place_and_an_import_that_runs_up_break_the_contract(
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The dotted names that a file imports, each name of a `from` import with its module."""
+    """Yield the dotted names that a file imports. A name of a `from` import comes with its module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -125,7 +125,7 @@ LIGHT = {
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_process_does_not_import_what_it_does_not_use(module: str) -> None:
-    """MLflow and torch take seconds each: before a flag is refused, and in every process of a job."""
+    """MLflow and torch take seconds each to import, before a bad flag is refused and in every process of a job."""
     ask = f"import sys, {module}; print([name for name in {LIGHT[module]!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""What 0.1.0 wrote goes on working: its flags, the fields of its files, the models that it registered."""
+"""Version 0.1.0's flags, fields of files and registered models still work."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.jobs.common import database
 from tests.training.common import problem
 
 CPU = torch.device("cpu")
-# The script that 0.1.0 logged with every model, without its comments.
+# The script that 0.1.0 logged with every model, with its comments removed.
 PYFUNC = """
 from pathlib import Path
 import mlflow
@@ -80,7 +80,7 @@ def test_a_setting_that_is_gone_is_refused_with_the_reason() -> None:
 
 
 def strip_versions(path: Path) -> dict[str, Any]:
-    """Turns a file into one of 0.1.0, which knew no versions."""
+    """Turn a file into one of 0.1.0, which wrote no versions, and return its content."""
     content = json.loads(path.read_text())
     del content["versions"]
     path.write_text(json.dumps(content))
@@ -92,7 +92,7 @@ def test_a_release_that_works_otherwise_refuses_to_go_on_and_opens_what_is_finis
 ) -> None:
     settings = {"seed": 1, "sampler": "ddim"}
     samples, run = str(tmp_path / "samples"), str(tmp_path / "run")
-    # 0.1.0 kept the settings of samples without a name around them, and those of a run under one.
+    # 0.1.0 wrote the settings of samples at the top level of their file, and those of a run under a key.
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "settings.json").write_text(json.dumps({**settings, "model": "models:/m/1"}))
     write_claim(run, "run.json", settings, run_id="abc")

@@ -1,4 +1,4 @@
-"""What is read of remote data is on a node's disk for a second epoch: the same bytes, in bounded room, after any kill."""
+"""The disk cache keeps remote data for the second epoch: the same bytes, in bounded space, after any kill."""
 
 import os
 import random
@@ -25,7 +25,7 @@ Use = Callable[[float], None]
 
 
 def forget() -> None:
-    """As in a process that has just started."""
+    """Empty the caches in memory, as in a process that has just started."""
     for cache in (disk_cache._cache, stretches._opened):
         cache.cache_clear()
     parquet_files.forget_files()
@@ -33,7 +33,7 @@ def forget() -> None:
 
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
-    """Lets this process use the folder `cache`, with so many bytes of room."""
+    """A function that makes this process use the folder `cache` with the given bytes of space."""
 
     def start(room: float) -> None:
         for name, value in disk_cache.environment(str(tmp_path / "cache"), room / 1e9).items():
@@ -77,7 +77,7 @@ def test_a_second_epoch_asks_for_no_content(bucket: str, weather: Weather, tmp_p
     use(1e9)
     assert epoch() == images * 2
     for _ in range(2):
-        forget()  # another process of the node
+        forget()  # as another process of the node would
         weather.calm()
         assert epoch() == images * 2
         assert not weather.sent
@@ -103,7 +103,7 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, use: Use) -> Non
     assert 150 < len(files(tmp_path)) < 200
     for number in (7, *range(400, 500)):
         assert disk_cache.kept(f"{number}", 1000, never) == content(number)
-    use(50_000)  # less room: seen by the next process that writes
+    use(50_000)  # less space: the next process that writes notices it
     disk_cache.kept("one more", 100, lambda: content(1, 100))
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 50_000
 

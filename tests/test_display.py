@@ -1,4 +1,4 @@
-"""What reaches the terminal while a job works."""
+"""Status and progress lines on the terminal while a job works."""
 
 import time
 from collections.abc import Iterator

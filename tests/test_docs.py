@@ -1,4 +1,4 @@
-"""What the documents point to is there, and what they show is what the code does."""
+"""The documents' links and names exist, and their commands and outputs are those of the code."""
 
 import ast
 import re
@@ -42,7 +42,7 @@ def test_every_proof_that_the_mathematics_names_is_a_test() -> None:
 
 @cache
 def names_in(file: str) -> frozenset[str]:
-    """What a Python file defines at its top, and `CLASS.METHOD` of its classes."""
+    """Return the names that a Python file defines at its top level, and `CLASS.METHOD` of its classes."""
     found = set[str]()
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -55,7 +55,7 @@ def names_in(file: str) -> frozenset[str]:
 
 
 def test_every_file_and_name_of_the_architecture_exists() -> None:
-    """A name stands on one line with its file, after it."""
+    """In the document a name stands on the same line as its file, behind it."""
     checked = 0
     for line in (ROOT / "docs" / "architecture.md").read_text().splitlines():
         file = ""
@@ -81,7 +81,7 @@ def test_the_reference_is_that_of_the_docstrings() -> None:
 
 
 def commands(document: Path) -> list[tuple[str, list[str]]]:
-    """Job and flags of every whole command in a document's code blocks."""
+    """Return job and flags of every complete command in a document's code blocks."""
     text = re.sub(r"\\\n\s*", "", document.read_text())
     lines = re.findall(r"^ {4}(?:\$ )?python jobs/(\w+)\.py (.*?)(?:  +#.*)?$", text, re.MULTILINE)
     return [(job, shlex.split(words)) for job, words in lines if "…" not in words]

@@ -1,4 +1,4 @@
-"""One driver an output: a living one is not disturbed, a dead one's lock is taken over, whatever the store."""
+"""One driver per output, on every storage: a living one keeps its lock, a dead one's lock is taken over."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def owner(**changes: object) -> bytes:
-    """What a lock says."""
+    """Return a lock's content, by default this process's."""
     content = {"owner": "x", "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     return json.dumps(content | changes).encode()
 
@@ -70,7 +70,7 @@ def test_a_process_that_lives_is_named_and_one_that_was_killed_is_followed(outpu
 def test_a_driver_on_another_machine_is_waited_for_until_it_shows_that_it_is_alive(
     slow: float, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also if its clock is ten minutes slow."""
+    """This holds too if the other machine's clock is ten minutes slow."""
     monkeypatch.setattr(lock_module, "POLL_SECONDS", 0.05)
     place = f"{output}/lock.json"
     storage.write_atomic(place, owner(host="elsewhere", pid=7, time=time.time() - slow))
@@ -98,7 +98,7 @@ def test_an_expired_lease_is_taken_over(output: str, monkeypatch: pytest.MonkeyP
     storage.write_atomic(place, owner(host="elsewhere", time=time.time() - lock_module.LEASE_SECONDS - 1))
     with locked(output):
         assert json.loads(storage.read_bytes(place))["pid"] == os.getpid()
-    # Also one that is dated by a clock that is wrong: nothing has changed for as long as a lease lasts.
+    # A lock dated in the future by a wrong clock expires too, once it has not changed for the length of a lease.
     monkeypatch.setattr(lock_module, "LEASE_SECONDS", 0.5)
     storage.write_atomic(place, owner(host="elsewhere", time=time.time() + 3600))
     with locked(output):

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process, in its first thread as in others."""
+"""Freed memory stays with the process, in the main thread and in others."""
 
 import subprocess
 import sys

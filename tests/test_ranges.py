@@ -1,4 +1,4 @@
-"""Every number that a job can be told has a range, which `--help` shows and which refuses in one line what is outside."""
+"""Every numeric setting of a job has a range. `--help` shows it, and a value outside is refused in one line."""
 
 import dataclasses
 import math
@@ -36,11 +36,11 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A number, or a tuple of them, of a configuration.
+    """A number, or a tuple of numbers, in a job's configuration.
 
     Attributes:
-        path: the groups that it is in, and its own name.
-        count: numbers that are given together.
+        path: the groups that contain it, then its own name.
+        count: how many numbers are given together.
     """
 
     job: str
@@ -59,7 +59,7 @@ class Setting:
         return isinstance(self.default, tuple)
 
     def outside(self) -> list[Any]:
-        """What is refused: just beyond each end, and no finite number."""
+        """Return values that must be refused: just beyond each end, and not finite."""
         span, step = self.span, 1 if self.kind is int else 1e-6
         ends = [span.gt, span.lt]
         ends += [None if span.ge is None else span.ge - step, None if span.le is None else span.le + step]
@@ -69,12 +69,12 @@ class Setting:
         return values if span.le is not None else [*values, LARGEST + 1]
 
     def of(self, value: Any) -> Any:
-        """A value with this number in it, as a file gives it."""
+        """Return the setting with this number as a file spells it."""
         return [value] * self.count if self.many else value
 
 
 def numbers(hint: Any) -> list[type]:
-    """The numeric types in a type, also those in tuples and unions."""
+    """Return the numeric types in a type, including those in tuples and unions."""
     if hint in (int, float):
         return [hint]
     return [kind for part in get_args(hint) for kind in numbers(part)]
@@ -102,7 +102,7 @@ def test_every_job_is_here_and_its_numbers_are_found() -> None:
 
 
 def refused(job: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a job that can't begin."""
+    """Run a job that must be refused, and return its one line."""
     assert __main__.main([job, *arguments]) == 2
     shown = capsys.readouterr()
     (line,) = shown.err.splitlines()
@@ -167,7 +167,9 @@ def test_help_shows_the_ranges_behind_the_defaults(job: str, capsys: pytest.Capt
         __main__.main([job, "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for setting in SETTINGS:
-        if setting.job == job and setting.span.ends and setting.span != range_of(Seed):  # too long to show
+        if (
+            setting.job == job and setting.span.ends and setting.span != range_of(Seed)
+        ):  # too long for the help
             assert f"; {setting.span.ends})" in shown
     if job == "train":
         assert "0 = the worker's part of the batch at once. (default: 0; at least 0)" in shown

@@ -1,4 +1,4 @@
-"""What comes from outside runs nothing, and secrets stay where they belong."""
+"""Input from outside runs no code, and secrets appear in no output, log or file."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ SECRET = "planted/wJalrXUtnFEMI+K7MDENG"
 
 
 class Planted:
-    """Whoever unpickles it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -50,7 +50,7 @@ class Planted:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """Where the planted pickle leaves its mark; that it would, is shown first."""
+    """The path where a planted pickle would create a file. A first pickle shows that it really does."""
     trial = tmp_path / "trial"
     pickle.loads(pickle.dumps(Planted(trial)))
     assert trial.exists()
@@ -69,7 +69,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, mark: Path) -> None
     checkpoint.write(str(tmp_path), checkpoint.capture(new_state(*problem(), torch.device("cpu"))), {})
     planted = tmp_path / "optimizer.safetensors"
     torch.save(Planted(mark), planted)
-    # Whoever can plant a file can also write its digest down.
+    # An attacker who can plant a file can also record its digest.
     state = checkpoint.json.loads((tmp_path / "state.json").read_text())["state"]
     state["sha256"][planted.name] = checkpoint._digest(planted.read_bytes())
     content = {"sha256": checkpoint._digest(checkpoint._canonical(state)), "state": state}
@@ -121,7 +121,7 @@ def test_a_pickle_in_a_parquet_file_is_not_run(tmp_path: Path, mark: Path, colum
     columns = {"image": image, "label": pa.array([1])} | ({column: planted} if column != "path" else {})
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table(columns), file)
-    # pyarrow alone runs it: this is what is guarded against.
+    # Plain pyarrow runs the pickle, so the danger is real.
     pq.read_table(file).to_pylist()
     assert mark.exists()
     mark.unlink()
@@ -225,7 +225,7 @@ def test_an_unforeseen_error_shows_its_traceback_without_secrets(
 def test_mlflow_is_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.chdir(tmp_path)  # MLflow's artifacts go to ./mlruns
+    monkeypatch.chdir(tmp_path)  # MLflow writes artifacts to ./mlruns
     uri = f"s3://me:{SECRET}@bucket/digits"
     run = runs.start_run("e", "n", {"ray_ddpm.output": uri})
     runs.log_params(run, {"data": uri, "deep": {"list": [uri]}})
@@ -251,7 +251,7 @@ def test_the_command_that_shows_the_runs_listens_on_loopback(monkeypatch: pytest
 
 
 def test_what_is_installed_is_what_is_pinned() -> None:
-    """The part of a dependency audit that needs no network; known weaknesses are asked for with `pip-audit`."""
+    """This is the part of a dependency audit that needs no network. `pip-audit` finds known vulnerabilities."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {
         canonicalize_name(name): version
@@ -259,7 +259,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
         if name and not name.startswith("#")
     }
     assert all(pins.values()), "every line pins one version"
-    # Not all of sys.path: Ray adds packages of its own to it.
+    # Only this folder, since Ray adds packages of its own to sys.path.
     place = [sysconfig.get_path("purelib")]
     installed = {
         canonicalize_name(d.metadata["Name"]): d.version.partition("+")[0]

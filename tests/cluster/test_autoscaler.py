@@ -1,4 +1,4 @@
-"""What is decided by what a cluster may become; tests/system/test_growing.py asks a real autoscaler."""
+"""Decisions that depend on what an autoscaler can add. tests/system/test_growing.py asks a real autoscaler."""
 
 import json
 import sys
@@ -27,10 +27,10 @@ def need(gpu: bool, count: int = 2, cpus: float = 2.0) -> Need:
     ("asked", "nodes", "growth", "gpu"),
     [
         (None, [GPU, GPU], "none", True),
-        (None, [GPU], "none", False),  # not one for every worker
+        (None, [GPU], "none", False),  # one GPU for two workers is too few
         (None, [CPUS, CPUS], "none", False),
         (None, [HEAD], "none", False),
-        (None, [HEAD], "answers", True),  # with no node up, what may come counts
+        (None, [HEAD], "answers", True),  # no worker node is up: the autoscaler may add GPUs
         (None, [HEAD, CPUS, CPUS], "answers", True),
         (None, [GPU], "answers", True),
         (None, [GPU], "silent", True),
@@ -56,14 +56,14 @@ def test_where_only_the_user_can_know_what_may_come_he_is_asked() -> None:
         (need(True), Cluster([HEAD, CPUS], "answers"), ""),
         (need(True), Cluster([HEAD, CPUS], "silent"), ""),
         (need(True), Cluster([HEAD, CPUS]), "the cluster has no GPU, and no autoscaler adds one"),
-        (need(True), Cluster([HEAD]), ""),  # its nodes have not joined yet
+        (need(True), Cluster([HEAD]), ""),  # the nodes may not have joined yet
         (
             need(False, cpus=8),
             Cluster([HEAD, CPUS]),
             "no node of the cluster has 8 CPUs, and no autoscaler adds one",
         ),
         (need(False, cpus=8), Cluster([HEAD, CPUS], "answers"), ""),
-        (need(False, count=3, cpus=4), Cluster([CPUS, CPUS]), ""),  # nodes may join
+        (need(False, count=3, cpus=4), Cluster([CPUS, CPUS]), ""),  # more nodes may join
         (
             need(False, count=3, cpus=4),
             Cluster([CPUS, CPUS], own=True),
@@ -86,7 +86,7 @@ def test_what_can_never_be_is_known_without_asking_where_it_can_be(
     ("asked", "brings", "gpu", "said"),
     [
         (None, [{"CPU": 2.0, "GPU": 1.0}], True, 0),
-        (None, [{"CPU": 2.0}], False, 1),  # it says so
+        (None, [{"CPU": 2.0}], False, 1),  # the job says that it takes CPUs
         (None, [], None, 1),
         (True, [{"CPU": 2.0}], None, 0),
         (False, [{"CPU": 2.0}], False, 0),
@@ -109,7 +109,7 @@ def test_cpus_are_taken_where_no_gpu_can_come_and_no_silence_is_kept_about_it(
 
 
 def status(asked: list[Counter[Shape]], refused: list[Counter[Shape]], version: int, seen: int) -> object:
-    """As Ray tells it."""
+    """Build Ray's reply with these requests, refusals and versions."""
     reply = GetClusterStatusReply()
     reply.cluster_resource_state.cluster_resource_state_version = version
     reply.autoscaling_state.last_seen_cluster_resource_state_version = seen
@@ -151,7 +151,7 @@ def test_an_autoscalers_answer_is_to_the_sum_of_all_requests(
     [
         (["unheard", "can", "can", "can"], 3, True),
         (["unheard", "never"], 9, False),
-        (["unheard", *["crowded"] * 40], 99, True),  # the work's own processes ask then
+        (["unheard", *["crowded"] * 40], 99, True),  # then the job's own processes ask
         (["crowded"] * 20 + ["never"], 99, False),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_is_asked_for_is_waited_for_unless_it_never_comes_and_then_let_go(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """What `most` asks an autoscaler that can bring 5 of whatever."""
+    """The numbers that `most` asks for, of an autoscaler that can add 5 of any shape."""
     numbers: list[int] = []
     monkeypatch.setattr(autoscaler, "_known", {})
     monkeypatch.setattr(
@@ -190,7 +190,7 @@ def test_the_most_that_may_come_is_found_and_remembered(asked: list[int]) -> Non
     assert len(asked) < 9
     asked.clear()
     assert most(GPU, 5000, 0) == 5 and most(GPU, 4, 0) == 4 and asked == []
-    assert most(GPU, 8, 7) == 7  # more have joined, by hand
+    assert most(GPU, 8, 7) == 7  # somebody added more nodes by hand
 
 
 def test_nothing_is_asked_for_that_is_there(asked: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""A forked worker is what a started one would be, and nothing of it outlives its raylet."""
+"""A forked worker equals one that Ray starts, and neither it nor its server outlives the raylet."""
 
 import json
 import os
@@ -37,11 +37,11 @@ time.sleep(300)
 @ray.remote(num_cpus=0)
 class Worker:
     def pids(self) -> tuple[int, int]:
-        """Of this process and its parent."""
+        """Return the ids of this process and its parent."""
         return os.getpid(), os.getppid()
 
     def about(self) -> dict[str, Any]:
-        """What a library may see of its process, but for its ids."""
+        """Return what a library can see of its process, except the ids."""
         import resource
 
         ids = ("RAY_RAYLET_PID", "OMP_NUM_THREADS")
@@ -66,7 +66,7 @@ class Worker:
         return set(sys.modules)
 
     def drawn(self) -> tuple[Any, ...]:
-        """Of every generator that gives ids or numbers in a worker."""
+        """Return one draw of every generator of ids or random numbers in a worker."""
         import random
         import uuid
 
@@ -83,7 +83,7 @@ class Worker:
 
 
 def own_python() -> Any:
-    """A worker that asks for another program than the one that forks."""
+    """Start a worker with another program than the fork server's, which Ray therefore has to start itself."""
     return Worker.options(runtime_env={"py_executable": f"{sys.executable} -u"}).remote()
 
 
@@ -119,7 +119,7 @@ def forks_after(imports: str) -> bool:
 
 
 def preloaded() -> set[str]:
-    """What the jobs name as their workers' modules."""
+    """Return the modules that the jobs name for preloading in their workers."""
     files = (ROOT / "pipeline" / "commands").glob("*.py")
     named = {name for file in files for name in re.findall(r'lambda config: "([\w.]+)"', file.read_text())}
     trained = {training_workers(TrainConfig("d", "o", workers=count)) for count in (1, 2)}
@@ -132,7 +132,7 @@ def test_what_the_jobs_workers_import_leaves_a_process_that_may_be_forked(module
 
 
 def test_a_process_that_has_drawn_an_id_is_not_forked() -> None:
-    """As `ray.data` does where nothing keeps it from it."""
+    """Importing `ray.data` draws an id unless that is prevented."""
     assert not forks_after("import ray.data")
 
 
@@ -208,7 +208,7 @@ input()
 
 @pytest.mark.system
 def test_a_server_that_a_driver_starts_early_serves_the_raylet_and_ends_with_it() -> None:
-    """Its workers are what started ones are; a killed raylet is the end of all of them, while the driver goes on."""
+    """Its workers equal started ones. All of them end when the raylet is killed, and the driver goes on."""
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", EARLY], text=True, **streams) as driver:
         try:
@@ -229,7 +229,7 @@ def test_a_server_that_a_driver_starts_early_serves_the_raylet_and_ends_with_it(
 
 @pytest.mark.parametrize("preload", ["no.such.module", "ray.data"])
 def test_an_early_server_that_nobody_calls_ends_with_its_driver(preload: str) -> None:
-    """Also one that can't import what it is told to, and does so at once."""
+    """A server that can't import its modules ends with its driver too."""
     program = (
         f"import sys\nfrom pipeline.cluster import forking\nforking.start_server({preload!r}, {{}})\ninput()"
     )

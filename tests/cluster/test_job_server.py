@@ -1,4 +1,4 @@
-"""Whatever is wrong with the way to a cluster is said in one line, and soon."""
+"""Anything wrong with the connection to a cluster is reported in one line, and soon."""
 
 import contextlib
 import datetime
@@ -33,12 +33,12 @@ def server(
     token: str = "",
     host: str = "127.0.0.1",
 ) -> Iterator[str]:
-    """An HTTP server; `answer` turns a path into a status and a body, for those who bring the token."""
+    """Serve HTTP. `answer` gives status and body for a path; a request without the token gets 401."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = not token or self.headers.get("Authorization") == f"Bearer {token}"
-            # A proxy is asked for whole addresses.
+            # Requests to a proxy name the whole URL.
             path = "/" + self.path.split("/", 3)[3] if "://" in self.path else self.path
             status, body = answer(path) if known else (401, "no token")
             self.send_response(status)
@@ -66,7 +66,7 @@ def server(
 
 
 def ray_like(path: str, ray: str = "2.60.0", python: str = "3.11.7") -> tuple[int, str | bytes]:
-    """As a cluster without a token answers."""
+    """Answer as a cluster without a token does."""
     answers = {
         "/api/version": {"ray_version": ray},
         "/api/v0/cluster_metadata": {"data": {"rayVersion": ray, "pythonVersion": python}},
@@ -82,7 +82,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
+    """Paths of a self-signed certificate for 127.0.0.1 and of its key."""
     folder = tmp_path_factory.mktemp("tls")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])

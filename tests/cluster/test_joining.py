@@ -1,4 +1,4 @@
-"""A cluster that can't be joined is told in one line, and soon: Ray itself waits minutes, and hears no Ctrl-C."""
+"""A cluster that can't be joined is reported in one line, and soon. Ray itself waits minutes and ignores Ctrl-C."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ NODE = "ab" * 28
 class Head(
     gcs_service_pb2_grpc.NodeInfoGcsServiceServicer, gcs_service_pb2_grpc.InternalKVGcsServiceServicer
 ):
-    """What a driver asks a cluster's head before it joins."""
+    """The services of a cluster's head that a driver asks before it joins."""
 
     def __init__(self, version: str, python: str, state: int, token: str) -> None:
         self.version, self.python, self.state, self.token = version, python, state, token
@@ -58,7 +58,7 @@ def head(
     state: int = gcs_pb2.GcsNodeInfo.ALIVE,
     token: str = "",
 ) -> Iterator[str]:
-    """The address of a head that answers so."""
+    """Address of a head that gives these answers."""
     running = grpc.server(ThreadPoolExecutor(2))
     answers = Head(version, python, state, token)
     gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(answers, running)
@@ -73,7 +73,7 @@ def head(
 
 @pytest.fixture(autouse=True)
 def a_node_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node runs on this machine; of which cluster, its head says."""
+    """A node runs on this machine. The head says whether it belongs to its cluster."""
     monkeypatch.setattr("pipeline.cluster.ray_internals.find_node_ids", lambda: {NODE}, raising=False)
     monkeypatch.setattr(joining, "SECONDS", 2.0)
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
@@ -81,7 +81,7 @@ def a_node_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(address: str) -> str:
-    """What is said of it, in a few seconds."""
+    """Return the one-line refusal of an address, which must come within seconds."""
     start = time.monotonic()
     with pytest.raises(InputError) as caught:
         check_joinable(address)
@@ -159,7 +159,7 @@ def test_a_job_says_so_in_one_line(variable: str, value: str, complaint: str, tm
 
 
 def test_a_ray_that_does_not_start_in_time_is_told_in_one_line() -> None:
-    """In a process of its own: this one may have a Ray."""
+    """A process of its own is needed, since this one may already have a Ray."""
     program = """
 import ray
 from pipeline.cluster.session import connect

@@ -1,4 +1,4 @@
-"""Ray Data's loop leaves the processor to the trainer beside it."""
+"""Ray Data's scheduling loop leaves the CPU to the trainer beside it."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from pipeline.cluster.ray_internals import ExecutionCallback
 
 
 class Steps(ExecutionCallback):
-    """Counts the steps of the loop."""
+    """Counts the steps of Ray Data's scheduling loop."""
 
     count = 0
 
@@ -21,12 +21,12 @@ class Steps(ExecutionCallback):
 
 
 def filled(table: pa.Table) -> pa.Table:
-    """8 MB for every number."""
+    """Return 8 MiB for every row."""
     return pa.table({"filled": [bytes(2**23)] * table.num_rows})
 
 
 class Kept(ExecutionCallback):
-    """How much an execution keeps of the blocks that it has handed over, after those that pace it."""
+    """Records the most entries that an execution keeps of blocks it has handed over. Runs after the pace's callbacks."""
 
     most = 0
 
@@ -57,7 +57,7 @@ def test_while_blocks_wait_the_loop_goes_on_at_its_pace(cluster: None) -> None:
         filled, batch_size=None, batch_format="pyarrow", num_cpus=0.1
     )
     data.context.enable_progress_bars = False
-    # What is made and may not yet be taken makes the loop ask again at once.
+    # Without the pace, blocks that are ready but may not be taken yet make the loop ask again at once.
     data.context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=2**25)
     data.context.custom_execution_callback_classes.append(Steps)
     tables = iter(data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))

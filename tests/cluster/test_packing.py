@@ -1,4 +1,4 @@
-"""What of a working tree goes to a cluster: code and settings, never data or secrets, never much."""
+"""A job's package holds the working tree's code and settings, never data or secrets, and is never large."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def test_ignore_files_act_where_they_lie_and_below(tmp_path: Path) -> None:
 
 
 def git(root: Path, *words: str) -> list[str]:
-    """What git prints, in lines."""
+    """Return the sorted lines that git prints."""
     done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True)
     return sorted(done.stdout.splitlines())
 
@@ -153,7 +153,7 @@ def test_a_secret_inside_a_file_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     assert "planted" not in str(caught.value)
 
 
-# Each in two halves, so that no scanner takes this file for one with secrets.
+# Each secret stands in two halves, so that no scanner reports this file.
 SHAPES = {
     "a private key": ("-----BEGIN EC PRIVATE", " KEY-----"),
     "an AWS key": ("AKIA", "IOSFODNN7EXAMPLE"),

@@ -1,4 +1,4 @@
-"""Tasks are done once each whatever happens to the actors, and what the user can mend comes home in one line."""
+"""Each task gives one result whatever happens to the actors, and an InputError in an actor reaches the driver."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def cluster() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Squares:
-    """Squares its ids; the first process that meets id 5 is killed, and ids over 100 are refused."""
+    """Squares its ids. The first process that gets id 5 is killed; ids over 100 raise InputError."""
 
     killed: Path
 
@@ -52,7 +52,7 @@ class Squares:
 
 @dataclass(frozen=True)
 class Unfit:
-    """Can't be set up."""
+    """Raises InputError on start."""
 
     def start(self, device: str) -> Callable[[int], int]:
         raise InputError(f"nothing to do on a {device}")
@@ -71,9 +71,9 @@ def test_results_are_complete_when_an_actor_is_killed_and_in_order_where_that_is
     for part, same in zip(parts, alone, strict=True):
         np.testing.assert_array_equal(part["ids"], same["ids"])
         np.testing.assert_array_equal(part["squares"], same["squares"])
-    # One thread each: sums come out the same on any machine.
+    # One thread per actor, so that sums are the same on any machine.
     assert {part["threads"] for part in parts} == {1}
-    # And fp32 on a GPU is fp32, whatever torch does by itself.
+    # No TF32: fp32 on a GPU stays fp32 whatever torch's default is.
     assert not any(part["rounded"] for part in parts)
 
 
@@ -107,7 +107,7 @@ def test_a_pool_keeps_within_its_limits_and_has_never_more_actors_than_tasks() -
 
 
 def test_half_a_cpu_is_enough(tmp_path: Path) -> None:
-    """As on a machine of one CPU, or beside a training that holds all others."""
+    """A machine may have one CPU, or a training may hold all others."""
 
     @ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 0.5)
     class Others:

@@ -1,4 +1,4 @@
-"""What each private name of Ray is for, tried on the installed Ray: where one fails, an upgrade has moved it."""
+"""Each private name of Ray still does its work on the installed Ray. A failure means that an upgrade moved it."""
 
 import contextlib
 import importlib
@@ -46,7 +46,7 @@ def test_memory_info_counts_what_the_object_stores_spilled(
 
 
 def test_the_state_knows_nodes_actors_and_whose_ray_it_is(cluster: None) -> None:
-    """tests/training/test_room.py shows what comes of it where there is no room."""
+    """tests/training/test_room.py shows how jobs use it when the cluster is full."""
     state = ray_internals.state
     (node,) = state.available_resources_per_node().values()
     assert node["memory"] > 0
@@ -66,10 +66,10 @@ def test_the_state_knows_nodes_actors_and_whose_ray_it_is(cluster: None) -> None
 
 
 def test_a_request_is_in_the_sum_of_all_and_a_cluster_without_an_autoscaler_is_known(cluster: None) -> None:
-    """tests/system/test_growing.py shows what an autoscaler does then."""
+    """tests/system/test_growing.py shows what an autoscaler does with the request."""
 
     def asked() -> list[tuple[dict[str, float], int]]:
-        # Version 1 of Ray's autoscaler, which a Ray without any has too, finds them here.
+        # Version 1 of the autoscaler reads requests here. Every Ray has this channel, with or without an autoscaler.
         found = json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
         return [(one, found.count(one)) for one in found[:1]]
 
@@ -87,7 +87,7 @@ def test_errors_that_a_node_publishes_stay_off_the_terminal(
     from ray._private.utils import publish_error_to_driver
 
     shown, silent = list[dict[str, object]](), worker.print_to_stdstream
-    # The function through which they come.
+    # Ray prints the errors of nodes through this function.
     monkeypatch.setattr(
         worker, "print_to_stdstream", lambda data, ignore_prefix=False: (shown.append(data), silent(data))
     )
@@ -101,7 +101,7 @@ def test_errors_that_a_node_publishes_stay_off_the_terminal(
 
 
 def test_the_token_of_this_machine_is_turned_on_without_a_warning() -> None:
-    """Called in job_server.connect; tests/cluster/test_job_server.py tries it with a token."""
+    """job_server.connect calls it. tests/cluster/test_job_server.py tries it with a token."""
     parameters = inspect.signature(ray_internals.maybe_enable_token_auth_if_token_available).parameters
     assert "warn_if_disabled" in parameters
 
@@ -113,7 +113,7 @@ def test_the_job_clients_loggers_have_these_names() -> None:
 
 
 def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
-    """tests/cluster/test_pace.py shows that it calls them."""
+    """tests/cluster/test_pace.py shows that Ray Data calls them."""
     assert hasattr(ray_internals.ExecutionCallback, "on_execution_step")
     for name in ("can_add_input", "max_task_output_bytes_to_read"):
         assert hasattr(ray_internals.BackpressurePolicy, name)
@@ -130,7 +130,7 @@ def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
 
 
 def test_ray_trains_controller_has_the_hook_and_the_states() -> None:
-    """tests/system/test_training_faults.py shows that it calls it."""
+    """tests/system/test_training_faults.py shows that the controller calls it."""
     hook = ray_internals.ControllerCallback.after_controller_state_update
     assert list(inspect.signature(hook).parameters) == ["self", "previous_state", "current_state"]
     assert issubclass(SaveBeforeShutdown, ray_internals.ControllerCallback)
@@ -139,7 +139,7 @@ def test_ray_trains_controller_has_the_hook_and_the_states() -> None:
 
 
 def test_a_report_that_ray_train_drops_is_not_counted() -> None:
-    """It counts each, and takes that back where it drops one, before it would write anything."""
+    """Ray Train counts every report, and takes the count back for one that it drops, before it writes anything."""
     context = importlib.import_module(INTERNALS["get_train_context"])
     report = inspect.getsource(context.TrainContext.report)
     dropped = report.index("self.report_call_index -= 1")
@@ -149,7 +149,7 @@ def test_a_report_that_ray_train_drops_is_not_counted() -> None:
 
 
 def test_ray_tune_copies_the_variables_in_this_set_into_trials() -> None:
-    """search.py takes the driver's keys out of it, which it would else hold."""
+    """By default the set names the driver's secrets. search.py takes them out."""
     module = importlib.import_module(INTERNALS["ENV_VARS_TO_PROPAGATE"])
     assert ray_internals.ENV_VARS_TO_PROPAGATE is module.ENV_VARS_TO_PROPAGATE
     assert isinstance(module.ENV_VARS_TO_PROPAGATE, set)

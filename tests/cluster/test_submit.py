@@ -1,4 +1,4 @@
-"""What submission refuses before it asks a cluster, and how it follows a job over a connection that breaks."""
+"""Submission refuses bad input before it asks a cluster, and follows a job over a connection that breaks."""
 
 import json
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ LOG = "one\ntwo\nthree\n" + '{"output": "s3://b/x", "count": 3}\n'
 
 
 class BreakingClient:
-    """A job server whose connection breaks after ever more of the log."""
+    """A job server whose connection breaks repeatedly, each time later in the log."""
 
     def __init__(self, status: str = "SUCCEEDED", code: int | None = 0, breaks: int = 3) -> None:
         self.asked, self.breaks = 0, breaks
@@ -68,7 +68,7 @@ def test_a_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Jobs:
-    """A job server that answers plain requests alone, as behind an HTTP proxy; `logs` are what it has at each request."""
+    """A job server without streams, as behind an HTTP proxy. `logs` holds the log at each request."""
 
     def __init__(self, *logs: bytes) -> None:
         self.logs, self.asked = logs, 0
@@ -88,12 +88,12 @@ class Jobs:
 def test_without_a_stream_what_is_new_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The server gives no stream; and what the job prints is no text, breaks a character, and draws a progress bar."""
+    """The job prints bytes that aren't UTF-8, a character cut in two, and a progress bar."""
     first = b"10%\r20%\r\xff\xfe \xc3"
     whole = first + b'\xa9\r\n{"output": "/x"}\n'
     jobs = Jobs(b"", first, whole, whole)
     with server(jobs) as proxy:
-        # Ray's stream goes straight to a host that only the proxy knows.
+        # Ray's stream bypasses the proxy, and only the proxy knows the host.
         monkeypatch.setenv("http_proxy", proxy)
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)

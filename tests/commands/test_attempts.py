@@ -1,4 +1,4 @@
-"""What one attempt has refused, the next does not begin, where a job is begun again by itself."""
+"""A job that restarts automatically ends at once if an attempt with the same flags was refused."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Job:
-    """A job that fails so long as it has an error to fail with."""
+    """A job that raises `error` as long as it has one, and counts how often it began."""
 
     def __init__(self, error: Exception | None) -> None:
         self.error, self.begun = error, 0
@@ -48,7 +48,7 @@ def test_every_further_attempt_ends_at_once_and_then_the_job_begins_anew(
             "train: not begun: 0 s ago an attempt with the same flags ended with: --data d: no"
         )
     assert job.begun == 1
-    job.error = None  # a person has mended it, and applies the job again
+    job.error = None  # a person fixed the input and starts the job again
     assert job.run() == 0
     assert job.begun == 2 and list(notes.iterdir()) == []
 

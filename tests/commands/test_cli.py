@@ -1,4 +1,4 @@
-"""What a mistake in a command line gets: one line in words, with the nearest right one."""
+"""A mistake on the command line gets one line, which suggests the nearest valid spelling."""
 
 import json
 

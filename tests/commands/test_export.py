@@ -1,4 +1,4 @@
-"""A model for others: any MODEL, in either form, on any storage, with a card; diffusers samples our images from it."""
+"""Export of any MODEL in either form to any storage, with a card. diffusers samples our images from it."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ def front_matter(folder: str) -> dict[str, Any]:
 def test_diffusers_pipelines_give_our_images_from_a_registered_model(
     pipeline_class: Any, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the same noise: theirs is replaced by ours, which is a function of the step and the sample."""
+    """The noise of diffusers is replaced by ours, which is a function of step and sample."""
     registry.log_model(runs.start_run("e", "r", {}), home / "model", "digits", "newest")
     done = export(capfd, "--model", "models:/digits@newest", "--to", "diffusers", "--output", "out")
     assert done == {"output": "out", "model": "models:/digits/1", "count": 5}
@@ -101,13 +101,13 @@ def test_diffusers_pipelines_give_our_images_from_a_registered_model(
     sampler: Any = "ancestral" if kind == "ddpm" else "ddim"
     mine = sample_images(model, spec, ids, sampler=sampler, sampling_steps=10, seed=5)
     assert mine.float().std() > 30
-    assert (mine - theirs).abs().max() <= 1  # alpha_bar is of float32 there
+    assert (mine - theirs).abs().max() <= 1  # diffusers keeps alpha_bar in float32
 
 
 def test_the_card_of_a_class_conditional_model_says_how_it_is_sampled(
     home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its code is run as it stands; names of classes are text, whatever is in them."""
+    """The card's code is run as printed. Names of classes are shown as text, whatever characters they hold."""
     config = replace(SMALL, class_conditional=True)
     spec = ModelSpec(config, ImageConfig(8, 3, NAMES), SPEC.diffusion, FACTS | {"data": "<i>|x"})
     save_model(home / "conditional", randomised(spec).state_dict(), spec)
@@ -130,7 +130,7 @@ def test_safetensors_are_the_model_itself_anywhere(
     place: str, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = "out" if place == "disk" else f"memory://{home}/out"
-    for _ in range(2):  # an earlier export is replaced
+    for _ in range(2):  # the second export replaces the first
         done = export(capfd, "--model", home / "model", "--to", "safetensors", "--output", output)
         assert done["count"] == 3
     assert model_fingerprint(output) == model_fingerprint(home / "model")

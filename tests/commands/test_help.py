@@ -1,4 +1,4 @@
-"""What `--help` shows, and what a mistake in a settings file gets."""
+"""`--help`, and the error for a mistake in a settings file."""
 
 import dataclasses
 import re
@@ -75,7 +75,7 @@ def test_every_setting_of_a_group_reaches_the_configuration() -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["submit", "--help"]])
 def test_help_whose_reader_leaves_ends_silently(words: list[str]) -> None:
-    """As in `--help | head -1`: the pipe has no reader by the time that anything is written."""
+    """In `--help | head -1`, for example, the pipe's reader is gone before the job writes."""
     job = subprocess.Popen(
         [sys.executable, "-m", "pipeline.commands", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -1,4 +1,4 @@
-"""`ray-ddpm` is the jobs under one name, from any folder; without the environment a job says how to set it up."""
+"""`ray-ddpm JOB` runs each job from any folder. Without the environment a job says how to set it up."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_a_wrong_flag_is_named_with_where_to_find_the_right_ones(capfd: pytest.C
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with nothing installed."""
+    """Path of a Python without installed packages."""
     folder = tmp_path_factory.mktemp("bare") / "venv"
     venv.create(folder, with_pip=False)
     return folder / "bin" / "python"
@@ -106,7 +106,7 @@ def test_another_checkouts_code_is_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.system
 def test_an_installed_package_has_the_command_and_sends_itself_to_a_cluster(tmp_path: Path) -> None:
-    """`pip install .` without the checkout beside it: what the package needs is in it."""
+    """After `pip install .` the package needs no file of the checkout."""
     place, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     copy = tmp_path / "checkout"
@@ -142,7 +142,7 @@ def test_an_installed_package_has_the_command_and_sends_itself_to_a_cluster(tmp_
         "pipeline/tuning/space.yaml",
     } <= set(names)
     assert all(name.startswith("pipeline/") for name in names)
-    # What a node of the cluster unpacks runs there by itself.
+    # A node can run the package that it unpacks without anything else.
     zipfile.ZipFile(elsewhere / "t.zip").extractall(elsewhere / "node")
     words = "-m", "pipeline.commands", "train", "--help"
     unpacked = subprocess.run(

@@ -1,4 +1,4 @@
-"""Whatever the data is beside the model: a right picture, or one clear line."""
+"""Any combination of data and model gives a correct picture or one clear line."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +27,14 @@ COLOUR = encoded(12)
 
 
 def save(folder: Path, image: ImageConfig, conditional: bool = False) -> Path:
-    """A tiny model of such images."""
+    """Save a tiny model for such images and return its folder."""
     _, spec = small_model(timesteps=3, conditional=conditional)
     spec = replace(spec, image=image)
     return save_model(folder, build(spec).state_dict(), spec)
 
 
 def flat(folder: Path, images: list[bytes]) -> Path:
-    """Images without classes."""
+    """Write images into one folder, without classes."""
     folder.mkdir()
     for i, data in enumerate(images):
         (folder / f"{i:04d}.png").write_bytes(data)
@@ -42,7 +42,7 @@ def flat(folder: Path, images: list[bytes]) -> Path:
 
 
 def drawn(model: Path, data: Path, output: Path) -> list[str]:
-    """Draws all, and says which pictures there are."""
+    """Draw all pictures and return their file names."""
     assert plot.execute(plot.PlotConfig(str(model), str(data), str(output)))["count"] == 5
     for path in output.iterdir():
         with Image.open(path) as image:
@@ -75,7 +75,7 @@ def test_prepared_images_of_another_size_and_other_channels_fit_the_model(tmp_pa
 
 
 def test_a_conditional_model_gets_labels_that_it_knows_and_no_class_for_others(tmp_path: Path) -> None:
-    """The data numbers its classes cat, dog, owl; the model knows owl and cat, in this order."""
+    """The data's classes are cat, dog, owl. The model's classes are owl and cat, in this order."""
     image = ImageConfig(12, 3, ("owl", "cat"))
     model, data = save(tmp_path / "model", image, conditional=True), write_folder(tmp_path / "data", COLOUR)
     assert drawn(model, data, tmp_path / "out") == PICTURES

@@ -18,7 +18,7 @@ NUMBERS = ("0", "1", "2")
 
 
 def picture(seed: int, width: int = 12, height: int = 12, mode: str = "RGB") -> Image.Image:
-    """A smooth random image: damage to it shows, and it survives JPEG."""
+    """Return a smooth random image. It survives JPEG, and damage to its bytes changes its pixels."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -39,7 +39,7 @@ def label_of(number: int) -> int:
 
 
 def write_folder(root: Path, images: list[bytes], suffix: str = "png") -> Path:
-    """A tree with a folder for each class."""
+    """Write the images as a tree with one folder per class, and return its root."""
     for i, data in enumerate(images):
         folder = root / CLASSES[label_of(i)]
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def write_tars(root: Path, images: list[bytes], per_tar: int = 100, names: Seque
 
 
 def write_parquet(root: Path, images: list[bytes], rows_per_group: int = 25, files: int = 2) -> Path:
-    """As `datasets` writes it: the reference is the library itself."""
+    """Write the images as Parquet files with Hugging Face's `datasets`, which defines the convention."""
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
 
@@ -91,7 +91,7 @@ def plain_parquet(path: Path, images: list[bytes], labels: pa.Array) -> None:
 
 
 def write_idx(root: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
-    """uint8 [N, S, S] as a pair of gzipped IDX files, like MNIST's."""
+    """Write uint8 images [N, S, S] and their labels as a pair of gzipped IDX files, like MNIST's."""
     root.mkdir(parents=True)
     count, size, _ = pixels.shape
     header = b"".join(n.to_bytes(4, "big") for n in (2051, count, size, size))
@@ -104,11 +104,11 @@ def write_idx(root: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
 
 
 def leave_ray() -> None:
-    """Leaves Ray when nobody asks it any more.
+    """Shut Ray down once no thread uses it any more.
 
-    Ray Data's threads of a stream that was closed early ask Ray once more, which ends a process that has left it.
+    After a stream is closed early, Ray Data's threads call Ray once more. That call would end a process without Ray.
     """
-    import ray  # not above: most who come here for images do without
+    import ray  # not at the top: most importers need only the images
 
     end = time.monotonic() + 30
     while any(t.name == "iter_threaded" for t in threading.enumerate()) and time.monotonic() < end:

@@ -1,6 +1,6 @@
-"""Mutated files, thousands of them: `python -m tests.data.fuzz KINDS COUNT SEED` ends with 0 when all went well.
+"""Read thousands of mutated files. `python -m tests.data.fuzz KINDS COUNT SEED` exits with 0 if every check held.
 
-A process of its own, so that a crash or a hang of a decoder is a failed test and not the end of all tests.
+It is a process of its own, so that a decoder that crashes or hangs fails one test and doesn't end all tests.
 """
 
 import io
@@ -22,7 +22,7 @@ from tests.data.common import CLASSES, encode, encoded, label_of, picture, tar_b
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, list[tuple[int, int]]]:
-    """Some damage, and the ranges of bytes that it touches."""
+    """Return damaged data, and the ranges of bytes that the damage touches."""
     kind = rng.integers(5)
     if kind == 0:  # cut short
         at = int(rng.integers(len(data)))
@@ -42,7 +42,7 @@ def hit(begin: int, end: int, touched: list[tuple[int, int]]) -> bool:
 
 
 def images(kind: str, count: int, rng: np.random.Generator) -> int:
-    """Every mutated image is decoded to the right shape, or refused. Returns how many were refused."""
+    """Check that each mutated image is decoded to the right shape or refused. Return the number of refusals."""
     originals = [encode(picture(i, 24, 16, mode), kind) for i in range(4) for mode in ("RGB", "L")]
     refused = 0
     for i in range(count):
@@ -63,12 +63,12 @@ def read_all(source: str, uri: Path) -> list[Item]:
 
 
 def tars(count: int, rng: np.random.Generator, folder: Path) -> int:
-    """Images whose bytes, header and label are whole are found, whatever else is damaged. Returns how many were lost."""
+    """Check that damage costs no image whose header, bytes and label are intact. Return the number of lost images."""
     originals, lost = encoded(12), 0
     whole = tar_bytes(originals)
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         members = [m for m in tar if m.name.endswith(".png")]
-    # An image whose label can't be read is named: the stretch of both, up to the next image.
+    # An image needs its label too, so its stretch reaches to the next image.
     ends = [*(m.offset for m in members[1:]), len(whole)]
     path = folder / "a.tar"
     for _ in range(count):
@@ -76,7 +76,7 @@ def tars(count: int, rng: np.random.Generator, folder: Path) -> int:
         path.write_bytes(data)
         try:
             found = {item.data for item in read_all("webdataset", path)}
-        except InputError:  # nothing of it can be read
+        except InputError:  # nothing in it can be read
             found = set()
         for member, end, image in zip(members, ends, originals, strict=True):
             if not hit(member.offset, end, touched):
@@ -86,7 +86,7 @@ def tars(count: int, rng: np.random.Generator, folder: Path) -> int:
 
 
 def parquets(count: int, rng: np.random.Generator, folder: Path) -> int:
-    """Row groups that are whole are read whole; damage is the reader's error. Returns how often there was one."""
+    """Check that intact row groups are read whole and damage raises an error. Return the number of errors."""
     originals, lost = encoded(30), 0
     path, schema = folder / "a.parquet", huggingface_schema(CLASSES)
     rows = [

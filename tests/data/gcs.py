@@ -1,4 +1,4 @@
-"""Google Cloud Storage's emulator on this machine, behind a proxy that counts and can fail."""
+"""A local emulator of Google Cloud Storage, behind a proxy that counts requests and can make them fail."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from tests.data.weather import Weather
 
 @contextmanager
 def gcs_server(bucket: str) -> Iterator[tuple[str, Weather]]:
-    """The URI of an empty bucket, as the environment describes it to every process that is started meanwhile."""
+    """Yield the URI of an empty bucket. The environment points every process started meanwhile to it."""
     server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
     server.start()
     proxy = Weather("127.0.0.1", server._api._httpd.server_port)

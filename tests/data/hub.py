@@ -1,4 +1,4 @@
-"""The part of the Hugging Face hub that `hf://` asks, over a folder on this machine."""
+"""The part of the Hugging Face hub's API that `hf://` uses, serving a local folder."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ def _entry(root: Path, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def hub(root: Path) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """Serves a folder as a dataset's repository.
+    """Serve a folder as a dataset's repository.
 
     Yields:
-        its URI; and the path and the bytes of the content of each answer that was a file.
+        The repository's URI, and a growing list of (path, number of bytes) of each file that was sent.
     """
     sent = list[tuple[str, int]]()
 

@@ -1,4 +1,4 @@
-"""Image files byte by byte: what Pillow reads and doesn't write."""
+"""Image files built byte by byte, of kinds that Pillow reads but doesn't write."""
 
 import struct
 import zlib
@@ -14,7 +14,7 @@ _SIZES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 7: "s", 8: "h", 9: "i", 11: "f
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """One chunk of a PNG file."""
+    """Return one chunk of a PNG file."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
@@ -26,13 +26,15 @@ def png(
     width: int | None = None,
     pixels: bytes | None = None,
 ) -> bytes:
-    """A PNG file.
+    """Return a PNG file.
 
     Args:
-        rows: bytes, or values of 16 bits where that is the depth: [H, W] or [H, W, C].
-        width: where a byte holds several pixels.
-        chunks: kind and content of those between the header and the pixels.
-        pixels: the uncompressed data, where it shall be another one than that of `rows`.
+        rows: stored values [H, W] or [H, W, C]: 16-bit numbers at depth 16, else bytes.
+        depth: bits per sample.
+        colour: PNG's colour type.
+        chunks: kind and content of the chunks between header and pixels.
+        width: in pixels; needed if a byte holds several pixels.
+        pixels: uncompressed data that replaces `rows` in the pixel chunk.
     """
     values = np.asarray(rows).astype(">u2" if depth == 16 else "u1")
     if pixels is None:
@@ -53,16 +55,17 @@ def tiff(
     order: str = "<",
     size: tuple[int, int] | None = None,
 ) -> bytes:
-    """A TIFF file, the tags before the pixels.
+    """Return a TIFF file with the tags before the pixels.
 
     Args:
-        planes: values [H, W] or [H, W, C] of the type that they are stored as, or the bytes of each strip.
-        tags: others than those that every file has, by number: type and values.
+        planes: values [H, W] or [H, W, C] in the stored type, or the bytes of each strip.
+        bits: per sample.
+        tags: additional tags by number: type and values.
         photometric: 0 = white is zero, 1 = black is zero, 2 = RGB, 3 = palette, 5 = CMYK.
         sample: 1 = unsigned, 2 = signed, 3 = floating point.
-        packed: compressed (deflate).
-        order: of the bytes; "<" or ">".
-        size: width and height, where `planes` are bytes.
+        packed: whether strips are compressed (deflate).
+        order: byte order, "<" or ">".
+        size: (width, height) in pixels; needed if `planes` are bytes.
     """
     if isinstance(planes, np.ndarray):
         height, width, count = (*planes.shape, 1)[:3]
@@ -101,7 +104,7 @@ def _header(entries: dict[int, Tag], order: str) -> bytes:
 
 
 def jpeg2000(values: np.ndarray, bits: int) -> bytes:
-    """A lossless JPEG 2000 codestream [H, W] of so many bits: Pillow writes 8 and 16, the header is changed."""
+    """Return values [H, W] as a lossless JPEG 2000 codestream of `bits`. Pillow writes 8 or 16; the header is patched."""
     full = 16 if bits > 8 else 8
     shifted = values.astype(np.int64) + (1 << full - 1) - (1 << bits - 1)
     pixels = shifted.astype(np.uint16 if full == 16 else np.uint8)
@@ -112,14 +115,14 @@ def jpeg2000(values: np.ndarray, bits: int) -> bytes:
 
 
 def sgi(values: np.ndarray) -> bytes:
-    """16-bit grey values [H, W] as an SGI file."""
+    """Return 16-bit grey values [H, W] as an SGI file."""
     height, width = values.shape
     header = struct.pack(">hBBHHHHii", 474, 0, 2, 2, width, height, 1, 0, 65535)
     return header.ljust(512, b"\0") + values[::-1].astype(">u2").tobytes()
 
 
 def change_jpeg(data: bytes, marker: int, change: Callable[[bytes], bytes]) -> bytes:
-    """A JPEG file with another content of its first segment of that kind, lengths included."""
+    """Return a JPEG file with its first segment of this marker changed. `change` gets and returns length and content."""
     place = 2
     while data[place + 1] != marker:
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")

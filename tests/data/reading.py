@@ -1,4 +1,4 @@
-"""Sources read whole, with an eye on every file that was given."""
+"""Read whole sources, and check that every given file is accounted for."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def put(root: Path, *names: str | bytes, data: bytes = PNG) -> Path:
 def opened(
     uri: Path | str, images_per_part: int = 20, source: Source = "auto", **request: Any
 ) -> tuple[Opened, list[Item]]:
-    """A source and all its images; each file is used, ignored or bad, and no path is there twice."""
+    """Open a source and read all images. Check that each file is used, ignored or bad, and that paths are unique."""
     found = open_source(source, str(uri), Request(images_per_part, **request))
     listing = found.listing
     named = {printable(name) for name in listing.used} | listing.ignored.keys() | listing.bad.keys()
@@ -43,12 +43,12 @@ def labels(uri: Path | str, **request: Any) -> dict[str, str | None]:
 
 
 def splits(found: Opened) -> Counter[str]:
-    """Images of each split."""
+    """Count the images of each split."""
     return Counter(part.split for part in found.listing.parts for _ in part.read())
 
 
 def listed(output: Path, name: str = "quarantine.jsonl") -> dict[str, str]:
-    """Names and reasons in a list of what jobs/prepare.py left out."""
+    """Return names and reasons from a list of what jobs/prepare.py left out."""
     entries = [
         json.loads(line) for line in (output / name).read_text().removesuffix("\n").split("\n") if line
     ]

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, behind a proxy that can fail."""
+"""A local S3 server (moto), behind a proxy that can make requests fail."""
 
 import os
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from moto.server import ThreadedMotoServer
 
 from tests.data.weather import Weather
 
-# Of the server that runs.
+# The proxies of the servers that run, newest last.
 weather: list[Weather] = []
 
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[str]:
-    """An empty bucket, as the environment describes it to every process that is started meanwhile."""
+    """Yield the URI of an empty bucket. The environment points every process started meanwhile to it."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     proxy = Weather(*server.get_host_and_port())
@@ -28,7 +28,7 @@ def s3_server(bucket: str) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "NO_PROXY": "127.0.0.1",
     }
-    # Every server of a process shows the same buckets: those of one that runs must stay.
+    # All servers of a process share their buckets, so only the first one may empty them.
     if len(weather) == 1:
         requests.post(f"{proxy.address}/moto-api/reset", timeout=30).raise_for_status()
     before = {name: os.environ.get(name) for name in settings}

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files as others write them, of the same few images."""
+"""Parquet and Arrow files as other programs write them, with the same few images."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def features(**columns: object) -> dict[bytes, bytes]:
-    """As `datasets` notes them."""
+    """Return schema metadata that declares the features as `datasets` writes it."""
     return {b"huggingface": json.dumps({"info": {"features": columns}}).encode()}
 
 
@@ -49,7 +49,7 @@ def listed(kind: Callable[[pa.DataType], pa.DataType], inner: pa.DataType = STRU
 def listing(
     root: Path, images_per_part: int = 5, image_column: str = "", label_column: str = ""
 ) -> SourceListing:
-    """Of a folder of Parquet files."""
+    """List a folder of Parquet files."""
     tree = open_tree(str(root))
     assert is_parquet(tree)
     return list_parquet(tree, Request(images_per_part, image_column, label_column))
@@ -69,9 +69,9 @@ def write(
 def both(
     path: Path, columns: dict[str, Any], metadata: dict[bytes, bytes] | None = None
 ) -> list[SourceListing]:
-    """The same table as a Parquet and as an Arrow file."""
+    """Write one table as a Parquet and as an Arrow file, and return the listing of each."""
     table = pa.table(columns).replace_schema_metadata(metadata)
-    views = "view" in str(table.schema)  # pyarrow writes them in one row group alone
+    views = "view" in str(table.schema)  # pyarrow writes views in a single row group
     write(path / "parquet" / "a.parquet", columns, metadata, row_group_size=COUNT if views else 7)
     (path / "arrow").mkdir()
     with pa.ipc.new_stream(path / "arrow" / "a.arrow", table.schema) as writer:
@@ -82,7 +82,7 @@ def both(
 
 
 class Planted:
-    """Whoever unpickles it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""Small tars for tests, and what must hold for the items of any tar."""
+"""Small tars for tests, and the checks that hold for the items of any tar."""
 
 import io
 import pickle
@@ -41,7 +41,7 @@ def part_of(folder: Path, members: Members | bytes, **options: object) -> TarPar
 
 
 def read(folder: Path, members: Members | bytes, **options: object) -> list[Item]:
-    """All items of a tar, after a look at what must hold for any tar."""
+    """Return all items of a tar, after checks that hold for any tar: cuts, pickled size, reading by position."""
     part = part_of(folder, members, **options)
     items = list(part.read())
     cuts = list(part.cut(3))

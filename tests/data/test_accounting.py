@@ -1,4 +1,4 @@
-"""Whole dataset folders, mutated: whatever was given is used, quarantined or ignored, each with its name."""
+"""Mutated dataset folders: each given file is used, quarantined or ignored, and listed by name."""
 
 import os
 import shutil
@@ -66,7 +66,7 @@ SIDE_FILES = {
 
 
 def mutate(root: Path, rng: np.random.Generator) -> None:
-    """One change that people's tools and hands make."""
+    """Make one change that users or their tools make."""
     files = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     path = files[int(rng.integers(len(files)))]
     match rng.integers(10):
@@ -95,7 +95,7 @@ def mutate(root: Path, rng: np.random.Generator) -> None:
 
 
 def given(root: Path) -> set[str]:
-    """Every name below a folder but those of folders; a link back to a folder above is a name too."""
+    """Return the names of all files and links below a folder, including links to a parent folder."""
     found = set()
     for folder, folders, files in os.walk(root):
         here = Path(folder)
@@ -105,9 +105,9 @@ def given(root: Path) -> set[str]:
 
 
 def check(root: Path, opened: Opened) -> tuple[int, int]:
-    """The invariant; returns how many images can be used, and how many names are accounted for otherwise."""
+    """Check the invariant. Return the number of usable images, and the number of names listed as left out."""
     listing = opened.listing
-    # A link to a folder elsewhere would be followed: here all lead up, or to files.
+    # Links to folders elsewhere would be followed. All links here lead to a parent folder or to a file.
     for name in given(root):
         assert name in listing.used or printable(name) in listing.ignored or printable(name) in listing.bad, (
             name

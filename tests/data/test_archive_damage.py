@@ -1,4 +1,4 @@
-"""Members of zip archives that are no images or can't be read, archives that are damaged, and odd names."""
+"""Zip archives with members that aren't images or can't be read, with damage, and with odd names."""
 
 import shutil
 import struct
@@ -16,7 +16,7 @@ from pipeline.redact import printable
 from tests.data.reading import PNG, labels, opened, put
 from tests.data.test_archives import IMAGES, classes_of, pack
 
-# Members that are no images, or can't be read.
+# Members that aren't images or can't be read.
 
 
 def test_other_members_are_named(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_members_lead_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "raw, name",
     [
-        (b"caf\xe9", "cafΘ"),  # as zip files have it, unless they say otherwise
+        (b"caf\xe9", "cafΘ"),  # cp437, a zip file's default encoding of names
         (b"\x81\xff", "ü\xa0"),
         ("ÄÖ".encode(), "ÄÖ"),
         *((name.encode(), name) for name in ("q\"'q", "[a]*?", "a#b%41", " new\nline ", "~xyz")),
@@ -95,7 +95,7 @@ def test_a_name_may_be_there_more_than_once(tmp_path: Path) -> None:
 
 
 def patched(path: Path, name: str, change: Callable[[bytearray, int, bool], None]) -> None:
-    """Changes the headers of a member: the one before it, and the one in the directory."""
+    """Change both headers of a member: the local one and the one in the central directory."""
     data = bytearray(path.read_bytes())
     for signature, length in ((b"PK\3\4", 30), (b"PK\1\2", 46)):
         at = data.find(signature)
@@ -165,7 +165,7 @@ def test_a_few_bytes_that_unpack_to_far_too_many(tmp_path: Path, monkeypatch: py
     }
 
 
-# Archives that can't be read, and those beside images.
+# Archives that can't be read, and archives beside images.
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300, 0.5, 0.9, -30, -1])
@@ -187,7 +187,7 @@ def test_damage_anywhere_is_named_and_ends_nothing(seed: int, tmp_path: Path) ->
     rng = np.random.default_rng(seed)
     whole = pack(tmp_path / "a.zip", classes_of()).read_bytes()
     damaged = bytearray(whole)
-    start = whole.index(b"PK\1\2") if seed % 2 else 0  # the directory, or anywhere
+    start = whole.index(b"PK\1\2") if seed % 2 else 0  # in the central directory, or anywhere
     for at in rng.integers(start, len(whole), 1 + seed % 5):
         damaged[at] ^= int(rng.integers(1, 256))
     (tmp_path / "a.zip").write_bytes(damaged)

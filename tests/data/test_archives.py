@@ -71,7 +71,7 @@ def test_many_archives_and_a_streamed_one(tmp_path: Path) -> None:
     with (
         (tmp_path / "s.zip").open("wb") as file,
         zipfile.ZipFile(_Stream(file), "w") as archive,
-    ):  # sizes come behind
+    ):  # a streamed archive stores sizes behind the members
         archive.writestr("cat/1.png", PNG)
     found, items = opened(tmp_path)
     assert len(items) == 37 and Counter(i.label for i in items) == {"cat": 19, "dog": 18}
@@ -79,7 +79,7 @@ def test_many_archives_and_a_streamed_one(tmp_path: Path) -> None:
 
 
 class _Stream:
-    """A file that can't go back."""
+    """A file without seek."""
 
     def __init__(self, file: object) -> None:
         self.write, self.flush = file.write, file.flush  # type: ignore[attr-defined]

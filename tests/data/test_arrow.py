@@ -1,4 +1,4 @@
-"""Arrow files: what `datasets` saves, and IPC files of others."""
+"""Arrow files that `datasets` saves, and IPC files of other programs."""
 
 import json
 import pickle
@@ -228,7 +228,7 @@ def test_a_file_that_is_cut_short_is_bad(tmp_path: Path, file: bool) -> None:
 def test_offsets_that_lead_out_of_the_file_are_an_error_with_file_and_batch(
     tmp_path: Path, kind: pa.DataType, value: bytes
 ) -> None:
-    """Whoever followed them would read memory that is not the file's."""
+    """A reader that followed them would read memory outside the file."""
     image = structs(kind) if kind == STRUCT else binary(kind)
     plain(tmp_path / "a.arrow", {"image": image, "label": NUMBERS}, rows=COUNT)
     good = listing(tmp_path, 100).parts[0]
@@ -245,7 +245,7 @@ def test_offsets_that_lead_out_of_the_file_are_an_error_with_file_and_batch(
 
 @pytest.mark.parametrize("name", ["café", "étiquette", "x\udce9"])
 def test_names_of_columns_that_are_no_text(tmp_path: Path, name: str) -> None:
-    """As one who writes Latin-1 would name them."""
+    """For example, a program wrote them in Latin-1."""
     raw = name.encode("latin-1" if name.isprintable() else "utf-8", "surrogateescape")
     plain(tmp_path / "a.arrow", {"image": binary(), "#" * len(raw): NUMBERS})
     data = (tmp_path / "a.arrow").read_bytes()

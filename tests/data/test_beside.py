@@ -1,4 +1,4 @@
-"""Parquet and Arrow files that name their images by paths of files beside them."""
+"""Parquet and Arrow files whose rows hold paths of image files beside them."""
 
 import errno
 import pickle
@@ -78,7 +78,7 @@ def test_images_lie_beside(
     found = listing(root, 4)
     assert [(item.data, item.label) for item in items(found)] == list(zip(IMAGES, WORDS, strict=True))
     assert found.used == {"train.parquet", *NAMES}
-    # What is made of a part is made anew when an image of its own has changed.
+    # Each part depends on its own images, so a changed image causes only its part to be prepared again.
     assert [part.names for part in found.parts] == [
         ("train.parquet", *sorted(NAMES[i : i + 4])) for i in range(0, COUNT, 4)
     ]
@@ -220,11 +220,11 @@ def test_a_failing_storage_is_no_missing_image(
 @pytest.mark.parametrize(
     ("name", "columns", "source"),
     [
-        ("train.parquet", {"path": NAMES}, True),  # it has a split
-        ("a.parquet", {"path": NAMES, "class": WORDS}, True),  # it has labels
+        ("train.parquet", {"path": NAMES}, True),  # the name gives a split
+        ("a.parquet", {"path": NAMES, "class": WORDS}, True),  # the table has labels
         ("a.parquet", {"path": NAMES, "embedding": [[0.5]] * COUNT}, False),
         ("a.parquet", {"word": WORDS, "label": WORDS}, False),
-        ("metadata.parquet", {"file_name": NAMES, "label": WORDS}, False),  # an ImageFolder's
+        ("metadata.parquet", {"file_name": NAMES, "label": WORDS}, False),  # the metadata of an ImageFolder
         ("images/metadata.parquet", {"file_name": [n[7:] for n in NAMES], "label": WORDS}, False),
     ],
 )

@@ -1,4 +1,4 @@
-"""IDX files, as MNIST is published in, and CIFAR's binary files."""
+"""IDX files, MNIST's format, and CIFAR's binary files."""
 
 import gzip
 import pickle
@@ -24,7 +24,7 @@ RNG = np.random.default_rng(0)
 
 
 def idx(values: np.ndarray, kind: int = 8) -> bytes:
-    """As MNIST's authors describe it."""
+    """Return an IDX file as MNIST's authors define it."""
     return struct.pack(f">HBB{values.ndim}I", 0, kind, values.ndim, *values.shape) + values.tobytes()
 
 
@@ -152,7 +152,7 @@ def test_damaged_gzip_files_are_refused_in_one_line(name: str, damage: str, tmp_
     write_pair(tmp_path, ("x-images-idx3-ubyte.gz", "x-labels-idx1-ubyte.gz"), grey(500), np.arange(500) % 9)
     whole = bytearray((tmp_path / name).read_bytes())
     if damage == "flipped":
-        whole[-5] ^= 0xFF  # of the checksum
+        whole[-5] ^= 0xFF  # a byte of the checksum
     cut = {"cut": whole[: len(whole) // 2], "no end": whole[:-4], "more": whole + b"rubbish"}
     put(tmp_path, name, data=bytes(cut.get(damage, whole)))
     with pytest.raises(InputError, match=rf"{name}: (damaged|holds|cut short)"):
@@ -177,7 +177,7 @@ TEN = tuple(f"class{i}" for i in range(10))
 
 
 def cifar(count: int, heads: int = 1, classes: int = 10) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """As its authors describe it: labels, then red, green and blue planes."""
+    """Return records as CIFAR's authors define them (labels, then red, green and blue planes), pixels and labels."""
     values = RNG.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     numbers = np.arange(count) % classes
     planes = values.transpose(0, 3, 1, 2).reshape(count, 3072)

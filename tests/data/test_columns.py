@@ -1,4 +1,4 @@
-"""Which columns of Parquet and Arrow files hold images."""
+"""Choice of the image column in Parquet and Arrow files."""
 
 from pathlib import Path
 from typing import Any

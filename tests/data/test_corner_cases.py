@@ -1,4 +1,4 @@
-"""Corner cases: outputs that were touched, odd names, labels of damaged images, images beside splits."""
+"""Corner cases: outputs that somebody changed, odd names, labels of damaged images, images beside splits."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Good pixels are used whatever is broken beside them; a part of an image never is."""
+"""An image with intact pixels is used whatever else in its file is broken. A partial image is refused."""
 
 import io
 import struct
@@ -101,7 +101,7 @@ def test_broken_chunks_do_not_cost_a_png(kind: bytes, spoil: Callable[[bytes], b
     after = rest.index(b"IEND") - 4
     for data in (header + broken + rest, header + rest[:after] + broken + rest[after:]):
         assert (pixels(data) == ROW).all()
-    # The last thing in the file, and no end marker.
+    # The broken chunk is the last one, and there is no end marker.
     assert (pixels(header + rest[:after] + broken) == ROW).all()
 
 
@@ -248,7 +248,7 @@ def test_every_cut_of_every_format() -> None:
             used += 1
             assert found.shape == expected.shape, (kind, stop)
             assert (found == expected).all(), (kind, stop)
-        assert used <= 40, kind  # what is left without the end markers
+        assert used <= 40, kind  # only the end markers are missing
 
 
 def test_tags_before_the_pixels_of_a_truncated_tiff() -> None:
@@ -301,7 +301,7 @@ def test_orientation_still_counts_where_only_other_tags_are_odd() -> None:
     tags = Image.Exif()
     tags[0x0112] = 6
     tags[0x010F] = "a maker"
-    data = tags.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x0c")  # words of the type of numbers
+    data = tags.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x0c")  # text declared as numbers
     image = picture(3, 16, 12)
     for kind in ("JPEG", "PNG", "WEBP"):
         turned = pixels(encode(image, kind, exif=data, **ORIENTED[kind]), 12)
@@ -345,7 +345,7 @@ def test_the_preview_in_broken_exif_is_not_taken_for_the_image() -> None:
     for size in (2, 9, 200, 60_000):
         segment = b"\xff\xe1" + struct.pack(">H", size) + exif(1) + small
         assert (pixels(whole[:2] + segment + whole[2:], 12) == pixels(whole, 12)).all()
-    # A preview that has no end may be followed by anything.
+    # A preview without an end marker hides where the image begins.
     segment = b"\xff\xe1" + struct.pack(">H", 9) + exif(1) + small[:-2]
     assert refused(whole[:2] + segment + whole[2:])
 
@@ -357,7 +357,7 @@ def test_a_broken_table_of_a_jpeg_is_refused() -> None:
 
 
 def webp_chunks(data: bytes) -> list[tuple[bytes, int, int]]:
-    """Name, start and end of each chunk."""
+    """Return (name, start, end) of each chunk, in bytes."""
     found, place = [], 12
     while place < len(data):
         size = int.from_bytes(data[place + 4 : place + 8], "little")
@@ -380,7 +380,7 @@ def test_broken_chunks_do_not_cost_a_webp(lossless: bool) -> None:
         for size in (0, 1, 5, 2**31):
             broken = data[: start + 4] + struct.pack("<I", size) + data[start + 8 :]
             assert (fit(broken, 12, 4) == expected).all(), (kind, size)
-        if kind != b"ICCP":  # it follows the pixels
+        if kind != b"ICCP":  # the other chunks follow the pixels
             for stop in (start, start + 3, start + 8, end - 1):
                 assert (fit(data[:stop], 12, 4) == expected).all(), (kind, stop)
     assert seen == {b"EXIF", b"XMP ", b"ICCP"}

@@ -1,4 +1,4 @@
-"""Folders of image files: how they are cut into parts, and how those are read."""
+"""Folders of image files: cutting into parts, and reading of the parts."""
 
 import pickle
 from collections import Counter

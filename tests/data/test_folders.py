@@ -1,4 +1,4 @@
-"""Folders of image files: which files are images, and what their classes and splits are."""
+"""Folders of image files: images, classes and splits."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from tests.data.reading import PNG, labels, opened, put, splits
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Without root's right to read everything."""
+    """Run as a user without root's permission to read everything."""
     if os.geteuid():
         yield
         return
@@ -35,7 +35,7 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-# Which files are images.
+# Images among the files.
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "JPE", "avif", "img", "", "PNG", "jpeg2", "tiff", "webp", "bin"])
@@ -76,7 +76,7 @@ def test_one_file_and_a_pattern_are_sources_too(tmp_path: Path) -> None:
     assert labels(tmp_path / "*" / "1.png") == {"a/1.png": "a", "b/1.png": "b"}
 
 
-# What can't be read.
+# Files that can't be read.
 
 
 def test_files_that_may_not_be_read_say_so(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_odd_names_are_names_like_others(name: str | bytes, tmp_path: Path) -> N
         "other/A.png": "other",
     }
     assert opened(tmp_path)[0].listing.classes == tuple(sorted([shown, "other"]))
-    pa.array(list(labels(tmp_path)))  # it can be stored
+    pa.array(list(labels(tmp_path)))  # Arrow can store the labels
     inner = opened(tmp_path / text)[1]
     assert {item.path for item in inner} == {f"{shown}.png", "1.png"} and {i.label for i in inner} == {None}
 
@@ -237,7 +237,7 @@ def test_a_split_may_lie_in_a_folder_of_its_own_name(tmp_path: Path) -> None:
     found, items = opened(tmp_path)
     assert Counter(item.label for item in items) == {"cat": 6, "dog": 6}
     assert splits(found) == {"train": 6, "test": 6}
-    put(tmp_path, "train/train/val/1.png", "train/owl/1.png")  # classes, now
+    put(tmp_path, "train/train/val/1.png", "train/owl/1.png")  # now train and val are classes
     assert {"train/cat", "train/val", "owl", "cat"} < {item.label for item in opened(tmp_path)[1]}
 
 

@@ -1,4 +1,4 @@
-"""What is given by a pattern or as one file is read like the folder that it lies in."""
+"""Data given by a pattern or as one file is read like its whole folder."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ Placed = Callable[[Path], str]
 
 @pytest.fixture(params=["local", "memory"])
 def placed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Placed]:
-    """Puts a local folder where the storage is, and returns its URI there."""
+    """A function that copies a local folder to the storage and returns its URI."""
     memory = fsspec.filesystem("memory")
 
     def place(folder: Path) -> str:
@@ -84,7 +84,7 @@ def test_links_in_what_a_pattern_matches(tmp_path: Path) -> None:
         assert tree.files.keys() == {"cat/1.png", "dog/2.png", "owl/3.png"}
         loop = "a link to one of its own parent folders"
         assert tree.ignored == {"cat/loop": loop, "self": loop} and not tree.bad
-    # The same image, by a name of its own.
+    # The pattern reaches the same image through the link.
     assert names(open_tree(f"{tmp_path / 'in'}/*/cat/1.png")) == {"self/cat/1.png"}
 
 

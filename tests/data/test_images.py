@@ -1,4 +1,4 @@
-"""Decoding: every kind of image that Pillow opens, and none that is broken or a bomb."""
+"""Decoding: every kind of image that Pillow opens is decoded; broken images and decompression bombs are refused."""
 
 import io
 import struct
@@ -63,7 +63,7 @@ def test_sixteen_bits_keep_their_range(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_rotation_is_undone(kind: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned; upright after a quarter turn clockwise
+    exif[0x0112] = 6  # orientation 6: a viewer must turn it by 90 degrees clockwise
     image = Image.new("RGB", (16, 16))
     image.paste((255, 255, 255), (0, 0, 16, 8))
     pixels = decode(encode(image, kind, exif=exif), 16, 3)

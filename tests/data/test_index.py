@@ -1,4 +1,4 @@
-"""The index of a split: packed, and what a scan of raw data has found is not found again."""
+"""The index of a split: it is compact, and a second opening doesn't repeat the scan of raw data."""
 
 import pickle
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_packed_groups_are_what_was_packed() -> None:
     with pytest.raises(IndexError):
         packed[6]
     many = pack([Group(part, 8, np.arange(8), np.arange(8)) for part in parts for _ in range(10_000)])
-    assert len(pickle.dumps(many)) < (32 + 8 * 8) * len(many)  # labels and places of eight images beside
+    assert len(pickle.dumps(many)) < (32 + 8 * 8) * len(many)  # plus labels and places of 8 images
 
 
 @pytest.mark.parametrize("kind", ["folder", "tars"])
@@ -80,7 +80,7 @@ def test_what_was_read_through_once_is_not_read_again(
     assert content(again) == content(first)
     assert not read
     assert again.to_keep == b""
-    # A file that is new, or changed, is read; the others are not.
+    # Only new or changed files are read.
     extra = sorted(path for path in folder.rglob("*.*") if path.is_file())[0]
     new = extra.with_name(f"{extra.stem}-again{extra.suffix}")
     new.write_bytes(extra.read_bytes())
@@ -120,7 +120,7 @@ def test_a_damaged_record_of_a_scan_is_left_aside(tmp_path: Path) -> None:
 
 
 def sorted_index(rows: int, group: int) -> DatasetIndex:
-    """A hundred classes, one after the other, of images of a megabyte, in groups that are read whole."""
+    """Return an index of 1 MB images sorted by class, 100 classes, in groups that are read whole."""
     labels = np.repeat(np.arange(100), rows // 100)
     part = FolderPart("/x", ("y",), labels=(None,))
     places = np.arange(group)

@@ -1,4 +1,4 @@
-"""Chunks of decoded images: a shard reads its own rows by one request, and no byte of others but at the ends."""
+"""Chunks of decoded images: a shard reads its rows by one request, with few other bytes at the ends."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_rows_of_a_shard_are_read_by_one_request_of_about_their_size(
         asked.clear()
         table = kept.rows_between(str(tmp_path), chunk, *task.keys)
         assert len(asked) == 1
-        # A twentieth, and a batch more at either end.
+        # A shard is a twentieth of the chunk. The request may include one batch more at each end.
         assert asked[0][1] - asked[0][0] < length / 20 * 1.7 + 2 * kept.BATCH_BYTES
         assert all(task.keys[0] <= key < task.keys[1] for key in table["key"].to_pylist())
         found += table.to_pylist()
@@ -52,6 +52,6 @@ def test_a_run_of_shards_is_one_task_where_there_are_many() -> None:
     runs = runs_of(many, 2**20)
     assert [task for run in runs for task in run] == many
     assert len(runs) <= 1.1 * 256
-    # Those that are written already cut a run.
+    # A shard that is already written ends a run.
     missing = [task for task in many if task.number % 100]
     assert all(b.number == a.number + 1 for run in runs_of(missing, 2**20) for a, b in pairwise(run))

@@ -1,4 +1,4 @@
-"""Which columns of Parquet and Arrow files hold labels, and what the labels mean."""
+"""Choice and meaning of the label column in Parquet and Arrow files."""
 
 from decimal import Decimal
 from pathlib import Path

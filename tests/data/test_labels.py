@@ -1,4 +1,4 @@
-"""What a label means is decided in one place: the same classes and numbers in prepared shards as on raw files."""
+"""One place decides what a label means: prepared shards and raw files give the same classes and numbers."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def texts(count: int) -> list[str]:
 
 
 def of_every_kind(folder: Path) -> None:
-    """The same text labels as one library or the other writes them, and booleans."""
+    """Write the same text labels in each of Arrow's text types."""
     kinds: list[Callable[[pa.Array], pa.Array]] = [
         lambda column: column,
         lambda column: column.cast(pa.large_string()),
@@ -100,7 +100,7 @@ def column(values: Iterable[object]) -> Callable[[Path], None]:
 
 
 def tar(labels: Iterable[object]) -> Callable[[Path], None]:
-    """Labels as text in .cls, or what a .json says."""
+    """Return a writer of a tar. Text labels are stored in .cls members, others in .json members."""
 
     def write(folder: Path) -> None:
         with tarfile.open(folder / "a.tar", "w") as file:
@@ -115,7 +115,7 @@ def tar(labels: Iterable[object]) -> Callable[[Path], None]:
 
 
 def rows(uri: Path) -> dict[bytes, int]:
-    """The label of every image, by its pixels."""
+    """Return the label of every image by the image's pixels."""
     groups = [group for split in open_splits(str(uri)).indexes.values() for group in split.groups]
     tables = [read_rows(group, np.arange(group.rows)).to_pylist() for group in groups]
     return {decode(row["bytes"], 12, 3).tobytes(): row["label"] for table in tables for row in table}
@@ -160,7 +160,7 @@ def test_prepared_and_raw_agree(
 def test_labels_of_no_class_are_left_out_of_both(
     tmp_path: Path, source: Source, write: Callable[[Path], None]
 ) -> None:
-    """Whoever begins with a number has numbers for classes."""
+    """If the first label is a number, only numbers are classes."""
     raw, prepared = tmp_path / "raw", tmp_path / "prepared"
     raw.mkdir()
     write(raw)

@@ -1,4 +1,4 @@
-"""Labels that stand in files beside images: metadata.*, EDM's dataset.json, and what this project writes itself."""
+"""Labels in files beside images: metadata.*, EDM's dataset.json, and this project's own files."""
 
 import csv
 import io
@@ -259,7 +259,7 @@ def test_two_files_of_labels_for_one_folder_are_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-# EDM's dataset.json, and what this project writes itself.
+# EDM's dataset.json, and this project's own files.
 
 
 def test_edms_folders_are_no_classes(tmp_path: Path) -> None:

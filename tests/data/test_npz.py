@@ -1,4 +1,4 @@
-"""NumPy's .npz files: which arrays are images and labels, how they lie, and what is refused."""
+"""NumPy's .npz files: image and label arrays, order of axes, refusals."""
 
 import pickle
 from collections import Counter
@@ -150,7 +150,7 @@ def test_arrays_can_be_named(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Tells whether it was unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Path.touch, (Path("unpickled"),)

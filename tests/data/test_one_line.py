@@ -1,4 +1,4 @@
-"""Control characters in names of classes: kept as data, escaped wherever they are shown."""
+"""Control characters in class names are kept in the data and escaped wherever they are shown."""
 
 import csv
 import io

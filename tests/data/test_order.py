@@ -1,4 +1,4 @@
-"""The plan: each epoch whole, the same for any number of ranks, from any step, and each byte read once."""
+"""The plan: each epoch holds each row once, any number of ranks and any first step agree, each byte is read once."""
 
 import time
 
@@ -45,7 +45,7 @@ def test_every_epoch_holds_every_sample_once_for_any_number_of_ranks(
     for epoch in range(3):
         seen = ids(plan, everything)[everything.epoch == epoch]
         assert np.array_equal(np.sort(seen), np.arange(plan.rows))
-    # From any step on, also after a resume into another number of ranks; each rank has as many rows in every batch.
+    # The plan is the same from any step on and for any number of ranks, and each rank's share of a batch is constant.
     for world_size in [n for n in WORLDS if n <= batch_size]:
         start = steps * world_size % 5 * steps // 5
         for rank in {0, world_size // 2, world_size - 1}:
@@ -64,7 +64,7 @@ def test_any_step_alone_is_that_of_the_whole() -> None:
 
 
 def test_epochs_follow_each_other_without_a_seam() -> None:
-    """A lane is at most a row into an epoch before the last row of the one before is in a batch."""
+    """When the last row of an epoch enters a batch, each lane is at most one row into the next epoch."""
     rows = batch_rows(PLAN, 0, 40)
     before = [np.count_nonzero(rows.epoch[:step] == 0) for step in range(41)]
     assert all(taken >= min(51, 8 * step - 4) for step, taken in enumerate(before))
@@ -79,7 +79,7 @@ def test_epochs_and_seeds_differ_in_order() -> None:
 
 
 def bytes_read_over_used(plan: Plan, world_size: int) -> float:
-    """In one epoch, where a rank keeps each group from the first to the last use of it."""
+    """Return rows read over rows used in one epoch, if a rank keeps each group from first to last use."""
     steps = plan.rows // plan.batch_size
     read = 0
     for rank in range(world_size):
@@ -100,7 +100,7 @@ def test_all_ranks_together_read_a_byte_once(world_size: int, held_out: bool) ->
 
 
 def test_a_small_dataset_is_read_about_once_by_eight_ranks() -> None:
-    """At the defaults of jobs/prepare.py."""
+    """This is at the defaults of jobs/prepare.py."""
     for rows, batch_size in ((1800, 64), (9000, 128)):
         each = rows_per_group(rows, rows * 3000)
         sizes = np.array([each] * (rows // each) + [rows % each])
@@ -115,10 +115,10 @@ def test_prepared_data_has_ten_groups_for_each_lane_of_usual_batches(rows: int, 
     each = rows_per_group(rows, rows * image)
     groups = rows // each
     for batch_size in (64, 256, 1024):
-        if image < 2_000_000 or batch_size < 1024:  # fewer than one image for each lane
+        if image < 2_000_000 or batch_size < 1024:  # else memory holds less than one image per lane
             assert lanes_for(groups, rows * image, batch_size) == batch_size
         assert groups >= 10 * lanes_for(groups, rows * image, batch_size)
-    # Not smaller than need be: a request for a few kilobytes takes as long as one for half a megabyte.
+    # Groups are no smaller than necessary: a request for a few kilobytes takes as long as one for half a megabyte.
     assert each * image > min(OPEN_BYTES / 2048, rows * image / 10 / 1024) / 2
 
 
@@ -134,7 +134,7 @@ def test_a_batch_of_sorted_data_holds_nearly_as_many_classes_as_a_random_one(gro
     plan = Plan(np.full(len(classes) // group, group), 0, 256, 256, whole=False)
     for step in (0, 1, 500, 4000, 4999, 5001):
         assert len(np.unique(classes[ids(plan, batch_rows(plan, step, step + 1))])) > 0.9 * 226
-    # Those that follow each other hold others.
+    # Consecutive batches hold different classes.
     assert len(np.unique(classes[ids(plan, batch_rows(plan, 1000, 1004))])) > 0.75 * 641
 
 

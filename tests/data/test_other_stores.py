@@ -1,4 +1,4 @@
-"""gs:// and hf:// are read, and gs:// is written, as s3:// is: with the real clients, against servers on this machine."""
+"""Reading gs:// and hf:// and writing gs:// with the real clients, against local servers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def upload(folder: Path, uri: str) -> None:
 
 
 def contents(sent: list[tuple[str, int]]) -> list[int]:
-    """Bytes of the answers that were contents of files."""
+    """Return the bytes of each answer that was a file's content."""
     return [size for path, size in sent if not path.startswith("/storage/v1/b/")]
 
 
@@ -79,7 +79,7 @@ def test_prepare_reads_and_writes_there_as_on_a_disk(google: tuple[str, Weather]
             open_splits(f"{hugging_face}/nothing")
     assert rows(open_splits(f"{google[0]}/out")["train"]) == rows(open_splits(str(tmp_path / "out"))["train"])
     shard = f"{google[0]}/out/{local.splits['train'].shards[0].file}"
-    storage.write_atomic(shard, b"cut")  # as if it had been cut short
+    storage.write_atomic(shard, b"cut")  # a truncated shard
     assert (
         prepare(PrepareConfig(f"{google[0]}/out", input=f"{google[0]}/in", **options)).splits == local.splits
     )

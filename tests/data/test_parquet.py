@@ -1,4 +1,4 @@
-"""Parquet files of others as a source: those without images, those that differ, names, splits and parts."""
+"""Parquet files of other programs: tables without images, differing files, names, splits and parts."""
 
 import pickle
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_a_file_that_is_none_is_bad_and_the_others_are_read(
     assert [item.data for item in items(found)] == IMAGES
     (tmp_path / "0.parquet").unlink()
     write(tmp_path / "0.parquet", {"caption": WORDS})
-    assert not is_parquet(open_tree(str(tmp_path)))  # side files, one of them damaged
+    assert not is_parquet(open_tree(str(tmp_path)))  # two side files, one of them damaged
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Parquet files that are damaged, too large to be held, or mean to be run."""
+"""Parquet files that are damaged, too large for memory, or hold a pickle."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_a_large_row_group_is_read_piece_by_piece(
 def test_rows_that_are_too_long_together_are_read_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As pyarrow refuses to read more than 2 GiB of a struct's bytes at once."""
+    """pyarrow refuses to read more than 2 GiB of a struct's bytes at once."""
     write(tmp_path / "a.parquet", {"image": structs()})
     part, read = listing(tmp_path, 100).parts[0], pq.ParquetFile.iter_batches
 
@@ -151,7 +151,7 @@ def test_nothing_of_a_file_is_run(tmp_path: Path, column: str) -> None:
     columns = {"image": image, "label": pa.array(NUMBERS)} | ({column: planted} if column != "path" else {})
     write(root / "a.parquet", columns)
     pq.read_table(root / "a.parquet").to_pylist()
-    assert mark.exists()  # pyarrow alone runs it: this is what is guarded against
+    assert mark.exists()  # plain pyarrow runs the pickle, so the danger is real
     mark.unlink()
     if column == "other":
         assert [item.data for item in items(listing(root))] == IMAGES

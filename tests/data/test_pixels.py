@@ -1,4 +1,4 @@
-"""Every value of an image comes to 0 to 255 as the file says, or the image is refused with the reason."""
+"""Values are scaled to 0 to 255 by the range that the file declares, or the image is refused with the reason."""
 
 import io
 import re
@@ -24,7 +24,7 @@ UNSAID = "nothing in the file says"
 
 
 def grey(data: bytes, width: int = 0) -> list[list[int]]:
-    """The pixels as they are, without resizing."""
+    """Return the grey values [H, W] without resizing."""
     image = open_image(data)
     pixels: list[list[int]] = fit(data, min(image.size), 1)[..., 0].tolist()
     return pixels
@@ -42,11 +42,11 @@ def refused(data: bytes) -> str:
 
 
 def smax(low: float, high: float) -> dict[int, tuple[int, list[float]]]:
-    """TIFF's SMinSampleValue and SMaxSampleValue, as double."""
+    """Return TIFF's tags SMinSampleValue and SMaxSampleValue, as doubles."""
     return {340: (12, [low]), 341: (12, [high])}
 
 
-# Ranges that the file tells.
+# Ranges that the file declares.
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -107,7 +107,7 @@ def test_few_bits_in_sixteen_of_a_png(bits: int) -> None:
     said = [(b"sBIT", bytes([bits]))]
     expected = np.floor(values * 255 / top + 0.5)
     assert grey(png(values, 16, 0, said)) == expected.tolist()
-    # As the format wants it: spread over all of the range.
+    # The PNG standard wants values scaled to the full range.
     spread = values << (16 - bits) | values >> (2 * bits - 16)
     assert grey(png(spread, 16, 0, said)) == (spread // 257).tolist()
 
@@ -134,7 +134,7 @@ def test_few_bits_in_eight_of_a_png() -> None:
     assert colours(png([[[3, 1], [1, 3]]], 8, 4, [(b"sBIT", b"\2\2")]), 4) == [
         [[255] * 3 + [85], [85] * 3 + [255]]
     ]
-    # Spread already.
+    # These values are already scaled to the full range.
     assert grey(png([[0, 255, 8]], 8, 0, [(b"sBIT", b"\5")])) == [[0, 255, 8]]
 
 
@@ -151,11 +151,11 @@ def test_the_largest_value_of_the_pnm_formats() -> None:
     assert grey(b"P5\n3 2\n4095\n" + TWELVE.astype(">u2").tobytes()) == AS_BYTES
     assert grey(b"P5\n4 1\n15\n\x00\x01\x07\x0f") == [[0, 17, 119, 255]]
     assert colours(b"P6\n1 1\n4095\n" + np.array([0, 2048, 4095], ">u2").tobytes()) == [[[0, 128, 255]]]
-    # White is 65535 here, however dark the image is.
+    # White is 65535 in this file, however dark the image is.
     assert grey(b"P5\n3 1\n65535\n" + np.array([0, 1000, 4095], ">u2").tobytes()) == [[0, 3, 15]]
 
 
-# Sixteen bits that use their range need no word of the file's.
+# Sixteen-bit values that use the whole range need no declaration.
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -243,7 +243,7 @@ def test_colours_in_planes_are_right_or_refused() -> None:
     assert "planes" in refused(tiff([b"\1\2", b"\3\4"], 8, pair, packed=True, size=(2, 1)))
 
 
-# Ranges that nothing tells.
+# Ranges that nothing declares.
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -252,7 +252,7 @@ def test_floats_of_no_range_are_refused(order: str) -> None:
         assert UNSAID in refused(tiff((UNIT * top).astype(np.float32), 32, sample=3, order=order))
     assert UNSAID in refused(b"Pf\n3 2\n-1.0\n" + UNIT.astype("<f4").tobytes())
     assert UNSAID in refused(encode(Image.fromarray(UNIT.astype(np.float32)), "TIFF"))
-    # A range of no width is none.
+    # An empty range is none.
     assert UNSAID in refused(tiff(UNIT.astype(np.float32), 32, smax(1, 1), sample=3))
 
 
@@ -293,7 +293,7 @@ def test_what_the_file_says_counts_even_where_it_is_dark() -> None:
 
 def test_few_bits_that_may_lie_at_either_end_are_refused() -> None:
     assert "upper or the lower" in refused(png([[0, 2048]], 16, 0, [(b"sBIT", b"\x0c")]))
-    # So many values with nothing in their lower bits are no accident.
+    # So many values whose low bits are all zero can't be chance.
     ramp = np.arange(0, 4096, 128)[None]
     assert grey(png(ramp, 16, 0, [(b"sBIT", b"\x0c")])) == (ramp // 257).tolist()
 
@@ -375,7 +375,7 @@ def test_four_channels_keep_alpha(data: bytes, expected: list[int]) -> None:
 
 def test_what_is_transparent_does_not_bleed_into_what_is_not() -> None:
     pixels = np.zeros((32, 32, 4), np.uint8)
-    pixels[:, :16] = (255, 0, 0, 0)  # red that is not to be seen
+    pixels[:, :16] = (255, 0, 0, 0)  # transparent red
     pixels[:, 16:] = (0, 0, 255, 255)
     for source in (pixels, encode_png(pixels)):
         small = decode(source, 7, 4).astype(int)

@@ -1,4 +1,4 @@
-"""Plain JPEG and PNG files are decoded without Pillow: the pixels, and what is refused, are Pillow's all the same."""
+"""Plain JPEG and PNG files are decoded without Pillow, with the same pixels and the same refusals as Pillow's."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def taken(data: bytes, at_least: int = 0) -> bool:
 
 
 def outcome(data: bytes, at_least: int = 0) -> Outcome:
-    """The pixels of a file, or why it is refused."""
+    """Return a file's mode, size and pixels, or the reason of its refusal."""
     try:
         image = open_image(data, at_least=at_least, alpha=True)
     except DecodeError as error:
@@ -34,7 +34,7 @@ def outcome(data: bytes, at_least: int = 0) -> Outcome:
 
 
 def same(data: bytes, at_least: int = 0) -> bool:
-    """Whether a file is what Pillow makes of it; returns whether Pillow was not needed."""
+    """Check that a file's outcome is Pillow's. Return whether it was decoded without Pillow."""
     found = outcome(data, at_least)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "plain_pixels", lambda *_: None)
@@ -57,7 +57,7 @@ def sides(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def jpegs(count: int, rng: np.random.Generator) -> Iterator[tuple[bytes, bool]]:
-    """Files of all kinds that Pillow writes, and whether they are plain."""
+    """Yield JPEG files of all kinds that Pillow writes, and whether each is plain."""
     for _ in range(count):
         mode, options, plain = str(rng.choice(["L", "RGB", "RGB", "RGB", "CMYK"])), dict[str, object](), True
         options["quality"] = int(rng.integers(1, 101))
@@ -83,7 +83,7 @@ def jpegs(count: int, rng: np.random.Generator) -> Iterator[tuple[bytes, bool]]:
 
 
 def test_jpeg_files_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageFile, "MAXBLOCK", 2**22)  # Pillow's room for a header, else too small for some
+    monkeypatch.setattr(ImageFile, "MAXBLOCK", 2**22)  # Pillow's header buffer; too small for some
     rng = np.random.default_rng(1)
     for data, plain in jpegs(1500, rng):
         assert same(data) == plain
@@ -128,9 +128,9 @@ def test_png_files_byte_by_byte(colour: int, channels: int) -> None:
             return png(values, depth, colour, chunks, pixels=pixels)
 
         assert same(made(whole))
-        assert same(made(whole + rng.bytes(900)))  # more than its pixels
+        assert same(made(whole + rng.bytes(900)))  # trailing bytes
         assert not same(made(whole[: int(rng.integers(len(whole)))]))
-        assert not same(made(b"\7" + whole[1:]))  # no such filter
+        assert not same(made(b"\7" + whole[1:]))  # an unknown filter
         for kind, content in (
             (b"gAMA", struct.pack(">I", 45455)), (b"cHRM", rng.bytes(32)), (b"sRGB", b"\0"),
             (b"pHYs", rng.bytes(9)), (b"tIME", rng.bytes(7)), (b"tEXt", b"Software\0words"),
@@ -170,7 +170,7 @@ def test_jpeg_files_byte_by_byte() -> None:
         )
         bare = data[:2] + data[2 + 2 + int.from_bytes(data[4:6], "big") :]
         for whole in (data, bare):
-            for transform in range(4):  # of the colours
+            for transform in range(4):  # Adobe's colour transform
                 adobe = b"\xff\xee\0\x0eAdobe\0d\0\0\0\0" + bytes([transform])
                 same(whole[:2] + adobe + whole[2:])
         frame = data.index(b"\xff\xc0")
@@ -188,7 +188,7 @@ def test_jpeg_files_byte_by_byte() -> None:
 
 
 def test_damaged_files() -> None:
-    """Every beginning of some files, and changes of each of their bytes."""
+    """Some files are truncated at every length, and each of their bytes is changed."""
     rng, plain = np.random.default_rng(5), 0
     for mode, kind, options in (
         ("RGB", "JPEG", {}), ("L", "JPEG", {"optimize": True}), ("RGB", "JPEG", {"restart_marker_blocks": 1}),
@@ -201,7 +201,7 @@ def test_damaged_files() -> None:
             same(data[:stop] + (b"\xff\xd9" if kind == "JPEG" else data[-12:]))
             for value in {data[stop] ^ 1, int(rng.integers(256))} - {data[stop]}:
                 plain += same(data[:stop] + bytes([value]) + data[stop + 1 :])
-    assert plain > 500  # other pixels, of which nothing says that they are wrong
+    assert plain > 500  # the pixels changed, but the file is still valid
 
 
 def test_files_that_are_too_large_are_not_decoded() -> None:

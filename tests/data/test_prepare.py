@@ -1,4 +1,4 @@
-"""Prepared shards: the Hugging Face convention, the same bytes whatever happened, damage counted and named."""
+"""Prepared shards follow the Hugging Face convention, have the same bytes after any interruption, and list damage."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def config(source: Path, output: Path | str, **changes: object) -> PrepareConfig
 
 @pytest.fixture(scope="module")
 def prepared(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """By a pool of actors."""
+    """The output folder and manifest of a preparation by a pool of actors."""
     output = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SMALL_BYTES", 0)
@@ -116,7 +116,7 @@ def test_the_same_bytes_again_and_in_pieces(
     folder, _ = prepared
     prepare(config(source, tmp_path))
     assert contents(tmp_path) == contents(folder)
-    # A run that was killed has some decoded parts and some shards, the last of each without a record, and no manifest.
+    # A killed run leaves some decoded parts and some shards, the last of each without its record, and no manifest.
     records = sorted((tmp_path / "parts").glob("?" * 40 + ".json"))
     shard = tmp_path / "parts" / "train-00001.shard"
     for path in (tmp_path / "manifest.json", *records[:2], shard):
@@ -178,7 +178,7 @@ def test_bad_images_are_counted_and_named(tmp_path: Path) -> None:
 def test_what_a_reader_refuses_on_a_node_is_one_line_here(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is sound when it is listed, and damaged when a worker comes to read it."""
+    """The file is intact when it is listed, and damaged when a worker reads it."""
     monkeypatch.setattr(shards, "SMALL_BYTES", 0)
     pixels = np.zeros((6, 4, 4), np.uint8)
     write_idx(tmp_path / "in", pixels, np.arange(6))
@@ -248,7 +248,7 @@ def test_s3_in_and_out(s3: str, prepared: tuple[Path, Manifest], source: Path) -
 
 @dataclass
 class Counted:
-    """Prepares in this process, and counts what is decoded."""
+    """Prepares in this process and counts the images that are decoded."""
 
     source: Path
     output: Path
@@ -287,7 +287,7 @@ def replace_some(source: Path) -> None:
 
 
 def rename(source: Path) -> None:
-    """A class, and an image in another one."""
+    """Rename a class, and one image of another class."""
     (source / "cat").rename(source / "lynx")
     first = min((source / "dog").iterdir())
     first.rename(first.with_name("first.png"))
@@ -300,7 +300,7 @@ def test_after_a_change_the_same_command_gives_what_a_fresh_run_gives_and_decode
     counted()
     change(counted.source)
     counted()
-    assert counted.decoded[0] == 100 and counted.decoded[1] <= new  # a renamed image may go to another part
+    assert counted.decoded[0] == 100 and counted.decoded[1] <= new  # a renamed image may move to another part
     mine = contents(counted.output)
     counted()
     assert counted.decoded[2] == 0
@@ -328,7 +328,7 @@ def test_a_refused_run_goes_on_once_the_bad_images_are_mended_removed_or_allowed
         counted()
     manifest = counted(max_bad_fraction=0.03)
     assert manifest.quarantined == 2
-    assert counted.decoded == [106, 5, 0]  # damaged images are tried again where their part has changed
+    assert counted.decoded == [106, 5, 0]  # damaged images are tried again if their part has changed
     for path in bad[4:]:
         path.unlink()
     counted()
@@ -385,7 +385,7 @@ def test_killed_and_started_again_it_finishes_what_is_missing(tmp_path: Path) ->
     finally:
         job.send_signal(signal.SIGKILL)
         job.wait()
-    time.sleep(3)  # its Ray goes down after it
+    time.sleep(3)  # its Ray ends a moment later
     done = {p.name: p.stat().st_mtime_ns for p in output.glob(RECORDS)}
     assert 3 <= len(done) < 32
     assert not (output / "manifest.json").exists()
@@ -398,7 +398,7 @@ def test_killed_and_started_again_it_finishes_what_is_missing(tmp_path: Path) ->
 
 
 def test_little_data_needs_no_ray(prepared: tuple[Path, Manifest], source: Path, tmp_path: Path) -> None:
-    """The job does not even import it, and the shards are those that a pool of actors writes."""
+    """The job doesn't even import Ray, and its shards equal those of a pool of actors."""
     flags = ["--source", "folder", "--input", source, "--output", tmp_path / "out", "--image-size", 12]
     flags += ["--rows-per-shard", 60, "--rows-per-group", 16]
     program = (

@@ -1,4 +1,4 @@
-"""A run of jobs/prepare.py that is refused leaves what an earlier one finished as it is."""
+"""A refused run of jobs/prepare.py leaves an earlier run's finished dataset as it is."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def run(source: Path, output: str, **settings: object) -> None:
 
 
 def beside(output: str) -> dict[str, bytes]:
-    """What a reader sees of a dataset."""
+    """Return the files that a reader sees beside a dataset's shards, by name."""
     return {name: storage.read_bytes(storage.join(output, name)) for name in LISTS}
 
 
@@ -91,7 +91,7 @@ def test_the_list_of_a_refused_run_is_there_until_one_is_finished(tmp_path: Path
 def test_no_manifest_stands_beside_lists_of_another_state(
     change: str, at: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The run ends wherever it ends: what it leaves is the former state, the new one, or no finished dataset."""
+    """Wherever the run is interrupted, it leaves the former state, the new state, or no finished dataset."""
     source, output = write_folder(tmp_path / "in", IMAGES), tmp_path / "out"
     run(source, str(output), max_bad_fraction=0.5)
     former = beside(str(output))

@@ -1,4 +1,4 @@
-"""Rows of tables: each is named with its file and folder, and a table without any is said to have none."""
+"""Each row of a table is named with its file and folder, and a table without rows is reported."""
 
 from collections import Counter
 from pathlib import Path
@@ -57,7 +57,7 @@ COLUMNS: dict[str, Any] = {
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("column", COLUMNS)
 def test_rows_of_files_of_one_name_are_told_apart(writer: str, column: str, tmp_path: Path) -> None:
-    """The same paths in the source, in training on raw files, in the quarantine and in prepared shards."""
+    """A row has the same path in the source, in training on raw files, in the quarantine and in prepared shards."""
     for folder in ("a", "b"):
         image = COLUMNS[column]([BAD, *IMAGES[6 * (folder == "b") :][:6]])
         WRITERS[writer](tmp_path / "in" / folder / "0", {"image": image})
@@ -87,7 +87,7 @@ def unknown_in_parquet(root: Path) -> None:
 
 
 def unknown_in_tars(root: Path) -> None:
-    """A number first: only numbers are classes."""
+    """Write tars whose first label is a number, so that only numbers are classes."""
     for folder, names in (("a", ("0", "1", "2")), ("b", ("cat", "1", "dog\nowl"))):
         put(root, f"{folder}/0.tar", data=tar_bytes(IMAGES[:6], names=names))
 

@@ -1,4 +1,4 @@
-"""Inputs as people have them, made by ../shared/cases/make.py: prepared, and read as they are."""
+"""Inputs as users have them (../shared/cases/make.py writes them), both prepared and read raw."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def make(name: str, folder: Path, *numbers: int) -> Path:
 
 @dataclass(frozen=True)
 class Found:
-    """What is in a dataset: images and classes of each split, and how many images have each label."""
+    """The number of images in each split, the classes, and the number of images with each label."""
 
     splits: dict[str, int]
     classes: tuple[str, ...]
@@ -55,7 +55,7 @@ def found(splits: Splits) -> Found:
 
 
 def both_ways(folder: Path, output: Path, **settings: object) -> Found:
-    """Prepared and raw, which must agree."""
+    """Open a folder both prepared and raw, and check that both agree."""
     prepare(PrepareConfig(str(output), input=str(folder), image_size=16, **settings))  # type: ignore[arg-type]
     prepared, raw = found(open_splits(str(output))), found(open_splits(str(folder), 16))
     assert prepared == raw

@@ -1,4 +1,4 @@
-"""The second stage of jobs/prepare.py asks for what its shards need, counted at the server; runs change no byte."""
+"""The second stage of jobs/prepare.py requests only its shards' rows, counted at the server. Runs change no byte."""
 
 import re
 from itertools import pairwise
@@ -39,11 +39,11 @@ def test_rows_of_a_range_are_one_request_of_about_their_bytes(
         wanted = [key for key in keys if first <= key < last]
         assert rows_between(bucket, chunk, first, last)["key"].to_pylist() == wanted
         assert [method for method, _ in weather.asked] == ["GET"]
-        # Their columns take up to 400 bytes a row, and a batch at each end may be needed in part.
+        # The other columns take up to 400 bytes a row, and the batch at each end may be needed only in part.
         least = max(kept.BATCH_BYTES, size)
         assert weather.sent[0][1] <= (len(wanted) + 2 * (least // size + 1)) * (size + 400) + 4096
     weather.calm()
-    if size > kept.BATCH_BYTES:  # each row is a batch, whose key is known
+    if size > kept.BATCH_BYTES:  # each row is a batch of its own with a known key
         assert not rows_between(bucket, chunk, keys[7] + 1, keys[8]).num_rows
         assert not weather.asked
 

@@ -1,4 +1,4 @@
-"""A resume skips by position: what was seen is neither read nor decoded again."""
+"""A resume skips by position: images already seen are neither read nor decoded again."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ ROWS, GROUPS = 8, 6
 
 @pytest.fixture
 def index(tmp_path: Path) -> DatasetIndex:
-    """Six row groups of eight images, each of one grey of its own."""
+    """Six row groups of eight images. Each image has a grey value of its own."""
     images = [
         {"bytes": encode_png(np.full((4, 4, 1), i, np.uint8)), "path": f"{i}.png"}
         for i in range(ROWS * GROUPS)
@@ -50,7 +50,7 @@ def test_what_was_seen_is_neither_read_nor_decoded(
         return image
 
     def images(start: int, first: int, last: int) -> list[int]:
-        """Those of the steps from `start` to 8, the end of an epoch, at the places [first, last) of the batch."""
+        """Return the images of steps `start` to 8 (the epoch's end) at positions [first, last) of each batch."""
         read.clear()
         decoded.clear()
         decoding = Decode(index.image, plan.seed, random_crop=False)
@@ -63,7 +63,7 @@ def test_what_was_seen_is_neither_read_nor_decoded(
     monkeypatch.setattr(blocks, "decode", decode)
     whole = images(0, 0, 6)
     assert sorted(whole) == sorted(decoded) == list(range(ROWS * GROUPS))
-    assert len(read) == GROUPS  # each of them once, though the lanes' cuts divide some
+    assert len(read) == GROUPS  # each group once, though the cuts between lanes divide some
     for first, last in ((0, 6), (0, 1), (1, 4)):
         left = images(5, first, last)
         assert left == np.array(whole).reshape(8, 6)[5:, first:last].ravel().tolist()

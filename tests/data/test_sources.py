@@ -1,4 +1,4 @@
-"""Every source: read whole, in small parts, by position; split by content; damage where it is, and nowhere else."""
+"""Every source is read whole, in small parts and by position, is split by content, and loses only what is damaged."""
 
 import io
 import json
@@ -105,7 +105,7 @@ def test_the_same_images_are_held_out_however_they_are_cut(tmp_path: Path) -> No
     held_out = [{d for d, _ in rows_of(open_dataset(str(cut), "validation"))} for cut in cuts[:2]]
     assert held_out[0] == held_out[1]
     fingerprints = [open_dataset(str(cut)).fingerprint for cut in cuts]
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]  # in c the labels are others
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]  # c has other labels
 
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files on any storage: whole or not at all, and a clear line where a URI leads nowhere."""
+"""Files on any storage are written whole or not at all. A URI that leads nowhere gets a clear line."""
 
 import errno
 import importlib.util
@@ -33,7 +33,7 @@ def test_the_extra_is_named_when_it_is_missing() -> None:
 
 
 def test_hugging_face_uris_reach_the_hub_and_say_so_when_it_is_not_there() -> None:
-    """Nothing answers here: what counts is that the URI is understood, and one clear line."""
+    """No hub answers here. The test checks that the URI is understood and that one clear line comes."""
     code = (
         "from pipeline.data.index import open_dataset\nfrom pipeline.errors import InputError\n"
         "try: open_dataset('hf://datasets/someone/images')\n"
@@ -139,14 +139,14 @@ def test_what_is_not_there_is_empty(root: str) -> None:
     assert storage.list_folders(f"{root}/none", "") == []
 
 
-# Each is a pattern, or a chain of file systems, that the names beside it match or begin.
+# As a pattern or a chain of file systems, each of these names would match the decoys.
 ODD_NAMES = ("a[1]", "a*", "a?b", "[!z]1", "{a,b}", "a#b", "a::b1", "a%20b", "a b ü")
 DECOYS = ("a1", "ab", "axb", "b1", "a")
 
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder."""
+    """URI of an empty folder."""
     return str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
@@ -202,7 +202,7 @@ def test_what_is_not_there_by_its_name_may_be_a_pattern(root: str) -> None:
 
 
 def test_data_in_a_folder_of_an_odd_name(root: str) -> None:
-    """Found, read and split as in any other, and nothing of the folder that its name matches."""
+    """The data is found, read and split as in any other folder, and the folder that its name matches stays unread."""
     images = encoded(14)
     for place, some in (("a[1]", images[:10]), ("a1", images[10:])):
         for i, data in enumerate(some):

@@ -1,4 +1,4 @@
-"""Few images, or other files, beside what most of a source is."""
+"""A few images or other files beside a source of another kind."""
 
 import zipfile
 from collections import Counter
@@ -28,7 +28,7 @@ SHAPES: dict[str, dict[str, str]] = {
 
 
 def tree(shape: dict[str, str]) -> dict[str, bytes]:
-    """Names and content of files, spread over the folders of a shape."""
+    """Return names and contents of files, spread over the folders of `shape`."""
     folders = list(shape)
     return {f"{folders[i % len(folders)]}/{i}.png": data for i, data in enumerate(IMAGES)}
 

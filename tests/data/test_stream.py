@@ -1,4 +1,4 @@
-"""The stream: the plan's images for every number of workers, from any step; bounded, whatever the size of the data."""
+"""The stream gives the plan's images for any number of workers and any first step, in bounded memory."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ IMAGES = encoded(200, 20, 12)
 
 @pytest.fixture(scope="module")
 def index(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
-    """Images that are not square, in tars."""
+    """An index of tars with images that aren't square."""
     return open_dataset(str(write_tars(tmp_path_factory.mktemp("data") / "tars", IMAGES)), image_size=12)
 
 
@@ -59,7 +59,7 @@ def samples(batches: list[Batch]) -> list[tuple[int, int, bytes]]:
 
 @pytest.fixture(scope="module")
 def whole(index: DatasetIndex) -> list[Batch]:
-    """Twenty steps, nearly three epochs, on one rank, with random crops."""
+    """The batches of twenty steps (nearly three epochs) on one rank, with random crops."""
     return collect(stream_of(index, random_crop=True), 0, 20)
 
 
@@ -118,7 +118,7 @@ def test_crops_change_with_the_epoch_and_the_sample(index: DatasetIndex, whole: 
 
 
 def left_of_streams(threads: set[threading.Thread]) -> list[str]:
-    """Threads that were not there before, and actors of this process that live."""
+    """Return the names of threads that aren't in `threads`, and of this process's living actors."""
     from pipeline.cluster.ray_internals import state
 
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
@@ -132,8 +132,8 @@ def left_of_streams(threads: set[threading.Thread]) -> list[str]:
 def test_a_stream_that_is_closed_before_its_first_batch_leaves_nothing_behind(
     index: DatasetIndex, seconds: float
 ) -> None:
-    """Before its execution begins, while its readers start, and while it waits for somebody to take its batches."""
-    collect(stream_of(index), 0, 1)  # what Ray Data keeps for later executions is there
+    """It is closed before its execution begins, while its readers start, and while its batches wait to be taken."""
+    collect(stream_of(index), 0, 1)  # starts the actors and threads that Ray Data keeps for later executions
     time.sleep(2)
     threads = set(threading.enumerate())
     kept = Counter(left_of_streams(threads))
@@ -153,7 +153,7 @@ def test_bad_images_count_for_nothing_and_are_named(cluster: None, tmp_path: Pat
     stream = stream_of(bad_index)
     with closing(stream.batches(0, 3, on_bad=told.update)) as batches:
         weights = torch.cat([b.weights for b in batches])
-    if "cat/bad.png" not in told:  # its hash may have held it out
+    if "cat/bad.png" not in told:  # the split by hash may have put it into validation
         told |= next(iter(collect(stream_of(open_dataset(str(folder), "validation", 12)), 0, 3))).bad
     else:
         assert (weights == 0).sum() >= 1
@@ -162,14 +162,14 @@ def test_bad_images_count_for_nothing_and_are_named(cluster: None, tmp_path: Pat
 
 
 def large_images(folder: Path, count: int) -> DatasetIndex:
-    """Images that are small as PNG and 256 KiB decoded."""
+    """Return an index of images that are small as PNG and 256 KiB decoded."""
     folder.mkdir()
     data = [encode(picture(i, 3, 3, "L").resize((512, 512), 0)) for i in range(8)]
     schema = pa.schema([("image", pa.binary()), ("label", pa.int64())])
     with pq.ParquetWriter(folder / "a.parquet", schema) as writer:
         for first in range(0, count, 32):
             rows = range(first, min(first + 32, count))
-            # Each with another tail, so that the split by content does not take all copies or none.
+            # A different tail per image, so that the split by content doesn't take all copies or none.
             writer.write_table(
                 pa.table(
                     {"image": [data[i % 8] + b"%d" % i for i in rows], "label": [i % 3 for i in rows]}, schema
@@ -180,7 +180,7 @@ def large_images(folder: Path, count: int) -> DatasetIndex:
 
 MEGABYTE = 2**20
 IN_FLIGHT = 128 * MEGABYTE
-SLACK = 160 * MEGABYTE  # blocks that tasks are writing, those that wait in the trainer, those not yet freed
+SLACK = 160 * MEGABYTE  # blocks being written, waiting in the trainer, or not yet freed
 
 
 def store_bytes() -> int:
@@ -194,7 +194,7 @@ def store_bytes() -> int:
 
 
 def family() -> Iterator[psutil.Process]:
-    """This process, and the workers of its Ray."""
+    """Yield this process and the workers of its Ray."""
     yield psutil.Process()
     for process in psutil.Process().children(recursive=True):
         try:
@@ -205,7 +205,7 @@ def family() -> Iterator[psutil.Process]:
 
 
 class Peak:
-    """The most private memory that this process had, and the most that a worker had, while the block ran."""
+    """The peak private memory of this process and of a worker, and of the object store, in a `with` block; bytes."""
 
     def __enter__(self) -> "Peak":
         self.trainer = self.reader = self.store = 0
@@ -244,8 +244,8 @@ def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> No
     small, large = large_images(tmp_path / "small", 600), large_images(tmp_path / "large", 6000)
     images = large.rows // 24 * 24
     assert images > 9 * small.rows
-    # Always as many images, since a longer run meets a higher peak; and the small data before and after, since a
-    # process also grows with its age.
+    # Each run reads equally many images, since a longer run has a higher peak. The small data is read before and
+    # after, since a process also grows with its age.
     with Peak() as once:
         assert consume(small, images) == images
     with Peak() as tenfold:
@@ -254,7 +254,7 @@ def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> No
         assert consume(small, images) == images
     assert tenfold.trainer < 1.1 * max(once.trainer, again.trainer)
     assert tenfold.reader < 1.1 * max(once.reader, again.reader)
-    # The store gives up in one go what was freed within a second: at this speed some 300 MiB.
+    # The store releases freed blocks about once a second, which at this speed is some 300 MiB.
     assert tenfold.store < 1.25 * max(once.store, again.store)
     assert tenfold.store < 640 * MEGABYTE  # of 1.5 GiB
     assert spilled_bytes() == 0

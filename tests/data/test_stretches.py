@@ -1,4 +1,4 @@
-"""What is fetched of remote files, counted at the server: the bytes that are needed, each once."""
+"""Only the needed bytes of remote files are fetched, each once, counted at the server."""
 
 import io
 import time
@@ -30,7 +30,7 @@ IMAGES = [b"\x89PNG\r\n\x1a\n" + RNG.bytes(6000) for _ in range(320)]
 
 
 def fetched(weather: Weather) -> list[int]:
-    """Bytes of each request for content since the last call."""
+    """Return the bytes of each answer with content since the last call."""
     sizes = [size for path, size in weather.sent if "list-type" not in path]
     weather.sent.clear()
     return sizes
@@ -42,7 +42,7 @@ def write_shard(path: Path, images: list[bytes], group: int) -> None:
 
 
 def upload(folder: Path, uri: str) -> int:
-    """Returns the bytes of all files."""
+    """Upload the files of a folder and return their total bytes."""
     for path in folder.iterdir():
         storage.write_atomic(f"{uri}/{path.name}", path.read_bytes())
     return sum(path.stat().st_size for path in folder.iterdir())
@@ -90,7 +90,7 @@ def test_footers_of_many_files_are_fetched_once_and_together(
         assert len(open_source("auto", bucket, Request(2)).listing.parts) == 64
     listed = [path for method, path in weather.asked if method == "HEAD" or "list-type" in path]
     assert len(listed) <= 5
-    # Those that find out what the first files are look at their first rows, too.
+    # The detection of the source also reads the first rows of the first files.
     assert len(weather.asked) - len(listed) <= 64 + 4
     assert weather.most >= 12
 
@@ -138,7 +138,7 @@ def test_a_footer_that_is_longer_than_usual(bucket: str, weather: Weather, tmp_p
 
 
 def sources(folder: Path) -> Iterator[tuple[str, int]]:
-    """Writes files of every kind that is read at places, each into a folder: its kind, and images in it."""
+    """Write one folder for each kind of file that is read by position. Yield its kind and number of images."""
     for kind in ("arrow", "cifar", "huggingface", "idx", "npz", "webdataset", "zip"):
         (folder / kind).mkdir()
     from datasets import ClassLabel, Dataset, Features
@@ -188,7 +188,7 @@ def test_no_source_fetches_more_than_it_needs(bucket: str, weather: Weather, tmp
         if kind == "webdataset":
             parts = [one for part in parts for one in part.cut(20)]
             listed += sum(fetched(weather))
-        # What lies between the images has to be read once in a tar, and to count the rows of a stream of record batches.
+        # Listing must read what lies between the images of a tar, and all of a record batch stream to count its rows.
         assert listed <= (1.7 if kind == "arrow" else 1.01 if kind == "webdataset" else 0.2) * size, kind
         items = [item for part in parts for item in part.read()]
         sizes = fetched(weather)
@@ -197,7 +197,7 @@ def test_no_source_fetches_more_than_it_needs(bucket: str, weather: Weather, tmp
         assert sum(sizes) - between <= 1.1 * size_of(items), kind
         assert len(sizes) <= (count if kind == "zip" else len(parts) + 2), kind
         some = list(parts[3].read([4, 5]))
-        if kind not in ("arrow", "huggingface"):  # which are read by record batch and row group
+        if kind not in ("arrow", "huggingface"):  # these two are read by record batch or row group
             assert sum(fetched(weather)) <= 1.3 * size_of(some), kind
 
 
@@ -227,7 +227,7 @@ def test_a_storage_that_fails_for_a_while_is_asked_again(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    # Without its clients' own patience of some seconds.
+    # Switch off the clients' own retries of some seconds.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""Damaged tars: what is whole is used, what is not is named, whatever the headers say."""
+"""Damaged tars: intact members are used and damaged ones are named, whatever the headers claim."""
 
 import io
 import random
@@ -28,7 +28,7 @@ def plain(count: int) -> Members:
 
 
 def header(name: str, kind: bytes, size: int) -> bytes:
-    """A header whose checksum is right, whatever size it claims."""
+    """Return a header with a valid checksum that claims any size."""
     block = bytearray(special(name, kind).tobuf(tarfile.GNU_FORMAT))
     size_field = b"%011o\0" % size if size >= 0 else b"\xff" * 4 + size.to_bytes(8, "big", signed=True)
     block[124:136] = size_field if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
@@ -166,7 +166,7 @@ def test_one_damaged_block_costs_one_image(
     blocks = [bytes(BLOCK), b"\xff" * BLOCK, chance.randbytes(BLOCK)]
     blocks += (
         [content[:BLOCK]] if members[0][1] in IMAGES else []
-    )  # another label of an image would contradict its own
+    )  # a label's block could give an image a second, contradicting label
     junk = chance.choice(blocks)
     items = read(tmp_path_factory.mktemp("tar"), content[:at] + junk + content[at + BLOCK :])
     by_data = {item.data: item for item in items}

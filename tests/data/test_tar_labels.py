@@ -1,4 +1,4 @@
-"""Labels in tars: each image takes its own, wherever it lies; one that can't be read is told."""
+"""Labels in tars: each image gets its own label wherever that lies. A label that can't be read is reported."""
 
 import codecs
 import json
@@ -97,7 +97,7 @@ def test_an_image_whose_label_cannot_be_read_is_not_used_beside_others(
     items = read(tmp_path, members)
     assert [(i.data, i.label) for i in items] == [(b"", None), (B, "1"), (C, None)]
     assert items[0].reason == f"its label can't be read: {reason}"
-    # Another member may hold it; and what is no label in other images is none in this one.
+    # Another member may hold the label. If the other images' .json holds no label, the unreadable one doesn't either.
     assert labels(tmp_path, [*members, ("0.cls", b"3")]) == ["3", "1", None]
     assert labels(tmp_path, [*members[:3], ("1.json", b'{"caption": "x"}'), ("2.png", C)]) == [
         None,

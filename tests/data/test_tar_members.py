@@ -1,4 +1,4 @@
-"""Members of tars, of any name and kind: every image is used, or named with the reason."""
+"""Members of tars with any name and of any kind: every image is used, or listed with the reason."""
 
 import pickle
 import subprocess

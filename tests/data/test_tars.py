@@ -1,4 +1,4 @@
-"""Tars: all of their images are read, whole, cut small and by position, from disk and from a remote storage."""
+"""All images of tars are read, whole, in small parts and by position, from disk and from remote storage."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""What lies in a folder, behind a name or behind a pattern; and which names are splits."""
+"""Files behind a folder, a name or a pattern, and names that are splits."""
 
 import os
 from collections import Counter
@@ -14,7 +14,7 @@ from tests.data.reading import put
 
 
 def mixed(root: Path) -> Path:
-    """Files, links and other things, all named .png."""
+    """Make files, links and other things, all named .png."""
     put(root / "else", "real", "folder/x.png")
     put(root / "in", "a.png", ".hidden.png", "sub/b.png")
     (root / "in" / "link.png").symlink_to(root / "else" / "real")

@@ -1,4 +1,4 @@
-"""A proxy before a server, which fails as networks, object stores and their operators do."""
+"""A proxy before a server, which fails as networks and object stores do."""
 
 import contextlib
 import http.client
@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# What S3 answers to a request whose credentials have expired.
+# S3's answer to a request with expired credentials.
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 FAULTS = ("503", "cut", "expired", "refused")
-# The server does what is asked, and its answer gets lost.
+# The server carries out the request, and its answer gets lost.
 LOST = "lost"
 
 
 class Weather:
-    """What happens to requests that pass.
+    """A proxy that records requests and can make them fail or wait.
 
     Attributes:
-        address: of the proxy.
-        seen: requests that met a fault.
+        address: URL of the proxy.
+        seen: number of requests that met a fault.
         asked: method and path of each request since `calm`.
-        sent: path, and bytes of the content, of each answer to a GET since `calm`.
-        delay: seconds that each request waits.
-        most: requests at once since `calm`.
+        sent: path, and bytes of content, of each answer to a GET since `calm`.
+        delay: seconds by which each request is delayed.
+        most: the most requests at the same time since `calm`.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -89,7 +89,7 @@ class Weather:
                 else:
                     if fault == LOST:
                         self._ask(body)
-                    self.close_connection = True  # without a word
+                    self.close_connection = True  # without an answer
 
             do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = _pass_on
 
@@ -112,16 +112,17 @@ class Weather:
             self._now -= 1
 
     def calm(self) -> None:
-        """No more faults or delays, and nothing asked so far."""
+        """End all faults and delays, and clear the records."""
         self._fault, self.delay, self.most = lambda method, path: "", 0.0, 0
         self.asked.clear()
         self.sent.clear()
 
     def storm(self, kind: str, seconds: float, which: Callable[[str, str], bool]) -> None:
-        """For so long, from the first of them on, requests meet a fault of this kind, one of `FAULTS`, or `LOST`.
+        """Let the chosen requests meet a fault for `seconds`, counted from the first of them.
 
         Args:
-            which: of them, by method and path.
+            kind: one of `FAULTS`, or `LOST`.
+            which: chooses requests by method and path.
         """
         end = 0.0
 

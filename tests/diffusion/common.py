@@ -1,6 +1,6 @@
-"""Data of which everything is known: Gaussians and discrete pixels, with the epsilon that is optimal for them.
+"""Data with known closed forms, Gaussians and discrete pixels, and their optimal epsilon.
 
-Expectations are exact, not sampled. For a Gaussian the loss terms are quadratic in (x_0, noise), and any such
+Expectations are exact, not sampled. For a Gaussian the loss terms are quadratic in (x_0, noise), and a quadratic
 function has the same mean over the sigma points of a standard normal as over the normal itself.
 """
 
@@ -20,19 +20,19 @@ def process_of(timesteps: int = 12, variance: Variance = "fixed_small", schedule
 
 
 def mild(variance: Variance) -> Process:
-    """A chain that leaves half of the image: no term of its bound is so small that it vanishes."""
+    """Return a chain of 8 steps that keeps part of the image, so that no term of its bound is tiny."""
     betas = tuple(np.linspace(0.02, 0.2, 8).tolist())
     return make_process(DiffusionConfig(schedule="explicit", timesteps=8, betas=betas, variance=variance))
 
 
 def all_at(x: Tensor, t: int) -> Tensor:
-    """The step t for every image of x."""
+    """Return step t for every image of x, [N]."""
     return torch.full((len(x),), t)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The coefficients by numpy, from the betas alone: what the papers write, t = 1 first."""
+    """The papers' coefficients in numpy, from the betas alone. Index 0 is t = 1."""
 
     beta: np.ndarray
 
@@ -51,7 +51,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class GaussianData:
-    """x_0 ~ N(mean, axes diag(variances) axes^T); images are [N, D, 1, 1]."""
+    """x_0 ~ N(mean, axes diag(variances) axes^T), with images [N, D, 1, 1]."""
 
     mean: Tensor
     variances: Tensor
@@ -66,11 +66,11 @@ class GaussianData:
         return self.axes @ self.variances.diag() @ self.axes.T
 
     def along_axes(self, vectors: Tensor) -> Tensor:
-        """Image vectors [N, D] in the coordinates where the covariance is diagonal."""
+        """Rotate image vectors [N, D] to the coordinates in which the covariance is diagonal."""
         return vectors @ self.axes
 
     def x_t(self, z: Tensor, alpha_bar: float) -> Tensor:
-        """Standard normal [N, D] to draws of q(x_t)."""
+        """Turn standard normal z [N, D] into draws of q(x_t)."""
         spread = (alpha_bar * self.variances + 1 - alpha_bar).sqrt()
         return image(alpha_bar**0.5 * self.mean + (z * spread) @ self.axes.T)
 
@@ -86,13 +86,13 @@ class GaussianData:
         return model
 
     def posterior_variance(self, alpha_bar: np.ndarray) -> np.ndarray:
-        """Var[x_0 | x_t] along the axes, [T, D]."""
+        """Return Var[x_0 | x_t] along the axes, [T, D]."""
         abar, variances = alpha_bar[:, None], self.variances.numpy()
         return variances * (1 - abar) / (abar * variances + 1 - abar)
 
 
 def gaussian(dims: int = 3, seed: int = 0) -> GaussianData:
-    """Correlated, off-centre, narrower and wider than one."""
+    """Return data with correlations, a mean off zero, and variances below and above one."""
     generator = np.random.default_rng(seed)
     axes, _ = np.linalg.qr(generator.normal(size=(dims, dims)))
     return GaussianData(
@@ -107,30 +107,31 @@ def image(vectors: Tensor) -> Tensor:
 
 
 def sigma_points(dims: int) -> Tensor:
-    """2 dims points, float64, whose mean is 0 and whose covariance is exactly the identity."""
+    """Return float64 points [2 dims, dims] with mean 0 and covariance exactly the identity."""
     corners = torch.eye(dims, dtype=torch.float64) * dims**0.5
     return torch.cat([corners, -corners])
 
 
 def joint(data: GaussianData, noises: int) -> tuple[Tensor, list[Tensor]]:
-    """Sigma points of (x_0, noise 1, noise 2, …), all independent: images of one batch."""
+    """Return sigma points of x_0 and of several noises, all uncorrelated, as one batch of images."""
     first, *others = sigma_points(data.dims * (1 + noises)).split(data.dims, dim=1)
     return data.x_t(first, 1.0), [image(z) for z in others]
 
 
 def moments(data: GaussianData, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean along the data's axes, and the covariance there, of equally likely images."""
+    """Return mean [D] and covariance [D, D] of equally likely images, along the data's axes."""
     x = data.along_axes(images.flatten(1)).numpy()
     return x.mean(axis=0), np.cov(x, rowvar=False, bias=True).reshape(x.shape[1], -1)
 
 
 @dataclass(frozen=True)
 class PixelData:
-    """One-pixel images whose grey value k has probability pmf[k]; the expectation is a weighted sum.
+    """One-pixel images with grey value k of probability pmf[k]. Expectations are weighted sums.
 
     Attributes:
-        x_0: every level with every node of the noise, [N, 1, 1, 1].
-        weights: their probabilities, [N].
+        x_0: every grey level in [-1, 1], paired with every node of the noise, [N, 1, 1, 1].
+        noise: the node of each pair, [N, 1, 1, 1].
+        weights: probability of each pair, [N].
     """
 
     pmf: Tensor
@@ -144,7 +145,7 @@ class PixelData:
         return float(-(p * p.log2()).sum())
 
     def optimal(self, process: Process) -> Model:
-        """E[eps | x_t]; where the variance is learned also v, for the variance of x_{t-1} given x_t."""
+        """Return a model of E[eps | x_t]. For a learned variance it also gives v for Var[x_{t-1} | x_t]."""
         levels = torch.arange(256, dtype=torch.float64)[self.pmf > 0] / 127.5 - 1
         log_p = self.pmf[self.pmf > 0].log()
         coefficient = process.posterior_mean_coef1.square()
@@ -171,7 +172,7 @@ class PixelData:
 
 
 def pixels(pmf: np.ndarray, nodes: int) -> PixelData:
-    """Pixels with the noise at the `nodes` of Gauss and Hermite's quadrature."""
+    """Return pixels with the noise at the `nodes` of Gauss-Hermite quadrature."""
     z, w = np.polynomial.hermite_e.hermegauss(nodes)
     levels = np.flatnonzero(pmf)
     x_0 = np.repeat(levels / 127.5 - 1, nodes)

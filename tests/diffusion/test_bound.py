@@ -1,4 +1,4 @@
-"""The variational bound against closed forms: L_T + sum of L_{t-1} + L_0, each a KL or a log-likelihood."""
+"""The variational bound L_T + sum of L_{t-1} + L_0 against closed forms."""
 
 import math
 
@@ -27,7 +27,7 @@ LN2 = math.log(2)
 
 
 def terms_of(process: Process, data: GaussianData, v: float | Tensor | None = None) -> np.ndarray:
-    """L_{t-1} of the optimal epsilon, in bits/dim, exact for t >= 1 (L_0 isn't quadratic: left out)."""
+    """Return L_{t-1} of the optimal epsilon, bits/dim, exact for 0-based t >= 1. L_0 isn't quadratic and is left out."""
     x_0, (noise,) = joint(data, 1)
     optimal = data.optimal_eps(process)
 
@@ -44,7 +44,7 @@ def terms_of(process: Process, data: GaussianData, v: float | Tensor | None = No
 
 
 def closed_terms(chain: Chain, data: GaussianData, sigma2: np.ndarray) -> np.ndarray:
-    """E KL(q(x_{t-1} | x_t, x_0) || N(mu*, sigma_t^2)), bits/dim, for t >= 1 (0-based)."""
+    """Return E KL(q(x_{t-1} | x_t, x_0) || N(mu*, sigma_t^2)), bits/dim, for 0-based t >= 1."""
     coefficient = np.sqrt(chain.alpha_bar_prev) * chain.beta / (1 - chain.alpha_bar)
     mismatch = coefficient[:, None] ** 2 * data.posterior_variance(chain.alpha_bar)
     ratio = (chain.beta_tilde[1:] / sigma2[1:])[:, None]
@@ -79,7 +79,7 @@ def test_the_prior_term_for_gaussian_data_is_the_closed_form() -> None:
 
 
 def test_bits_per_dim_of_gaussian_data_is_the_closed_form() -> None:
-    """The sum of all terms; L_0 by scipy: the rest of x_0 given x_1 is normal with a known variance."""
+    """L_0 comes from scipy: x_0 minus its mean given x_1 is normal with a known variance."""
     data = GaussianData(
         torch.tensor([0.1, -0.2], dtype=torch.float64),
         torch.tensor([0.002, 0.02], dtype=torch.float64),
@@ -89,7 +89,7 @@ def test_bits_per_dim_of_gaussian_data_is_the_closed_form() -> None:
     chain = Chain(process.beta.numpy())
     sigma = math.sqrt(chain.beta_tilde[1])
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
-    # In the lower tail, where the difference of two masses is exact.
+    # The lower tail, where the difference of two cdfs is accurate.
     rest = -np.abs(nodes[:, None]) * np.sqrt(data.posterior_variance(chain.alpha_bar)[0])
     mass = norm.cdf(rest + 1 / 255, scale=sigma) - norm.cdf(rest - 1 / 255, scale=sigma)
     decoder = (weights[:, None] / weights.sum() * -np.log2(mass)).sum(0).mean()
@@ -106,7 +106,7 @@ def test_bits_per_dim_of_gaussian_data_is_the_closed_form() -> None:
     closed = closed_terms(chain, data, chain.beta).sum() + decoder
     exact_prior = prior_bits_per_dim(process, joint(data, 0)[0]).mean().item()
     assert total == pytest.approx(closed, abs=4 * error)
-    # All in all an upper bound of the entropy of the pixels, and a near one.
+    # The total is an upper bound of the pixels' entropy, and a close one.
     entropy = 0.5 * np.log2(2 * math.pi * math.e * data.variances.numpy()).mean() - math.log2(2 / 255)
     assert entropy < closed + exact_prior < 1.5 * entropy
     assert (terms.sum(1) + prior).mean().item() == pytest.approx(closed + exact_prior, rel=0.02)
@@ -117,7 +117,7 @@ def test_fixed_large_is_optimal_for_unit_gaussian_data() -> None:
     large = terms_of(mild("fixed_large"), data)
     small = terms_of(mild("fixed_small"), data)
     assert (large < small).all()
-    # q(x_{t-1} | x_t) is normal with variance beta: what is left is how much x_0 tells beyond x_t.
+    # q(x_{t-1} | x_t) is normal with variance beta, so the KL is only the information that x_0 adds to x_t.
     chain = Chain(mild("fixed_large").beta.numpy())
     np.testing.assert_allclose(large, 0.5 * np.log2(chain.beta[1:] / chain.beta_tilde[1:]), rtol=1e-8)
     learned = mild("learned_range")
@@ -190,7 +190,7 @@ def test_the_decoder_is_the_mass_of_the_bin_and_stays_finite_far_away() -> None:
     assert likelihood.isfinite().all()
     assert far.grad is not None
     assert far.grad.isfinite().all()
-    assert (far.grad < 0).all()  # the mean is drawn towards the pixel, however far
+    assert (far.grad < 0).all()  # the gradient moves the mean towards the pixel, however far that is
 
 
 def test_the_divergence_of_normals_is_that_of_torch() -> None:
@@ -214,7 +214,7 @@ def test_divergence_and_decoder_are_numbers_at_every_variance(dtype: torch.dtype
     level, mean, scale = (
         grid.flatten() for grid in torch.meshgrid(means[[0, 3, 4]], means, logs, indexing="ij")
     )
-    for offset in (0.0, 1 / 255, -1 / 255):  # on the edges of a bin too
+    for offset in (0.0, 1 / 255, -1 / 255):  # also on the edges of a bin
         likelihood = discretized_gaussian_log_likelihood(level, mean + offset, scale)
         assert not likelihood.isnan().any()
         assert (likelihood <= 0).all()
@@ -238,7 +238,7 @@ def test_the_bound_is_never_below_the_entropy_of_the_pixels(schedule: str, varia
 
 
 def worse(model: Model) -> Model:
-    """The same variance around a mean that is a tenth off."""
+    """Return a model with the same variance and an epsilon that is a tenth too small."""
 
     def wrapped(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         output = model(x_t, t, labels)
@@ -255,7 +255,7 @@ def test_uniform_pixels_cost_at_least_eight_bits() -> None:
 
 
 def test_the_prior_term_of_linear_with_1000_steps_is_negligible() -> None:
-    """7e-6 to 1e-5 bits/dim, for uniform pixels in [-1, 1] as for a real image's."""
+    """It is 7e-6 to 1e-5 bits/dim for pixels uniform in [-1, 1], as for real images."""
     x_0 = (torch.arange(256) / 127.5 - 1).reshape(256, 1, 1, 1)
     prior = prior_bits_per_dim(process_of(timesteps=1000), x_0).mean().item()
     assert 7e-6 < prior < 1e-5
@@ -281,7 +281,7 @@ def test_the_stratified_estimate_is_unbiased_and_its_variance_is_what_it_says(
 
 
 def test_the_estimate_is_precise_where_the_terms_are_large() -> None:
-    """A few of many terms: the first ones, which are most of the bound, are never left to chance."""
+    """The estimate computes few of many terms, but always the first ones, which are most of the bound."""
     data, process = gaussian(), process_of(timesteps=1000, schedule="cosine")
     x_0 = joint(data, 0)[0][:1] * 0.1
     noise = torch.full_like(x_0, 0.7)
@@ -317,7 +317,7 @@ def test_all_terms_as_an_estimate_are_the_exact_bound() -> None:
 
 
 def one_pixel(values: Tensor) -> Tensor:
-    """Images of one pixel each, from values of 0 to 255."""
+    """Return images of one pixel each, in [-1, 1], from values of 0 to 255."""
     return (values.double() / 127.5 - 1).reshape(-1, 1, 1, 1)
 
 
@@ -330,7 +330,7 @@ def test_the_softmax_decoder_is_a_distribution_over_all_values(occurring: range)
     for x_1 in (-1.3, 0.02, 0.9):
         bits = softmax_decoder_bits(process, every, torch.full_like(every, x_1), occurs)
         assert (2**-bits).sum().item() == pytest.approx(1, abs=1e-9)
-        # Bayes' rule with equal chances for the values that occur.
+        # Bayes' rule with a uniform prior over the values that occur.
         level = math.sqrt(process.alpha_bar[0])
         density = norm.pdf(x_1, level * (np.arange(256) / 127.5 - 1), math.sqrt(1 - process.alpha_bar[0]))
         chance = (
@@ -343,7 +343,7 @@ def test_the_softmax_decoder_costs_nothing_without_noise_and_the_choice_of_a_val
     None
 ):
     occurs = torch.zeros(256, dtype=torch.bool)
-    occurs[::15] = True  # 18 of them
+    occurs[::15] = True  # 18 values
     x_0 = one_pixel(torch.arange(0, 256, 15)).reshape(1, 1, 1, -1)
     noise = torch.randn(1, 1, 1, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.zeros(1, dtype=torch.int64)

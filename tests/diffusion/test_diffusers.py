@@ -1,4 +1,4 @@
-"""Coefficients and steps against the schedulers of diffusers, where both define the same thing."""
+"""Coefficients and steps against diffusers' schedulers, as far as both define the same."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ THEIRS = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredco
 
 
 def make(schedule: str = "linear", variance: Variance = "fixed_small") -> tuple[Process, dict[str, Any]]:
-    """Our process, and the settings of the same one there."""
+    """Return our process and diffusers' settings of the same one."""
     process = make_process(DiffusionConfig(schedule=schedule, timesteps=T, variance=variance))
     return process, {
         "num_train_timesteps": T,
@@ -30,12 +30,12 @@ def make(schedule: str = "linear", variance: Variance = "fixed_small") -> tuple[
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """Within 1e-5 of the largest value: diffusers computes in float32."""
+    """Assert agreement to 1e-5 of the largest value, since diffusers computes in float32."""
     assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
 
 def curved(x_t: Tensor, t: Tensor | int) -> Tensor:
-    """Some smooth epsilon, neither linear nor the same at every step."""
+    """Return a smooth epsilon that is not linear in x_t and differs between steps."""
     time = torch.as_tensor(t).reshape(-1, 1, 1, 1) / T
     return (x_t * (1 - 0.5 * time)).tanh() + 0.1 * x_t
 
@@ -49,7 +49,7 @@ def noise_of(seed: int) -> Tensor:
 
 
 def follow(scheduler: Any, model: Any, timesteps: list[int], x: Tensor, **options: Any) -> Tensor:
-    """diffusers' own loop; the noise of step i is that of seed i."""
+    """Run diffusers' own loop. Seed i gives the noise of step i."""
     for i, t in enumerate(timesteps):
         generator = torch.Generator().manual_seed(i)
         with torch.no_grad():
@@ -77,7 +77,7 @@ def test_the_mean_of_one_step_is_that_of_diffusers() -> None:
     process, settings = make()
     x_t = noise_of(100)
     scheduler = DDPMScheduler(**settings)
-    # The last step adds no noise: what it gives is the mean.
+    # The last step adds no noise, so it returns the mean.
     theirs = scheduler.step(curved(x_t, 0), 0, x_t).prev_sample
     ours = posterior_mean_from_eps(process, x_t, torch.zeros(4, dtype=torch.int64), curved(x_t, 0))
     assert_close(ours, theirs)
@@ -105,7 +105,7 @@ def test_ancestral_samples_are_those_of_diffusers(variance: Variance, steps: int
         clip=clip,
         on_step=lambda step, x: ours.append(x),
     )
-    # There the last of a respaced chain's steps adds noise to the image too, unless its variance is zero.
+    # In diffusers the last step of a respaced chain adds noise to the image too, unless its variance is zero.
     same = steps if variance == "fixed_small" else steps - 1
     assert_close(ours[same - 1], follow(scheduler, model, timesteps[:same], noise_of(100)))
 

@@ -1,4 +1,4 @@
-"""The training objectives, each against its definition."""
+"""Each training objective against its definition."""
 
 import math
 
@@ -17,7 +17,7 @@ DATA = gaussian()
 
 
 def blurred(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    """A model that is neither optimal nor zero."""
+    """Return an epsilon that is neither optimal nor zero."""
     return (x_t + 0.1 * t.reshape(-1, 1, 1, 1)).tanh()
 
 
@@ -48,7 +48,7 @@ def test_the_model_is_told_the_step_of_the_original_chain() -> None:
 
 
 def test_the_weighted_loss_is_the_bound_where_the_variance_is_that_of_the_posterior() -> None:
-    """With sigma^2 = beta-tilde the KL is the coefficient times the squared error, image by image."""
+    """With sigma^2 = beta-tilde each image's KL is the coefficient times its squared error."""
     process = process_of(variance="fixed_small")
     x_0, t, noise = batch(process)
     x_t = q_sample(process, x_0, t, noise)
@@ -113,7 +113,7 @@ def test_in_the_hybrid_loss_the_bound_trains_the_variance_and_nothing_else() -> 
     hybrid, vlb, (simple,) = gradients("hybrid"), gradients("vlb"), gradients("simple")
     torch.testing.assert_close(hybrid[0], simple)
     torch.testing.assert_close(hybrid[1], 0.01 * vlb[1])
-    assert vlb[0].abs() > 1e-3  # the bound alone would train the mean
+    assert vlb[0].abs() > 1e-3  # the bound without the stop-gradient trains the mean
 
 
 @pytest.mark.parametrize("kind", ["simple", "weighted", "min_snr"])

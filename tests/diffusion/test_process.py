@@ -23,7 +23,7 @@ from tests.diffusion.common import Chain, all_at, gaussian, image, joint, moment
 
 
 def test_the_chain_step_by_step_has_the_moments_of_the_closed_form() -> None:
-    """sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, not abar_t x_0 + (1 - abar_t) eps."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, not abar_t x_0 + (1 - abar_t) eps."""
     data, process = gaussian(), process_of(timesteps=10)
     x, noises = joint(data, len(process))
     for t, noise in enumerate(noises):
@@ -38,7 +38,7 @@ def test_the_chain_step_by_step_has_the_moments_of_the_closed_form() -> None:
 
 
 def test_merged_noise_is_scaled_by_the_root_of_the_summed_variances() -> None:
-    """sqrt(s1^2 + s2^2) eps with a unit normal eps: variance s1^2 + s2^2, as two steps of the chain have."""
+    """Two steps add noise of variance s1^2 + s2^2, that is sqrt(s1^2 + s2^2) eps with a unit normal eps."""
     process = process_of(timesteps=2)
     z = sigma_points(2)
     x = image(torch.zeros(len(z), 1, dtype=torch.float64))
@@ -66,7 +66,7 @@ def test_one_draw_in_closed_form_has_the_stated_mean_and_variance(t: int) -> Non
 
 @pytest.mark.parametrize("t", [1, 2, 6, 11])
 def test_the_posterior_is_that_of_bayes_rule(t: int) -> None:
-    """q(x_{t-1} | x_t, x_0) from the densities q(x_t | x_{t-1}) q(x_{t-1} | x_0), normalised on a grid."""
+    """q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0), normalised numerically on a grid."""
     process = process_of()
     beta, chain = process.beta.numpy(), Chain(process.beta.numpy())
     x_0, x_t = 0.4, -0.7
@@ -84,7 +84,7 @@ def test_the_posterior_is_that_of_bayes_rule(t: int) -> None:
 
 
 def test_both_forms_of_the_posterior_mean_agree_at_every_step() -> None:
-    """From x_0, and from epsilon divided by sqrt(alpha_t), not by alpha_bar_t."""
+    """The mean follows from x_0, or from epsilon with a division by sqrt(alpha_t), not alpha_bar_t."""
     process = process_of()
     x_0, (noise,) = joint(gaussian(), 1)
     for t in range(len(process)):
@@ -106,14 +106,14 @@ def test_x_0_and_epsilon_are_recovered_from_each_other() -> None:
 
 
 def test_variance_kinds_are_beta_beta_tilde_and_between_them_in_log_space() -> None:
-    """beta_t and beta-tilde_t are sigma_t^2, not sigma_t."""
+    """beta_t and beta-tilde_t are values of sigma_t^2, not of sigma_t."""
     process = process_of(variance="fixed_small")
     chain = Chain(process.beta.numpy())
     small = model_log_variance(process).exp().numpy()
     large = model_log_variance(process_of(variance="fixed_large")).exp().numpy()
     np.testing.assert_allclose(small[1:], chain.beta_tilde[1:], rtol=1e-12)
     np.testing.assert_allclose(large[1:], chain.beta[1:], rtol=1e-12)
-    # beta-tilde of the first step is zero: both take the second's there.
+    # beta-tilde of the first step is zero, so both kinds use the second step's there.
     assert chain.beta_tilde[0] == 0
     np.testing.assert_allclose([small[0], large[0]], chain.beta_tilde[1], rtol=1e-12)
     learned = process_of(variance="learned_range")

@@ -1,4 +1,4 @@
-"""Samples of the optimal model for Gaussian data: their moments against closed forms, exact by sigma points."""
+"""Moments of samples from the optimal model for Gaussian data, exact by sigma points, against closed forms."""
 
 from collections.abc import Callable
 
@@ -28,10 +28,10 @@ def draw(
     model: Model | None = None,
     exact_start: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the samples along the data's axes; x_T is of N(0, I), or of q(x_T) itself."""
+    """Return mean [D] and covariance [D, D] of samples along the data's axes, from x_T ~ N(0, I) or from q(x_T)."""
     z = sigma_points(data.dims * steps).split(data.dims, dim=1)
     x_T = data.x_t(z[0], process.alpha_bar[-1].item()) if exact_start else image(z[0] @ data.axes.T)
-    # In the data's axes the noise stays what it is: a rotated standard normal.
+    # A rotation to the data's axes leaves standard normal noise standard normal.
     x_0 = sample(
         process,
         model or data.optimal_eps(process),
@@ -46,7 +46,7 @@ def draw(
 
 
 def chain_of(process: Process, steps: int) -> Chain:
-    """The respaced chain by numpy: betas from the ratio of neighbouring alpha_bars."""
+    """Return the respaced chain in numpy: betas from the ratio of neighbouring alpha_bars."""
     kept = Chain(process.beta.numpy()).alpha_bar[spaced_timesteps(len(process), steps)]
     return Chain(1 - kept / np.concatenate([[1.0], kept[:-1]]))
 
@@ -56,10 +56,10 @@ def recursion(
     data: GaussianData,
     step: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of x_0 from N(0, I), axis by axis.
+    """Return mean and variance [D] of x_0 per axis, for x_T ~ N(0, I).
 
-    x_{t-1} - sqrt(abar_{t-1}) mean = a (x_t - sqrt(abar_t) mean) + noise of variance s2; `step` gives a and s2
-    from t and the factor of E[x_0 | x_t].
+    A step is x_{t-1} - sqrt(abar_{t-1}) mean = a (x_t - sqrt(abar_t) mean) + noise of variance s2. `step` gives a
+    and s2 from t and from the gain by which E[x_0 | x_t] depends on x_t.
     """
     mean = data.along_axes(data.mean[None])[0].numpy()
     offset, variance = -np.sqrt(chain.alpha_bar[-1]) * mean, np.ones(data.dims)
@@ -98,7 +98,7 @@ def test_ddim_samples_have_the_closed_forms_moments(eta: float, steps: int) -> N
 
     def step(t: int, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         abar, prev = chain.alpha_bar[t], chain.alpha_bar_prev[t]
-        s2 = eta**2 * (1 - prev) / (1 - abar) * (1 - abar / prev)  # equation 16
+        s2 = eta**2 * (1 - prev) / (1 - abar) * (1 - abar / prev)  # DDIM (Song et al.), equation 16
         eps = (1 - np.sqrt(abar) * gain) / np.sqrt(1 - abar)
         return np.sqrt(prev) * gain + np.sqrt(1 - prev - s2) * eps, np.full(2, s2)
 
@@ -118,7 +118,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_beta_tilde() -> None:
 
 @pytest.mark.parametrize("steps", [T, 9, 3, 1])
 def test_with_the_true_variance_learned_respaced_samples_are_exact(steps: int) -> None:
-    """For Gaussian data q(x_{t-1} | x_t) is normal: the chain of any length ends in Var[E[x_0 | x_1]]."""
+    """For Gaussian data q(x_{t-1} | x_t) is normal, so a chain of any length ends with Var[E[x_0 | x_1]]."""
     data = GaussianData(gaussian(2).mean, gaussian(2).variances, torch.eye(2, dtype=torch.float64))
     process = process_of(T, "learned_range")
     short, chain = respace(process, spaced_timesteps(T, steps)), chain_of(process, steps)
@@ -140,7 +140,7 @@ def test_with_the_true_variance_learned_respaced_samples_are_exact(steps: int) -
 
 
 def flow_error(sampler: SamplerName, steps: int) -> float:
-    """The error of the samples' spread against the probability-flow ODE, whose solution scales x_t by its std."""
+    """Return the largest error of the samples' std against the probability-flow ODE, which scales x_t by its std."""
     data, process = gaussian(2), process_of(1000, schedule="cosine")
     end, eigen = Chain(process.beta.numpy()).alpha_bar[-1], data.variances.numpy()
     exact = np.sqrt(eigen / (end * eigen + 1 - end))
@@ -157,7 +157,7 @@ def test_dpm_solver_converges_to_the_flow_with_order_two_and_ddim_with_order_one
 
 
 def test_frechet_distance_of_samples_is_the_closed_form() -> None:
-    """Both Gaussians have the same axes: ||difference of means||^2 + sum (sqrt l - sqrt c)^2."""
+    """Both Gaussians have the same axes, so it is ||difference of means||^2 + sum (sqrt l - sqrt c)^2."""
     data, process = gaussian(2), process_of(T)
     mean, covariance = draw(process, data, "ddim", 6)
     real_mean = data.along_axes(data.mean[None])[0].numpy()
@@ -200,7 +200,7 @@ def test_the_first_step_is_the_last_one_of_enough_alpha_bar(sampler: SamplerName
 
 
 def test_a_small_error_of_epsilon_does_less_where_the_first_step_has_enough_alpha_bar() -> None:
-    """The best model for N(0.1, 0.3^2), and the same off by 0.03, as one that learns still is; x_0 is clipped."""
+    """The optimal model for N(0.1, 0.3^2) is compared with itself plus an error of 0.03. x_0 is clipped."""
     process = process_of(1000, schedule="cosine")
 
     def model(error: float) -> Model:
@@ -223,7 +223,7 @@ def test_a_small_error_of_epsilon_does_less_where_the_first_step_has_enough_alph
 
 
 def test_guidance_extrapolates_from_the_model_without_label_to_that_with_it() -> None:
-    """eps = eps_uncond + w (eps_cond - eps_uncond), each sample by its own label."""
+    """eps = eps_uncond + w (eps_cond - eps_uncond), with each sample's own label."""
 
     def mixed(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         return 3 * labelled(x_t, t, labels) - 2 * labelled(x_t, t, torch.full((len(x_t),), 9))

@@ -21,7 +21,7 @@ def test_any_schedule_makes_a_usable_chain_of_any_length(schedule: str, timestep
     assert (snr(process).diff() < 0).all()
     for name in ("posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"):
         assert getattr(process, name).isfinite().all()
-    # Little of the image is left at the end, whatever T: what sampling starts from is nearly q(x_T).
+    # Little of the image is left at the end for any T, so N(0, I) is close to q(x_T).
     if timesteps >= 20:
         assert process.alpha_bar[-1] < 1e-3
 
@@ -55,7 +55,7 @@ def test_a_file_of_betas_is_the_schedule_of_as_many_steps(text: str, tmp_path: P
     file.write_text(text)
     config = resolve(DiffusionConfig(schedule=str(file), timesteps=1000))
     assert (config.timesteps, config.betas) == (3, (0.1, 0.2, 0.3))
-    # What is kept of it needs no file.
+    # The resolved configuration holds the betas and doesn't need the file.
     file.unlink()
     torch.testing.assert_close(
         make_process(config).alpha_bar, torch.tensor([0.9, 0.72, 0.504], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How t is drawn: unbiased whatever the distribution, and with less variance where it follows the losses."""
+"""Drawing t: the loss is unbiased for any distribution, and has less variance if that follows the losses."""
 
 import math
 
@@ -16,7 +16,7 @@ EVEN = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
 
 
 def fed(losses: Tensor) -> State:
-    """The state after every t has had ten losses around the given ones."""
+    """Return the state after ten losses around the given one for every t."""
     state = init_state("loss_second_moment", len(losses))
     steps = torch.arange(len(losses))
     for i in range(10):
@@ -62,7 +62,7 @@ def test_losses_change_nothing_where_steps_are_uniform() -> None:
 
 
 class Net(nn.Module):
-    """A small network whose weights all steps share."""
+    """A small network with the same weights for all steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def test_drawing_by_the_second_moment_lowers_the_variance_of_the_bounds_gradient
         noise = torch.randn(len(t), 8, 1, 1, generator=generator)
         return training_loss(process, kind, model, images[rows], t, noise)
 
-    # Part of the way, as while training: neither the first weights nor the last.
+    # Train for a while: gradients of untrained or finished weights aren't typical.
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(300):
         optimizer.zero_grad()
@@ -98,7 +98,7 @@ def test_drawing_by_the_second_moment_lowers_the_variance_of_the_bounds_gradient
             state = update(state, torch.arange(100), losses(torch.arange(100)))
 
     def gradients(state: State) -> Tensor:
-        """400 estimates of the gradient, each from 16 images."""
+        """Return 400 estimates of the gradient, each from 16 images, [400, weights]."""
         rows = []
         for _ in range(400):
             t, weight = draw(state, torch.rand(16, generator=generator, dtype=torch.float64))
@@ -111,6 +111,6 @@ def test_drawing_by_the_second_moment_lowers_the_variance_of_the_bounds_gradient
     ratio = variances[0] / variances[1]
     print(f"variance of the gradient of L_vlb, uniform over loss-second-moment: {ratio:.2f}")
     assert ratio > 1.5
-    # Both estimate one gradient.
+    # Both estimate the same gradient.
     difference = uniform.mean(0) - weighted.mean(0)
     assert difference.norm().item() < 4 * math.sqrt(sum(variances) / 400)

@@ -1,4 +1,4 @@
-"""Small models and datasets that the tests here share."""
+"""Small models and datasets for the tests of this folder."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ DIGITS = ImageConfig(size=8, channels=1, classes=tuple("0123456789"))
 def small_model(
     variance: Variance = "fixed_small", timesteps: int = 20, conditional: bool = True
 ) -> tuple[UNet, ModelSpec]:
-    """An untrained UNet for digits whose output is not zero."""
+    """Return an untrained UNet for digits with random, nonzero output, and its spec."""
     config = ModelConfig(
         model_channels=32,
         channel_multipliers=(1,),
@@ -37,7 +37,7 @@ def small_model(
 
 
 def write_samples(folder: Path, pixels: np.ndarray, labels: np.ndarray | None) -> Path:
-    """Images, uint8 [N, H, W, C], in two Parquet files of the Hugging Face convention."""
+    """Write uint8 images [N, H, W, C] as two Parquet files of the Hugging Face convention."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(np.array_split(np.arange(len(pixels)), 2)):
         images = [{"bytes": encode_png(pixels[i]), "path": f"{i}.png"} for i in rows]

@@ -9,7 +9,7 @@ from pipeline.evaluation import evaluate
 
 @pytest.fixture
 def evaluated_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`evaluate` measures in this process: tests of each measure show that actors come to the same."""
+    """`evaluate` measures in this process. The tests of each measure show that actors give the same."""
     monkeypatch.setattr(evaluate, "ActorPool", lambda *_, **__: in_process)
 
 

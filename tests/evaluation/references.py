@@ -1,8 +1,8 @@
-"""The distances of pytorch-fid, clean-fid and torch-fidelity as JSON, in a process of its own.
+"""Print the distances of pytorch-fid, clean-fid and torch-fidelity as JSON, in a process of its own.
 
     python references.py FOLDER FEATURES.npz
 
-They import torchvision for the networks and image files, which are not asked for here: an empty stand-in takes its place.
+These packages import torchvision for networks and image files. Neither is used here, so an empty module replaces it.
 """
 
 import json
@@ -14,11 +14,11 @@ import numpy as np
 
 
 def figures(real: np.ndarray, fake: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-    """By the name of the figure and of the package.
+    """Return the figures by name of figure and package.
 
     Args:
-        real, fake: features, as many on each side.
-        logits: of images, for the Inception Score in five parts.
+        real, fake: features [N, D], equally many on each side.
+        logits: class logits of images [N, classes], for an Inception Score in five parts.
     """
     import torch
     from cleanfid import fid as cleanfid
@@ -30,7 +30,7 @@ def figures(real: np.ndarray, fake: np.ndarray, logits: np.ndarray) -> dict[str,
 
     sides = [(side.mean(axis=0), np.cov(side, rowvar=False)) for side in (real, fake)]
     tensors = [torch.from_numpy(fake), torch.from_numpy(real)]
-    # One subset that holds all: which images share a subset is drawn by each package in its own way.
+    # One subset holds all images, since each package draws smaller subsets in its own way.
     kernel = kid_features_to_metric(*tensors, kid_subsets=1, kid_subset_size=len(real), verbose=False)
     shares = prc_features_to_metric(*tensors, prc_neighborhood=3, verbose=False)
     score = isc_features_to_metric(torch.from_numpy(logits), splits=5, shuffle=False)

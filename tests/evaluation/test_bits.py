@@ -19,7 +19,7 @@ SEED = 3
 
 
 def bits_by_hand(index: DatasetIndex, ids: np.ndarray) -> tuple[np.ndarray, float]:
-    """The terms L_{t-1} and L_T of the small model, from the paper's formulas and torch's distributions."""
+    """Return the terms L_{t-1} and L_T of the small model by the papers' formulas and torch's distributions."""
     model, spec = small_model()
     images, labels = read_images(index, ids)
     x_0 = images.double() / 127.5 - 1
@@ -34,7 +34,7 @@ def bits_by_hand(index: DatasetIndex, ids: np.ndarray) -> tuple[np.ndarray, floa
         eps = model(x_t.float(), torch.full((len(ids),), t), labels).double()
         guess = ((x_t - math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(alpha_bar[t])).clamp(-1, 1)
         if t == 0:
-            # q(x_0 | x_1) is a point: the decoder's mean is the guess, its width beta-tilde of the next step.
+            # beta-tilde is zero here. The decoder's mean is the guess, its variance beta-tilde of the next step.
             sigma = math.sqrt(beta[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1]))
             p = Normal(guess, sigma)
             upper = torch.where(x_0 > 0.999, 1.0, p.cdf(x_0 + 1 / 255))

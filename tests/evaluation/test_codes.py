@@ -1,4 +1,4 @@
-"""Codes without a network, against entropies in closed form and the compressors themselves."""
+"""Code lengths without a network, against closed-form entropies and the compressors themselves."""
 
 import io
 import lzma
@@ -19,7 +19,7 @@ def entropy(p: np.ndarray) -> float:
 def test_histograms_cost_the_entropy_of_what_they_know(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even pixels are one of four values of unequal frequency, odd pixels always the same."""
+    """Even pixels take four values of unequal frequency. Odd pixels are constant."""
     monkeypatch.setattr(codes, "_POSITIONS_TOGETHER", together)
     generator, values, p = (
         np.random.default_rng(0),
@@ -34,7 +34,7 @@ def test_histograms_cost_the_entropy_of_what_they_know(
     assert cost["uniform"] == pytest.approx(2, abs=0.002)
     assert cost["histogram"] == pytest.approx(entropy(everywhere), abs=0.01)
     assert cost["position_histogram"] == pytest.approx(entropy(p) / 2, abs=0.01)
-    # No code of independent pixels is shorter; compressors without a model of them come near.
+    # No code of independent pixels is shorter than the entropy. General compressors need more.
     assert entropy(p) / 2 < cost["xz"] < cost["png"]
 
 

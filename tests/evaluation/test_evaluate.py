@@ -37,14 +37,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def real_copies(held_out: DatasetIndex, tmp_path: Path) -> Path:
-    """The held-out images as if they were samples: a perfect generator."""
+    """The held-out images written as samples, as a perfect generator would make."""
     images, labels = read_images(held_out, np.arange(held_out.rows))
     return write_samples(tmp_path / "copies", images.permute(0, 2, 3, 1).numpy(), labels.numpy())
 
 
 @pytest.fixture
 def noise(tmp_path: Path) -> Path:
-    """Pixels without meaning, and labels at random."""
+    """Samples of random pixels with random labels."""
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
     return write_samples(tmp_path / "noise", pixels, generator.integers(0, 10, 200))
@@ -53,7 +53,7 @@ def noise(tmp_path: Path) -> Path:
 def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     cluster: None, digits: Path, model_folder: Path, real_copies: Path, noise: Path, tmp_path: Path
 ) -> None:
-    """The first evaluation by actors, the second in this process."""
+    """The first evaluation uses actors, the second this process."""
     output = tmp_path / "out"
     config = EvaluateConfig(
         model="", data=str(digits), samples=str(real_copies), output=str(output),
@@ -81,11 +81,11 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     softmax = metrics["bits_per_dim"] - metrics["L_0"] + metrics["L_0_softmax"]
     assert metrics["bits_per_dim_softmax"] == pytest.approx(softmax, rel=1e-6)
     assert 0 < metrics["L_0_softmax"] < metrics["L_0"]
-    # Digits have 17 levels, and a pixel's place says much of it.
+    # Digits have 17 levels, and a pixel's position tells much about its level.
     assert metrics["bits_per_dim_uniform"] == pytest.approx(np.log2(17), abs=0.01)
     assert metrics["bits_per_dim_position_histogram"] < metrics["bits_per_dim_histogram"] - 0.3
 
-    # The classifier of the first evaluation measures the second on the same scale.
+    # The second evaluation uses the first one's classifier, so the distances have the same scale.
     config = EvaluateConfig(
         model="", data=str(digits), samples=str(noise), features=str(output / "classifier"),
         metrics=("frechet", "kernel", "manifold", "knn"),
@@ -150,7 +150,7 @@ def test_a_gpu_that_the_cluster_lacks_is_refused(cluster: None, digits: Path, mo
 
 
 def _generated(folder: Path, pixels: np.ndarray, labels: np.ndarray, model: str) -> Path:
-    """Samples as jobs/generate.py leaves them, with a file that it had set aside."""
+    """Write samples as jobs/generate.py does, with a foreign file that it moved aside."""
     write_samples(folder / "data", pixels, labels)
     write_samples(folder / "foreign", pixels, labels)
     files = [
@@ -262,7 +262,7 @@ def test_figures_say_how_many_samples_they_cover(digits: Path, noise: Path) -> N
 def test_samples_teach_a_classifier_as_far_as_they_show_their_class(
     digits: Path, train: DatasetIndex, tmp_path: Path
 ) -> None:
-    """Training images as samples are worth what real images are, the same with labels at random nothing."""
+    """Training images as samples teach as much as real images. With random labels they teach nothing."""
     images, labels = (part.numpy() for part in read_images(train, np.arange(600)))
     pixels, scores = images.transpose(0, 2, 3, 1), list[dict[str, float]]()
     for name, given in (("true", labels), ("random", np.random.default_rng(0).permutation(labels))):
@@ -298,7 +298,7 @@ def test_copies_of_training_images_are_counted_and_shown(
         ),
         "",
     ).metrics  # fmt: skip
-    # Every copy, and the few held-out images under their own hundredth.
+    # All copies count, and about a hundredth of the held-out images by definition of the threshold.
     assert metrics["memorised"] == pytest.approx(len(copies) / len(pixels), abs=0.02)
     assert metrics["memorised_images"] == len(pixels)
     real = read_images(train, np.arange(train.rows))[0].flatten(1).numpy() / 255

@@ -24,7 +24,7 @@ from tests.evaluation.common import DIGITS, write_samples
 
 
 class InceptionLike(nn.Module):
-    """The calling convention of inception-2015-12-05.pt."""
+    """A network with the calling convention of inception-2015-12-05.pt."""
 
     def forward(
         self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
@@ -43,7 +43,7 @@ class Plain(nn.Module):
 
 
 class Rooted(nn.Module):
-    """Not a number for images whose first pixel is bright."""
+    """Features that are NaN for images with a bright first pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (0.5 - x[:, :1, 0, 0]).sqrt()

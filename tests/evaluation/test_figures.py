@@ -1,4 +1,4 @@
-"""The card of a set of samples shows what an evaluation found, and stays what generation and --verify expect."""
+"""The card of a sample set shows an evaluation's figures, and generation and --verify still accept it."""
 
 import json
 from pathlib import Path

@@ -75,7 +75,7 @@ def test_published_statistics_are_read_as_they_are_written_by_anybody(tmp_path: 
     generator = np.random.default_rng(5)
     x, y = generator.normal(size=(60, 5)), generator.normal(size=(60, 5)) + 1
     mean, covariance = x.mean(axis=0), np.cov(x, rowvar=False)
-    # pytorch-fid and EDM; guided-diffusion, with images and spatial features beside.
+    # As pytorch-fid and EDM write them, and as guided-diffusion does, with images and spatial features beside.
     np.savez(tmp_path / "fid.npz", mu=mean, sigma=covariance)
     np.savez(tmp_path / "batch.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=mean.astype(np.float32),
              sigma=covariance, mu_s=np.zeros(3), sigma_s=np.eye(3))  # fmt: skip

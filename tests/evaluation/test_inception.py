@@ -1,4 +1,4 @@
-"""Figures by Inception's network, as guided-diffusion's evaluator has them; the network here is a small one like it."""
+"""Inception figures as guided-diffusion's evaluator computes them, with a small network in Inception's place."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Layers(nn.Module):
 
 
 class SmallInception(nn.Module):
-    """The names, the arguments and the resizing of inception-2015-12-05.pt, and few numbers."""
+    """A small network with the layer names, arguments and resizing of inception-2015-12-05.pt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class SmallInception(nn.Module):
 
 
 def as_tensorflow(x: Tensor) -> Tensor:
-    """By torch's sampling of a grid, moved by half a pixel of either side."""
+    """Resize to 299x299 as TensorFlow does: torch's grid sampling, shifted by half a pixel of input and output."""
     moved = [1 / side - 1 / 299 for side in (x.size(3), x.size(2))]
     rows = torch.tensor([[1.0, 0.0, moved[0]], [0.0, 1.0, moved[1]]]).expand(x.size(0), 2, 3)
     grid = F.affine_grid(rows, [x.size(0), x.size(1), 299, 299], align_corners=False)
@@ -90,7 +90,7 @@ def samples(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(train: DatasetIndex, tmp_path: Path) -> str:
-    """Few digits: each is resized to 299x299."""
+    """A folder with few digits, since each is resized to 299x299."""
     (tmp_path / "data").mkdir()
     for split, ids in (("train", np.arange(80)), ("validation", np.arange(80, 140))):
         pixels = read_images(train, ids)[0].permute(0, 2, 3, 1).numpy()
@@ -103,7 +103,7 @@ def colours(index: DatasetIndex) -> Tensor:
 
 
 def spatial(network: SmallInception, images: Tensor) -> np.ndarray:
-    """By a hook on the layer, as [N, H, W, C] without the channels after the seventh."""
+    """Return the first seven channels of a layer's output, flattened from [N, H, W, C], taken by a hook."""
     found = list[Tensor]()
     handle = network.layers.mixed_6.conv.register_forward_hook(lambda *given: found.append(given[2]))
     network(images, return_features=True)
@@ -148,7 +148,7 @@ def test_sfid_and_the_inception_score_are_those_of_the_network_itself(
         p = network(images, no_output_bias=True).double().numpy()
         assert metrics[name] == pytest.approx(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()), rel=1e-5)
 
-    # The statistics that were written are those of others, in TensorFlow's order of numbers.
+    # The written statistics have other programs' names and order of values (TensorFlow's).
     statistics = str(tmp_path / "out" / "statistics.npz")
     with np.load(statistics) as found:
         assert set(found) == {"mu", "sigma", "mu_s", "sigma_s"}
@@ -162,7 +162,7 @@ def test_sfid_and_the_inception_score_are_those_of_the_network_itself(
 
 def test_the_score_of_parts_is_averaged_and_certain_classes_are_no_error() -> None:
     certain = np.eye(4)[np.arange(400) % 4]
-    assert inception_score(certain, 100) == pytest.approx((4, 0))  # four classes, each image sure of its own
+    assert inception_score(certain, 100) == pytest.approx((4, 0))  # four classes, each certain
     assert inception_score(np.full((50, 4), 0.25)) == pytest.approx((1, 0))
     p = np.random.default_rng(0).dirichlet(np.ones(7), 250)
     scores = [inception_score(part)[0] for part in (p[:100], p[100:200], p[200:])]

@@ -26,7 +26,7 @@ def test_distance_of_equal_distributions_is_zero_within_its_error_which_is_calib
     for _ in range(200):
         distance, error, _ = kernel_distance(*generator.normal(size=(2, 400, 4)), subset_size=20)
         scores.append(distance / error)
-    # Mean 0 tells a biased estimate; spread 1 tells an error that is too small or too large.
+    # A mean other than 0 shows a bias. A spread other than 1 shows an error that is too small or too large.
     assert abs(np.mean(scores)) < 4 / np.sqrt(len(scores))
     assert 0.8 < np.std(scores) < 1.25
 
@@ -45,7 +45,7 @@ def test_distance_of_shifted_gaussians_is_the_closed_form_within_its_error() -> 
 
 def test_order_of_the_data_is_shuffled_away_by_a_function_of_the_seed() -> None:
     generator = np.random.default_rng(3)
-    # Sorted by class: unshuffled subsets would compare class with class and never see the whole.
+    # With sorted data, subsets without shuffling would compare opposite ends and never the whole.
     real = np.sort(generator.normal(size=(2000, 1)), axis=0)
     fake = np.sort(generator.normal(size=(2000, 1)), axis=0)[::-1]
     distance, error, covered = kernel_distance(real, fake, subset_size=100, seed=7)

@@ -34,10 +34,10 @@ def test_precision_and_recall_of_points_on_a_line_are_those_counted_by_hand() ->
     # Balls with k = 1: real 0±1, 1±1, 10±9; fake 0.5±2, 2.5±2, 30±27.5.
     real, fake = line(0, 1, 10), line(0.5, 2.5, 30)
     assert precision_recall(real, fake, k=1) == (2 / 3, 1.0)
-    # Balls: real 0±1, 1±1, 8±7; fake 0.5±0.25, 0.75±0.25, 20±19.25: 20 is out, and so is 0.
+    # Balls: real 0±1, 1±1, 8±7; fake 0.5±0.25, 0.75±0.25, 20±19.25. Fake 20 and real 0 are in no ball.
     real, fake = line(0, 1, 8), line(0.5, 0.75, 20)
     assert precision_recall(real, fake, k=1) == (2 / 3, 2 / 3)
-    # A generator that shows one of two clusters only: all of it real, half of the real.
+    # A generator of one of two clusters: every sample is precise, and few real images are recalled.
     real = line(0, 0.1, 0.2, 50, 50.1, 50.2)
     assert precision_recall(real, line(0.06, 0.1, 0.14), k=1) == (1.0, 1 / 6)
 
@@ -65,7 +65,7 @@ def test_label_accuracy_on_real_digits_is_sklearns_and_high() -> None:
     assert accuracy == expected > 0.95
     expected = KNeighborsClassifier(5).fit(pixels[train], labels[train]).score(pixels[test], labels[test])
     accuracy = knn_label_accuracy(pixels[train], labels[train], pixels[test], labels[test], k=5)
-    assert accuracy == pytest.approx(expected, abs=0.005)  # sklearn breaks ties by class
+    assert accuracy == pytest.approx(expected, abs=0.005)  # sklearn breaks ties by class number
     wrong = (labels[test] + 1) % 10
     assert knn_label_accuracy(pixels[train], labels[train], pixels[test], wrong) < 0.05
 

@@ -1,4 +1,4 @@
-"""What the pictures show is what the model and the data say."""
+"""The pictures show the model's and the data's own values."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tests.evaluation.common import DIGITS, small_model, write_samples
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
-    """The arguments of everything that is drawn; the drawing goes on."""
+    """Record the arguments of every drawing function, by name, and still draw."""
     calls: dict[str, tuple[Any, ...]] = {}
 
     def record(name: str) -> None:
@@ -51,7 +51,7 @@ def test_the_strip_goes_from_data_to_noise_and_from_noise_to_a_sample(
     assert (times[0], times[-1], back) == (0, 20, times[::-1])
     real, _ = make.real_images(train, small_model()[1], 2)
     np.testing.assert_array_equal(forward[0], make.as_pixels(real))
-    # Both ends of noise are the same x_T, but for the little that is left of the image.
+    # Both noisy ends are the same x_T, except for the little that is left of the image.
     assert np.abs(forward[-1].astype(int) - reverse[0]).max() <= 3
     sample = sample_images(*small_model(), torch.arange(2), labels=torch.arange(2), seed=4)
     np.testing.assert_array_equal(reverse[-1], make.as_pixels(sample))
@@ -102,7 +102,7 @@ def test_a_copy_of_the_last_of_many_training_images_is_found(
 
 
 def text_columns(picture: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Numbers of the columns of pixels in a part of a picture that have any black in them."""
+    """Return the indices of pixel columns with any black in a box of the picture."""
     return np.flatnonzero((np.asarray(picture.convert("L").crop(box)) < 128).any(0))
 
 
@@ -122,13 +122,13 @@ def test_rows_of_the_nearest_say_what_they_are_and_columns_which_class(
     )
     np.testing.assert_array_equal(samples, make.as_pixels(again))
     with Image.open(path) as picture:
-        bare = draw.grid(samples.repeat(2, axis=0), 10)  # as many tiles, and nothing written
+        bare = draw.grid(samples.repeat(2, axis=0), 10)  # as many tiles, without text
         left, top = picture.width - bare.width, picture.height - bare.height
         assert left > 30 and top > 10
         for row in range(4):
             y = top + row * (bare.height - 1) // 4
             assert len(text_columns(picture, (0, y, left, y + bare.height // 4))) > 20
-        # A digit above each column, around its middle.
+        # A digit stands above the middle of each column.
         at = text_columns(picture, (left, 0, picture.width, top)) / (bare.width / 10)
         assert set(at.astype(int)) == set(range(10))
         assert np.abs(at % 1 - 0.5).max() < 0.3

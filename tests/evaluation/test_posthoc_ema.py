@@ -1,4 +1,4 @@
-"""Averages of other lengths, from a run's snapshots to the bits/dim of each."""
+"""Post-hoc EMA: a run's snapshots give averages of other lengths, and each gets its bits/dim."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ LENGTHS = (0.05, 0.15)
 def test_a_runs_snapshots_are_swept_over_lengths(
     digits: Path, held_out: DatasetIndex, tmp_path: Path
 ) -> None:
-    """tests/training/test_trainer.py shows that they outlive its checkpoints."""
+    """tests/training/test_trainer.py shows that snapshots outlive checkpoints."""
     config = TrainConfig(
         data=str(digits),
         output=str(tmp_path / "run"),
@@ -50,7 +50,7 @@ def test_a_runs_snapshots_are_swept_over_lengths(
         snapshots=str(snapshots), ema_lengths=(0.05, 0.1),
     )  # fmt: skip
     metrics = evaluate(settings, str(folder)).metrics
-    # A length that was stored comes out as it was stored.
+    # A stored length is reconstructed as it was stored.
     weights = load_model(output / "ema-0.05")[0].state_dict()
     torch.testing.assert_close(weights, load_file(kept[Snapshot(8, 0.05)]), rtol=1e-4, atol=1e-5)
     _, spec = load_model(output / "ema-0.1")

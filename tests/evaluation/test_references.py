@@ -1,4 +1,4 @@
-"""Our figures are those of the packages that the field uses, of the same features."""
+"""Our figures equal those of the field's packages on the same features."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ INSTALLED = Path(sys.prefix) / "references"
 
 @pytest.fixture(scope="module")
 def features() -> dict[str, np.ndarray]:
-    """Of 400 images a side, with tails, some of them far from the others; as float32, as networks give them."""
+    """Features of 400 images per side, with heavy tails, rounded to float32 as networks give them."""
     generator = np.random.default_rng(0)
     mix = generator.normal(size=(48, 48)) / 7
     real = np.abs(generator.normal(size=(400, 48)) @ mix)
@@ -67,7 +67,7 @@ def test_the_kernel_distance(features: dict[str, np.ndarray], theirs: Any) -> No
 
 def test_precision_and_recall(features: dict[str, np.ndarray], theirs: Any) -> None:
     ours = precision_recall(features["real"], features["fake"], 3)
-    assert len({0.0, 1.0, *ours}) == 4  # neither side is all inside of the other
+    assert len({0.0, 1.0, *ours}) == 4  # neither side lies wholly inside the other
     expected = (theirs["precision"]["torch-fidelity"], theirs["recall"]["torch-fidelity"])
     assert ours == pytest.approx(expected, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""No random number serves two ends: training, validation, evaluation, generation and pictures, each really run."""
+"""No random number is used for two purposes. Training, validation, evaluation, generation and pictures really run."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ from tests.evaluation.common import small_model, write_samples
 from tests.training.runs import undisturbed
 
 SOURCE = Path(pipeline.__file__).parent
-# Pictures show samples and terms of the bound, so they meet the same noise as those.
+# Pictures show samples and terms of the bound, so they use the same noise.
 SHOWN = (
     {"pipeline.models.sampling", "pipeline.pictures.make"},
     {"pipeline.evaluation.bits", "pipeline.pictures.make"},
@@ -37,7 +37,7 @@ SHOWN = (
 
 
 class Draws:
-    """Which lines of code drew each (seed, epoch, sample id, purpose)."""
+    """Records the lines of code that drew each (seed, epoch, sample id, purpose)."""
 
     def __init__(self) -> None:
         self.lines: dict[tuple[int, ...], set[tuple[str, int]]] = defaultdict(set)
@@ -106,29 +106,27 @@ def test_each_purpose_is_drawn_in_one_module_and_no_generator_stands_beside() ->
     drawn = {name: files for name, files in places.items() if name.startswith("Purpose.")}
     assert {name.removeprefix("Purpose.") for name in drawn} == {purpose.name for purpose in Purpose}
     for name in ("Purpose.SAMPLING", "Purpose.BOUND"):
-        drawn[name].remove("pictures/make.py")  # which shows both
+        drawn[name].remove("pictures/make.py")  # pictures show samples and terms of the bound
     assert all(len(files) == 1 for files in drawn.values()), drawn
-    # Each of these has a key of its own: see there.
+    # Each of these generators has a key of its own, explained in its file.
     others = {name: files for name, files in places.items() if not name.startswith("Purpose.")}
     assert others == {
         "np.random.SeedSequence": {"data/order.py"},
-        "random.Random": {"tuning/choices.py"},  # which combinations of a space are checked
+        "random.Random": {"tuning/choices.py"},  # chooses the combinations of a space to check
         "np.random.Generator": {"data/order.py"},
         "np.random.Philox": {"data/order.py"},
         "np.random.default_rng": {
             "tuning/report.py"
-        },  # orders by chance, beside which settings are shown to matter
+        },  # random orders, the baseline of a setting's importance
         "torch.random.fork_rng": {"evaluation/classifier.py", "training/state.py"},
-        "random.choice": {
-            "generation/verify.py"
-        },  # which files are looked at is anybody's guess, and meant so
+        "random.choice": {"generation/verify.py"},  # chooses files to check, unpredictable on purpose
         "random.random": {"generation/verify.py"},
         "torch.manual_seed": {"evaluation/classifier.py", "training/state.py", "training/step.py"},
     }
 
 
 def test_the_noise_of_chosen_images_is_standard_normal() -> None:
-    """Images that are chosen by the numbers that become their noise have the most extreme noise of all."""
+    """If the numbers that choose images were also their noise, the chosen images would have extreme noise."""
     chosen = torch.from_numpy(choose(20_000, 400, 0, Choice.BOUND))
     for t in (0, 1):
         noise = normal(0, t, chosen, Purpose.BOUND, (2,)).double()
@@ -137,11 +135,11 @@ def test_the_noise_of_chosen_images_is_standard_normal() -> None:
 
 
 def test_images_are_chosen_anew_for_each_use() -> None:
-    """Else features would be compared on the images that the classifier has seen most."""
+    """Otherwise features would be compared on the images that the classifier has seen most."""
     chosen = [set(choose(10_000, 1000, 0, use).tolist()) for use in Choice]
     for i, one in enumerate(chosen):
         for other in chosen[i + 1 :]:
-            # Of 1,000 the other has 100, with a standard deviation of 9.
+            # Two independent choices share 100 of 1,000, with a standard deviation of 9.
             assert abs(len(one & other) - 100) < 50
 
 
@@ -153,5 +151,5 @@ def test_dropout_of_a_step_is_that_of_no_other_step_rank_or_seed() -> None:
         for rank in (0, 1, 4096)
     }
     assert len(seeds) == 27
-    # Those of the networks' first weights are the user's own small numbers.
+    # The user's own small seeds are used for initial weights.
     assert min(seeds) > 2**32

@@ -1,4 +1,4 @@
-"""A small generation job, and what it wrote."""
+"""A small generation job, and readers of its output."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from pipeline.models.unet import build
 
 
 def save(folder: Path, **changes: object) -> Path:
-    """A tiny model with random weights."""
+    """Save a tiny model with random weights and return its folder."""
     settings = {"model_channels": 32, "channel_multipliers": (1,), "res_blocks": 1, "class_conditional": True}
     spec = ModelSpec(
         ModelConfig(**settings | changes),  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def save(folder: Path, **changes: object) -> Path:
 
 
 def config(output: Path | str, **changes: Any) -> GenerateConfig:
-    """40 samples in 5 files."""
+    """Return the settings of a job with 40 samples in 5 files."""
     base = GenerateConfig(
         model="m", output=str(output), count=40, batch_size=4, rows_per_file=8, seed=3, guidance=1.5
     )
@@ -43,12 +43,12 @@ def config(output: Path | str, **changes: Any) -> GenerateConfig:
 
 
 def make(settings: GenerateConfig, model: Path, pool: Pool = in_process) -> dict[str, Any]:
-    """Generates in this process, unless told otherwise."""
+    """Generate, in this process unless `pool` says otherwise, and return the job's result."""
     return generate(settings, model, "models:/m/1", pool)
 
 
 def digests(output: Path) -> dict[str, str]:
-    """SHA-256 of every file in the data folder, by its place there."""
+    """Return the SHA-256 of every file in the data folder, by its path there."""
     data = output / "data"
     return {
         str(path.relative_to(data)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -58,17 +58,17 @@ def digests(output: Path) -> dict[str, str]:
 
 
 def times(output: Path) -> dict[str, int]:
-    """When every file in the data folder was written."""
+    """Return the time of the last write of every file in the data folder, ns."""
     return {path.name: path.stat().st_mtime_ns for path in (output / "data").iterdir()}
 
 
 def manifest(output: Path) -> dict[str, Any]:
-    """The manifest."""
+    """Return the manifest's content."""
     content: dict[str, Any] = json.loads((output / "manifest.json").read_text())
     return content
 
 
 def opened(output: Path) -> datasets.Dataset:
-    """As Hugging Face datasets opens it, with a cache of its own: the usual one is shared by all tests."""
+    """Open the output with Hugging Face's datasets. It gets a cache of its own, since all tests share the default one."""
     cache = output.parent / f"cache-{uuid.uuid4().hex}"
     return datasets.load_dataset(str(output), split="train", cache_dir=str(cache))

@@ -9,7 +9,7 @@ from tests.generation.common import config, make, save
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """The sampler sets the number of threads of the process that it runs in, here this one."""
+    """Restore the number of threads, which the sampler sets for this process."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -23,13 +23,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unconditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows no classes."""
+    """An unconditional model."""
     return save(tmp_path_factory.mktemp("generation") / "unconditional", class_conditional=False)
 
 
 @pytest.fixture(scope="session")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished dataset; not to be changed."""
+    """A finished dataset. Tests must not change it."""
     output = tmp_path_factory.mktemp("generation") / "whole"
     assert make(config(output), model)["count"] == 40
     return output

@@ -1,4 +1,4 @@
-"""Samples of one dataset are computed by one kind of machine, unless somebody says otherwise."""
+"""All samples of a dataset are computed by one kind of machine, unless the user allows others."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_it_names_what_decides_how_numbers_are_rounded(monkeypatch: pytest.Monke
 
 
 def test_fewer_instructions_really_are_another_arithmetic(model: Path, tmp_path: Path) -> None:
-    """As of a node whose CPU has no AVX; if this fails, machines agree and the whole check may go."""
+    """A CPU without AVX gives other numbers. If this fails, machines agree and the check can be removed."""
     program = (
         "import sys, torch; from pipeline import load_model; from pipeline.models.sampling import sample_floats\n"
         "torch.set_num_threads(1); model, spec = load_model(sys.argv[1])\n"

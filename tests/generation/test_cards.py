@@ -1,4 +1,4 @@
-"""What a card says to people and to Hugging Face's `datasets`, which keeps what it has read under the card's hash."""
+"""Dataset cards, for people and for Hugging Face's `datasets`, which caches datasets under the card's hash."""
 
 import dataclasses
 from pathlib import Path
@@ -32,7 +32,7 @@ def rows(folder: Path, cache: Path, **options: Any) -> list[tuple[Any, Any, byte
 def test_two_sets_and_one_that_has_grown_are_not_taken_for_each_other(
     form: str, streaming: bool, model: Path, tmp_path: Path
 ) -> None:
-    """All in a folder of one name, as `/data/set` is on two machines, through one cache."""
+    """All sets have the same folder name, like `/data/set` on two machines, and share one cache."""
     cache, place = tmp_path / "cache", tmp_path / "set"
     found = list[list[tuple[Any, Any, bytes]]]()
     for seed, count in ((3, 16), (3, 24), (4, 16)):
@@ -135,7 +135,7 @@ def test_a_copy_of_an_image_elsewhere_is_moved_aside(where: str, model: Path, tm
     place.write_bytes(image.read_bytes())
     assert make(settings, model)["metrics"]["generated"] == 0
     assert digests(tmp_path) == before
-    # Moved, not copied: the image is missing from its class.
+    # The image is moved, not copied, so it is missing from its class.
     image.rename(place)
     assert make(settings, model)["metrics"]["generated"] == 8
     assert digests(tmp_path) == before

@@ -1,4 +1,4 @@
-"""Chunks: arithmetic that covers every sample once."""
+"""Chunks cover every sample once."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

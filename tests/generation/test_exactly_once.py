@@ -1,4 +1,4 @@
-"""What is finished is kept, what is missing, damaged or cut short is made, and nothing else is read as samples."""
+"""Finished files are kept, missing or damaged files are generated again, and no other file is read as samples."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.generation.common import config, digests, make, manifest, opened, tim
 
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
-    """The finished dataset, to be damaged."""
+    """A copy of the finished dataset, for damage."""
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
@@ -100,7 +100,7 @@ def test_a_smaller_count_is_a_prefix_and_raising_it_only_adds(
 
 
 def test_files_that_overlap_are_sorted_out(model: Path, copy: Path, whole: Path, tmp_path: Path) -> None:
-    """As an actor leaves them that outlived its driver, which was asked for fewer samples."""
+    """An actor can leave such files if it outlives a driver with a smaller count."""
     make(config(tmp_path / "fewer", count=21), model)
     name = "train-000000000016-000000000021.parquet"
     shutil.copy(tmp_path / "fewer" / "data" / name, copy / "data")

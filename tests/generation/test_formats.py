@@ -1,4 +1,4 @@
-"""Every format opens as it is in the libraries that read it, and every row says what it is."""
+"""Every format opens unchanged in the libraries that read it, and every row has its label, index and seed."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from tests.generation.common import config, digests, make, manifest, opened
 
 @pytest.fixture(scope="module")
 def pixels(whole: Path) -> list[bytes]:
-    """Of the samples in order, from the Parquet files."""
+    """The pixels of the samples in order, from the Parquet files."""
     rows = opened(whole).sort("index")
     return [row["image"].tobytes() for row in rows]
 
@@ -109,7 +109,7 @@ def test_the_card_shows_the_first_samples(whole: Path, pixels: list[bytes]) -> N
 
 @pytest.mark.parametrize("classes", [(), ("a", "b")])
 def test_parquet_files_are_those_of_0_1_0_byte_for_byte(classes: tuple[str, ...]) -> None:
-    """Files that it made are compared by their digests: this is how it wrote them."""
+    """Datasets of 0.1.0 are continued by comparing digests, so its way of writing must stay."""
     labels = [i % 2 for i in range(5)] if classes else [None] * 5
     integer = {"dtype": "int64", "_type": "Value"}
     label = {"names": list(classes), "_type": "ClassLabel"} if classes else integer

@@ -1,4 +1,4 @@
-"""Labels are drawn by the given distribution, each a function of (seed, index)."""
+"""Labels follow the given distribution. Each is a function of (seed, index)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Samples as NumPy archives: one a chunk, and one of all that the evaluator of guided-diffusion takes."""
+"""Samples as NumPy archives: one per chunk, and one of all samples for guided-diffusion's evaluator."""
 
 import zipfile
 from pathlib import Path
@@ -17,7 +17,7 @@ IMAGE = ImageConfig(8, 1, ("a", "b", "c"))
 
 
 def pixels_and_labels(folder: Path) -> tuple[np.ndarray, list[int]]:
-    """Of a Parquet dataset, in order."""
+    """Return pixels [N, H, W, 1] and labels of a Parquet dataset, in order."""
     rows = opened(folder).sort("index")
     return np.stack([np.asarray(row["image"]) for row in rows])[..., None], list(rows["label"])
 
@@ -28,11 +28,11 @@ def test_one_file_holds_all_samples_as_the_evaluator_of_guided_diffusion_reads_t
     make(config(tmp_path, format="npz"), model)
     pixels, labels = pixels_and_labels(whole)
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
-        assert set(file) == {"arr_0", "arr_1"}  # no `mu`: its evaluator would take those for statistics
+        assert set(file) == {"arr_0", "arr_1"}  # no `mu`, which the evaluator would take for statistics
         np.testing.assert_array_equal(file["arr_0"], pixels.repeat(3, axis=3))
         np.testing.assert_array_equal(file["arr_1"], labels)
         assert (file["arr_0"].dtype, file["arr_1"].dtype) == (np.uint8, np.int64)
-    # It streams a batch at a time from the archive's member, where that is a plain array in the order of C.
+    # The evaluator streams batches from the archive's member if that is a plain array in C order.
     with zipfile.ZipFile(tmp_path / "samples.npz") as archive, archive.open("arr_0.npy") as member:
         assert np.lib.format.read_magic(member) == (1, 0)
         assert np.lib.format.read_array_header_1_0(member) == ((40, 8, 8, 3), False, np.dtype(np.uint8))
@@ -103,7 +103,7 @@ def test_a_write_that_fails_leaves_the_former_one_file(
 
 
 def test_evaluate_reads_chunks_and_the_one_file_alike(model: Path, whole: Path, tmp_path: Path) -> None:
-    # Two classes of three: a label is the number that it says, not its place among those that occur.
+    # With two of three classes, a label is the class's number, not its rank among the classes that occur.
     make(config(tmp_path / "parquet", labels=("b", "c")), model)
     make(config(tmp_path / "npz", format="npz", labels=("b", "c")), model)
     pixels, labels = pixels_and_labels(tmp_path / "parquet")

@@ -1,4 +1,4 @@
-"""A model of the registry: an alias means one version for the whole life of an output."""
+"""A model from the registry: an output keeps the version that its alias meant at the start."""
 
 from pathlib import Path
 

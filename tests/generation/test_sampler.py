@@ -1,4 +1,4 @@
-"""A sample's bytes depend on the model, the settings and its number alone; bad images are counted."""
+"""A sample's bytes depend only on the model, the settings and its index. Bad images are counted."""
 
 import math
 from pathlib import Path
@@ -51,11 +51,11 @@ def test_a_compiled_network_makes_nearly_the_same_images_and_repeats_them(model:
 
 
 def with_bias(model: Path, folder: Path, bias: float) -> Path:
-    """The model with a last layer that gives a constant; one that is not finite if the constant is infinite."""
+    """Save the model with a last layer of constant output `bias`. An infinite `bias` makes the output not finite."""
     network, spec = load_model(model)
     weights = network.state_dict()
     weights["conv_out.weight"] = torch.zeros_like(weights["conv_out.weight"])
-    if math.isinf(bias):  # finite weights all the same: the layer before overflows
+    if math.isinf(bias):  # weights stay finite: the layer before overflows
         weights["conv_norm_out.weight"] = torch.full_like(weights["conv_norm_out.weight"], 3e38)
     else:
         weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], bias)
@@ -68,7 +68,7 @@ def test_bad_images_are_counted_and_refused_over_the_limit(
 ) -> None:
     bad = with_bias(model, tmp_path / "bad", bias)
     settings = config(tmp_path / "out", guidance=1.0)
-    for _ in range(2):  # what was refused is refused again, though its files are there
+    for _ in range(2):  # the second run is refused too, though the files exist
         with pytest.raises(InputError, match="40 samples are blank or not finite, more than"):
             make(settings, bad)
     allowed = make(config(tmp_path / "out", guidance=1.0, max_blank_fraction=1.0), bad)

@@ -1,4 +1,4 @@
-"""Settings that do not fit a model are answered with values that do."""
+"""The error for settings that don't fit a model names values that do."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`--verify` finds what no length shows, and what does not come out the same again."""
+"""`--verify` finds damage that leaves lengths unchanged, and samples that regenerate differently."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def checked(folder: Path, model: Path, **changes: Any) -> dict[str, float]:
-    """What --verify says, of nothing but the folder."""
+    """Run --verify with nothing but the folder, and return its metrics."""
     asked = GenerateConfig(output=str(folder), verify=True, **changes)
     assert model_to_use(asked) == "m"
     metrics: dict[str, float] = make(asked, model)["metrics"]
@@ -96,7 +96,7 @@ def test_a_flipped_bit_is_found_and_the_next_run_mends_it(model: Path, dataset: 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset", "png", "npz"])
 def test_every_change_is_found_or_harmless_to_readers(kind: str, model: Path, tmp_path: Path) -> None:
-    """Each file in turn is changed, cut, emptied, removed, copied beside itself and swapped with its like."""
+    """Each file in turn is changed, truncated, emptied, removed, copied beside itself, and swapped with a similar one."""
     whole, copy = tmp_path / "whole", tmp_path / "copy"
     make(config(whole, format=kind, count=12), model)
     harmless = {"arithmetic.json", "contact-sheet.png", "lock.json", ".lock"}
@@ -120,7 +120,7 @@ def test_every_change_is_found_or_harmless_to_readers(kind: str, model: Path, tm
             yield "swapped", lambda: (file.rename(copy / "x"), other.rename(file), (copy / "x").rename(other))
             yield "copied", lambda: shutil.copy(file, file.with_name(f"train-9{file.suffix}"))
 
-    # Of the single images a few of each class.
+    # Of single images, a few per class are enough.
     for name in [*(one for one in files if one not in data), *data[:: 3 if kind == "png" else 1]]:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(whole, copy)
@@ -133,7 +133,7 @@ def test_every_change_is_found_or_harmless_to_readers(kind: str, model: Path, tm
                 pass
             shutil.rmtree(copy)
             shutil.copytree(whole, copy)
-    # The only bits that are nobody's: those of values that a manifest or a record tells and nothing reads.
+    # The only changes missed are in values of a manifest or record that nothing reads.
     assert all(how == "changed" and not name.startswith("data/") for name, how in missed), missed
     assert len(missed) < 3
 
@@ -166,7 +166,7 @@ def test_damage_that_an_ordinary_run_comes_across_is_sent_to_verify(
 
 
 def test_samples_that_do_not_come_out_again_are_named(model: Path, whole: Path, tmp_path: Path) -> None:
-    """A file that is sound by its checksum, and holds other samples than its settings say."""
+    """The file's checksum is right, but its samples belong to another seed."""
     other = Path(shutil.copytree(whole, tmp_path / "copy"))
     forged = Renderer(Setup(pack_model(model), config(other, seed=4), str(other), ""))
     chunk = Chunk(8, 16)

@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: interpreted against torch in float64, and compiled for one."""
+"""Triton's kernels without a GPU: interpreted, against torch."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from pipeline.rng import Purpose, bits, normal
 pytest.importorskip("triton")
 from pipeline.gpu import bias, norm, philox
 
-# tests/conftest.py has them interpreted, where there is no GPU to run them.
+# tests/conftest.py makes Triton interpret them if there is no GPU.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see test_on_a_gpu.py")
 
 IDS = torch.tensor([7, 2**40 + 3, 0, 99])

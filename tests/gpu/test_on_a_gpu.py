@@ -1,4 +1,4 @@
-"""What only a GPU can show: its kernels, a training that is recorded, and that it draws and learns what a CPU does."""
+"""Tests that need a GPU: its kernels, CUDA graphs, and training and random numbers that equal a CPU's."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -167,7 +167,7 @@ def _run(device: str, changes: dict[str, Any]) -> Ended:
         loop.train(config, spec, state, state.model, stream(), meter, observer)
     except loop.NonFinite as error:
         observer.skipped(error)
-        # A GPU is a step further when it hears of it.
+        # On a GPU the loop learns of a bad step one step later.
         state.step = error.step
     weights = torch.cat([p.detach().flatten().cpu() for p in state.model.parameters()])
     if observer.told and not config.skip_nonfinite:

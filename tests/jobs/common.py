@@ -1,4 +1,4 @@
-"""Running a job as a user would: its own process, its own Ray, its own MLflow database."""
+"""Run a job as a user would: with its own process, Ray and MLflow database."""
 
 import atexit
 import contextlib
@@ -26,13 +26,13 @@ class Outcome:
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
-    """The user's environment with MLflow's database in `home`."""
+    """Return the user's environment with MLflow's database in `home`."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     return kept | {"MLFLOW_TRACKING_URI": database(home), "PYTHONWARNINGS": "ignore"} | extra
 
 
 def database(home: Path) -> str:
-    """The address of MLflow's database in `home`; where there is none yet, it is made empty."""
+    """Return the URI of MLflow's database in `home`, which is created empty if it doesn't exist."""
     file = home / "mlflow.db"
     if not file.exists():
         shutil.copyfile(_empty_database(), file)
@@ -43,7 +43,7 @@ def database(home: Path) -> str:
 
 @functools.cache
 def _empty_database() -> Path:
-    """MLflow takes seconds to make one: once, and copied from then on."""
+    """Return an empty database to copy. MLflow takes seconds to make one, so it makes only one."""
     import mlflow
 
     folder = tempfile.mkdtemp(prefix="mlflow-")
@@ -57,7 +57,7 @@ def command(job: str, *flags: object) -> list[str]:
 
 
 def run_job(job: str, *flags: object, home: Path, timeout: float = 300, **extra: str) -> Outcome:
-    """Runs `jobs/JOB.py FLAGS` in `home` to its end."""
+    """Run `jobs/JOB.py FLAGS` in `home` to its end and return the outcome."""
     return outcome(
         subprocess.run(
             command(job, *flags),
@@ -71,11 +71,11 @@ def run_job(job: str, *flags: object, home: Path, timeout: float = 300, **extra:
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> Outcome:
-    """What a job's process that has ended left behind."""
+    """Return the outcome of a job's finished process."""
     return outcome_of(done.returncode, done.stdout, done.stderr)
 
 
 def outcome_of(code: int, stdout: str, stderr: str) -> Outcome:
-    """A job's result is the last line on stdout."""
+    """Return the outcome. A successful job's result is the last line on stdout."""
     lines = stdout.strip().splitlines()
     return Outcome(code, json.loads(lines[-1]) if code == 0 and lines else {}, stdout, stderr)

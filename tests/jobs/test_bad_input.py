@@ -1,4 +1,4 @@
-"""What bad input gets: one clear line that says what is wrong, exit code 2, nothing lost."""
+"""Bad input gets one clear line, exit code 2, and loses nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +66,8 @@ CASES = {
 }
 
 
-# A flag's own parser, the pipeline after Ray has started, and MLflow: whatever these print beside the line is seen.
+# One case each from the parser of flags, the pipeline after Ray's start, and MLflow. A process of its own shows
+# whatever these print beside the line.
 AS_PROCESSES = ("unknown flag", "missing data folder", "registered model that does not exist")
 
 
@@ -74,7 +75,7 @@ def check(case: str, outcome: Outcome, home: Path) -> None:
     (name, *_), named = CASES[case]
     assert outcome.code == 2, outcome.stderr
     assert outcome.stdout == ""
-    # Only what takes a second is told of; a slow machine takes one for anything.
+    # Phases are printed only if they take a second, which any phase may on a slow machine.
     phases = (f"{name}: starting Ray", f"{name}: opening the data")
     message = [line for line in outcome.stderr.strip().splitlines() if line not in phases]
     assert len(message) == 1, outcome.stderr

@@ -53,7 +53,7 @@ def test_a_networks_gradient_is_as_near_to_float64_as_with_torchs_attention(
 ) -> None:
     torch.manual_seed(0)
     model = build(ModelSpec(ModelConfig(32, (1, 2), 1, (16, 8)), ImageConfig(16, 3), DiffusionConfig()))
-    for parameter in model.parameters():  # many begin at zero: let every gradient flow
+    for parameter in model.parameters():  # many weights start at zero and would block gradients
         nn.init.normal_(parameter, std=0.1)
     x, target, t = torch.randn(8, 3, 16, 16), torch.randn(8, 3, 16, 16), torch.arange(8) * 100
 

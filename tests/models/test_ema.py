@@ -1,4 +1,4 @@
-"""Averages of the weights, against sums by hand."""
+"""Averages of the weights, against explicit sums."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from pipeline.models import ema, snapshots
 
 
 def test_averages_that_are_apart_are_of_the_weights_as_they_were() -> None:
-    """Whatever becomes of the weights before the copies are averaged."""
+    """The averages use copies, so later changes of the weights don't matter."""
     weight = torch.tensor([1.0])
     averages = ema.Averages([weight], 1, apart=True)
     weight.fill_(2.0)
@@ -69,7 +69,7 @@ def test_another_length_is_reconstructed_from_snapshots() -> None:
 def test_few_snapshots_give_the_average_that_was_tracked_beside_them(
     lengths: tuple[float, ...], wanted: float, count: int
 ) -> None:
-    """Weights that go from zero to some place with noise on the way, as in a training."""
+    """The weights move from zero to a target with noise on the way, as in training."""
     generator, steps = torch.Generator().manual_seed(0), 480
     place, weights = torch.randn(64, generator=generator), torch.zeros(64)
     averages = ema.init([weights], len(lengths) + 1)
@@ -84,7 +84,7 @@ def test_few_snapshots_give_the_average_that_was_tracked_beside_them(
     assert sum(ema.reconstruction_weights(at, of, steps, wanted)) == pytest.approx(1, abs=1e-9)
     (made,) = snapshots.mix_snapshots(list(stored), stored.__getitem__, [wanted])
     tracked = averages[-1][0]
-    # Without the constraint 0.5 at three snapshots of one length and still 0.05 at sixteen.
+    # Without the constraint the error is 0.5 at three snapshots of one length, and still 0.05 at sixteen.
     most = 0.08 / count if len(lengths) == 2 else 0.25 / count
     assert (made["a"] - tracked).norm() < most * tracked.norm()
 

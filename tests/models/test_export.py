@@ -1,4 +1,4 @@
-"""An exported model: whole or absent, on any storage, nothing unpickled; weights and configuration of one model."""
+"""An exported model is whole or absent on any storage, holds no pickle, and never mixes two models."""
 
 import hashlib
 import json
@@ -80,7 +80,7 @@ def other_weights() -> dict[str, torch.Tensor]:
 
 
 def whole(place: str) -> str:
-    """Which of the two models it is: its weights and its configuration both."""
+    """Return which of the two models is stored. Its weights and configuration must both match."""
     model, spec = load_model(place)
     for name, wanted, weights in (
         ("first", SPEC, randomised(SPEC).state_dict()),
@@ -117,7 +117,7 @@ def test_a_replacement_that_is_cut_off_anywhere_leaves_the_one_model_or_the_othe
 def test_a_reader_beside_a_writer_never_combines_two_models(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model is replaced between any two reads of a reader."""
+    """A writer replaces the model between any two reads."""
     save_model(place, randomised(SPEC).state_dict(), SPEC)
     read, models = storage.read_bytes, [(other_weights(), OTHER), (randomised(SPEC).state_dict(), SPEC)]
 
@@ -137,7 +137,7 @@ def test_a_model_of_0_1_0_has_its_configuration_in_config_json_alone(tmp_path: P
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(SPEC)))
     assert whole(str(tmp_path)) == "first"
-    # Datasets that were begun with it are known by this.
+    # This fingerprint is recorded in datasets that were begun with the model.
     digests = [
         hashlib.sha256((tmp_path / n).read_bytes()).digest() for n in ("config.json", "model.safetensors")
     ]
@@ -174,7 +174,7 @@ def test_a_model_that_is_not_there_and_one_that_cannot_be_read_are_told_apart(
 
 
 def test_the_weights_file_says_its_format_and_the_configuration_in_a_fixed_order(folder: Path) -> None:
-    """safetensors itself writes several entries in any order: another one in nearly every process."""
+    """safetensors itself writes several metadata entries in an order that changes between processes."""
     weights = (folder / "model.safetensors").read_bytes()
     size = int.from_bytes(weights[:8], "little")
     assert size % 8 == 0

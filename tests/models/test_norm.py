@@ -1,4 +1,4 @@
-"""Group norm in bf16 and channels_last: values and gradients beside those of torch's in float64."""
+"""Group norm in bf16 and channels_last: values and gradients against torch's in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from pipeline.models.norm import MANY_PIXELS, GroupNorm
 
 
 def outcome(norm, x, dy):
-    """Output and gradients of x, weight and bias."""
+    """Return the output and the gradients of x, weight and bias."""
     x = x.detach().requires_grad_()
     norm.zero_grad()
     y = norm(x)
@@ -36,7 +36,7 @@ def test_bf16_in_channels_last_agrees_with_float64_to_the_rounding_of_bf16(size,
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     for got, want, name in zip(ours, exact, ("y", "dx", "dweight", "dbias"), strict=True):
         error = (got.double() - want).norm() / want.norm()
-        # bf16 has 8 bits: a rounding is up to 0.4 %, and dx is a small difference where x has an offset.
+        # bf16 has 8 bits, so a rounding is up to 0.4 %. If x has an offset, dx is a small difference of large numbers.
         assert error < 0.02, f"{name}: {error:.4f}"
 
 

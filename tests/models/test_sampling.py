@@ -1,4 +1,4 @@
-"""Pixels to numbers and back, and the preview of a model."""
+"""Conversion between pixels and floats, and a model's preview."""
 
 from dataclasses import replace
 
@@ -35,5 +35,5 @@ def test_a_preview_is_the_same_samples_in_any_pieces_with_the_classes_in_turn() 
     assert torch.equal(images[2:], preview(model, SPEC, 3, first=2, steps=4, seed=3))
     two = preview(model, SPEC, 5, steps=4, seed=3, classes=2)
     assert torch.equal(two, sample_images(model, SPEC, ids, labels=ids % 2, **asked))  # type: ignore[arg-type]
-    # No more steps than T.
+    # The preview takes at most T steps.
     assert torch.equal(preview(model, SPEC, 2, steps=25), preview(model, SPEC, 2, steps=10))

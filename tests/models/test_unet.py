@@ -1,4 +1,4 @@
-"""The UNet: its structure is diffusers', its first output zero, its errors clear."""
+"""The UNet has diffusers' structure, gives zero before training, and reports bad settings clearly."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ SMALL = ModelConfig(model_channels=32, channel_multipliers=(1, 2), res_blocks=1,
 
 
 def randomised(spec: ModelSpec) -> UNet:
-    """A model with no zero weights left."""
+    """Return a model with random weights and none at zero."""
     torch.manual_seed(0)
     model = build(spec).eval()
     for parameter in model.parameters():
@@ -137,7 +137,7 @@ def test_diffusers_ddim_pipeline_gives_our_images_from_the_export(steps: int, tm
     x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     ours = sample(make_process(spec.diffusion), model, x_T, lambda step: x_T, "ddim", steps)
     ours = ((ours + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
-    # diffusers keeps alpha_bar in float32, ours is float64.
+    # diffusers keeps alpha_bar in float32, this project in float64.
     torch.testing.assert_close(ours, torch.from_numpy(theirs), atol=1e-3, rtol=0)
 
 

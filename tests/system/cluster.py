@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, whose processes can be killed as machines fail."""
+"""A real Ray cluster of several nodes on this machine. Its processes can be killed as machines fail."""
 
 import contextlib
 import os
@@ -13,18 +13,19 @@ from ray.cluster_utils import Cluster
 from pipeline.cluster.forking import forked_workers
 
 PRELOAD = "pipeline.training.worker"
-# Small stores: many nodes share one machine.
+# Small object stores, since many nodes share one machine.
 STORE_BYTES = 200 * 1024 * 1024
-# In the loopback range, but not one that Ray takes for "this machine" and replaces by its outside address.
+# A loopback address that Ray doesn't replace by the machine's outside address, as it does with 127.0.0.1.
 LOOPBACK = "127.0.0.2"
 
 
 @dataclass
 class LocalCluster:
-    """A head without CPUs, and nodes that do the work.
+    """A head without CPUs, and worker nodes.
 
     Attributes:
-        nodes: those that are alive, in the order in which they joined.
+        cluster: Ray's own test cluster.
+        nodes: living worker nodes, in the order in which they joined.
     """
 
     cluster: Any
@@ -32,11 +33,11 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """For RAY_ADDRESS."""
+        """The address for RAY_ADDRESS."""
         return str(self.cluster.address)
 
     def add_node(self, cpus: float = 2) -> Any:
-        """A node joins."""
+        """Start a node, let it join, and return it."""
         with forked_workers(PRELOAD):
             node = self.cluster.add_node(
                 num_cpus=cpus, object_store_memory=STORE_BYTES, node_ip_address=LOOPBACK
@@ -45,24 +46,24 @@ class LocalCluster:
         return node
 
     def resize(self, count: int) -> None:
-        """Adds nodes of one CPU, or kills some, until there are so many."""
+        """Add nodes of one CPU, or kill the newest, until there are `count`."""
         while len(self.nodes) > count:
             self.kill_node(self.nodes[-1])
         while len(self.nodes) < count:
             self.add_node(1)
 
     def kill_node(self, node: Any) -> None:
-        """SIGKILL to everything that runs on a node, as when its machine loses power."""
+        """Send SIGKILL to every process of a node, as if its machine lost power."""
         processes = self._processes(node)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(processes, timeout=10)  # one that is killed ends soon, not at once
+        psutil.wait_procs(processes, timeout=10)  # a killed process ends soon, not at once
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
 
     def worker_pids(self, title: str) -> list[int]:
-        """Worker processes whose title contains `title`, such as "RayTrainWorker" or an actor's class."""
+        """Return ids of worker processes whose title contains `title`, such as "RayTrainWorker" or an actor's class."""
         found = []
         for node in [self.cluster.head_node, *self.nodes]:
             for process in self._processes(node):
@@ -72,7 +73,7 @@ class LocalCluster:
         return sorted(set(found))
 
     def kill_workers(self, title: str, count: int | None = None) -> list[int]:
-        """SIGKILL to the first `count` of `worker_pids` (all of them where it is None); returns their ids."""
+        """Send SIGKILL to the first `count` of `worker_pids`, or to all for None, and return their ids."""
         pids = self.worker_pids(title)[:count]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -80,7 +81,7 @@ class LocalCluster:
         return pids
 
     def _processes(self, node: Any) -> list[psutil.Process]:
-        """The raylet and the other services of a node, then their workers."""
+        """Return the raylet and other services of a node, then their workers."""
         services, workers = list[psutil.Process](), list[psutil.Process]()
         for info in [info for infos in node.all_processes.values() for info in infos]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -90,7 +91,7 @@ class LocalCluster:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process still runs; one that is dead and not yet reaped does not."""
+    """Return whether a process still runs. A zombie doesn't."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
@@ -98,7 +99,7 @@ def is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def local_cluster(*cpus: float) -> Iterator[LocalCluster]:
-    """A cluster with one node for each of `cpus`; every process of it is gone at the end."""
+    """Yield a cluster with one node for each of `cpus`. All its processes are ended afterwards."""
     head = {
         "num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "node_ip_address": LOOPBACK
     }  # fmt: skip

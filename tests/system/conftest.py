@@ -1,4 +1,4 @@
-"""Two clusters for all modules here, each started once: whoever kills a node gives it a new one."""
+"""Two clusters shared by all modules here, each started once. A test that kills a node adds a new one."""
 
 import re
 import signal
@@ -16,7 +16,7 @@ from tests.system.served import DATA, PREPARE, RUN, SMALL, Served, served_cluste
 
 @pytest.fixture(scope="session")
 def machines() -> Iterator[LocalCluster]:
-    """Nodes that can be killed: `resize` says how many there shall be."""
+    """A cluster whose nodes can be killed. `resize` sets their number."""
     leave_ray()
     with local_cluster() as cluster:
         yield cluster
@@ -32,18 +32,18 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def prepared(served: Served) -> Outcome:
-    """Digits on S3, by the job "digits"."""
+    """The outcome of the job "digits", which prepared digits on S3."""
     return served.submit("--wait", "--id", "digits", *PREPARE)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run of training that lost a node and then its driver, and was submitted again.
+    """A training run that lost a node, then its driver, and was submitted again.
 
     Attributes:
-        result: of the job "run", the second one; "killed" was the first.
-        before: the steps of the checkpoints when the driver had died.
-        after: those of the checkpoints at the end.
+        result: the result of the second job, "run". The first job is "killed".
+        before: steps of the checkpoints when the driver had died.
+        after: steps of the checkpoints at the end.
     """
 
     result: dict[str, Any]

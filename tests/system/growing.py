@@ -1,4 +1,4 @@
-"""A cluster that is a head alone, whose autoscaler adds nodes with GPUs that are declared, not real; all on loopback."""
+"""A cluster of only a head, whose autoscaler adds nodes with declared, not real, GPUs. All of it is on loopback."""
 
 import contextlib
 import importlib.abc
@@ -21,7 +21,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 from tests.jobs.common import command, database
 from tests.system.served import BIN, LOOPBACK, family, free_ports, kill, user_environment, wait_for
 
-HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as the provider of fake nodes names it
+HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as Ray's fake node provider names it
 MOST_NODES = 4
 IDLE_SECONDS = 15
 STORE_BYTES = 100 * 2**20
@@ -34,11 +34,12 @@ PLACES = "RAY_DDPM_TEST_PLACES"
 
 @dataclass(frozen=True)
 class Growing:
-    """The head and its folder.
+    """The head, its environment and its folder.
 
     Attributes:
-        environment: of a driver that joins the cluster.
-        places: what ran where: a file for each process that was given a GPU.
+        environment: the environment of a driver that joins the cluster.
+        places: folder with a file for each process that was given a GPU, which says where it ran.
+        head: the head's process.
     """
 
     environment: dict[str, str]
@@ -46,24 +47,24 @@ class Growing:
     head: subprocess.Popen[bytes]
 
     def status(self) -> Any:
-        """What the head says of the cluster: Ray's GetClusterStatusReply."""
+        """Return the head's view of the cluster, Ray's GetClusterStatusReply."""
         client = GcsClient(address=self.environment["RAY_ADDRESS"])
         return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=30))
 
     def gpu_nodes(self) -> set[str]:
-        """Those that are up."""
+        """Return the ids of living nodes with GPUs."""
         up = (
             one for one in self.status().cluster_resource_state.node_states if one.status != NodeStatus.DEAD
         )
         return {one.node_id.hex() for one in up if one.total_resources.get("GPU")}
 
     def requested(self) -> list[Any]:
-        """What the autoscaler is asked for."""
+        """Return all requests to the autoscaler."""
         constraints = self.status().cluster_resource_state.cluster_resource_constraints
         return [entry for one in constraints for entry in one.resource_requests]
 
     def start(self, home: Path, job: str, *flags: object) -> subprocess.Popen[str]:
-        """A job that joins the cluster, in a process of its own."""
+        """Start a job that joins the cluster, in a process of its own."""
         home.mkdir(exist_ok=True)
         return subprocess.Popen(
             command(job, *flags),
@@ -75,7 +76,7 @@ class Growing:
         )
 
     def placed(self) -> list[dict[str, Any]]:
-        """Node and GPUs of every process that was given any, since the last call."""
+        """Return job, node and GPUs of every process that was given GPUs since the last call."""
         files = list(self.places.glob("*.json"))
         found = [json.loads(file.read_text()) for file in files]
         for file in files:
@@ -84,9 +85,9 @@ class Growing:
 
 
 def fall_back_to_cpu() -> None:
-    """In every worker process: what would compute on a GPU that it was given, and that is not there, takes the CPU.
+    """Make a worker process compute on the CPU instead of a GPU that it was given but that doesn't exist.
 
-    Whatever was given one writes down where. Nothing is imported here: modules are changed as they are imported.
+    A process with a GPU also writes a file to `places`. Nothing is imported here: modules are changed on import.
     """
     sys.meta_path.insert(0, _AfterImport())
 
@@ -152,8 +153,8 @@ def _sample_on_cpu(module: Any) -> None:
 
 @contextlib.contextmanager
 def growing_cluster() -> Iterator[Growing]:
-    """Starts the head; at the end nothing runs that it or its autoscaler has started."""
-    home = Path(tempfile.mkdtemp(prefix="rg-", dir="/tmp"))  # short, since sockets lie below it
+    """Start the head. All processes that it or its autoscaler started are ended afterwards."""
+    home = Path(tempfile.mkdtemp(prefix="rg-", dir="/tmp"))  # short, since the paths of sockets begin with it
     places = home / "places"
     places.mkdir()
     gcs, client, agent, metrics, autoscaler = free_ports(5)
@@ -167,7 +168,7 @@ def growing_cluster() -> Iterator[Growing]:
             HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "gpu": {"resources": gpu, "node_config": {}, "min_workers": 0, "max_workers": MOST_NODES},
         },
-        # By its class: Ray's wheel lacks the file of defaults that goes with its name.
+        # The provider is given by class, since Ray's wheel lacks the file of defaults for its name.
         "provider": {
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -183,7 +184,7 @@ def growing_cluster() -> Iterator[Growing]:
     base = user_environment() | {
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
-        # Ray's name for "this machine is 127.0.0.1"; nodes that the autoscaler starts have no flag for it.
+        # This makes Ray use 127.0.0.1 for this machine. Nodes that the autoscaler starts have no flag for it.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         PLACES: str(places),
     }
@@ -210,7 +211,7 @@ def growing_cluster() -> Iterator[Growing]:
         process = subprocess.Popen(words, cwd=home, env=head, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_for("Ray's head", lambda: b"--block" in (home / "head.log").read_bytes(), needed=[process])
-        # What the jobs' processes get beside their own: as a submitted job gets it.
+        # The jobs' worker processes get the hook the way a submitted job's processes get their runtime environment.
         hook = {"worker_process_setup_hook": "tests.system.growing.fall_back_to_cpu"}
         settings = json.dumps({"runtime_env": hook})
         driver = {"RAY_ADDRESS": f"{LOOPBACK}:{gcs}", "RAY_JOB_CONFIG_JSON_ENV_VAR": settings}
@@ -221,7 +222,7 @@ def growing_cluster() -> Iterator[Growing]:
     finally:
         below = family(process)
         kill(process)
-        for one in below:  # nodes are its autoscaler's children: they outlive it
+        for one in below:  # nodes are children of its autoscaler and outlive it
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         psutil.wait_procs(below, timeout=10)

@@ -1,6 +1,6 @@
-"""A cluster as people meet it: nodes made with `ray start`, a token, an MLflow server, an S3 server; all on loopback.
+"""A cluster as users meet it: nodes from `ray start`, a token, an MLflow server, an S3 server. All is on loopback.
 
-Every process is a child of this one, in a session of its own, and is ended by its id.
+Every process is a child of this one in a session of its own, and is ended by its id.
 """
 
 import contextlib
@@ -39,11 +39,12 @@ class Served:
     """Addresses, secrets and processes of the cluster.
 
     Attributes:
-        home: of its logs, of MLflow's files, and a folder that all nodes see.
-        secret: planted: the password with which the nodes reach S3.
-        address: for RAY_ADDRESS.
-        servers: the variables by which the nodes reach MLflow and S3.
-        ray_start: runs `ray start` with what all nodes have, under a name and with flags.
+        home: folder of logs and MLflow's files, which all nodes see.
+        secret: the nodes' S3 password, which must not appear anywhere.
+        jobs, mlflow, s3: URLs of the job server, MLflow and S3.
+        address: the address for RAY_ADDRESS.
+        servers: environment variables by which the nodes reach MLflow and S3.
+        ray_start: runs `ray start` in the nodes' environment, given a name and flags.
     """
 
     home: Path
@@ -61,16 +62,16 @@ class Served:
 
     @property
     def user(self) -> dict[str, str]:
-        """The environment of somebody outside: the token, and nothing of what the nodes know."""
+        """The environment of a user outside the cluster: the token, but none of the nodes' variables."""
         return user_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
     @property
     def member(self) -> dict[str, str]:
-        """The environment of a driver that joins the cluster: it knows what the nodes know."""
+        """The environment of a driver that joins the cluster: the nodes' variables and the token."""
         return self.user | self.servers | {"RAY_ADDRESS": self.address}
 
     def driver(self, *words: str) -> list[psutil.Process]:
-        """The processes of a submitted job, by words of its command line."""
+        """Return the head's processes whose command line has these words, such as a submitted job's driver."""
         found = []
         for process in family(self.head):
             with contextlib.suppress(psutil.Error):
@@ -79,7 +80,7 @@ class Served:
         return found
 
     def submit(self, *arguments: object, timeout: float = 240, **extra: str) -> Outcome:
-        """`jobs/submit.py` from outside."""
+        """Run `jobs/submit.py` from outside the cluster and return its outcome."""
         return outcome(
             subprocess.run(
                 command("submit", "--address", self.jobs, *arguments),
@@ -92,7 +93,7 @@ class Served:
         )
 
     def start_submit(self, *arguments: object) -> subprocess.Popen[str]:
-        """The same, in the background."""
+        """Start `jobs/submit.py` from outside the cluster in the background."""
         return subprocess.Popen(
             command("submit", "--address", self.jobs, *arguments),
             cwd=self.home,
@@ -103,12 +104,12 @@ class Served:
         )
 
     def keys(self, prefix: str) -> list[str]:
-        """Of the bucket, as the server lists them."""
+        """Return the bucket's keys with this prefix, as the server lists them."""
         listing = requests.get(f"{self.s3}/{BUCKET}?list-type=2&prefix={prefix}", timeout=30).text
         return re.findall("<Key>(.*?)</Key>", listing)
 
     def node_running(self, title: str) -> subprocess.Popen[bytes] | None:
-        """The node with a worker process of this title."""
+        """Return the node with a worker process of this title, or None."""
         for node in self.nodes:
             for process in family(node):
                 with contextlib.suppress(psutil.Error):
@@ -117,14 +118,14 @@ class Served:
         return None
 
     def add_node(self, cpus: int = 2) -> None:
-        """Starts a node, and waits until it has joined."""
+        """Start a node and wait until it has joined."""
         name = f"node{self._started}"
         self._started += 1
         self.nodes.append(self.ray_start(name, f"--address={self.address}", f"--num-cpus={cpus}"))
         wait_for(name, self._all_joined, needed=[self.head, *self.nodes])
 
     def _all_joined(self) -> bool:
-        """Every node that was started and not killed is alive, and no other."""
+        """Return whether as many nodes are alive as were started and not killed."""
         bearer = {"Authorization": f"Bearer {self.token}"}
         with contextlib.suppress(requests.RequestException):
             answer = requests.get(f"{self.jobs}/nodes?view=summary", headers=bearer, timeout=10)
@@ -133,13 +134,13 @@ class Served:
         return False
 
     def kill_node(self, node: subprocess.Popen[bytes]) -> None:
-        """SIGKILL to all of a node's processes, as when its machine loses power."""
+        """Send SIGKILL to every process of a node, as if its machine lost power."""
         kill(node)
         self.nodes.remove(node)
 
 
 def user_environment() -> dict[str, str]:
-    """This process's environment without anything that points at a cluster, a server or a secret."""
+    """Return this process's environment without variables of Ray, MLflow and AWS."""
     ours = ("RAY_", "MLFLOW_", "AWS_")
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PYTHONWARNINGS": "ignore"}
 
@@ -153,7 +154,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A process that was started here, and everything below it."""
+    """Return a process that was started here, and its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
         return [parent, *parent.children(recursive=True)]
@@ -173,7 +174,7 @@ def wait_for(
     seconds: float = START_SECONDS,
     needed: Iterable[subprocess.Popen[bytes]] = (),
 ) -> None:
-    """Waits until something is so; gives up early when one of the processes that it needs has ended."""
+    """Wait until `ready`. Fail after `seconds`, or earlier if one of the `needed` processes has ended."""
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, f"{what} took more than {seconds} s"
@@ -189,13 +190,13 @@ def answers(url: str, **headers: str) -> bool:
 
 @contextlib.contextmanager
 def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
-    """Starts everything, and ends it again, whatever happens in between."""
-    # Ray's sockets lie below this folder, and their paths must be short.
+    """Start the cluster and its servers, and end all processes afterwards, also after an error."""
+    # Ray's sockets lie in this folder and need short paths.
     home = Path(tempfile.mkdtemp(prefix="rd-", dir="/tmp"))
     started: list[subprocess.Popen[bytes]] = []
     token, secret = secrets.token_hex(32), f"planted/{secrets.token_hex(16)}"
     jobs, gcs, client, mlflow, s3 = free_ports(5)
-    # MLflow's own job runners would hold a core each while they start, and nothing here needs them.
+    # MLflow's own job runners would each occupy a core while they start, and no test needs them.
     idle = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     base = user_environment() | idle | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     servers = {
@@ -233,7 +234,7 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
             name, inside, "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
             "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}",
             f"--metrics-export-port={metrics}", f"--object-store-memory={200 * 2**20}",
-            # Each its own, as on machines of their own: one node unpacks a job's files over another's.
+            # A folder per node, as on separate machines. In a shared one nodes would unpack files over each other.
             f"--temp-dir={home}/{name}", *words,
         )  # fmt: skip
 
@@ -244,7 +245,7 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
             f"--artifacts-destination={home}/artifacts",
         )  # fmt: skip
         start("s3", base, "moto_server", "-H", LOOPBACK, "-p", s3)
-        # One after the other: Ray gives each of its nodes 30 s to start, whatever else the machine does.
+        # Start one after the other, since Ray gives each node 30 s to start whatever else the machine does.
         wait_for("MLflow", lambda: answers(f"{servers['MLFLOW_TRACKING_URI']}/health"))
         head = ray_start(
             "head", "--head", f"--port={gcs}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={jobs}",

@@ -1,4 +1,4 @@
-"""The cluster that the system tests break is a real one: nodes join, die whole, and leave nothing behind."""
+"""Nodes of the tests' cluster join it, die with all their processes, and leave nothing behind."""
 
 import pytest
 import ray

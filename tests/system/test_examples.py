@@ -1,4 +1,4 @@
-"""The examples run from top to bottom, in a process of their own."""
+"""The example notebook runs from top to bottom, in a process of its own."""
 
 import json
 import re
@@ -19,7 +19,7 @@ QUICKSTART = ROOT / "examples" / "quickstart.ipynb"
 def test_the_quickstart_runs_and_leaves_what_it_says(tmp_path: Path) -> None:
     cells = json.loads(QUICKSTART.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    # In a file, as a notebook's cells are compiled one by one; workers import nothing of it.
+    # The cells run as one script. Workers import nothing from it, as they import nothing from a notebook.
     script = tmp_path / "quickstart.py"
     script.write_text("\n\n".join(code))
     done = subprocess.run(

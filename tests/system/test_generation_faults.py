@@ -1,4 +1,4 @@
-"""Generation on a cluster whose parts are killed: the same command always ends with the same dataset."""
+"""Generation on a cluster whose processes and nodes are killed: the same command always ends with the same dataset."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ from tests.system.cluster import LocalCluster
 
 pytestmark = pytest.mark.system
 
-SECONDS = 400  # for whatever is waited for, also beside other load
+SECONDS = 400  # limit of every wait, also beside other load
 
 ACTOR = "_Actor"
 COUNT = 200
@@ -38,7 +38,7 @@ def two_nodes(machines: LocalCluster) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Slow enough to be killed at its work: some tenths of a second a file, or more."""
+    """A model slow enough to be killed in mid-work: some tenths of a second per file, or more."""
     spec = ModelSpec(
         ModelConfig(model_channels=32, channel_multipliers=(1,), res_blocks=1, class_conditional=True),
         ImageConfig(8, 1, ("a", "b", "c")),
@@ -58,7 +58,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(output: Path) -> GenerateConfig:
-    """As `flags`."""
+    """Return the settings that `flags` gives."""
     return config(output, count=COUNT, max_blank_fraction=1.0)
 
 
@@ -70,7 +70,7 @@ def flags(model: Path, output: Path, count: int = COUNT, most: int = 2) -> list[
 
 
 class Driver:
-    """A driver process on the cluster, working on an output."""
+    """A driver process on the cluster that works on an output."""
 
     def __init__(self, machines: LocalCluster, asked: list[object], output: Path, home: Path) -> None:
         self.output, self.log = output, home / "driver.log"
@@ -83,7 +83,7 @@ class Driver:
         )
 
     def wait_for_files(self, more: int) -> None:
-        """Waits until so many more files are finished."""
+        """Wait until this many more files are finished."""
         wanted = len(finished(self.output)) + more
         deadline = time.monotonic() + SECONDS
         while len(finished(self.output)) < wanted:
@@ -93,7 +93,7 @@ class Driver:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """It lives, holds its lock and does nothing."""
+        """Stop the process (SIGSTOP): it lives and holds its lock, but does nothing."""
         os.kill(self.process.pid, signal.SIGSTOP)
         try:
             yield
@@ -120,7 +120,7 @@ def drive(machines: LocalCluster, model: Path, tmp_path: Path) -> Iterator[Calla
 
 
 def finished(output: Path) -> dict[str, int]:
-    """The files that have a note, and when they were written."""
+    """Return the files that have a note, and the time of their last write, ns."""
     names = [note.name.removesuffix(".json") for note in output.glob("notes/train-*.json")]
     return {name: (output / "data" / name).stat().st_mtime_ns for name in names}
 
@@ -209,7 +209,7 @@ def test_the_pool_grows_with_the_cluster_and_goes_on_when_that_shrinks(
 ) -> None:
     driver = drive(tmp_path / "samples", count=100 * COUNT, most=3)
     driver.wait_for_files(2)
-    assert len(machines.worker_pids(ACTOR)) == 2  # a CPU each
+    assert len(machines.worker_pids(ACTOR)) == 2  # one per CPU
     node = machines.add_node(1)
     deadline = time.monotonic() + SECONDS
     while len(machines.worker_pids(ACTOR)) < 3:
@@ -240,14 +240,14 @@ def test_a_driver_that_plans_a_hundred_million_samples_stays_small(
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-        # Its actors may write on for a moment.
+        # Its actors may still write for a moment.
         shutil.rmtree(output, ignore_errors=True)
     assert later["VmHWM"] < 500
     assert later["VmRSS"] - early < 20
 
 
 def memory(driver: subprocess.Popen[bytes], output: Path, files: int) -> dict[str, float]:
-    """A driver's entries in MiB, once so many files are finished."""
+    """Wait for this many finished files, and return the driver's Vm* entries of /proc/PID/status in MiB."""
     deadline = time.monotonic() + SECONDS
     while len(list(output.glob("notes/*.json"))) < files:
         assert driver.poll() is None

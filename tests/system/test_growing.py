@@ -1,4 +1,4 @@
-"""From a head alone to nodes with GPUs: each job asks the autoscaler for what it wants, and lets go of it at its end."""
+"""Each job asks the autoscaler for the nodes that it needs, and withdraws the request at its end."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ def growing() -> Iterator[Growing]:
 
 
 def end(job: subprocess.Popen[str], seconds: float = 400) -> Outcome:
-    """What a job left behind; one that does not end in time is killed."""
+    """Return the outcome of a job, which is killed after `seconds`."""
     timer = threading.Timer(seconds, job.kill)
     timer.start()
     stdout, stderr = job.communicate()
@@ -47,7 +47,7 @@ def is_quiet(cluster: Growing) -> bool:
 def test_jobs_grow_the_cluster_from_its_head_alone(growing: Growing, digits: Path, tmp_path: Path) -> None:
     assert growing.gpu_nodes() == set()
     data = ("--data", digits)
-    # Larger than any node that there is, or will be.
+    # The job needs more than any node can have.
     large = end(
         growing.start(
             tmp_path / "large", "train", *data, "--output", "large", "--gpu", "True", "--cpus-per-worker", 4
@@ -60,12 +60,12 @@ def test_jobs_grow_the_cluster_from_its_head_alone(growing: Growing, digits: Pat
     )
     assert growing.requested() == [] and growing.gpu_nodes() == set()
 
-    # All at once: what each asks for stands beside what the others ask for.
+    # All jobs run at once, so each one's request must be added to the others'.
     (tmp_path / "space.yaml").write_text(SPACE)
     model = save(tmp_path / "model")
     small = ("--steps", 4, "--batch-size", 32, "--timesteps", 20, *SMALL)
     jobs = {
-        # GPUs are left open: they are chosen since they may come.
+        # Without --gpu the job chooses GPUs, since the autoscaler can add them.
         "train": growing.start(tmp_path / "train", "train", *data, "--output", "run", *small),
         "tune": growing.start(
             tmp_path / "tune", "tune", *data, "--output", "search", "--trials", 2, "--images", 512, "--rungs", 1,
@@ -83,11 +83,11 @@ def test_jobs_grow_the_cluster_from_its_head_alone(growing: Growing, digits: Pat
     assert done["tune"].result["count"] == 2
     placed = growing.placed()
     assert {place["job"] for place in placed} == {"train", "generate"}
-    # One of each process of training (that of the run, those of the trials), and the sampler.
+    # One file per training worker (of the run and of each trial), and one of the sampler.
     assert len(placed) >= 4 and all(len(place["gpus"]) == 1 for place in placed)
     assert 2 <= len({place["node"] for place in placed}) <= MOST_NODES
 
-    # Nothing asks for the nodes any more, and so they go.
+    # No request is left, so the autoscaler removes the nodes.
     wait_for("the head alone", lambda: is_quiet(growing), IDLE_SECONDS + 60, [growing.head])
 
 

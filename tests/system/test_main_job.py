@@ -1,4 +1,4 @@
-"""The main job as a user runs it: digits in, a registered model, a dataset of samples and pictures out."""
+"""The main job as a user runs it: from digits to a registered model, a dataset of samples and pictures."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(home: Path) -> Outcome:
-    uri = f"sqlite:///{home / 'demo.db'}"  # not there yet, as for a new user
+    uri = f"sqlite:///{home / 'demo.db'}"  # doesn't exist yet, as for a new user
     outcome = run_job(
         "demo", "--output", home / "demo", "--steps", STEPS, "--count", COUNT, "--workers", 1, home=home,
         timeout=500, MLFLOW_TRACKING_URI=uri,

@@ -1,4 +1,4 @@
-"""What the whole of it is for: samples that look like the class that was asked for, judged beside real images."""
+"""After training, samples look like the requested class, judged against real images."""
 
 import json
 import runpy
@@ -40,7 +40,7 @@ HELD_OUT = 240
 
 
 def batches(config: TrainConfig, images: Tensor, labels: Tensor) -> Iterator[Batch]:
-    """Epochs of shuffled images."""
+    """Yield batches of shuffled images, epoch after epoch."""
     size = config.batch_size
     per_epoch = len(images) // size
     for step in range(config.steps):
@@ -111,14 +111,14 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     assert yardstick > 0.95
     assert accuracy > 0.93
     assert distance["samples"] < 0.3 * distance["noise"]
-    # 8 is what pixels cost without any knowledge of them.
+    # Pixels cost 8 bits without any model.
     assert bits.mean() < 6
 
 
 def test_the_measurement_runs_on_mnist_padded_to_32x32(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As `python -m benchmarks.quality`, but in this process, also what actors do: it trains on this process's Ray."""
+    """It runs `python -m benchmarks.quality` in this process, including the actors' work, on this process's Ray."""
     if not MNIST.is_dir():
         pytest.skip(f"MNIST's IDX files are not at {MNIST}")
     words = ["--data", "mnist", "--smoke", "--output", str(tmp_path / "out")]
@@ -129,7 +129,7 @@ def test_the_measurement_runs_on_mnist_padded_to_32x32(
         monkeypatch.setattr(f"pipeline.{place}.ActorPool", lambda *_, **__: in_process)
     runpy.run_module("benchmarks.quality", run_name="__main__")
     result = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
-    # Real digits are told apart by their neighbours; after a few steps samples aren't digits yet.
+    # Nearest neighbours classify real digits well. After a few steps samples aren't digits yet.
     assert result["knn_label_accuracy_real"] > 0.85
     assert 0 <= result["knn_label_accuracy"] < result["knn_label_accuracy_real"]
     assert result["ratio_frechet"] > 1

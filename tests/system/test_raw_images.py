@@ -1,4 +1,4 @@
-"""Training from images that nothing prepared."""
+"""Training on images that weren't prepared."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ SMALL = ("--model-channels", 32, "--channel-multipliers", 1, "--attention-resolu
 
 
 def test_training_reads_a_folder_as_it_is(tmp_path: Path, job: Callable[..., Outcome]) -> None:
-    """No preparing: images of any shape, some of them broken, which are counted and named."""
+    """Images have any shape. Broken ones are counted and named."""
     folder = write_folder(tmp_path / "in", encoded(300, 20, 12))
     broken = [folder / "cat" / f"bad-{i}.png" for i in range(12)]
     for i, path in enumerate(broken):

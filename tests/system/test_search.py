@@ -46,7 +46,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, digits: Path, cluster: LocalCluster) -> Iterator[Path]:
-    """A folder with prepared digits in `digits`; this process has joined the cluster."""
+    """A folder with prepared digits in `digits`. This process has joined the cluster."""
     home = tmp_path_factory.mktemp("search")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", database(home))
@@ -76,7 +76,7 @@ def records(config: TuneConfig) -> dict[str, Record]:
 
 
 def started(name: str, config: TuneConfig, home: Path, cluster: LocalCluster) -> subprocess.Popen[bytes]:
-    """The search as a job of its own, in a process group of its own; it says what it does in NAME.log."""
+    """Start the search as a job in a process group of its own. Its stderr goes to NAME.log."""
     settings = home / f"{name}-config.yaml"
     settings.write_text(yaml.safe_dump(to_dict(config)))
     return subprocess.Popen(
@@ -90,8 +90,8 @@ def started(name: str, config: TuneConfig, home: Path, cluster: LocalCluster) ->
 
 
 def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, cluster: LocalCluster) -> None:
-    """Kill of the driver; no finished trial again, a running one from where it was; a bad trial ends alone."""
-    # Half of this space can't be trained; of the other half, half hardly learns and is stopped early.
+    """After a kill of the driver no finished trial runs again and a running one continues. A bad trial fails alone."""
+    # Half of this space can't be trained. Of the other half, one half hardly learns and is stopped early.
     space = {
         "batch_size": 16,
         "model.channel_multipliers": [[1]],
@@ -102,7 +102,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
         "optimizer.warmup_steps": 1,
         "readers": 1,
         "peak_tflops": 1.0,
-        # A head's channels must divide the model's.
+        # The channels of an attention head must divide the model's.
         "model.model_channels": [16, 24],
         "model.head_channels": [16, 24],
         "optimizer.learning_rate": [1e-8, 3e-3],
@@ -115,7 +115,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     try:
 
         def in_between() -> bool:
-            """One trial has had its measurements and another has been measured, but not for the last time."""
+            """Return whether one trial has ended and another one has had some, but not all, of its measurements."""
             if job.poll() is not None:
                 raise AssertionError((home / "first.log").read_text()[-3000:])
             now = records(first).values()
@@ -129,7 +129,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
         job.wait()
     before = records(first)
     assert any(not record.over for record in before.values())
-    moved = replace(first, output=str(home / "moved"), trials=9)  # one more than there are choices
+    moved = replace(first, output=str(home / "moved"), trials=9)  # one more than the space has choices
     shutil.move(first.output, moved.output)
 
     with pytest.raises(InputError, match="already holds a search: pass --resume"):
@@ -143,7 +143,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     assert len(after) == 8
     for name, record in before.items():
         if record.over:
-            assert after[name] == record  # to the second of its measurements
+            assert after[name] == record  # including the seconds of its measurements
         else:
             assert after[name].flags == record.flags
             assert after[name].rungs[: len(record.rungs)] == record.rungs
@@ -167,7 +167,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
     check_tracking(result, after, best)
     check_command(result["command"], best)
 
-    assert search(moved) == result  # nothing is left to do: no run, and no version of the model, is new
+    assert search(moved) == result  # no work is left: no new run and no new version of the model
     check_tracking(result, after, best)
     assert records(moved) == after
 
@@ -188,7 +188,7 @@ def test_a_search_that_is_told_to_end_leaves_no_run_running(home: Path, cluster:
     client = mlflow.MlflowClient(address.tracking_uri())
 
     def trains() -> str:
-        """The run of a trial whose workers have begun."""
+        """Return the MLflow run of a trial whose workers have begun, or ""."""
         assert job.poll() is None, (home / "told.log").read_text()[-3000:]
         begun = [one for one in ledger.read_all(config.output) if one.run_id]
         begun = [one for one in begun if (ledger.run_folder(config.output, one) / "run.json").exists()]
@@ -211,7 +211,7 @@ def test_a_search_that_is_told_to_end_leaves_no_run_running(home: Path, cluster:
 
 
 def check_rungs(output: str, good: list[Record]) -> None:
-    """Trials went to their end, or were stopped at a rung where another was better; each left a model."""
+    """Check that each trial left a model, and ended or was stopped at a rung at which another one was better."""
     assert {r.status for r in good} == {"finished", "stopped"}
     for record in good:
         images = [rung.images for rung in record.rungs]
@@ -224,7 +224,7 @@ def check_rungs(output: str, good: list[Record]) -> None:
 
 
 def check_tracking(result: dict[str, Any], after: dict[str, Record], best: Record) -> None:
-    """One parent run, a nested run a trial with its settings and measurements, the winner registered."""
+    """Check one parent run, a nested run per trial with settings and measurements, and the registered winner."""
     client = mlflow.MlflowClient(address.tracking_uri())
     parent = client.get_run(result["run_id"])
     assert parent.info.status == "FINISHED"
@@ -266,7 +266,7 @@ def check_command(printed: str, best: Record) -> None:
 
 
 def test_the_search_finds_the_known_best_of_gaussian_data(home: Path) -> None:
-    """Every bound is known (see tests/tuning/gaussian.py); 14 of the 24 choices are tried."""
+    """tests/tuning/gaussian.py gives the exact bound of every choice. 14 of the 24 choices are tried."""
     space = dict(zip(FLAGS, VALUES, strict=True))
     config = configure(
         home, "gaussian", space, trials=14, concurrent=1, scheduler="none", rungs=1, seed=3, register=""
@@ -287,7 +287,7 @@ def test_the_search_finds_the_known_best_of_gaussian_data(home: Path) -> None:
 
 
 class FailingTrial(GaussianTrial):
-    """One trial measures no number; the processes of two others are killed or fail until `repaired` lies there."""
+    """Trial 0 measures NaN. The processes of two others are killed or fail until the file `repaired` exists."""
 
     def advance(self) -> Rung:
         rung = super().advance()
@@ -330,7 +330,7 @@ def test_a_resume_makes_another_attempt_where_the_infrastructure_failed(
 
 
 class SlowTrial(GaussianTrial):
-    """Takes the lock away, as another driver does that found this one silent for too long."""
+    """Removes the lock, as another driver does after this one was silent for too long."""
 
     def advance(self) -> Rung:
         (Path(self.job.output) / "lock.json").unlink(missing_ok=True)

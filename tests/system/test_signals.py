@@ -1,4 +1,4 @@
-"""SIGTERM to every process of a job, as SLURM, systemd and `timeout` send it."""
+"""SIGTERM reaches every process of a job, as SLURM and systemd send it."""
 
 import contextlib
 import signal
@@ -22,7 +22,7 @@ SMALL = (
 def end_by_sigterm(
     home: Path, ready: Callable[[psutil.Process], object], job: str, *flags: object
 ) -> tuple[int, str]:
-    """Starts a job, and sends SIGTERM to all its processes; its exit code and what it said. No process is left."""
+    """Start a job, send SIGTERM to all its processes, check that none is left, and return exit code and output."""
     with (home / f"{job}.log").open("w") as log:
         process = subprocess.Popen(
             command(job, *flags),
@@ -80,7 +80,7 @@ def test_a_training_saves_and_can_be_resumed(digits: Path, tmp_path: Path) -> No
 
 
 def test_a_job_that_is_starting_ends_with_the_signals_code(digits: Path, tmp_path: Path) -> None:
-    """Ray's processes are being started meanwhile."""
+    """The signal comes while Ray's processes start."""
 
     def ready(job: psutil.Process) -> bool:
         return any(child.name() == "gcs_server" for child in job.children(recursive=True))

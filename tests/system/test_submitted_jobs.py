@@ -16,13 +16,13 @@ pytestmark = pytest.mark.system
 
 
 def ask(served: Served, path: str = "", method: str = "GET") -> Any:
-    """What the job server answers, as `ray job` asks it."""
+    """Return the job server's answer to a request as `ray job` sends it."""
     bearer = {"Authorization": f"Bearer {served.token}"}
     return requests.request(method, f"{served.jobs}/api/jobs/{path}", headers=bearer, timeout=30).json()
 
 
 def submitted(served: Served) -> list[str]:
-    """The ids of all jobs that were submitted."""
+    """Return the ids of all submitted jobs."""
     return sorted(job["submission_id"] for job in ask(served) if job["submission_id"])
 
 
@@ -63,7 +63,7 @@ def test_a_jobs_own_exit_code_and_last_line_come_back(served: Served) -> None:
 
 
 def test_what_is_no_text_is_followed_to_its_end(served: Served) -> None:
-    """Ray's own stream of such a job's output ends early, without a word."""
+    """Ray's own stream of such a job's output ends early without an error."""
     (served.home / "bytes.py").write_text(
         "import os, time\n"
         r"os.write(1, b'\xff\xfe 1\r2\n')"
@@ -94,7 +94,7 @@ def test_training_outlives_a_node_and_goes_on_after_its_driver_in_one_run_with_o
     points = client.get_metric_history(result["run_id"], "loss")
     assert [point.step for point in points] == list(range(20, STEPS + 1, 20))
     assert str(client.get_model_version_by_alias("digits", "newest").version) == "1"
-    # No step was made again that a checkpoint had when the driver died.
+    # No step was repeated that had a checkpoint when the driver died.
     made = sorted(trained.after)[len(trained.before) :]
     assert sorted(trained.after) == sorted(trained.before + made)
     assert len(made) == len(set(made)) and max(trained.before) < made[0] and made[-1] == STEPS
@@ -126,7 +126,7 @@ def test_a_job_is_stopped(served: Served, prepared: Outcome) -> None:
 
 
 def test_the_clusters_secrets_are_nowhere(served: Served, trained: Trained) -> None:
-    """The S3 password and the token were in every node's environment, and in nothing that anyone can ask for."""
+    """The S3 password and the token are in every node's environment, but in no answer, log or file."""
     bearer = {"Authorization": f"Bearer {served.token}"}
     shown = {
         path: requests.get(f"{served.jobs}/api/{path}", headers=bearer, timeout=30).text

@@ -1,7 +1,7 @@
-"""The README's tour, as short as it can be: every job, on a cluster of two nodes with an S3 server and an MLflow server.
+"""The README's tour, shortened: every job on a cluster of two nodes with an S3 server and an MLflow server.
 
-It goes through all that a change of the layout can break: the working tree that a job is submitted with, what workers
-on other nodes import of it, and what travels to them by pickle.
+It covers what a change of the repository's layout can break: the submitted working tree, the modules that workers on
+other nodes import from it, and the objects that reach them by pickle.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.system
 SAMPLES, REPORT = (f"s3://{BUCKET}/{name}" for name in ("samples", "report"))
 MODEL = "models:/digits@newest"
 COUNT = 64
-# As SMALL, in a space.
+# SMALL, as values of a search space.
 NETWORK = {
     "model.model_channels": 32, "model.channel_multipliers": [[1]], "model.res_blocks": 1,
     "model.attention_resolutions": [[4]], "readers": 1,
@@ -57,7 +57,7 @@ def test_the_tour(served: Served, prepared: Outcome, trained: Trained) -> None:
 
     assert "report/metrics.json" in served.keys("report/")
 
-    # Pictures are drawn where the user sits: this driver joins the cluster.
+    # The user draws pictures on their own machine, by a driver that joins the cluster.
     words = "plot", "--model", MODEL, "--data", DATA, "--output", "pictures"
     done = subprocess.run(
         [BIN / "ray-ddpm", *words],
@@ -74,7 +74,7 @@ def test_the_tour(served: Served, prepared: Outcome, trained: Trained) -> None:
 
 
 def submitted(served: Served, job: str, *flags: object) -> dict[str, Any]:
-    """A job's result."""
+    """Submit a job, wait for it, and return its result."""
     done = served.submit("--wait", job, "--", *flags, timeout=500)
     assert done.code == 0, done.stderr
     assert "Traceback" not in done.stderr

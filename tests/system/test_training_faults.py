@@ -1,4 +1,4 @@
-"""Training on a cluster whose workers, nodes and driver die: the run that comes out is the undisturbed one."""
+"""Training on a cluster whose workers, nodes and driver are killed gives the run that nothing disturbs."""
 
 import dataclasses
 import random
@@ -34,13 +34,13 @@ FLAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A cluster, and a folder with the data, MLflow's database and the runs."""
+    """A cluster, and a folder with data, MLflow's database and runs."""
 
     home: Path
     cluster: LocalCluster
 
     def start(self, output: str, steps: int, *flags: object) -> subprocess.Popen[str]:
-        """A training job in the background."""
+        """Start a training job in the background."""
         everything = ("--data", "digits", "--output", output, "--steps", steps, *FLAGS, *flags)
         with (self.home / f"{output}.log").open("a") as log:
             return subprocess.Popen(
@@ -59,7 +59,7 @@ class Site:
         return checkpoint.complete(str(self.home / output / "checkpoints"))
 
     def step(self, output: str) -> int:
-        """Of the newest checkpoint that is whole."""
+        """Return the step of the newest whole checkpoint, or 0."""
         found = self.checkpoints(output)
         return int(storage.name(found[0]).split("-")[1]) if found else 0
 
@@ -78,7 +78,7 @@ class Site:
         return list(client.search_runs(["1"], filter_string=wanted))
 
     def curve(self, output: str, name: str) -> list[tuple[int, float]]:
-        """All points of the output's one run."""
+        """Return all points of a curve of the output's only run, as (step, value)."""
         (run,) = self.runs(output)
         client = mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
         history = client.get_metric_history(run.info.run_id, name)
@@ -95,7 +95,7 @@ def site(digits: Path, machines: LocalCluster, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def jobs() -> Iterator[list[subprocess.Popen[str]]]:
-    """Jobs that are ended if the test fails."""
+    """A list of started jobs. Those that still run after the test are killed."""
     started: list[subprocess.Popen[str]] = []
     yield started
     for job in started:
@@ -106,19 +106,19 @@ def jobs() -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="module")
 def reference(digits: Path) -> Undisturbed:
-    """The run that nothing disturbs."""
+    """The result of a run that nothing disturbs."""
     words = ("--data", digits, "--output", "", "--steps", STEPS, *FLAGS)
     return undisturbed(cli.parse(TrainConfig, list(map(str, words)), "train", ""))
 
 
 def assert_whole(site: Site, output: str, reference: Undisturbed, epochs: int = 6) -> None:
-    """One MLflow run with one curve, that of the reference; each sample once in every epoch."""
+    """Check that there is one MLflow run with the reference's curve, and that each epoch had each sample once."""
     steps = epochs * ROWS // BATCH
     mine, theirs = dict(site.curve(output, "loss")), reference.losses
     assert [step for step, _ in site.curve(output, "loss")] == list(range(6, steps + 1, 6))
     common = sorted(set(mine) & set(theirs))
     assert [mine[step] for step in common] == pytest.approx([theirs[step] for step in common], rel=1e-3)
-    # Carried from checkpoint to checkpoint, so it is the record of the history that survived.
+    # The digest travels from checkpoint to checkpoint, so it covers the steps that survived.
     saved, state = checkpoint.read(site.checkpoints(output)[0])
     assert saved.step == steps
     assert state["seen"] == {
@@ -148,7 +148,7 @@ def test_a_killed_worker_node_and_driver_and_a_cut_checkpoint_leave_no_trace(
     newest = Path(site.checkpoints(output)[0])
     file = newest / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    # One that was being written when the driver was killed.
+    # An unfinished checkpoint, as a killed driver leaves it.
     (newest.parent / checkpoint.new_name(site.step(output) + 1)).mkdir()
     jobs.append(site.start(output, STEPS, "--workers", 2, "--resume"))
     assert jobs[1].wait(timeout=SECONDS) == 0, site.log(output)

@@ -1,4 +1,4 @@
-"""A real server of MLflow on this machine."""
+"""A real MLflow server on this machine."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ from tests.system.served import LOOPBACK, answers, free_ports, wait_for
 
 @contextlib.contextmanager
 def mlflow_server(home: Path) -> Iterator[int]:
-    """Starts a server whose database and artifacts lie in `home`, and ends it; yields its port."""
+    """Start a server with database and artifacts in `home`, yield its port, and end it."""
     (port,) = free_ports(1)
     words = [
         str(Path(sys.executable).with_name("mlflow")), "server", f"--host={LOOPBACK}", f"--port={port}", "--workers=1",
         f"--backend-store-uri={database(home)}", "--serve-artifacts", f"--artifacts-destination={home}/artifacts",
     ]  # fmt: skip
-    # MLflow's own job runners would hold a core each while they start, and nothing here needs them.
+    # MLflow's own job runners would each occupy a core while they start, and no test needs them.
     idle = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (home / "log").open("wb") as log:
         server = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The address of MLflow: the same file from any working directory."""
+"""MLflow's address means the same file from any working directory."""
 
 from pathlib import Path
 

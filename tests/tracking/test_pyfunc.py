@@ -1,4 +1,4 @@
-"""A served model gives the images of `sample_images`, by its own code, with what public indexes hold."""
+"""A served model gives the images of `sample_images`, with its own logged code and only public packages."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from tests.tracking.test_registry import save
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registered model, in an MLflow of its own."""
+    """URI of a registered model, in an MLflow database of its own."""
     home = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", database(home))
@@ -103,7 +103,7 @@ def test_a_parameter_that_is_none_is_refused(loaded: mlflow.pyfunc.PyFuncModel) 
 
 
 def test_its_requirements_are_public_and_its_code_is_with_it(uri: str, tmp_path: Path) -> None:
-    """In a process elsewhere, the code that was logged is used, and needs none of what trains."""
+    """A process in another folder uses the logged code, which imports no package that only training needs."""
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path)))
     wanted = (folder / "requirements.txt").read_text().split()
     assert {line.partition("==")[0].lower() for line in wanted} == {
@@ -135,7 +135,7 @@ def test_a_server_of_mlflow_answers_with_the_same_images(uri: str, tmp_path: Pat
         [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local",
          "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
         stdout=log, stderr=log, start_new_session=True,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # it starts uvicorn by name
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # MLflow starts uvicorn by name
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 180
@@ -159,7 +159,7 @@ def test_a_server_of_mlflow_answers_with_the_same_images(uri: str, tmp_path: Pat
         assert refused.status_code == 400
         assert "from 0 to 9" in refused.text
     finally:
-        with contextlib.suppress(ProcessLookupError):  # of a server that ended by itself
+        with contextlib.suppress(ProcessLookupError):  # the server may have ended by itself
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         log.close()

@@ -1,4 +1,4 @@
-"""A MODEL by its name: exactly the model that was logged, and no copy of it is left behind."""
+"""A MODEL name leads to exactly the logged model, and no temporary copy is left."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.evaluation.common import small_model
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of this process's temporary files, and an MLflow of its own."""
+    """A folder for this process's temporary files. MLflow gets a database of its own."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "temporary"
@@ -57,7 +57,7 @@ def test_a_model_is_logged_from_any_storage_and_comes_back_by_all_its_names(temp
 
 
 def test_of_a_logged_folder_with_more_models_in_it_exactly_its_own_is_taken(temporary: Path) -> None:
-    """A search that sorts would find the one in `averages` first."""
+    """A sorted search through the folder would find the model in `averages` first."""
     run = runs.start_run("e", "r", {})
     folder = save(temporary.parent / "model", 5)
     save(folder / "averages" / "one", 7)
@@ -73,7 +73,7 @@ def test_a_version_says_what_it_is_and_keeps_what_somebody_has_written(temporary
     folder = save_model(home / "model", model.state_dict(), dataclasses.replace(spec, provenance=facts))
     (home / "samples.png").write_bytes(b"a picture")
     runs.log_file(run, home / "samples.png")
-    # The figure of an earlier step is not the model's.
+    # Figures of an earlier step don't belong to the model.
     points = [(step, {"bits_per_dim": 4.0 - step / 10, "bits_per_dim_stderr": 0.5}) for step in (6, 9)]
     runs.log_points(run, [(1000 * step, step, values) for step, values in points])
     assert registry.log_model(run, folder, "digits", "newest") == "models:/digits/1"
@@ -130,7 +130,7 @@ def test_a_name_that_leads_nowhere_gets_one_line_and_leaves_nothing(
 def test_no_job_leaves_anything_in_the_temporary_folder(
     cluster: None, digits: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What actors do is done here, in the process whose temporary files are seen."""
+    """The actors' work runs in this process, so that its temporary files are seen."""
     for place in ("generation.job", "evaluation.evaluate"):
         monkeypatch.setattr(f"pipeline.{place}.ActorPool", lambda *_, **__: in_process)
 

@@ -1,4 +1,4 @@
-"""MLflow under many writers."""
+"""MLflow runs under concurrent writers and lost answers."""
 
 import getpass
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +21,11 @@ def test_runs_that_start_together_share_experiment_and_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
-    runs.start_run("other", "", {})  # makes the tables
+    runs.start_run("other", "", {})  # creates the tables
     real, asked = MlflowClient.get_experiment_by_name, []
 
     def too_early(client: MlflowClient, name: str) -> object:
-        """Each run looks once before any of them has made the experiment."""
+        """Answer the first lookups as if the experiment didn't exist, so that every run tries to create it."""
         asked.append(name)
         return None if len(asked) <= 4 else real(client, name)
 
@@ -47,7 +47,7 @@ def test_runs_that_start_together_share_experiment_and_dataset(
 def test_data_are_named_by_what_is_the_same_for_everybody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing that a run keeps holds a path of the machine that the data lie on; nor does the model's card."""
+    """No stored value of a run, nor the model's card, holds a path of the machine that holds the data."""
     (tmp_path / "server").mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path / "server"))
     home = tmp_path / "alice"
@@ -77,7 +77,7 @@ def test_data_are_named_by_what_is_the_same_for_everybody(
         assert (dataset.name, dataset.digest) == (name, "f" * 32)
     kept = b"".join(path.read_bytes() for path in home.parent.rglob("*") if path.is_file())
     assert b"digits" in kept
-    # MLflow's own addresses of artifacts lead to the working directory.
+    # MLflow's own artifact locations point into the working directory.
     assert str(home).encode() not in kept.replace(str(home / "digits" / "mlruns").encode(), b"")
 
 

@@ -1,4 +1,4 @@
-"""What is logged reaches MLflow once, whatever the server does meanwhile."""
+"""Everything logged reaches MLflow exactly once, whatever the server does meanwhile."""
 
 import multiprocessing
 import threading
@@ -23,7 +23,7 @@ FOREVER = 1e9
 
 
 def points(*steps: int, name: str = "loss", run: int = 0) -> list[Point]:
-    """Of a curve; `run` is another attempt at the same steps, at other times."""
+    """Return points of a curve. Another `run` gives the same steps other times, as a second attempt does."""
     return [(1_000_000 + 1000 * run + step, step, {name: step / 2, "rate": 0.1}) for step in steps]
 
 
@@ -103,13 +103,13 @@ def test_what_was_not_delivered_is_kept_and_the_next_job_delivers_it(
     assert [line.partition(":")[0] for line in said[1:]] == ["MLflow did not take everything (points, end)"]
     assert "--resume delivers it" in said[-1]
 
-    # MLflow is still away when the run is resumed: what it has of the curves is not known.
+    # MLflow is still unavailable at the resume, so the points that it already has are unknown.
     resumed = runs.reopen_later(run.id, CURVES)
     assert resumed is not None
     assert resumed.last_steps is None
     with open_tracker(resumed, output, seconds=0.5) as tracker:
         assert tracker.last_steps == {"loss": 4, "bits_per_dim": 2}
-        # From the checkpoint of step 1 on, steps are made again, and then new ones.
+        # The resumed run repeats the steps after the checkpoint of step 1, then makes new ones.
         tracker.log_points(points(2, 3, 4, run=1))
         tracker.log_points(points(5, 6, run=1))
 
@@ -122,7 +122,7 @@ def test_what_was_not_delivered_is_kept_and_the_next_job_delivers_it(
         tracker.end()
     assert curve(run, "loss") == expected(*range(1, 8))
     assert curve(run, "bits_per_dim") == expected(2)
-    # The end of the first job is not that of the last.
+    # The first job's end doesn't overwrite the last job's.
     assert runs.open_client().get_run(run.id).info.status == "FINISHED"
     assert not list(Path(output).glob(f"{FOLDER}/*"))
 
@@ -137,7 +137,7 @@ def test_a_job_that_is_killed_in_an_outage_has_kept_every_point(
     first.log_points(points(2))
     kept = [path.read_bytes() for path in sorted(Path(output).glob(f"{FOLDER}/*"))]
     assert len(kept) == 2
-    first.lost.set()  # as if it were gone
+    first.lost.set()  # as if the job had died
     with open_tracker(run, output, seconds=30) as tracker:
         mlflow.calm()
         tracker.log_points(points(3))
@@ -153,7 +153,7 @@ def test_a_run_that_is_away_is_not_one_that_is_gone(mlflow: Weather, run: runs.R
     runs.open_client().delete_run(run.id)
     assert runs.reopen_later(run.id, CURVES) is None
     assert runs.reopen_later("0" * 32, CURVES) is None
-    # Found out later: nothing is lost, and the next job opens another run.
+    # A run that proves missing later loses nothing: the next job opens another run.
     said: list[str] = []
     with open_tracker(runs.Run(run.id, None), output, said, seconds=0.5) as tracker:
         tracker.log_points(points(1))
@@ -206,7 +206,7 @@ def test_a_file_that_is_gone_holds_up_nothing(run: runs.Run, output: str) -> Non
 def test_where_the_output_is_away_too_each_attempt_writes_once(
     run: runs.Run, mlflow: Weather, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each write may hang for minutes."""
+    """A second write is avoided because each may hang for minutes."""
     mlflow.storm("503", FOREVER, all_requests)
     writes: list[str] = []
 

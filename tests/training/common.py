@@ -21,7 +21,7 @@ MODEL = ModelConfig(
 
 def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
     diffusion = DiffusionConfig(schedule="cosine", timesteps=20, **changes.pop("diffusion", {}))  # type: ignore[arg-type]
-    # In fp32 on every machine: where the summation order may differ, bf16 shows it.
+    # fp32 on every machine, since bf16 would magnify differences in the order of sums.
     options = {
         "precision": "fp32",
         "steps": 20,
@@ -43,7 +43,7 @@ def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
 
 
 def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[Batch]:
-    """The rank's batches from step `start` on, of 37 random images in four groups."""
+    """Yield the rank's batches from step `start` on, of 37 random images in four groups."""
     generator = np.random.default_rng(0)
     images = torch.from_numpy(generator.integers(0, 256, (37, 1, 8, 8), dtype=np.uint8))
     plan = Plan(np.array([10, 10, 10, 7]), config.seed, config.batch_size, lanes=2)
@@ -53,7 +53,7 @@ def batches(config: TrainConfig, rank: int = 0, world_size: int = 1, start: int 
 def planned(
     plan: Plan, images: torch.Tensor, labels: torch.Tensor, wanted: range, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
-    """The rank's batches of the steps `wanted`, of all images of a dataset in the order of their ids."""
+    """Yield the rank's batches of the steps `wanted`. `images` and `labels` are a whole dataset in order of ids."""
     rows = batch_rows(plan, wanted.start, wanted.stop, *cut(plan.batch_size, rank, world_size))
     for ids, epochs in zip(plan.first_id[rows.group] + rows.row, rows.epoch, strict=True):
         chosen = torch.from_numpy(ids)

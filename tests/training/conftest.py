@@ -1,4 +1,4 @@
-"""A folder for runs on the digits, and the run that nothing disturbs."""
+"""A folder for runs on the digits, and the result of a run that nothing disturbs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.training.runs import Undisturbed, undisturbed
 
 @pytest.fixture(scope="module")
 def home(cluster: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with prepared digits and MLflow's database."""
+    """A folder with prepared digits and MLflow's database. It is the working directory."""
     folder = tmp_path_factory.mktemp("trainer")
     (folder / "digits").symlink_to(digits)
     with pytest.MonkeyPatch.context() as patch:
@@ -23,5 +23,5 @@ def home(cluster: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def straight(home: Path) -> Undisturbed:
-    """The run that nothing disturbs."""
+    """The result of a run that nothing disturbs."""
     return undisturbed(settings(home, ""))

@@ -1,4 +1,4 @@
-"""Runs through Ray Train on the digits: how they are set up, and what is read of them."""
+"""Settings and readers of Ray Train runs on the digits."""
 
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ def newest(output: str) -> tuple[checkpoint.Saved, dict[str, Any]]:
 
 
 def curve(trained: Trained, name: str) -> dict[int, float]:
-    """A curve of MLflow, which must have one point a step."""
+    """Return a curve from MLflow by step, and check that each step has one point."""
     history = runs.open_client().get_metric_history(trained.run.id, name)
     assert len({point.step for point in history}) == len(history)
     return {point.step: point.value for point in history}
 
 
 def assert_same(mine: checkpoint.Saved, other: checkpoint.Saved) -> None:
-    """Every tensor of both is the same, bit for bit."""
+    """Check that every tensor of both is the same, bit for bit."""
     assert (mine.step, len(mine.averages)) == (other.step, len(other.averages))
     pairs = [(mine.weights, other.weights), *zip(mine.averages, other.averages, strict=True)]
     pairs += [(mine.optimizer, other.optimizer), (mine.timestep_sampler, other.timestep_sampler)]

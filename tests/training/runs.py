@@ -1,4 +1,4 @@
-"""Training runs of one worker in this process, on data as they come, without Ray Train."""
+"""Training runs of one worker in this process, without Ray Train."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -20,7 +20,7 @@ from tests.training.common import planned
 
 
 class Recorder(loop.Observer):
-    """Keeps the curve of the loss, and hands on what checkpoints would hold."""
+    """Keeps the loss curve and passes the content of each checkpoint to `save`."""
 
     def __init__(self, state: TrainState, save: Callable[[checkpoint.Saved], None]) -> None:
         self.losses: dict[int, float] = {}
@@ -35,11 +35,11 @@ class Recorder(loop.Observer):
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a run comes to that nothing disturbs.
+    """The result of a run that nothing disturbs.
 
     Attributes:
-        losses: by step.
-        end: what its last checkpoint would hold.
+        losses: logged losses by step.
+        end: the content of a last checkpoint.
     """
 
     spec: ModelSpec
@@ -50,7 +50,7 @@ class Undisturbed:
 def undisturbed(
     config: TrainConfig, save: Callable[[checkpoint.Saved], None] = lambda saved: None
 ) -> Undisturbed:
-    """The loop of one worker in this process, on the images of `config.data`."""
+    """Run one worker's loop in this process on the images of `config.data`."""
     index, cpu = open_splits(config.data)["train"], torch.device("cpu")
     plan = index.plan(config.seed, config.batch_size)
     images, labels = read_images(index, np.arange(index.rows))
@@ -62,7 +62,7 @@ def undisturbed(
 
 
 def train_here(config: TrainConfig) -> Any:
-    """A worker's loop in this process, which has a Ray that reads beside it as in a run; returns what it has seen."""
+    """Run one worker's loop in this process, with Ray Data reading as in a real run. Return what the meter has seen."""
     data, spec = check(config)
     index, cpu = data["train"], torch.device("cpu")
     planned = share(index, index.plan(config.seed, config.batch_size))

@@ -1,4 +1,4 @@
-"""All workers hear of what one was told, at the same step."""
+"""A command to one worker reaches all workers at the same step."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.training.agreement import Agreement
 from pipeline.training.run_channel import Command
 from tests.training.test_loop import _free_port
 
-TOLD = {1: (3, Command.SAVE), 0: (6, Command.STOP)}  # by rank: at which step, and what
+TOLD = {1: (3, Command.SAVE), 0: (6, Command.STOP)}  # by rank: the step and the command
 
 
 def _one_rank(rank: int, port: int, folder: str) -> None:

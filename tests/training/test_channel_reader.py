@@ -1,4 +1,4 @@
-"""What a person sees of a run's channel."""
+"""The terminal output of a run's channel."""
 
 import threading
 from pathlib import Path

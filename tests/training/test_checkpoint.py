@@ -1,4 +1,4 @@
-"""Checkpoints: every byte is verified before any of it is used."""
+"""Checkpoints: every byte is verified before any is used."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from tests.training.digit_runs import assert_same
 
 @pytest.fixture
 def saved() -> checkpoint.Saved:
-    """With two averages that differ from each other and from the weights."""
+    """A checkpoint's content with two averages that differ from each other and from the weights."""
     config, spec = problem()
     averages = OptimizerConfig(ema_decays=(0.9,), ema_lengths=(0.1,))
     state = new_state(dataclasses.replace(config, optimizer=averages), spec, torch.device("cpu"))
@@ -36,7 +36,7 @@ def written(tmp_path: Path, saved: checkpoint.Saved) -> Path:
 
 
 def as_0_1_0_wrote_it(folder: Path) -> None:
-    """Puts all averages into one file."""
+    """Put all averages into one file, as 0.1.0 did."""
     together = {}
     for i, file in enumerate(sorted(folder.glob("average-*"))):
         together |= {f"{i}/{name}": tensor for name, tensor in load_file(file).items()}
@@ -120,7 +120,7 @@ def test_half_written_checkpoints_are_not_listed_and_the_newest_comes_first(tmp_
     for name in names:
         checkpoint.write(str(tmp_path / name), saved, {})
     (tmp_path / names[1] / "state.json").unlink()
-    again = f"{names[0]}9"  # the same step, written later
+    again = f"{names[0]}9"  # the same step, written later, under another name
     checkpoint.write(str(tmp_path / again), saved, {})
     assert checkpoint.complete(str(tmp_path)) == [str(tmp_path / n) for n in (names[2], again, names[0])]
     assert checkpoint.complete(str(tmp_path / "none")) == []

@@ -1,4 +1,4 @@
-"""Checkpoints on storage that fails: what can't be read now is not damaged, and nothing good is ever given up."""
+"""Checkpoints on failing storage: one that can't be read now isn't damaged, and no intact one is given up."""
 
 import errno
 import gc
@@ -34,7 +34,7 @@ def at_once(do: Callable[[], Any], what: str) -> Any:
 
 
 def write(folder: str, *steps: int) -> list[str]:
-    """Checkpoints of these steps; their folders."""
+    """Write checkpoints of these steps and return their folders."""
     state = new_state(*problem(), torch.device("cpu"))
     written = []
     for step in steps:
@@ -45,7 +45,7 @@ def write(folder: str, *steps: int) -> list[str]:
 
 
 def find(folder: str, seconds: float = 30.0) -> tuple[str, int, list[str]]:
-    """The newest whole checkpoint, its step, and what was said meanwhile."""
+    """Return the newest whole checkpoint, its step, and the lines printed meanwhile."""
     said: list[str] = []
     patient = partial(patience.patiently, seconds=seconds, say=said.append)
     found = newest_whole(folder, checkpoint.read_model, patient, said.append)
@@ -137,7 +137,7 @@ def test_a_sweep_during_an_outage_says_so(bucket: str, weather: Weather) -> None
     listed: list[str] = []
 
     def one_of_the_folder(method: str, path: str) -> bool:
-        """Not the listing by which the newest one is found, which is the first."""
+        """Choose the listings of the folder after the first, which only finds the newest checkpoint."""
         if "list-type" in path:
             listed.append(path)
         return len(listed) > 1 and "list-type" in path
@@ -155,7 +155,7 @@ def entry(name: str, score: float | None) -> dict[str, Any]:
 
 
 def snapshot(*names: str) -> dict[str, Any]:
-    """Ray Train's list of these checkpoints."""
+    """Return Ray Train's snapshot file with these checkpoints."""
     import ray
 
     return {
@@ -212,16 +212,16 @@ def test_rays_list_outlives_a_storage_that_can_not_be_asked(bucket: str, weather
 
 
 class Silent:
-    """A channel that nobody listens to."""
+    """A run channel without a listener."""
 
     class notice:
         remote = staticmethod(print)
 
 
 def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in Ray Train one thread calls the functions that write checkpoints, late, and they are kept when they are done.
+    """As in Ray Train, one thread calls the upload functions with a delay, and they stay referenced afterwards.
 
-    Each fifth report is dropped.
+    Every fifth report is dropped.
     """
     kept: list[Any] = []
     pool = ThreadPoolExecutor(1)
@@ -255,7 +255,7 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
     written = checkpoint.complete(str(tmp_path))
     assert len(written) == sum(taken)
     assert taken[0]
-    assert not any(taken[1:7])  # while the first one is being written
+    assert not any(taken[1:7])  # while the first checkpoint is being written
     assert not any(taken[4::5])
     assert checkpoint.read_model(written[0])[1] == 24
     assert sum(isinstance(thing, checkpoint.Saved) for thing in gc.get_objects()) == 0
@@ -263,7 +263,7 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
 
 
 def test_the_bytes_of_a_checkpoint_reach_another_worker(tmp_path: Path) -> None:
-    """Two processes, over gloo."""
+    """Two processes exchange them over gloo."""
     import torch.multiprocessing as mp
 
     mp.spawn(_broadcast, args=(str(tmp_path / "rendezvous"),), nprocs=2)

@@ -1,4 +1,4 @@
-"""What is refused of a run before its output is claimed, and what may begin anew in an output that was."""
+"""Settings refused before a run claims its output, and runs that may start over in a claimed output."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_a_batch_of_all_images_and_a_microbatch_beyond_it_can_be_trained(config:
 
 
 def begin(config: TrainConfig) -> runs.Run:
-    """What the driver does of a run before its workers start."""
+    """Open a run as the driver does before workers start."""
     data = open_splits(config.data)
     return open_run(config, check_fit(config, data), data["train"], config.output)[0]
 
@@ -106,7 +106,7 @@ def test_a_run_without_a_step_begins_anew_with_other_settings(config: TrainConfi
     assert not storage.exists(storage.join(config.output, QUARANTINE))
     assert begin(replace(config, batch_size=64, seed=1, resume=True)).id == second.id
     runs.open_client().delete_run(second.id)
-    third = begin(replace(config, resume=True))  # a retried job need not know
+    third = begin(replace(config, resume=True))  # as a retried job passes it anyway
     assert third.id not in (first.id, second.id)
 
 

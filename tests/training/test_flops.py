@@ -1,4 +1,4 @@
-"""The FLOPs of a step, and the peak that they are a share of."""
+"""The FLOPs of a training step, and the machine's peak FLOP/s."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pipeline.training.flops import flops_per_image, peak_flops
 
 
 def test_flops_are_those_of_improved_diffusions_network_of_the_same_shape() -> None:
-    # 64 channels, multipliers 1 2 2, two residual blocks, attention at 16x16: 9.5 GFLOP an image on the published code.
+    # 64 channels, multipliers 1 2 2, two residual blocks, attention at 16x16: the published code takes 9.5 GFLOP/image.
     spec = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
     assert flops_per_image(spec) == pytest.approx(9.5e9, rel=0.1)
 

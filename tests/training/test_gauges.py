@@ -1,4 +1,4 @@
-"""The figures of a run reach Ray's metrics, where Prometheus finds them under the names of the dashboard and alerts."""
+"""A run's figures reach Ray's metrics under the names that the dashboard and the alerts use."""
 
 import time
 
@@ -7,7 +7,7 @@ import requests
 
 from pipeline.training.gauges import GAUGES, RunGauges
 
-REPORT_SECONDS = 10  # Ray's
+REPORT_SECONDS = 10  # Ray's default interval between reports
 
 
 def test_a_runs_figures_are_scraped_from_its_node(cluster: None) -> None:

@@ -1,4 +1,4 @@
-"""Hidden labels, by which guidance learns the unconditional model: drawn sample by sample, from counters."""
+"""Label dropout for guidance is a function of each sample's counters."""
 
 import dataclasses
 

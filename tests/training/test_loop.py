@@ -1,4 +1,4 @@
-"""One worker's loop: the same trajectory for any number of workers, in any microbatch, after a resume."""
+"""The training loop takes the same trajectory for any number of workers, any microbatch, and after a resume."""
 
 import dataclasses
 import socket
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder(loop.Observer):
-    """Keeps what it is told; ends the run before step `stop`."""
+    """Keeps the figures and skipped steps, and ends the run before step `stop`."""
 
     def __init__(self, stop: int = -1) -> None:
         self.figures: dict[int, dict[str, float]] = {}
@@ -51,7 +51,7 @@ class Recorder(loop.Observer):
 
 
 def run(config, spec, state=None, rank: int = 0, world_size: int = 1, meter=None, device=CPU):  # type: ignore[no-untyped-def]
-    """Trains to the end, wrapped as for `device`; returns the state and the logged losses."""
+    """Train to the end, with the model wrapped as for `device`. Return the state and the logged losses by step."""
     state = state or new_state(config, spec, CPU)
     model = wrap(config, state.model, world_size, device)
     stream = batches(config, rank, world_size, state.step)
@@ -82,14 +82,14 @@ def _one_rank(
             {"weights": flat(state), "losses": losses, "sampler": state.timestep_sampler, "seen": seen},
             f"{folder}/{world_size}.pt",
         )
-    dist.barrier()  # gloo aborts the others of a group that one of them leaves
+    dist.barrier()  # if one process leaves the group, gloo aborts the others
     dist.destroy_process_group()
 
 
 def several_workers(  # type: ignore[no-untyped-def]
     world_size: int, folder: Path, changes: dict[str, object], start: str = "", device: str = "cpu"
 ):
-    """The end of a run of `world_size` processes."""
+    """Run `world_size` processes and return what rank 0 saved at the end."""
     arguments = (world_size, _free_port(), str(folder), changes, start, device)
     mp.start_processes(_one_rank, arguments, world_size, start_method="spawn")
     return torch.load(folder / f"{world_size}.pt", weights_only=True)
@@ -105,7 +105,7 @@ SAMPLER: dict[str, object] = {"timestep_sampler": "loss_second_moment"}
 
 
 def epochs_digest(epochs: int, rows: int = 37) -> str:
-    """Of every sample once in each epoch."""
+    """Return the digest of every sample once in each epoch."""
     ids = np.tile(np.arange(rows), epochs)
     return f"{samples_digest(np.repeat(np.arange(epochs), rows), ids):016x}"
 
@@ -128,7 +128,7 @@ def test_fifty_steps_of_several_workers_are_those_of_one(
 
 
 def test_another_number_of_workers_goes_on_with_the_same_run(tmp_path: Path) -> None:
-    # 37 rows in batches of 10: 37 steps are ten whole epochs. Step 18 is in the middle of a logging interval.
+    # 37 steps of 10 rows are ten whole epochs of 37 rows. Step 18 lies inside a logging interval.
     config, spec = problem(steps=37)
     straight, losses = run(config, spec)
     meter, half = Meter(config, 1, CPU), new_state(config, spec, CPU)
@@ -152,7 +152,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(sampler: str, tmp_path: 
     straight, losses = run(config, spec)
     half, _ = run(dataclasses.replace(config, steps=10), spec)
     checkpoint.write(str(tmp_path), checkpoint.capture(half), {})
-    torch.randn(100)  # hidden generator state differs after a restart; nothing may depend on it
+    torch.randn(100)  # the global generator differs after a restart, and nothing may depend on it
     resumed = new_state(config, spec, CPU)
     checkpoint.restore(resumed, checkpoint.read(str(tmp_path))[0])
     resumed, tail = run(config, spec, resumed)
@@ -171,7 +171,7 @@ def test_training_lowers_the_loss() -> None:
 
 
 class _Poisoned:
-    """A stream of which some batches, counted from 1, can't give a finite loss."""
+    """A stream in which the batches numbered `bad`, counted from 1, give a loss that isn't finite."""
 
     def __init__(self, config, bad: Container[int] = (3,), **part: int) -> None:  # type: ignore[no-untyped-def]
         self._batches, self._bad, self._count = batches(config, **part), bad, part.get("start", 0)
@@ -223,7 +223,7 @@ def test_dropout_has_masks_for_any_seed(seed: int) -> None:
 
 
 def test_a_run_that_only_skips_ends_whatever_comes_between(tmp_path: Path) -> None:
-    """Five skipped steps in a row, the last three of them after a resume; four are fine where a good one follows."""
+    """Five skipped steps in a row end the run, the last three after a resume. Four and then a good one don't."""
     config, spec = problem(skip_nonfinite=True, max_skipped_in_a_row=5)
     bad = [1, 2, 3, 4, *range(8, 99)]
     half, meter = new_state(config, spec, CPU), Meter(config, 1, CPU)
@@ -248,7 +248,7 @@ def _skip_all(rank: int, port: int, folder: str) -> None:
     state, bad = (
         new_state(config, spec, CPU),
         range(5, 99) if rank == 0 else (),
-    )  # one worker's images suffice
+    )  # bad images on one worker suffice
     stream = _Poisoned(config, bad, rank=rank, world_size=2)
     with pytest.raises(InputError, match=r"^step 7: .*3 steps in a row"):
         train(
@@ -267,7 +267,7 @@ def test_all_workers_end_a_run_that_only_skips_at_the_same_step(tmp_path: Path) 
 def test_averages_in_main_memory_are_those_beside_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copies, and the step that they wait, as on a GPU; also of what a checkpoint holds in the middle."""
+    """Averages are copied one step late, as on a GPU. Checkpoints in mid-run agree too."""
     averages = OptimizerConfig(ema_decays=(0.9, 0.99), ema_lengths=(0.1,), warmup_steps=5)
     config, spec = problem()
     config = dataclasses.replace(config, optimizer=averages)

@@ -1,4 +1,4 @@
-"""The record of samples, and averages that a stop does not disturb."""
+"""The digest of samples seen, and averages that a stop doesn't disturb."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_too_many_undecodable_images_stop_the_run() -> None:
 
 @pytest.mark.parametrize(("share", "stops"), [(0.002, 0), (0.02, 40)])
 def test_chance_stops_no_run_and_what_is_worse_than_allowed_stops_every_one(share: float, stops: int) -> None:
-    """Forty workers, each on its own 40,000 images of which a share is bad; one hundredth is allowed."""
+    """Each of forty workers sees 40,000 images, of which `share` is bad. One hundredth is allowed."""
     rng, stopped = np.random.default_rng(0), 0
     for _ in range(40):
         meter = Meter(problem()[0], 1, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""bf16 only where hardware multiplies it; it trains and resumes as fp32 does; so does a compiled model."""
+"""bf16 is used only if hardware multiplies it. bf16 and compiled models train and resume as fp32 does."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def test_a_resume_in_bf16_is_bitwise_the_uninterrupted_run() -> None:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache for compiled programs; torch forgets all programs of its own afterwards."""
+    """An empty cache of compiled programs. torch forgets its own compiled programs before and after."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))
     torch._dynamo.reset()
     yield tmp_path / "programs"
@@ -65,18 +65,18 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_compiled_steps_are_the_eager_ones_and_leave_programs_for_the_next_start(compiler: Path) -> None:
     config, spec = problem(steps=3)
-    # As small as a network can be: building its program is what takes the time.
+    # The smallest possible network, since compilation takes most of the time.
     small = ModelConfig(model_channels=32, channel_multipliers=(1,), res_blocks=1, attention_resolutions=())
     spec = dataclasses.replace(spec, model=small)
     eager, losses = run(dataclasses.replace(config, log_every=1), spec)
     compiled, compiled_losses = run(dataclasses.replace(config, log_every=1, compile=True), spec)
     assert compiled_losses == pytest.approx(losses, rel=1e-4)
     assert (flat(compiled) - flat(eager)).norm() < 1e-4 * flat(eager).norm()
-    # A checkpoint of one goes into the other: compiling changes no name.
+    # Compiling changes no name, so a checkpoint fits both models.
     assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
     programs = sorted(compiler.rglob("*.so"))
     assert programs
-    torch._dynamo.reset()  # as a restarted worker, which knows nothing but the disk
+    torch._dynamo.reset()  # as in a restarted worker, which has only the disk
     again, _ = run(dataclasses.replace(config, compile=True), spec)
     assert sorted(compiler.rglob("*.so")) == programs
     assert torch.equal(flat(again), flat(compiled))

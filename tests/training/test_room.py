@@ -1,4 +1,4 @@
-"""A job that has no room waits and says for what; what can never have room is refused."""
+"""A job waits for free resources and says which. A job that can never get them is refused."""
 
 import contextlib
 import threading
@@ -27,7 +27,7 @@ from tests.training.digit_runs import settings
 
 @ray.remote
 class Holder:
-    """Another job, which holds CPUs until it is killed."""
+    """Another job that holds CPUs until it is killed."""
 
     def ready(self) -> None:
         pass
@@ -35,7 +35,7 @@ class Holder:
 
 @contextlib.contextmanager
 def held(cpus: float) -> Iterator[Callable[[], None]]:
-    """While inside, or until what it yields is called."""
+    """Hold CPUs in a `with` block, or until the yielded function is called."""
     holder = Holder.options(num_cpus=cpus).remote()  # type: ignore[attr-defined]
     ray.get(holder.ready.remote())
     released = threading.Event()
@@ -53,7 +53,7 @@ def held(cpus: float) -> Iterator[Callable[[], None]]:
 
 @pytest.fixture
 def cpus(cluster: None) -> int:
-    """Of the cluster; all of them are free."""
+    """The number of CPUs of the cluster, once all are free."""
     total = ray.cluster_resources()["CPU"]
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != total and time.monotonic() < deadline:
@@ -63,7 +63,7 @@ def cpus(cluster: None) -> int:
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Ray of the tests is a cluster that was joined: nodes may come."""
+    """The tests' Ray counts as a joined cluster, so more nodes may join."""
     monkeypatch.setattr(room, "is_own_ray", lambda: False)
 
 
@@ -78,7 +78,7 @@ def need(count: int, **each: float) -> Need:
 
 
 def fit(need: Need) -> None:
-    """Whether it may, some day."""
+    """Raise InputError if the need can never be met."""
     settle(need, lambda line: None)
 
 
@@ -92,7 +92,7 @@ def test_what_is_short_is_named_with_what_there_is(cpus: int) -> None:
     with held(cpus - 0.5):
         deadline = time.monotonic() + 20
         while not shortage(need(1, CPU=1)) and time.monotonic() < deadline:
-            time.sleep(0.1)  # what nodes have free is told once in a while
+            time.sleep(0.1)  # nodes report their free resources only from time to time
         assert shortage(need(1, CPU=1)) == "waiting for 1 CPU, the cluster has 0.5 free"
         assert shortage(need(1, CPU=0.5)) == ""
 
@@ -107,7 +107,7 @@ def test_small_rooms_are_no_large_one(cluster: None, monkeypatch: pytest.MonkeyP
 
 
 def test_what_can_never_fit_is_refused(cpus: int, joined: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(need(cpus + 2, CPU=1))  # nodes may join
+    fit(need(cpus + 2, CPU=1))  # more nodes may join
     with pytest.raises(
         InputError, match=rf"--workers 4: no node of the cluster has {cpus + 1} CPUs, and no auto"
     ):
@@ -119,7 +119,7 @@ def test_what_can_never_fit_is_refused(cpus: int, joined: None, monkeypatch: pyt
         fit(need(8, CPU=8, GPU=1))
         with pytest.raises(InputError, match=r"16 CPUs and 16 GPUs are needed.* up to 64 CPUs and 8 GPUs"):
             fit(need(16, CPU=1, GPU=1))
-    with monkeypatch.context() as empty:  # its nodes have not joined yet
+    with monkeypatch.context() as empty:  # no worker node has joined yet
         empty.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
         empty.setattr(room, "_nodes", lambda: [{"memory": 1.0}])
         fit(need(4, CPU=1))
@@ -151,7 +151,7 @@ def test_a_wait_is_said_once_then_now_and_then_and_when_it_changes(
 
 @dataclass(frozen=True)
 class Same:
-    """Gives each number back; takes longer to be set up than a wait goes unsaid."""
+    """Returns each number. Its setup takes longer than the delay before a wait is reported."""
 
     def start(self, device: str) -> Callable[[int], int]:
         time.sleep(3)
@@ -167,7 +167,7 @@ def test_a_pool_waits_for_room_and_says_so(
     assert capfd.readouterr().err.count("waiting") == 1
     monkeypatch.undo()
     assert list(ActorPool(cpus, gpu=False, cpus=1)(Same(), range(3))) == [0, 1, 2]  # type: ignore[arg-type]
-    assert "waiting" not in capfd.readouterr().err  # all CPUs are its own
+    assert "waiting" not in capfd.readouterr().err  # its own actors hold all CPUs
 
 
 def test_a_training_waits_for_room_and_says_so(
@@ -227,7 +227,7 @@ def test_a_validation_gets_what_is_left_when_it_starts(cpus: int) -> None:
     [
         (1.0, {}, {"CPU": 0.25, "GPU": 1.0}, 2),
         (0.5, {}, {"CPU": 0.25, "GPU": 0.5}, 4),
-        (0.3, {}, {"CPU": 0.25, "GPU": 0.3}, 6),  # three on each GPU: none has parts of two
+        (0.3, {}, {"CPU": 0.25, "GPU": 0.3}, 6),  # three per GPU, since no trial can use parts of two GPUs
         (0.5, {"gpu": False}, {"CPU": 0.25}, 16),
     ],
 )

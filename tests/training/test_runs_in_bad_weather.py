@@ -1,4 +1,4 @@
-"""Whole runs through faults of the storage and stops with validation: they end as the run that nothing disturbs."""
+"""Whole runs through storage faults, and through stops during validation, end as the run that nothing disturbs."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ from tests.training.runs import Undisturbed
 
 
 class Slow:
-    """Steps that take long enough for something to happen between two of them."""
+    """A hook that makes each step take `seconds` longer, so that something can happen between two steps."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -37,7 +37,7 @@ class Slow:
 
 
 def at(step: int, do: Callable[[], None]) -> Callable[[int, dict[str, float]], None]:
-    """Does something once, when the curve reaches a step."""
+    """Return an `on_point` hook that calls `do` once, when the curve reaches a step."""
     waiting = [do]
 
     def on_point(now: int, values: dict[str, float]) -> None:
@@ -52,8 +52,8 @@ def interrupt() -> None:
 
 
 def kill_controller() -> None:
-    """SIGKILL to the process that keeps Ray Train's list of checkpoints."""
-    for process in psutil.Process().children(recursive=True):  # other tests have controllers as well
+    """Send SIGKILL to Ray Train's controller, which keeps the list of checkpoints."""
+    for process in psutil.Process().children(recursive=True):  # other tests have controllers too
         with contextlib.suppress(psutil.NoSuchProcess):
             if "ray::TrainController" in " ".join(process.cmdline()):
                 process.kill()
@@ -76,10 +76,10 @@ def test_stops_with_validated_unvalidated_and_pending_checkpoints_leave_no_trace
     ):
         with pytest.raises(error):
             train(config, on_point=at(step, stop), hooks=slow)
-        if stop is kill_controller:  # in a search, the other trials need what it had reserved
+        if stop is kill_controller:  # in a search, the other trials need the resources that it had reserved
             assert not placement_groups()
         assert storage.exists(f"{output}/checkpoints/{SNAPSHOT}")
-        # An interrupted run saves where it is; a killed one has what was saved every second step.
+        # An interrupted run saves its current step. A killed run has only the checkpoints of every second step.
         assert newest(output)[0].step >= step - (2 if stop is kill_controller else 1)
     trained = train(config)
     assert_same(newest(output)[0], straight.end)
@@ -104,7 +104,7 @@ def test_a_storage_that_is_away_for_a_while_loses_nothing(
     said: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Of the checkpoints, and of what Ray Train itself writes beside them; the kind is one that no client retries."""
+    """Writes of checkpoints and of Ray Train's own files fail with a fault that no client retries by itself."""
     config = settings(home, f"{bucket}/stormy", checkpoint_every=2, storage_patience=60)
     weather.storm("expired", 4.0, lambda method, path: method == "PUT" and f"/checkpoints/{where}" in path)
     train(replace(config, steps=10), hooks=Hooks(watch=Slow(0.3)))

@@ -1,4 +1,4 @@
-"""Whole runs while MLflow is away: they train on, and what it missed arrives with the next resume."""
+"""Whole runs continue while MLflow is unavailable. The missing points arrive with the next resume."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_a_run_ends_at_a_signal_resumes_and_finishes_while_mlflow_is_away(
     mlflow.calm()
     trained = train(config)
     assert (trained.run.id, trained.model) == (run_id, "models:/away/1")
-    assert curve(trained, "loss").keys() == set(range(1, 19))  # one point each, as `curve` asserts
+    assert curve(trained, "loss").keys() == set(range(1, 19))  # `curve` asserts one point per step
     client = runs.open_client()
     assert client.get_run(run_id).info.status == "FINISHED"
     assert client.get_run(run_id).data.params["batch_size"] == "90"

@@ -1,4 +1,4 @@
-"""Figures of a checkpoint's samples are those that an evaluation gives, and the same every time."""
+"""Figures of a checkpoint's samples equal an evaluation's and are the same every time."""
 
 from pathlib import Path
 from typing import Any

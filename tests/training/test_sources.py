@@ -1,4 +1,4 @@
-"""Training on each kind of raw data: what the index promises, the workers read."""
+"""Training on each kind of raw data: workers read what the index promises."""
 
 import shutil
 from collections.abc import Callable
@@ -67,7 +67,7 @@ SMALL = ModelConfig(32, (1,), res_blocks=1, attention_resolutions=(), class_cond
 def test_training_sees_each_image_of_a_raw_source_once_an_epoch(
     source: Source, home: Path, tmp_path: Path
 ) -> None:
-    """The test below does so in a whole run."""
+    """The test below shows the same in a whole run."""
     data = tmp_path / "data"
     data.mkdir()
     WRITERS[source](data)
@@ -80,7 +80,7 @@ def test_training_sees_each_image_of_a_raw_source_once_an_epoch(
 
 
 def test_data_that_was_cut_otherwise_is_refused_with_what_puts_it_right(home: Path, tmp_path: Path) -> None:
-    """The images are the same, so their fingerprint is: their order is not."""
+    """The images and so the fingerprint are the same, but their order differs."""
     data = write_tars(tmp_path / "data", IMAGES, per_tar=10)
     rows = open_splits(str(data))["train"].rows
     config = settings(home, str(tmp_path / "run"), steps=2, batch_size=rows, checkpoint_every=2)

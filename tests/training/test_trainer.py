@@ -1,4 +1,4 @@
-"""Whole runs through Ray Train on one Ray: object storage, validation, resumes, bad steps, full and private disks."""
+"""Whole Ray Train runs: object storage, validation, resumes, bad steps, full disks, disks that others can't see."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from tests.training.test_loop import epochs_digest
 
 
 class Reports(ray.train.UserCallback):
-    """Writes down in a file each report of the workers that has a checkpoint."""
+    """Writes the step of each report with a checkpoint to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -53,7 +53,7 @@ def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
     output, points = f"{bucket}/digits", list[tuple[int, dict[str, float]]]()
     config = settings(
         home, output, validate_every=2, validation_images=16, validation_terms=4, resume=True
-    )  # nothing is there yet: a retried job need not know
+    )  # no run exists yet, but a retried job passes --resume anyway
     train(
         dataclasses.replace(config, steps=10),
         callbacks=[Reports(home / "reports")],
@@ -114,7 +114,7 @@ def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops
             with pytest.raises(InputError, match="is being written by process") as refused:
                 train(config)
             refusals.append(str(refused.value))
-            # As another driver does that found this one silent for too long.
+            # Another driver takes over after this one was silent for too long.
             monkeypatch.setattr("pipeline.lock.RENEW_SECONDS", 0.1)
             storage.write_atomic(f"{output}/lock.json", b'{"owner": "another"}')
 
@@ -128,16 +128,16 @@ def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops
     assert storage.read_bytes(f"{output}/lock.json") == b'{"owner": "another"}'
     storage.remove(f"{output}/lock.json")
     (run,) = runs.open_client().search_runs(["1"], filter_string=f"tags.`ray_ddpm.output` = '{output}'")
-    assert run.info.status == "RUNNING"  # the other driver's
+    assert run.info.status == "RUNNING"  # it belongs to the other driver now
     taken_over = newest(output)[0].step
     end = taken_over // 4 * 4 + 8
     trained = train(dataclasses.replace(config, steps=end))
     assert trained.run.id == run.info.run_id
     losses = curve(trained, "loss")
-    # What the first driver learned after it was taken over it may tell nobody.
+    # The first driver must not log points that it got after the takeover, so these may be missing.
     assert {*range(4, end + 1, 4)} - losses.keys() <= {*range(8, taken_over + 1, 4)}
     assert all(losses[step] == straight.losses[step] for step in losses if step <= min(end, 16))
-    # Snapshots outlive checkpoints, of which two are left.
+    # Snapshots outlive checkpoints, of which only two are kept.
     snapshots = map(parse_snapshot, map(storage.name, storage.list_files(f"{output}/snapshots")))
     assert {one.step for one in snapshots if one and one.sigma_rel == 0.1} >= {*range(3, end + 1, 3), end}
     assert len(checkpoint.complete(f"{output}/checkpoints")) == 2
@@ -161,7 +161,7 @@ def test_a_non_finite_step_stops_the_run_and_keeps_its_samples(home: Path) -> No
 
 @pytest.fixture
 def disk(home: Path, straight: Undisturbed) -> Iterator[tuple[Path, bool]]:
-    """A folder on a disk that is full after two checkpoints, and whether it is: only root may mount one."""
+    """A folder on a disk that two checkpoints fill, and whether the mount succeeded, which needs root."""
     folder = home / "disk"
     folder.mkdir()
     checkpoint.write(str(home / "one"), straight.end, {"run_id": "0" * 32, "points": []})
@@ -187,7 +187,7 @@ def test_a_full_disk_stops_the_run_and_a_resume_passes_over_a_damaged_checkpoint
     assert newest(str(output))[0].step == 6
     weights = Path(uri) / "optimizer.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    # Ray Train's own list is cut short as well, as when its process dies while writing it.
+    # Ray Train's own list is truncated too, as if its process died while writing it.
     os.truncate(output / "checkpoints" / "checkpoint_manager_snapshot.json", 100)
     trained = train(settings(home, str(output), resume=True))
     assert (
@@ -207,10 +207,10 @@ def test_a_full_disk_stops_the_run_and_a_resume_passes_over_a_damaged_checkpoint
 
 
 def test_storage_that_not_all_processes_see_is_refused(home: Path) -> None:
-    # Each process has a working directory of its own, as each machine has a disk of its own.
+    # Each process sees its own working directory here, as each machine sees its own disk.
     name = f"mine-{uuid.uuid4().hex}"
     try:
         with pytest.raises(InputError, match=rf"--output /proc/self/cwd/{name}: the node \S+ does not see"):
             train(settings(home, f"/proc/self/cwd/{name}"))
     finally:
-        shutil.rmtree(ROOT / name, ignore_errors=True)  # made by a worker, where its Ray was started
+        shutil.rmtree(ROOT / name, ignore_errors=True)  # a worker made it in Ray's start folder

@@ -1,4 +1,4 @@
-"""The best checkpoint: one whose figure is a number, and the lowest so far. Figures of samples stand beside it."""
+"""The best checkpoint has the lowest finite figure so far. Figures of samples are logged beside it."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_what_is_not_a_number_is_never_the_best(cluster: None, digits: Path, tmp
     call = ray.remote(lambda path, step: validator(ray.train.Checkpoint(path), step=step))
 
     def best(step: int, add: float) -> tuple[int, float]:
-        """Validates a checkpoint of changed weights; the step and the figure of the best one afterwards."""
+        """Validate a checkpoint with changed weights. Return step and figure of the best one afterwards."""
         state = new_state(config, spec, torch.device("cpu"))
         state.step = step
         for average in state.averages[0]:
@@ -45,7 +45,7 @@ def test_what_is_not_a_number_is_never_the_best(cluster: None, digits: Path, tmp
     for step, value in ((2, float("nan")), (3, float("inf"))):
         with pytest.raises(InputError, match=r"its bits/dim are (nan|inf)"):
             best(step, value)
-    assert best(4, 0.05) == first  # a worse one
+    assert best(4, 0.05) == first  # it is worse
 
 
 def test_figures_of_samples_are_posted_with_the_bound_and_are_the_same_for_the_same_weights(

@@ -1,4 +1,4 @@
-"""Every fault of a storage and of MLflow's server at every moment of a run: it ends as the run that nothing disturbs."""
+"""Every fault of storage and MLflow at every moment of a run: the run ends as the one that nothing disturbs."""
 
 import re
 import uuid
@@ -28,14 +28,15 @@ SECONDS = 4.0
 
 @dataclass(frozen=True)
 class Moment:
-    """When a storm begins, and which requests it meets.
+    """The beginning of a storm, and the requests that it meets.
 
     Attributes:
-        step: of the curve; 0: before the run.
-        path: a regular expression.
-        after: a request whose path matches has come first.
-        resumed: the storm meets the second half of a run that was stopped after step 10.
-        refuses: the job may end in an error, before anything has begun, and is then called again.
+        step: step of the curve at which the storm may begin; 0 is before the run.
+        methods: HTTP methods that it meets.
+        path: regular expression of paths that it meets.
+        after: the storm begins after a request whose path matches this regular expression.
+        resumed: whether the storm meets the second half of a run that was stopped after step 10.
+        refuses: whether the job may end in an error before it has begun. It is then called again.
     """
 
     step: int
@@ -46,7 +47,7 @@ class Moment:
     refuses: bool = False
 
     def meets(self) -> Callable[[str, str], bool]:
-        """A new storm's choice of requests."""
+        """Return a new storm's choice of requests, by method and path."""
         passed = [not self.after]
 
         def which(method: str, path: str) -> bool:
@@ -77,13 +78,13 @@ MLFLOW = {
     "the end": Moment(16, ANY, ""),
     "resuming": Moment(0, ANY, "", resumed=True),
 }
-# A server that refuses is not one that is away.
+# A server that refuses a request is available, so expired credentials aren't waited for.
 MLFLOW_FAULTS = [*(fault for fault in FAULTS if fault != "expired"), LOST]
 
 
 @pytest.fixture(scope="module")
 def remote_digits(s3: str, digits: Path) -> str:
-    """The prepared digits in the bucket."""
+    """URI of the prepared digits in the bucket."""
     folder = f"{s3}/{uuid.uuid4().hex[:12]}/data"
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.put(str(digits), path, recursive=True)
@@ -122,7 +123,7 @@ def test_a_server_of_mlflow_that_fails_for_seconds_changes_nothing(
 def disturbed(
     config: TrainConfig, moment: Moment, fault: str, weather: Weather, straight: Undisturbed
 ) -> Trained:
-    """Trains through the storm; the end is the undisturbed one."""
+    """Train through the storm, and check that the result is the undisturbed run's."""
     slow = Hooks(watch=Slow(0.2))
 
     def begin() -> None:
@@ -146,7 +147,7 @@ def disturbed(
     weather.calm()
     assert weather.seen > before
     assert_same(newest(config.output)[0], straight.end)
-    # After a stop at step 10 the next interval of the curve is shorter.
+    # After a stop at step 10 the next logging interval is shorter.
     wanted = {step: loss for step, loss in straight.losses.items() if step != 12 or not moment.resumed}
     assert curve(trained, "loss").items() >= wanted.items()
     assert load_model(trained.folder)[1].provenance["steps"] == 18

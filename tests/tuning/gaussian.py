@@ -1,7 +1,7 @@
-"""Gaussian pixels, for which the best model, and with it the bound of every schedule and T, is known.
+"""Gaussian pixels, for which the optimal model and so the bound of every schedule and T are known.
 
-`known_bound` is written from the papers' formulas in numpy and shares no code with the pipeline. `GaussianTrial`
-measures the same bound as a trial does, from samples, by the pipeline's own losses.
+`known_bound` follows the papers' formulas in numpy and shares no code with the pipeline. `GaussianTrial` measures the
+same bound as a trial does, from samples, with the pipeline's own losses.
 """
 
 import math
@@ -24,14 +24,14 @@ IMAGES, PIXELS = 64, (1, 8, 8)
 
 
 def pixel_values() -> tuple[np.ndarray, np.ndarray]:
-    """The 256 values of a pixel in [-1, 1], and the probability of each: a normal, rounded."""
+    """Return the 256 pixel values in [-1, 1] and their probabilities, those of a rounded normal."""
     x = np.arange(256) / 127.5 - 1
     p = np.exp(-0.5 * ((x - MEAN) / STD) ** 2)
     return x, p / p.sum()
 
 
 def betas(schedule: str, timesteps: int) -> np.ndarray:
-    """As published (linear: Ho et al.; cosine: Nichol & Dhariwal), rescaled to T."""
+    """Return the published betas (linear: Ho et al.; cosine: Nichol & Dhariwal), rescaled to T, [T]."""
     if schedule == "linear":
         return np.minimum(np.linspace(0.1, 20, timesteps) / timesteps, 0.999)
     if schedule == "quadratic":
@@ -45,13 +45,13 @@ def betas(schedule: str, timesteps: int) -> np.ndarray:
 
 
 def known_bound(schedule: str, timesteps: int, variance: str) -> float:
-    """L_T + sum of L_{t-1} + L_0 of the best model, in bits/dim: closed forms, and a quadrature for the decoder."""
+    """Return L_T + sum of L_{t-1} + L_0 of the best linear model, bits/dim, with a quadrature for the decoder."""
     x, p = pixel_values()
     spread = float(p @ (x - MEAN) ** 2)
     beta = betas(schedule, timesteps)
     bar = np.cumprod(1 - beta)
     before = np.concatenate([[1.0], bar[:-1]])
-    # The best guess of x_0 is linear in x_t; `error` is its mean squared error.
+    # The guess of x_0 is linear in x_t. `error` is its mean squared error.
     gain = np.sqrt(bar) * STD**2 / (bar * STD**2 + 1 - bar)
     error = (1 - gain * np.sqrt(bar)) ** 2 * spread + gain**2 * (1 - bar)
     tilde = (1 - before) / (1 - bar) * beta
@@ -66,7 +66,7 @@ def known_bound(schedule: str, timesteps: int, variance: str) -> float:
 
 
 def _decoder(x: np.ndarray, p: np.ndarray, bar: float, gain: float, sigma2: float) -> float:
-    """E[-log of the mass that N(guess, sigma^2) puts on the bin of x_0], over x_0 and the noise of x_1."""
+    """Return E[-log of the mass that N(guess, sigma^2) gives the bin of x_0], over x_0 and the noise of x_1."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     weights = weights / weights.sum()
     x_1 = math.sqrt(bar) * x[:, None] + math.sqrt(1 - bar) * nodes
@@ -81,7 +81,7 @@ def _decoder(x: np.ndarray, p: np.ndarray, bar: float, gain: float, sigma2: floa
 
 
 def measured_bound(diffusion: DiffusionConfig, images: int = IMAGES, seed: int = 0) -> np.ndarray:
-    """Bits/dim of each of some images, by the pipeline's losses, with the best model in the network's place."""
+    """Return the bits/dim of each image [images], by the pipeline's losses, with the best model as the network."""
     process = make_process(diffusion)
     ids = torch.arange(images)
     x = MEAN + STD * normal(seed, 2**20, ids, Purpose.NOISE, PIXELS).double()
@@ -98,10 +98,10 @@ def measured_bound(diffusion: DiffusionConfig, images: int = IMAGES, seed: int =
 
 
 class GaussianTrial(Trial):
-    """A trial whose model is known, so that it has nothing to train."""
+    """A trial with a known model, which needs no training."""
 
     def advance(self) -> Rung:
-        """One rung: the end."""
+        """Return the only rung, which is the end."""
         diffusion = training(self.job, self.record).diffusion
         totals = measured_bound(diffusion, seed=self.job.seed)
         metrics = {

@@ -1,4 +1,4 @@
-"""A space with a value that no trial could be run with is refused before any is."""
+"""A space with a value that no trial can use is refused before any trial runs."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Settings of a search: what is refused, and where the rungs are."""
+"""Settings of a search: refusals, and the positions of rungs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_settings_that_make_no_sense_are_named(change: dict[str, object], named:
 def test_what_trials_read_of_remote_data_is_kept_on_every_node(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By variables of the job: in a search space the flag would come too late for the processes that read."""
+    """The job sets environment variables, since a flag of a trial would come too late for the reading processes."""
     joined = list[dict[str, str]]()
 
     def connect() -> None:

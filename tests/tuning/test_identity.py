@@ -1,4 +1,4 @@
-"""Whose runs are whose: a search that is resumed, moved, copied or stopped touches its own alone."""
+"""A search that is resumed, moved, copied or stopped touches only its own MLflow runs."""
 
 import shutil
 from dataclasses import replace
@@ -29,13 +29,13 @@ def data(digits: Path) -> Splits:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuneConfig:
-    """Of a search that has a finished, a running and an interrupted trial, with an MLflow run each."""
+    """Settings of a search with MLflow in a database of its own."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     return TuneConfig("d", str(tmp_path / "search"), experiment="e", resume=True)
 
 
 def begin(config: TuneConfig, data: Splits) -> tuple[str, dict[str, str]]:
-    """The parent run's id, and the trials' by their status."""
+    """Open a search with a finished, a running and an interrupted trial. Return the run ids of search and trials."""
     parent, is_new = open_search(config, SPACE, data)
     assert is_new
     children = {}
@@ -57,7 +57,7 @@ def test_a_moved_search_keeps_its_runs_and_a_copy_gets_others(config: TuneConfig
     parent, children = begin(config, data)
     copy = replace(config, output=f"{config.output}-copy")
     shutil.copytree(config.output, copy.output)
-    later = runs.open_run("e", "trial 3", {}, 10, parent)  # of a trial that the copy knows nothing of
+    later = runs.open_run("e", "trial 3", {}, 10, parent)  # a trial that started after the copy was made
 
     run, is_new = open_search(copy, SPACE, data)
     assert is_new and run.id != parent
@@ -79,7 +79,7 @@ def test_a_search_that_ends_leaves_no_run_running(config: TuneConfig, data: Spli
     _, children = begin(config, data)
     _end_runs(config)
     statuses = {status: status_of(run_id)[0] for status, run_id in children.items()}
-    # Those of trials that have ended are theirs.
+    # A trial that has ended closes its run itself.
     assert statuses == {"finished": "RUNNING", "running": "KILLED", "interrupted": "RUNNING"}
 
 

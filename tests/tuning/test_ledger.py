@@ -1,4 +1,4 @@
-"""The ledger: what it keeps, and how trials are ranked by it."""
+"""The ledger: its records, and the ranking of trials."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both() -> None:
 
 
 def test_a_figure_that_is_not_finite_in_an_older_ledger_is_a_failed_trial(tmp_path: Path) -> None:
-    """No such record is written; one that lies there neither wins nor hinders a resume."""
+    """Such a record can't be written. An existing one neither wins nor prevents a resume."""
     output = str(tmp_path)
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON"):

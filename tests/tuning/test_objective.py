@@ -1,4 +1,4 @@
-"""What trials are compared by: common random numbers, and shares of the work over training workers."""
+"""Objectives of trials: common random numbers, and division of the measurement among training workers."""
 
 import copy
 import math

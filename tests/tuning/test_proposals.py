@@ -1,4 +1,4 @@
-"""Proposals: Optuna's choices on a bound that is known, what a resume proposes, and which trials are stopped."""
+"""Proposals: Optuna's choices on a known bound, proposals after a resume, and early stops of trials."""
 
 import itertools
 from dataclasses import replace
@@ -28,7 +28,7 @@ SPACE = parse_space(dict(zip(FLAGS, VALUES, strict=True)))
 
 @pytest.fixture(scope="module")
 def known() -> dict[tuple[Any, ...], float]:
-    """The bound of every schedule, T and variance."""
+    """The exact bound of every schedule, T and variance."""
     return {choice: known_bound(*choice) for choice in itertools.product(*VALUES)}
 
 
@@ -54,7 +54,7 @@ def test_tpe_comes_closer_to_the_known_best_than_random_choices_at_equal_budget(
                 "", str(tmp_path / f"{searcher}-{seed}"), trials=14, searcher=searcher, seed=seed
             )  # type: ignore[arg-type]
             values = run(known, config)
-            assert len(set(values)) == 14  # nothing is tried twice
+            assert len(set(values)) == 14  # no choice is tried twice
             regret[searcher].append(min(values) - best)
     print(f"mean regret {np.mean(regret['tpe']):.4f} against {np.mean(regret['random']):.4f} bits/dim")
     assert np.mean(regret["tpe"]) < np.mean(regret["random"])
@@ -112,7 +112,7 @@ def test_two_objectives_are_told_to_optuna_together(tmp_path: Path) -> None:
 
 
 def test_what_optuna_is_told_after_a_resume_is_what_it_knew_before(tmp_path: Path) -> None:
-    """In one study, by number of the trial: its settings, how it ended, and with what."""
+    """Each trial has its settings, its state and its values in one study, under its number."""
     config = TuneConfig("", str(tmp_path), trials=6)
     proposals = Proposals(config, SPACE, [])
     for i, status in enumerate(("finished", "stopped", "failed")):
@@ -135,7 +135,7 @@ Measurement = tuple[str, int, float]
 
 
 def play(seed: int) -> tuple[list[Measurement], list[bool]]:
-    """Measurements of 40 trials, in the order in which they come, and which of them Ray's ASHA ends a trial at."""
+    """Return measurements of 40 trials in order of arrival, and whether Ray's ASHA stops the trial at each."""
     rng = np.random.default_rng(seed)
     asha = ASHAScheduler(
         time_attr="images", metric=BITS_PER_DIM, mode="min", grace_period=100, max_t=900, reduction_factor=3
@@ -177,7 +177,7 @@ def test_trials_are_stopped_as_rays_own_asha_stops_them_also_after_a_resume(seed
     assert 20 < sum(stopped) < len(stopped) - 10
     halving = Halving(HALVING, [], names)
     assert [ask(halving, one) for one in measured] == stopped
-    for end in range(len(measured)):  # killed just after this measurement, before or after the answer
+    for end in range(len(measured)):  # killed after this measurement, before or after the answer
         resumed = Halving(HALVING, in_ledger(measured[: end + 1]), names)
         assert [ask(resumed, one) for one in measured[end : end + 5]] == stopped[end : end + 5]
 
@@ -191,13 +191,13 @@ def test_a_trial_that_is_at_its_end_is_not_stopped() -> None:
 def test_by_two_metrics_no_end_of_the_front_is_stopped_and_what_many_dominate_is(tmp_path: Path) -> None:
     config = replace(HALVING, objective="both")
     names = {f"{number:04d}": f"{number:04d}" for number in range(40)}
-    # A front from (0, 9) to (9, 0), ten times; every other trial lies behind it, the farther the later it comes.
+    # The first twenty points are the front from (0, 9) to (9, 0), twice. The other twenty lie behind it by (1, 1).
     points = [(k % 10 + k // 20, 9 - k % 10 + k // 20) for k in range(40)]
     results = [{"images": 100, BITS_PER_DIM: float(x), FRECHET: float(y), "done": False} for x, y in points]
     halving = Halving(config, [], names)
     stopped = [halving(name, result) for name, result in zip(names, results, strict=True)]
     assert not any(stopped[:20])
-    assert not stopped[20] and not stopped[29]  # the worst by one metric, and nearly the best by the other
+    assert not stopped[20] and not stopped[29]  # worst by one metric, nearly best by the other
     behind = replace(config, reduction=20)
     records = [
         Record(

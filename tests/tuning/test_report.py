@@ -1,4 +1,4 @@
-"""The report: one page that needs no other file and no network, and a table that says what was found."""
+"""The report: one page that needs no other file and no network, and a table of the trials."""
 
 import csv
 import html
@@ -32,7 +32,7 @@ COMMAND = "python jobs/train.py --data 'd</pre><i>'"
 
 
 def parameters(flags: dict[str, Any]) -> dict[str, Any]:
-    """Optuna's, of which SPACE makes these flags."""
+    """Return Optuna's parameters from which SPACE makes these flags."""
     return {
         "diffusion.schedule": json.dumps(flags["diffusion.schedule"]),
         "optimizer.learning_rate": flags["optimizer.learning_rate"],
@@ -40,7 +40,7 @@ def parameters(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def search(output: Path) -> tuple[TuneConfig, list[Record]]:
-    """A search's ledger: two finished trials with models, a stopped one, a failed one."""
+    """Write a ledger of two finished trials with models, a stopped one and a failed one. Return settings and records."""
     config = TuneConfig(
         "/home/somebody/digits", str(output), trials=4, objective="both", images=900, rungs=3, reduction=3
     )
@@ -86,7 +86,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
 
 
 class _Elements(HTMLParser):
-    """What the page holds before it draws."""
+    """Collects the page's tags and links before any script runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ def test_the_page_is_one_light_file_that_points_nowhere(written: tuple[Path, lis
     found = _Elements()
     found.feed(page)
     assert not found.links
-    assert re.findall('https?://[^"]+', page) == ["http://www.w3.org/2000/svg"]  # a name, not an address
-    assert "default-src 'none'; img-src data:" in page  # so that a browser would refuse what is not in it
+    assert re.findall('https?://[^"]+', page) == ["http://www.w3.org/2000/svg"]  # a namespace, not an address
+    assert "default-src 'none'; img-src data:" in page  # a browser refuses everything else
     assert len(page) - sum(len(one["picture"]) for one in data_of(page)["samples"]) < 40_000
 
 
@@ -132,7 +132,7 @@ def test_what_users_wrote_is_text_alone(written: tuple[Path, list[Path]]) -> Non
 def test_the_page_has_every_figure(written: tuple[Path, list[Path]]) -> None:
     data = data_of((written[0] / "report.html").read_text())
     trials = {trial["name"]: trial for trial in data["trials"]}
-    # By the second objective the others are better, as far as they got.
+    # By the second objective the other finished trial is better.
     ranks = [[trial["rank"][metric] for metric in data["metrics"]] for trial in data["trials"]]
     assert ranks == [[1, 2], [2, 1], [3, 3], [None, None]]
     assert trials["0001"]["metrics"] == {"bits_per_dim": 3.0, "frechet_distance": 8.0}
@@ -145,11 +145,11 @@ def test_the_page_has_every_figure(written: tuple[Path, list[Path]]) -> None:
     assert data["importance"] == {
         "bits_per_dim": [],
         "frechet_distance": [],
-    }  # of three trials nobody can say
+    }  # three trials are too few
 
 
 def test_what_matters_is_told_from_chance(tmp_path: Path) -> None:
-    """Of 60 trials whose figure depends on one setting of three, and once on none."""
+    """The figure of 60 trials depends on one of three settings, and in a second case on none."""
     chance = np.random.default_rng(0)
     space = parse_space(
         {
@@ -186,12 +186,12 @@ def test_the_table_ranks_trials_and_gives_the_paired_difference(written: tuple[P
     rows = list(csv.DictReader((written[0] / "trials.csv").open()))
     assert [row["trial"] for row in rows] == ["0000", "0001", "0002", "0003"]
     assert [row["status"] for row in rows] == ["finished", "finished", "stopped", "failed"]
-    # The same images: what they differ by is known exactly, though each figure has an error of 0.1.
+    # Both use the same images, so their difference is exact, though each figure has an error of 0.1.
     assert rows[1]["worse than the winner by"] == "0.1000 ± 0.0000"
     assert rows[2]["worse than the winner by"] == ""
     assert [row["Pareto front"] for row in rows[:2]] == ["yes", "yes"]
     assert [row["schedule"] for row in rows] == ["cosine", "linear", "sigmoid", "linear"]
-    assert "timesteps" not in rows[0]  # the same for all
+    assert "timesteps" not in rows[0]  # equal for all trials
     assert rows[3]["note"] == REASON
 
 
@@ -232,12 +232,12 @@ out.id = "done"; out.textContent = JSON.stringify(done); document.body.append(ou
 
 
 def browse(page: Path, *flags: str) -> str:
-    """The standard output of a browser that opens a page; skips the test where there is none."""
+    """Open a page in a browser and return its standard output. Without a browser the test is skipped."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium on this machine: the page was not opened in a browser")
     every = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,2400", "--hide-scrollbars"]
-    # It opens no connection: the page needs none, and tests make none.
+    # Keep the browser itself from opening connections.
     every += ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     every += ["--disable-component-update", f"--user-data-dir={page.parent / 'profile'}"]
     done = subprocess.run(
@@ -263,7 +263,7 @@ def test_a_browser_draws_filters_and_sorts(written: tuple[Path, list[Path]], tmp
         "against": "bits_per_dim",
         "tip": done["tip"],
         "over": 4,
-        "row": ["0002"],  # the worst lies below all others
+        "row": ["0002"],  # the worst trial is the lowest row
         "left": 0,
         "brushed": "0 of 4 trials",
         "title": "Search of digits by bits_per_dim and frechet_distance",

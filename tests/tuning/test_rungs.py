@@ -1,4 +1,4 @@
-"""The exchange between a trial and its workers: each question gets its answer, whatever dies in between."""
+"""The exchange between a trial and its workers: each question gets its answer, whichever process dies meanwhile."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def die(exchange: Any) -> None:
 
 
 def answered(question: Any) -> bool:
-    """The answer that a worker gets."""
+    """Wait for the answer that a worker gets."""
     return bool(ray.get(question, timeout=60))
 
 
@@ -36,10 +36,10 @@ def asked(exchange: Any) -> Rung:
 def test_a_question_survives_the_process_that_holds_it(exchange: Any, go_on: bool) -> None:
     question = exchange.ask.remote(RUNG)
     assert asked(exchange) == RUNG
-    die(exchange)  # after the trial has heard of it
+    die(exchange)  # after the trial got the question
     ray.get(exchange.answer.remote(RUNG.step, go_on), timeout=60)
     assert answered(question) is go_on
-    assert ray.get(exchange.next.remote(0.1), timeout=60) is None  # it has its answer
+    assert ray.get(exchange.next.remote(0.1), timeout=60) is None  # no question is open
 
 
 def test_a_question_is_heard_after_a_death_before_and_a_lost_answer_is_asked_for_again(exchange: Any) -> None:
@@ -49,10 +49,10 @@ def test_a_question_is_heard_after_a_death_before_and_a_lost_answer_is_asked_for
     ray.get(exchange.answer.remote(RUNG.step, True), timeout=60)
     assert answered(question) is True
     die(exchange)
-    again = exchange.ask.remote(RUNG)  # a worker that was restarted
-    # The process that is about to die may still know the answer; the next one has to ask.
+    again = exchange.ask.remote(RUNG)  # a restarted worker asks again
+    # The dying process may still know the answer. Its successor has to ask the trial.
     while not ray.wait([again], timeout=0)[0]:
         if ray.get(exchange.next.remote(0.2), timeout=60) is not None:
             ray.get(exchange.answer.remote(RUNG.step, True), timeout=60)
-            ray.get(exchange.answer.remote(RUNG.step, False), timeout=60)  # the first one counts
+            ray.get(exchange.answer.remote(RUNG.step, False), timeout=60)  # the first answer counts
     assert answered(again) is True

@@ -1,4 +1,4 @@
-"""The search space: every flag of training, by any of its names, checked before anything runs."""
+"""The search space takes every training flag by any of its names, and is checked before anything runs."""
 
 import json
 import random

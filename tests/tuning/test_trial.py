@@ -1,4 +1,4 @@
-"""A trial's record: what a failure makes of it, and what another attempt finds."""
+"""A trial's record after a failure, and in another attempt."""
 
 import os
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def rung(images: int, value: float = 3.0) -> Rung:
 
 @pytest.fixture
 def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
-    """Starts trial 0 of a search of 900 images, which goes through the `script`: rungs, or errors to raise."""
+    """A function that starts trial 0 of a search of 900 images. The trial follows a script of rungs and errors."""
     monkeypatch.setattr(trial, "connect", lambda: None)
     ledger.write(str(tmp_path), Record(0, {}, {}))
 
@@ -106,14 +106,14 @@ def test_a_rung_whose_answer_was_lost_is_asked_about_again_and_kept_once(
     again = attempt(rung(100), rung(300))
     assert again.step() == told
     assert record(tmp_path).rungs == (rung(100),)
-    again.cleanup()  # the answer: stop
+    again.cleanup()  # Ray Tune's answer is to stop
     assert (record(tmp_path).status, record(tmp_path).rungs) == ("stopped", (rung(100),))
     again.cleanup()
     assert record(tmp_path).status == "stopped"
 
 
 class Sighted(tune.Trainable):
-    """Says with which MLflow it was set up, and in which files of the search the password lies meanwhile."""
+    """Reports the MLflow address that it got, and the files of the search that hold the password."""
 
     def setup(self, config: dict[str, Any], *, folder: str, **settings: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +134,7 @@ def test_a_trial_reaches_the_drivers_mlflow_and_its_password_is_in_no_file(
     place = "http://me:pl4nted@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    assert address.environment() == {}  # settings of a cluster's workers can be read by others
+    assert address.environment() == {}  # others can read the settings of a cluster's workers
     tuner = tune.Tuner(
         tune.with_parameters(Sighted, folder=str(tmp_path), tracking=address.with_secrets()),
         run_config=tune.RunConfig(name="s", storage_path=str(tmp_path), verbose=0),
