@@ -1,9 +1,12 @@
 """A tiny training problem in memory, in the order of the real plan, without Ray."""
 
-from collections.abc import Iterator
+import multiprocessing
+import socket
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.multiprocessing as mp
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, OptimizerConfig, TrainConfig
 from pipeline.data.batch import Batch
@@ -58,3 +61,18 @@ def planned(
     for ids, epochs in zip(plan.first_id[rows.group] + rows.row, rows.epoch, strict=True):
         chosen = torch.from_numpy(ids)
         yield Batch(images[chosen], labels[chosen], chosen, torch.from_numpy(epochs), torch.ones(len(ids)))
+
+
+def start_ranks(rank: Callable[..., None], arguments: tuple[object, ...], count: int) -> None:
+    """Run the ranks of a process group, each `rank(number, *arguments)` in a process of its own, to their end.
+
+    They are forked from a process that has imported the tests' modules, which takes a spawned one many seconds.
+    """
+    multiprocessing.set_forkserver_preload(["tests.training.test_loop", "tests.training.test_agreement"])
+    mp.start_processes(rank, arguments, count, start_method="forkserver")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

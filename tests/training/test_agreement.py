@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.training.agreement import Agreement
 from pipeline.training.run_channel import Command
-from tests.training.test_loop import _free_port
+from tests.training.common import free_port, start_ranks
 
 TOLD = {1: (3, Command.SAVE), 0: (6, Command.STOP)}  # by rank: the step and the command
 
@@ -24,7 +23,7 @@ def _one_rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_every_worker_hears_at_the_same_step_what_any_was_told(tmp_path: Path) -> None:
-    mp.start_processes(_one_rank, (_free_port(), str(tmp_path)), 2, start_method="spawn")
+    start_ranks(_one_rank, (free_port(), str(tmp_path)), 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second == [0, 0, 0, 0, Command.SAVE, 0, 0, Command.STOP]
 

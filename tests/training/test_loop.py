@@ -1,7 +1,6 @@
 """The training loop takes the same trajectory for any number of workers, any microbatch, and after a resume."""
 
 import dataclasses
-import socket
 import subprocess
 import sys
 from collections.abc import Container
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from pipeline.config import OptimizerConfig
@@ -25,7 +23,7 @@ from pipeline.training.loop import NonFinite, train
 from pipeline.training.meter import Meter, samples_digest
 from pipeline.training.network import wrap
 from pipeline.training.state import AdamW, TrainState, new_state
-from tests.training.common import batches, problem
+from tests.training.common import batches, free_port, problem, start_ranks
 from tests.training.digit_runs import assert_same
 
 CPU = torch.device("cpu")
@@ -90,15 +88,9 @@ def several_workers(  # type: ignore[no-untyped-def]
     world_size: int, folder: Path, changes: dict[str, object], start: str = "", device: str = "cpu"
 ):
     """Run `world_size` processes and return what rank 0 saved at the end."""
-    arguments = (world_size, _free_port(), str(folder), changes, start, device)
-    mp.start_processes(_one_rank, arguments, world_size, start_method="spawn")
+    arguments = (world_size, free_port(), str(folder), changes, start, device)
+    start_ranks(_one_rank, arguments, world_size)
     return torch.load(folder / f"{world_size}.pt", weights_only=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 SAMPLER: dict[str, object] = {"timestep_sampler": "loss_second_moment"}
@@ -260,7 +252,7 @@ def _skip_all(rank: int, port: int, folder: str) -> None:
 
 
 def test_all_workers_end_a_run_that_only_skips_at_the_same_step(tmp_path: Path) -> None:
-    mp.start_processes(_skip_all, (_free_port(), str(tmp_path)), 2, start_method="spawn")
+    start_ranks(_skip_all, (free_port(), str(tmp_path)), 2)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 

@@ -162,7 +162,7 @@ def test_a_pool_waits_for_room_and_says_so(
     cpus: int, quick: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with held(cpus) as release:
-        threading.Timer(8, release).start()
+        threading.Timer(5, release).start()
         assert list(ActorPool(gpu=False)(Same(), range(3), "numbers")) == [0, 1, 2]  # type: ignore[arg-type]
     assert capfd.readouterr().err.count("waiting") == 1
     monkeypatch.undo()
@@ -174,7 +174,7 @@ def test_a_training_waits_for_room_and_says_so(
     home: Path, cpus: int, quick: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with held(cpus) as release:
-        threading.Timer(20, release).start()
+        threading.Timer(12, release).start()
         train(settings(home, str(home / "waits"), steps=2, workers=cpus))
     out = capfd.readouterr().err
     assert out.count("waiting") == 1
