@@ -150,7 +150,8 @@ def connect_later(verbose: bool, environment: dict[str, str], preload: str, soon
     """
     global _connect
     _set_variables(verbose)
-    early = soon and not _address()
+    has_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    early = soon and not has_ray and not _address()
     server = start_server(preload, _worker_environment(environment)) if early else None
     _connect = partial(connect, verbose, environment, preload, server)
 

@@ -73,7 +73,8 @@ class Worker:
         import numpy
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        group = placement_group([{"CPU": 0.01}])
+        # A byte, since Ray may lose what a group reserves that is removed while it is made.
+        group = placement_group([{"memory": 1}])
         remove_placement_group(group)
         legacy = numpy.random.random()  # noqa: NPY002  (the one that every process has)
         return (
