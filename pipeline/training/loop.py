@@ -85,8 +85,8 @@ def train(
             meter.skipped_in_a_row += 1
             if meter.skipped_in_a_row >= config.max_skipped_in_a_row:
                 raise BadSettings(
-                    f"{error}: {meter.skipped_in_a_row} steps in a row were skipped, the limit of --max-skipped-in-a-row, and "
-                    "the weights are those before them: resume with a smaller --learning-rate"
+                    f"{error}: skipped {meter.skipped_in_a_row} steps in a row, the limit of --max-skipped-in-a-row, "
+                    "and the weights are those before them: resume with a smaller --learning-rate"
                 )
 
     state.model.train()
