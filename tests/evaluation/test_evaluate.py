@@ -329,5 +329,5 @@ def test_the_distance_to_published_statistics_is_that_to_the_images_that_they_ar
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(InputError, match=r"of 7 features, --features .*means.pt gives 12: .*another network"):
         evaluate(EvaluateConfig(**given, reference_statistics=str(tmp_path / "other.npz")), "")
-    with pytest.raises(InputError, match="--reference-statistics need --samples, and --features FILE"):
+    with pytest.raises(InputError, match="--reference-statistics needs --samples, and --features FILE"):
         evaluate(EvaluateConfig(**given | {"features": "classifier"}, reference_statistics=statistics), "")
