@@ -36,7 +36,7 @@ def draw_samples(
 
     Args:
         path: file for the picture.
-        rows: rows of the grid, and columns of an unconditional model's.
+        rows: number of rows; for an unconditional model also the number of columns.
         steps: steps of DDIM.
         seed: seed of the samples.
 
