@@ -92,7 +92,7 @@ def _check_address(source: str, address: str) -> None:
         return
     hint = "http://HOST:8265 or https://HOST"
     if host and "@" not in address:
-        hint = f"the job server of that cluster, http://{host}:8265 unless its head was told otherwise"
+        hint = f"the job server of that cluster, by default http://{host}:8265"
     name = f"--address {redact(address)}" if source == "--address" else f"{source}={redact(address)}"
     raise InputError(
         f"{name}: expected {hint}" + ("" if source == "--address" else "; --address goes before it")
@@ -120,7 +120,7 @@ def _knock(address: str, verify: bool | str) -> None:
             "this machine, --address names another"
         ) from None
     except (requests.exceptions.RequestException, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"what answers at {address} is no Ray job server: {one_line(error)}") from None
+        raise InputError(f"the server at {address} is not a Ray job server: {one_line(error)}") from None
 
 
 def _root(error: BaseException) -> BaseException:

@@ -107,7 +107,7 @@ def _refusal(error: Any, name: str) -> str:
     words = one_line(error.details() or error.code().name)
     if error.code() is grpc.StatusCode.UNAUTHENTICATED:
         return f"the cluster at {name} refuses this driver: set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN ({words})"
-    return f"what answers at {name} is no head of a Ray cluster: {words}; {WITHOUT}"
+    return f"the server at {name} is not the head of a Ray cluster: {words}; {WITHOUT}"
 
 
 def _check_versions(version: str, stored: bytes, name: str) -> None:

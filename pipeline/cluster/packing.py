@@ -60,8 +60,8 @@ def pack(
             tops[path.relative_to(root).parts[0]] += size
         largest = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in tops.most_common(3))
         raise InputError(
-            f"{root} is {sum(sizes.values()) / 1e6:.1f} MB, and at most --max-megabytes {max_megabytes} are sent: "
-            f"{largest}; name what jobs don't need in .rayignore"
+            f"{root} is {sum(sizes.values()) / 1e6:.1f} MB, more than --max-megabytes {max_megabytes}: {largest}; "
+            "name files that jobs don't need in .rayignore"
         )
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:
@@ -127,7 +127,7 @@ def _included(root: Path, pattern: str) -> set[Path]:
     for folder in (path for path in found if path.is_dir() and not path.is_symlink()):
         files |= set(_walk(folder, [], (), allowed))
     if not files:
-        why = "files of this name hold secrets, and are never sent" if found else f"no such file in {root}"
+        why = "files with such names hold secrets and are never sent" if found else f"no such file in {root}"
         raise InputError(f"--include {pattern}: {why}")
     return files
 
@@ -150,7 +150,10 @@ def _listed(root: Path) -> tuple[set[Path], set[Path]] | None:
         return None
     except subprocess.CalledProcessError as error:
         reason = one_line(error.stderr.decode(errors="replace"))
-        print(f"git can't list {root} ({reason}): what .gitignore does not name is sent", file=sys.stderr)
+        print(
+            f"git can't list {root} ({reason}): all files that .gitignore does not name are sent",
+            file=sys.stderr,
+        )
         return None
 
 

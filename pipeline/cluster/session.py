@@ -123,8 +123,8 @@ def connect(
                 raise
             if START_TIMEOUT in str(error):
                 raise Outage(
-                    "Ray did not start on this machine within half a minute: it is too busy, or short of memory; "
-                    "run the same command again once it is not"
+                    "Ray did not start within half a minute: this machine is too busy or short of memory; "
+                    "run the same command again later"
                 ) from None
             place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
             raise InputError(

@@ -76,7 +76,9 @@ def submit(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
     """
     check_ranges(config)
     if config.id and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", config.id):
-        raise InputError(f"--id {config.id}: letters, digits, '.', '_' and '-' only")
+        raise InputError(
+            f"--id {config.id}: give at most 128 letters, digits, '.', '_' and '-', the first one a letter or digit"
+        )
     _check_flags(flags)
     client = connect(config.address, config.verify)
     job_id = _submit(client, config, flags)
@@ -96,8 +98,8 @@ def _check_flags(flags: list[str]) -> None:
     for name, value in _values(flags):
         if name in PLACES and value and not _is_seen_by_nodes(value):
             raise InputError(
-                f"--{name} {printable(value)}: a relative path would lie in the job's own copy of the tree, which holds "
-                "no data and goes away; give an absolute path that all nodes see, or a URI"
+                f"--{name} {printable(value)}: a relative path would be in the job's own copy of the tree, which holds "
+                "no data and is deleted: give an absolute path that all nodes see, or a URI"
             )
 
 
@@ -139,7 +141,7 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
                 if job is None:
                     raise InputError(f"the cluster refuses the job: {one_line(error)}") from None
     if job.entrypoint != entrypoint:
-        raise InputError(f"--id {config.id} is another job: {redact(job.entrypoint)}; take another id")
+        raise InputError(f"--id {config.id} is another job: {redact(job.entrypoint)}; give another --id")
     if job.status.value in ("FAILED", "STOPPED"):
         print(f"{config.id} ended before; give another --id to run it again", file=sys.stderr)
     return config.id
@@ -153,7 +155,9 @@ def _environment(names: tuple[str, ...]) -> dict[str, str]:
         if value is None:
             raise InputError(f"--forward {name}: no such variable is set")
         if _SECRET_NAME.search(name) or redact(value) != value:
-            raise InputError(f"--forward {name}: job settings can be read by others; put it on the cluster")
+            raise InputError(
+                f"--forward {name}: others can read a job's settings: set the variable on the cluster"
+            )
         values[name] = value
     return values
 
@@ -222,7 +226,7 @@ class _Output:
                 lost_at = lost_at or begun
                 if time.monotonic() - lost_at > LOST_SECONDS:
                     raise InputError(
-                        f"the job server is gone ({one_line(error)}); job {job_id} may go on: "
+                        f"the job server does not answer ({one_line(error)}), and job {job_id} may still run: "
                         "the same command with its --id joins it again"
                     ) from None
             time.sleep(pause)

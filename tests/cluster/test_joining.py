@@ -120,9 +120,9 @@ def test_what_does_not_answer_or_is_no_head_is_told() -> None:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         assert "Connection refused" in refusal(address)
         silent.listen()
-        assert "no head of a Ray cluster" in refusal(address)
+        assert "is not the head of a Ray cluster" in refusal(address)
     with server(lambda path: (200, "hello")) as address:
-        assert "no head of a Ray cluster" in refusal(address.removeprefix("http://"))
+        assert "is not the head of a Ray cluster" in refusal(address.removeprefix("http://"))
 
 
 @pytest.mark.parametrize(
