@@ -215,7 +215,7 @@ class TrainConfig:
     microbatch: Natural = 0
     """Images per forward pass of one worker; gradients are accumulated. 0 = the worker's part of the batch at once."""
     precision: Precision = "auto"
-    """Arithmetic of the forward pass; auto = bf16 where the hardware supports it, else fp32."""
+    """Arithmetic of the forward pass; auto = bf16 if the hardware supports it, else fp32."""
     compile: bool = False
     """Compile the network with torch.compile. The first step then takes minutes."""
     cpus_per_worker: Cpus = 1.0

@@ -123,7 +123,7 @@ def connect(
                 raise
             if START_TIMEOUT in str(error):
                 raise Outage(
-                    "Ray did not start within half a minute: this machine is too busy or short of memory; "
+                    "Ray did not start on this machine within half a minute: it is too busy or short of memory; "
                     "run the same command again later"
                 ) from None
             place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
@@ -223,7 +223,7 @@ def _deaf_to_sigterm() -> Iterator[None]:
 def _muted() -> Iterator[None]:
     """Holds back stderr, and shows it only if the work inside fails.
 
-    Ray's core prints a line there that it was told to be quiet, and no setting stops that line.
+    Ray's core prints a line there about its reduced log level, and no setting stops that line.
     """
     with tempfile.TemporaryFile() as kept, redirected(2, kept.fileno()) as real:
         try:

@@ -41,7 +41,7 @@ _SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential|connection_
 
 @dataclass(frozen=True)
 class SubmitConfig:
-    """What to run on the cluster; flags of the job itself follow after `--`."""
+    """The job to run on the cluster. The job's own flags follow after `--`."""
 
     job: Annotated[Job, tyro.conf.Positional]
     """Job to submit. `ray job status`, `logs`, `stop` and `list` manage it afterwards."""
@@ -126,7 +126,7 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
     if job is None:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "tree.zip"
-            # Of an installed package only its own folder is sent, because the environment's other packages lie beside it.
+            # An installed package is sent alone, because the environment's other packages lie beside it.
             root = checkout() or PACKAGE
             pack(root, package, config.max_megabytes, base=PACKAGE.parent, include=config.include)
             runtime_env = {"working_dir": str(package), "env_vars": _environment(config.forward)}

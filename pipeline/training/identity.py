@@ -51,7 +51,7 @@ def open_run(
 
             def end() -> None:
                 if old := runs.reopen_run(before["run_id"], ()):  # else somebody has deleted it
-                    runs.end_run(old, "FAILED", reason="begun anew before its first step")
+                    runs.end_run(old, "FAILED", reason="replaced before its first step")
 
             runs.wait_for_mlflow(end, config.tracking_patience)
             if storage.exists(bad := storage.join(output, QUARANTINE)):  # the data may have changed

@@ -120,7 +120,7 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
     ("options", "reason"),
     [
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
-        ({"metrics": ("knn",)}, "without --samples"),
+        ({"metrics": ("knn",)}, "--metrics knn needs --samples"),
         ({"split": "tests"}, "split 'tests'"),
         ({"data": "nowhere"}, "no such folder"),
         ({"output": "pyproject.toml/x"}, "not a folder"),
