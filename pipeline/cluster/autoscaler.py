@@ -65,8 +65,8 @@ def bring(bundles: Sequence[Bundle], arrived: Callable[[], bool]) -> bool:
         arrived: returns True once the nodes have joined.
 
     Returns:
-        False if the autoscaler answers that the cluster can never hold the bundles. True if they fit, or if the requests
-        of other jobs keep the autoscaler from satisfying any. In that case it still adds nodes for waiting processes,
+        False if the autoscaler answers that the cluster can never hold the bundles. True once the nodes have joined, or
+        if other jobs' requests keep the autoscaler from satisfying any. It then still adds nodes for waiting processes,
         which it counts one by one.
     """
     crowded = 0

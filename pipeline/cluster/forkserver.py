@@ -137,7 +137,7 @@ def serve(listener: int, watched: int, preload: str, first: str) -> list[str]:
         if not first:
             os._exit(1)  # the first caller finds no server and becomes one
         return _take(json.loads(first))  # this process becomes the first worker, and serves no other
-    gc.freeze()  # a worker's garbage collection would write to shared objects and so copy their memory
+    gc.freeze()  # so that a worker's garbage collection does not copy shared memory by writing to it
 
     def fork() -> bool:
         """Forks. Returns True in the worker."""

@@ -128,7 +128,7 @@ def save_schedules(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path)
 
     Args:
         curves: alpha_bar and SNR of each schedule by name, float [T] each. The last curve is dashed, because it may
-            coincide with another.
+            coincide with another one.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for name, (alpha_bar, snr) in curves.items():

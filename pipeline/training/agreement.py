@@ -22,7 +22,9 @@ class Agreement:
         self._work: dist.Work | None = None
 
     def __call__(self, here: Command) -> Command:
-        """Returns the strongest command that any worker received one step ago. Every worker calls it once a step.
+        """Returns the strongest command that any worker received one step ago; a single worker gets `here`.
+
+        Every worker calls it once a step.
 
         Args:
             here: command that this worker received.

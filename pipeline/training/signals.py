@@ -32,9 +32,8 @@ def run_until_signal(work: Callable[[], T], channel: Any, say: Callable[[str], N
     Raises:
         Interrupted: no worker was running, so there was nothing to save.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread can handle signals; a trial of Ray Tune runs in another
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread can handle signals. A trial of Ray Tune runs in another one.
         return work(), 0
     done: Future[T] = Future()
 

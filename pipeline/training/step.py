@@ -205,9 +205,8 @@ def train_step(
         batch: this worker's part of the global batch.
     """
     options = config.optimizer
-    if (
-        spec.model.dropout
-    ):  # torch's dropout draws from the global generator: seed it from the step and the rank
+    if spec.model.dropout:
+        # torch's dropout draws only from the global generator, so the step and the rank seed it.
         rank = dist.get_rank() if world_size > 1 else 0
         torch.manual_seed(generator_seed(config.seed, 0, state.step << 32 | rank, Purpose.DROPOUT))
     data = prepare(config, spec, state.timestep_table(device), batch, device)
