@@ -148,7 +148,7 @@ class _Actor:
             # One thread, so that sums are the same on any machine and with any number of actors.
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(1)
-            use_tf32(False)  # figures and samples in fp32 need full products
+            use_tf32(False)  # TF32 would round the products of figures and samples in fp32
             self._do = work.start(device)
         except InputError as error:
             self._error = str(error)

@@ -32,7 +32,7 @@ def prepare_device(config: TrainConfig, device: torch.device) -> None:
     reserves CPUs, and keeps freed memory (`pipeline.memory`).
     """
     if device.type == "cuda":
-        # A run in fp32 keeps full products.
+        # TF32 rounds products more coarsely, so a run in fp32 does not use it.
         use_tf32(uses_bf16(config, device))
         torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
     else:

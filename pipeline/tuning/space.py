@@ -113,7 +113,8 @@ def fitted(image: ImageConfig, rows: int) -> Flags:
     """The entries of the default space that depend on the images, in the format of a space file.
 
     The UNet halves images until their width is odd or at most 8 pixels, and any even width at least once. It attends at
-    halved widths of at most 16 pixels. Larger images get more channels and smaller batches. Data with classes gets a class-conditional model.
+    halved widths of at most 16 pixels. Larger images get more channels and smaller batches. Data with classes gets a
+    class-conditional model.
 
     Args:
         rows: number of training images; a batch is at most that large.
