@@ -129,7 +129,7 @@ def test_a_job_that_fails_gives_its_own_exit_code(status: str, code: int | None,
         (SubmitConfig("evaluate"), ["--samples", "."], r"--samples \.: a relative path"),
         (SubmitConfig("train"), ["--config", CONFIG], "--data runs/digits: a relative path"),
         (SubmitConfig("train"), ["--config", "/nowhere.yaml"], "/nowhere.yaml"),
-        (SubmitConfig("train", id="../x"), [], r"--id \.\./x: letters"),
+        (SubmitConfig("train", id="../x"), [], r"--id \.\./x: give at most 128 letters"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_cluster_is_asked(
