@@ -1,4 +1,4 @@
-# Every target sets up .venv by itself: only Python 3.11, make and a package index are needed.
+# Every target sets up .venv itself. It needs only Python 3.11, make and a package index.
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
@@ -14,11 +14,11 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m tests
 
-# What needs no cluster and no job.
+# The tests that need neither a cluster nor a job.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not system and not soak"
 
-# Full matrices of faults; docs/tests.md lists them.
+# All combinations of faults, which docs/tests.md lists.
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 3600
 

@@ -1,9 +1,10 @@
-"""What lowers held-out bits/dim: schedule, loss and draw of t, with both decoders of L_0.
+"""Compares held-out bits/dim between schedules, losses and draws of t, with both decoders of L_0.
 
     python -m benchmarks.bits [--data digits|mnist] [--steps N] [--cases NAME …] [--smoke]
 
-One small network, equal images seen, the same seed for all; one JSON line a case. Beside them stand the codes without a
-network (`codes`), of the same held-out images. One thread, so that several processes can share a machine.
+All cases train one small network on equally many images with the same seed. Prints one JSON line per case, and one with
+the codes without a network (`codes`) for the same held-out images. Uses one thread, so that several processes can share a
+machine.
 """
 
 import argparse
@@ -51,7 +52,13 @@ BATCH, TIMESTEPS, TERMS, IMAGES, READ = 64, 400, 80, 177, 20_000
 
 
 def measured(splits: Splits, settings: dict[str, Any], steps: int, channels: int) -> dict[str, Any]:
-    """Trains by these settings and gives the bound by both decoders, and the minutes that it took."""
+    """Trains with these settings. Returns the bound with both decoders, in bits/dim, and the CPU minutes of training.
+
+    Args:
+        settings: fields of DiffusionConfig.
+        steps: optimizer steps.
+        channels: `model_channels` of the network.
+    """
     config = TrainConfig(
         data="", output="", batch_size=BATCH, steps=steps,
         model=ModelConfig(channels, (1, 2), attention_resolutions=(4,), class_conditional=True),
@@ -80,7 +87,7 @@ def measured(splits: Splits, settings: dict[str, Any], steps: int, channels: int
 
 
 def main(data: str, steps: int, cases: list[str], channels: int, folder: Path) -> None:
-    """Prints a line for the codes, and one for each case."""
+    """Prints a line for the codes and one for each case."""
     source, place, size = SOURCES[data]
     size = {"mnist": 28}.get(data, size)
     prepare(PrepareConfig(output=str(folder), source=source, input=place, image_size=size))  # type: ignore[arg-type]
@@ -101,12 +108,10 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
-    parser.add_argument("--steps", type=int, default=4000, help="of 64 images")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of 64 images")
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument(
-        "--smoke", action="store_true", help="digits, two cases and a few steps: does it run?"
-    )
+    parser.add_argument("--smoke", action="store_true", help="run only digits, two cases and a few steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:

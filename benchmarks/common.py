@@ -1,4 +1,4 @@
-"""What the benchmarks of whole runs share: images on disk, the rate of a run, the machine's own limit."""
+"""Shared by the benchmarks of whole runs: images on disk, the rate of a run, the machine's own limit."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -14,7 +14,11 @@ from pipeline.training.trainer import train
 
 
 def on_disk(folder: Path, count: int, image: ImageConfig) -> str:
-    """Shards of `count` random PNG images, written by the project's own preparation; needs Ray."""
+    """Writes shards of `count` random PNG images with the prepare job. Needs Ray.
+
+    Returns:
+        the folder of the shards.
+    """
     source = folder / "pictures" / "all"
     source.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -38,8 +42,11 @@ def on_disk(folder: Path, count: int, image: ImageConfig) -> str:
 def pipeline_rate(config: TrainConfig, warm_up_points: int = 1) -> tuple[float, dict[int, dict[str, float]]]:
     """Trains with the whole pipeline.
 
+    Args:
+        warm_up_points: first points of the curves to leave out.
+
     Returns:
-        images/s after the first points of the curves, everything between two points included; all points by step.
+        images/s over the remaining points, with all time between them; and all points by step.
     """
     points: dict[int, dict[str, float]] = {}
 
@@ -53,11 +60,14 @@ def pipeline_rate(config: TrainConfig, warm_up_points: int = 1) -> tuple[float, 
 
 
 def two_over_one(rate: Callable[..., float], alone: tuple[Any, ...], together: tuple[Any, ...]) -> float:
-    """What two bare processes do at once over what one does by itself: no two workers can gain more on this machine.
+    """The rate of two bare processes at once, divided by that of one alone.
+
+    It limits the gain of two workers on this machine.
 
     Args:
-        rate: a function of a module, which returns a rate; of its arguments there are those for the one process, and
-            those for each of the two.
+        rate: function at module level that returns a rate.
+        alone: its arguments for the single process.
+        together: its arguments for each of the two processes.
     """
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(rate, [together] * 2, chunksize=1)  # starts both and warms them up

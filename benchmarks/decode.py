@@ -1,8 +1,8 @@
-"""Microseconds that one core takes to decode an image file: this project's decoder, and Pillow as people write it.
+"""Measures microseconds per image on one core: this project's decoder, and usual code with Pillow.
 
     python -m benchmarks.decode [--smoke]
 
-Processor time, the least of several rounds in which the two take turns.
+The figures are CPU time, the least of several rounds in which the two take turns.
 """
 
 import io

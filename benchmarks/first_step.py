@@ -1,10 +1,10 @@
-"""Where samplers should take their first step: the Fréchet distance of samples by the alpha_bar that they start at.
+"""Finds the best first step of samplers: the Fréchet distance of samples by the alpha_bar at which they start.
 
     python -m benchmarks.first_step [--data digits mnist cifar10] [--smoke]
 
-A small class-conditional model on a cosine schedule is trained on each dataset, and measured at three stages. Samples of
-all samplers come from the same noise; distances are by the features of a classifier of the real images. `saturated`:
-the share of pixels at 0 or 255. `real` is what held-out images get.
+A small class-conditional model with a cosine schedule is trained on each dataset and measured at three stages. All
+samplers use the same noise. The distances use the features of a classifier trained on the real images. `saturated` is
+the share of pixels at 0 or 255. The row `real` measures held-out images.
 """
 
 import argparse
@@ -52,7 +52,12 @@ STEPS, BATCH, SAMPLES, REAL = 25, 32, 500, 10_000
 def batches(
     index: DatasetIndex, images: Tensor, labels: Tensor, steps: range, seed: int, size: int
 ) -> Iterator[Batch]:
-    """The batches of these steps, of `size` images each, from images that are all in memory."""
+    """Yields the batches of these steps, `size` images each, from images in memory.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+    """
     plan = index.plan(seed, size)
     rows = batch_rows(plan, steps.start, steps.stop)
     for ids, epochs in zip(plan.first_id[rows.group] + rows.row, rows.epoch, strict=True):
@@ -63,7 +68,7 @@ def batches(
 def trained(
     data: str, splits: Splits, stages: tuple[int, ...]
 ) -> Iterator[tuple[int, torch.nn.Module, ModelSpec]]:
-    """The averaged model at each stage; it is the same object every time."""
+    """Yields the step, the averaged model and its spec at each stage. The model is the same object every time."""
     config = TrainConfig(
         data=data, output="", batch_size=BATCH, label_dropout=0.0,
         model=ModelConfig(32, (1, 2), attention_resolutions=(4,), class_conditional=True),
@@ -103,7 +108,7 @@ def measured(net: Classifier, real: Tensor, images: Tensor) -> dict[str, float]:
 
 
 def main(name: str, folder: Path, smoke: bool) -> Iterator[dict[str, Any]]:
-    """A row for each stage, sampler and first step."""
+    """Yields a row for each stage, sampler and first step."""
     source, place, size = SOURCES[name]
     prepare(PrepareConfig(output=str(folder), source=source, input=place, image_size=size))  # type: ignore[arg-type]
     splits = open_splits(str(folder))
@@ -125,7 +130,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", choices=list(SOURCES), default=list(SOURCES))
-    parser.add_argument("--smoke", action="store_true", help="digits and a few steps: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="run only digits and a few steps")
     options = parser.parse_args()
     for chosen in ["digits"] if options.smoke else options.data:
         with tempfile.TemporaryDirectory() as temporary:

@@ -1,11 +1,11 @@
-"""Generated images/s: against the forward passes they need, against diffusers, and from one actor to two.
+"""Compares generated images/s with the necessary forward passes, with diffusers, and between one actor and two.
 
     python -m benchmarks.generate [--smoke]
 
-32x32x3 images, DDIM, 10 steps, on one thread. Three sides take turns in this process: the sampler as an actor runs it
+Draws 32x32x3 images by 10 steps of DDIM on one thread. Three sides take turns in this process: the sampler as in an actor
 (noise, network, PNG, Parquet file, note), bare forward passes, and diffusers' DDIMPipeline with a UNet2DModel of the
-same structure. Their rates are in images per second of CPU time, so that other work on the machine does not count. Then
-the job's actor pool on Ray, by the clock, from its first file to its last.
+same structure. Their rates are images per second of CPU time, which other work on the machine does not change. Then the
+job's actor pool on Ray is timed by the clock, from its first file to its last.
 
     of_forward          sampler over forward passes: 1 is the limit
     to_diffusers        sampler over diffusers
@@ -25,7 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch and Ray are imported: one thread.
+# One thread. Must be set before torch and Ray are imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import ray
@@ -49,7 +49,7 @@ SPEC = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
 
 
 class Work(NamedTuple):
-    """Images a batch, steps of the sampler, batches that are timed."""
+    """Images per batch, steps of the sampler, and number of timed batches."""
 
     batch: int
     steps: int
@@ -57,7 +57,7 @@ class Work(NamedTuple):
 
 
 def forward_side(folder: Path, work: Work, precision: Precision) -> Callable[[], object]:
-    """Nothing but the network's forward passes."""
+    """The bare forward passes of the network."""
     model, _ = load_model(folder)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(work.batch, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -72,7 +72,7 @@ def forward_side(folder: Path, work: Work, precision: Precision) -> Callable[[],
 
 
 def diffusers_side(work: Work, precision: Precision) -> Callable[[], object]:
-    """Diffusers' pipeline; under autocast, since it can't turn an image in bf16 into an array."""
+    """Diffusers' pipeline. Uses autocast for bf16, because diffusers can't convert a bf16 image to an array."""
     pipe = DDIMPipeline(UNet2DModel.from_config(unet_config(SPEC)).eval(), DDIMScheduler(1000))
     pipe.set_progress_bar_config(disable=True)
 
@@ -84,7 +84,7 @@ def diffusers_side(work: Work, precision: Precision) -> Callable[[], object]:
 
 
 def sampler_side(folder: Path, work: Work, precision: Precision, output: Path) -> Callable[[], object]:
-    """What an actor does for a file of one batch."""
+    """The work of an actor for a file of one batch."""
     sampler = SampleWork(setup(folder, work, precision, output, actors=1)).start("cpu")
     starts = count(0, work.batch)
 
@@ -96,7 +96,7 @@ def sampler_side(folder: Path, work: Work, precision: Precision, output: Path) -
 
 
 def setup(folder: Path, work: Work, precision: Precision, output: Path, actors: int) -> Setup:
-    """Files of one batch each."""
+    """The setup of a job that writes files of one batch each."""
     config = GenerateConfig(
         "", str(output), count=(work.rounds + 1) * actors * work.batch, batch_size=work.batch,
         rows_per_file=work.batch, sampler="ddim", sampling_steps=work.steps, actors=actors, precision=precision,
@@ -105,7 +105,7 @@ def setup(folder: Path, work: Work, precision: Precision, output: Path, actors: 
 
 
 def take_turns(sides: dict[str, Callable[[], object]], work: Work) -> dict[str, tuple[float, float]]:
-    """Images per CPU second and per second of each side, medians over the rounds."""
+    """Images per CPU second and per second of the clock for each side, medians over the rounds."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for name in list(sides) * (work.rounds + 1):
         cpu, clock = time.process_time(), time.perf_counter()
@@ -119,7 +119,7 @@ def take_turns(sides: dict[str, Callable[[], object]], work: Work) -> dict[str, 
 
 
 def pool_rate(folder: Path, work: Work, precision: Precision, output: Path, actors: int) -> float:
-    """Images/s of the actor pool; its start is left out."""
+    """Images/s of the actor pool, without its start."""
     given = setup(folder, work, precision, output, actors)
     spans = tasks([Chunk(0, given.config.count)], work.batch, MOST_BLOCKS)
     done = [time.perf_counter() for _ in actor_pool(given.config)(SampleWork(given), spans)]
@@ -141,7 +141,7 @@ def main(smoke: bool) -> None:
     torch.set_num_threads(1)
     connect(preload="pipeline.generation.sampler")
     result: dict[str, float] = {}
-    # bf16 only where the CPU computes in it: elsewhere it is emulated, and slow.
+    # bf16 only if the CPU supports it, because emulated bf16 is slow.
     bf16 = not smoke and uses_bf16(TrainConfig("", ""), torch.device("cpu"))
     precisions: list[Precision] = ["fp32", "bf16"] if bf16 else ["fp32"]
     for precision in precisions:

@@ -1,9 +1,9 @@
-"""Memory of a generation job while its files grow many: of the driver and of the actors, from its own /proc entries.
+"""Measures the memory of a generation job with many files: its driver and its actors, from /proc.
 
     python -m benchmarks.generate_scale [--smoke]
 
-Two jobs by a real network that is as small as they come (4x4 images, T = 1): one million samples written in 4,096-row
-files; and a hundred million planned in 1,024-row files, stopped after a few of them. One JSON line, in MiB.
+Two jobs use a very small real network (4x4 images, T = 1). One writes a million samples in files of 4,096 rows. The other
+plans a hundred million in files of 1,024 rows and is stopped after a few files. Prints one JSON line, in MiB.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ ACTOR = "_Actor"
 
 @contextlib.contextmanager
 def job(model: Path, output: Path, count: int, rows_per_file: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A generation job in a process group of its own, all of which is gone at the end."""
+    """Runs a generation job in its own process group, which is ended on exit."""
     process = subprocess.Popen(
         [
             sys.executable, str(ROOT / "jobs" / "generate.py"), "--model", str(model), "--output", str(output),
@@ -53,7 +53,7 @@ def job(model: Path, output: Path, count: int, rows_per_file: int) -> Iterator[s
 
 
 def resident(process: subprocess.Popen[bytes]) -> tuple[float, float]:
-    """MiB of the driver, and of its largest actor."""
+    """Resident memory in MiB of the driver and of its largest actor."""
     driver, actors = 0.0, [0.0]
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
@@ -66,13 +66,13 @@ def resident(process: subprocess.Popen[bytes]) -> tuple[float, float]:
 
 
 def files(output: Path) -> int:
-    """How many are finished."""
+    """The number of finished files."""
     notes = output / "notes"
     return sum(name.endswith(".json") for name in os.listdir(notes)) if notes.exists() else 0  # noqa: PTH208
 
 
 def written(model: Path, output: Path, count: int) -> dict[str, float]:
-    """A whole job: memory when a tenth was written, and the most from then to the end."""
+    """Runs a whole job. Returns its memory when a tenth was written, and the largest memory from then to the end."""
     total, early, most = -(-count // 4096), (0.0, 0.0), (0.0, 0.0)
     began = time.perf_counter()
     with job(model, output, count, 4096) as process:
@@ -95,7 +95,7 @@ def written(model: Path, output: Path, count: int) -> dict[str, float]:
 
 
 def planned(model: Path, output: Path, count: int, stop_after: int) -> dict[str, float]:
-    """A job that is stopped soon: the driver's largest size until then."""
+    """Stops a job after a few files. Returns the largest memory of its driver until then."""
     with job(model, output, count, 1024) as process:
         while process.poll() is None and files(output) < stop_after:
             time.sleep(0.1)

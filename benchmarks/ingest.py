@@ -1,17 +1,18 @@
-"""Images per second into one consumer: this project's stream, other loaders, and the decoders alone.
+"""Measures images per second into one consumer: this project's stream, other loaders, and the decoders alone.
 
     python -m benchmarks.ingest [--smoke] [--peers PYTHON]
 
-Files of 64x64 and 256x256 pixels in JPEG and 32x32 in PNG become shuffled batches of uint8, with two reading processes
-everywhere. This project and Hugging Face `datasets` read Parquet, torch's DataLoader a folder of image files,
-mosaicml-streaming and litdata what they make of these files. All of it lies in the page cache. The decoders alone run
-over images in memory, in one process for each core. The loaders take turns in several rounds; a ratio is that of a
-round, and the median of all is given. The seconds to the first batch are reported apart; then a loader is left to settle.
+JPEG files of 64x64 and 256x256 pixels and PNG files of 32x32 become shuffled batches of uint8. Every loader has two
+reading processes. This project and Hugging Face `datasets` read Parquet, torch's DataLoader reads image files,
+and mosaicml-streaming and litdata read their own formats of these files. All data is in the page cache. The decoders
+alone decode images in memory, in one process per core. The loaders take turns in several rounds. A ratio is computed per
+round, and its median is reported. The seconds to the first batch are reported separately, and each loader has some time
+to settle after it.
 
     python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/peers.txt
 
-makes an environment for `--peers .venv-peers/bin/python`: mosaicml-streaming and litdata need torchvision and other
-versions than this project. What can't be measured is named, with the reason.
+makes an environment for `--peers .venv-peers/bin/python`, because mosaicml-streaming and litdata need torchvision and
+other versions than this project. The result names each loader that can't be measured, with the reason.
 """
 
 import argparse
@@ -46,7 +47,8 @@ ROWS_PER_GROUP = 64
 SETS = (("JPEG", 64, 32_768), ("JPEG", 256, 4096), ("PNG", 32, 65_536))  # images
 HERE, THERE = ("bare", "dataloader", "dataloader_fast", "huggingface"), ("mosaicml", "litdata")
 NO_PEERS = "not measured: no --peers"
-# The least of ours over the DataLoader with Pillow, the fastest of the others, and the decoders alone.
+# Aims: smallest ratio of our rate to that of the DataLoader with Pillow and to the decoders alone, most seconds to the
+# first batch, and by image size the smallest ratio to the fastest other loader.
 TO_DATALOADER, TO_BARE, FIRST_BATCH = 1.2, 0.6, 2.0
 TO_FASTEST = {32: 0.8, 64: 0.8, 256: 1.0}
 
@@ -66,7 +68,7 @@ def picture(generator: np.random.Generator, kind: str, size: int) -> bytes:
 
 
 def write(folder: Path, kind: str, size: int, count: int) -> None:
-    """The same images as files and in Parquet."""
+    """Writes the same random images as files and in Parquet."""
     generator = np.random.default_rng(0)
     images = [picture(generator, kind, size) for _ in range(count)]
     for name in ("files", "parquet"):
@@ -80,7 +82,7 @@ def write(folder: Path, kind: str, size: int, count: int) -> None:
 
 
 def ours(folder: Path, size: int) -> Iterator[int]:
-    """RankStream as a training worker uses it."""
+    """Yields batch sizes from a RankStream, used as in a training worker."""
     files = sorted(map(str, (folder / "parquet").iterdir()))
     groups = row_groups((file, row_counts(file)) for file in files)
     held = sum(map(os.path.getsize, files))
@@ -92,7 +94,7 @@ def ours(folder: Path, size: int) -> Iterator[int]:
 
 
 class Loaders:
-    """The loaders of one Python environment, in a process beside this one: see benchmarks/loaders.py."""
+    """The loaders of one Python environment, in a separate process; see benchmarks/loaders.py."""
 
     def __init__(self, python: str, names: tuple[str, ...]) -> None:
         self._process = subprocess.Popen(
@@ -111,11 +113,11 @@ class Loaders:
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
-        self._process.communicate()  # ends with its input
+        self._process.communicate()  # the process ends when its input ends
 
 
 def start(python: str, names: tuple[str, ...]) -> tuple[dict[str, Loaders], dict[str, str]]:
-    """The loaders of an environment by name, and why others are not there."""
+    """The loaders of an environment by name, and for each missing loader the reason."""
     try:
         loaders = Loaders(python, names)
     except (OSError, ValueError) as error:
@@ -146,7 +148,7 @@ def compare(
 
 
 def table(size: int, rounds: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
-    """Medians of the rounds."""
+    """Medians over the rounds."""
     names = list(rounds[0])
     rate = {name: statistics.median(found[name][0] for found in rounds) for name in names}
 
@@ -196,7 +198,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
-    parser.add_argument("--peers", metavar="PYTHON", help="of the environment made from benchmarks/peers.txt")
+    parser.add_argument("--smoke", action="store_true", help="run only for seconds")
+    parser.add_argument(
+        "--peers", metavar="PYTHON", help="Python of the environment from benchmarks/peers.txt"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     main(parser.parse_args())

@@ -1,11 +1,11 @@
-"""What a GPU is asked to do in a training step, counted without one.
+"""Counts the kernels that a GPU starts in a training step, without a GPU.
 
     python -m benchmarks.kernels [--smoke]
 
-A step runs on torch's "meta" device, which knows shapes and no values, and every operation that would start a kernel is
-counted: those of `prepare`, which draws a batch's noise, and those of the whole step. Whatever waits for a value of the
-device (`.item()`, a copy to the CPU) fails there: that the step ends shows that it waits for nothing. In float32, so
-that the casts of autocast are not among them, nor are the few kernels of the optimizer. Needs Triton, but no GPU.
+A step runs on torch's "meta" device, which has shapes but no values. The benchmark counts every operation that would
+start a kernel, for `prepare`, which draws a batch's noise, and for the whole step. An operation that waits for a value of
+the device (`.item()`, a copy to the CPU) fails on "meta", so a completed step waits for nothing. The step runs in fp32,
+so the casts of autocast are not counted, nor are the few kernels of the optimizer. Needs Triton, but no GPU.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pipeline.gpu import available
 from pipeline.training.state import new_state
 from pipeline.training.step import make_backward, prepare, train_step
 
-# They only look at memory in another way, or reserve some.
+# Operations that start no kernel: they only make views or allocate memory.
 NO_KERNEL = {
     "view", "_unsafe_view", "expand", "select", "slice", "unsqueeze", "squeeze", "permute", "transpose", "t", "detach",
     "alias", "as_strided", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty", "unfold",
@@ -44,7 +44,7 @@ class Kernels(TorchDispatchMode):
 
 
 def main(smoke: bool) -> dict[str, object]:
-    """Counts; returns what is printed."""
+    """Returns the counts of `prepare`, of the step, and of its most frequent operations."""
     available.work = lambda: True  # type: ignore[assignment]
     spec = (
         ModelSpec(ModelConfig(32, (1, 2), res_blocks=1), ImageConfig(32, 3), UNET.diffusion)
@@ -56,7 +56,7 @@ def main(smoke: bool) -> dict[str, object]:
     state = new_state(config, spec, device)
     run_backward = make_backward(config, spec, state.model, device)
     batches = in_memory(config, spec.image)
-    # torch's fused optimizer, a few kernels for all parameters, refuses to run without a device.
+    # torch's fused optimizer needs a real device. It starts only a few kernels for all parameters.
     state.optimizer.step = lambda: None  # type: ignore[method-assign,assignment,return-value]
     with Kernels() as preparing:
         prepare(config, spec, state.timestep_table(device), next(batches), device)
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="a small network")
+    parser.add_argument("--smoke", action="store_true", help="count for a small network")
     print(json.dumps(main(parser.parse_args().smoke)))

@@ -1,9 +1,9 @@
-"""Other libraries' loaders, for benchmarks/ingest.py: each as its own documentation says, in a process without Ray.
+"""Other libraries' loaders for benchmarks/ingest.py, each used as its documentation says, in a process without Ray.
 
     PYTHON -m benchmarks.loaders
 
-answers requests of one line of JSON each, every one in a process of its own that is forked once the libraries are
-imported. Nothing of this project is imported but by the loop that only decodes: the environment may be another one.
+answers requests, one line of JSON each. Every request gets its own process, forked after the libraries are imported.
+Only the loop that measures the decoders imports this project, so another Python environment can run the rest.
 """
 
 import io
@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 PROCESSES = 2
 BATCH = 128
-AHEAD = 4  # batches of each process
-EPOCH = 400_000  # images that an endless epoch has, where a library wants to know it
-BUFFER = 1024  # rows that `datasets` shuffles among
+AHEAD = 4  # batches that each process prefetches
+EPOCH = 400_000  # images in an endless epoch, for libraries that need a number
+BUFFER = 1024  # rows in the shuffle buffer of `datasets`
 
 
 def tensor(image: Image.Image) -> torch.Tensor:
@@ -73,12 +73,12 @@ def file_loader(folder: Path, read: Callable[[str], torch.Tensor]) -> Iterator[i
 
 
 def dataloader(folder: Path, kind: str) -> Iterator[int]:
-    """torch's DataLoader over image files that Pillow decodes."""
+    """torch's DataLoader over image files, decoded by Pillow."""
     return file_loader(folder / "files", with_pillow)
 
 
 def dataloader_fast(folder: Path, kind: str) -> Iterator[int]:
-    """The same with simplejpeg or pyspng."""
+    """torch's DataLoader over image files, decoded by simplejpeg or pyspng."""
     return file_loader(folder / "files", with_simplejpeg if kind == "JPEG" else with_pyspng)
 
 
@@ -87,7 +87,7 @@ def stack(rows: list[dict[str, Any]]) -> torch.Tensor:
 
 
 def huggingface(folder: Path, kind: str) -> Iterator[int]:
-    """Hugging Face `datasets`, streaming Parquet; its Image feature decodes."""
+    """Hugging Face `datasets`, streaming Parquet, decoded by its Image feature."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -111,7 +111,7 @@ def write_mosaicml(folder: Path, kind: str) -> None:
 
 
 def mosaicml(folder: Path, kind: str) -> Iterator[int]:
-    """mosaicml-streaming; its own encoding decodes, by Pillow."""
+    """mosaicml-streaming, decoded by its own encoding with Pillow."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -147,7 +147,7 @@ def first_dimension_last(rows: list[dict[str, Any]]) -> torch.Tensor:
 
 
 def litdata(folder: Path, kind: str) -> Iterator[int]:
-    """litdata; its serializers decode, JPEG by torchvision and PNG by Pillow. Epochs follow each other."""
+    """litdata, decoded by its serializers: JPEG with torchvision, PNG with Pillow. Epochs repeat."""
     from litdata import StreamingDataLoader, StreamingDataset
 
     data = StreamingDataset(str(folder / "litdata"), shuffle=True, drop_last=True)
@@ -177,7 +177,7 @@ def decode_loop(images: list[bytes], size: int, seconds: float, done: Any) -> No
 
 
 def bare(folder: Path, seconds: float) -> float:
-    """Images per second of this project's decoders alone, from memory, in one process for each core."""
+    """Images per second of this project's decoders alone, from memory, with one process per core."""
     import_module("pipeline.data.images")  # once, before the processes are forked
     images = [path.read_bytes() for path in sorted((folder / "files").iterdir())]
     size = Image.open(io.BytesIO(images[0])).width
@@ -217,7 +217,7 @@ def measure(counts: Iterator[int], settle: float, count: float) -> tuple[float, 
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """What one request asks for."""
+    """Does one request and returns its result."""
     folder, name, kind = Path(request["folder"]), request["loader"], request["kind"]
     if request["do"] == "write":
         return WRITERS[name](folder, kind)
@@ -227,7 +227,7 @@ def answer(request: dict[str, Any]) -> Any:
 
 
 def forked(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of a process of its own, or why there is none."""
+    """Answers a request in a separate process. Returns the answer, or the reason for a failure."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
 
@@ -249,19 +249,19 @@ def forked(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing(names: list[str]) -> dict[str, str]:
-    """Why loaders can't be imported, by name."""
+    """The reason for each loader that can't be imported, by name."""
     found = {}
     for name in names:
         for module in NEEDED.get(name, ()):
             try:
                 import_module(module)
-            except Exception as error:  # a binary that does not fit raises anything
+            except Exception as error:  # an incompatible binary can raise any error
                 found.setdefault(name, f"{type(error).__name__}: {error}")
     return found
 
 
 def serve() -> None:
-    """Answers the lines of stdin on stdout; what else is printed goes to stderr."""
+    """Answers the lines of stdin on stdout. All other output goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

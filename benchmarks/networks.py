@@ -1,4 +1,4 @@
-"""The networks that benchmarks train, and images for them in memory. Without Ray."""
+"""The networks that the benchmarks train, and images in memory for them. Does not need Ray."""
 
 from collections.abc import Iterator
 
@@ -8,16 +8,16 @@ from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.data.batch import Batch
 
 UNET = ModelSpec(ModelConfig(), ImageConfig(32, 3), DiffusionConfig())
-"""improved-diffusion's shape at 32x32x3: 6.95 M parameters."""
+"""The default UNet in the structure of improved-diffusion, at 32x32x3: 6.95 M parameters."""
 CIFAR = ModelSpec(ModelConfig(128, (1, 2, 2, 2)), ImageConfig(32, 3), DiffusionConfig())
-"""That of Ho et al. 2020 for CIFAR-10, with scale-shift: 38.3 M parameters."""
+"""The UNet of Ho et al. 2020 for CIFAR-10, with scale-shift: 38.3 M parameters."""
 IMAGENET_64 = ModelSpec(ModelConfig(128, (1, 2, 3, 4), 3, (16, 8)), ImageConfig(64, 3), DiffusionConfig())
-"""improved-diffusion's for ImageNet at 64x64: 121 M parameters."""
+"""The UNet of improved-diffusion for ImageNet at 64x64: 121 M parameters."""
 NETWORKS = {"unet": UNET, "cifar": CIFAR, "imagenet_64": IMAGENET_64}
 
 
 def in_memory(config: TrainConfig, image: ImageConfig) -> Iterator[Batch]:
-    """Endless batches of random images, all made beforehand but for their ids."""
+    """Yields endless batches of the same random images, with new ids in each batch."""
     size = config.batch_size
     generator = torch.Generator().manual_seed(0)
     shape = (size, image.channels, image.size, image.size)

@@ -1,10 +1,10 @@
-"""Images/s of the whole pipeline over those of the same step in a bare loop on tensors in memory, in one run.
+"""Measures images/s of the whole pipeline, divided by those of the same step in a bare loop on tensors in memory.
 
     python -m benchmarks.pipeline_overhead [--threads N] [--smoke]
 
-The pipeline is a training run as a user starts it: Ray Data reads and decodes PNG, Ray Train runs the worker,
-checkpoints go to disk, points go to MLflow. The bare loop is plain torch in a process of its own; half of it runs
-before the pipeline and half after, so that a machine that slows down does so for both.
+The pipeline is a normal training run: Ray Data reads and decodes PNG, Ray Train runs the worker, checkpoints go to disk
+and points to MLflow. The bare loop is plain torch in a separate process. Half of it runs before the pipeline and half
+after, so that a machine that slows down affects both.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pipeline.training.step import make_backward, train_step
 
 
 def bare(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
-    """Seconds of each step after two that warm up."""
+    """Seconds of each step, after two warm-up steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.prepare_device(config, device)
     state = new_state(config, spec, device)
@@ -44,13 +44,13 @@ def bare(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
 
 
 def bare_alone(config: TrainConfig, spec: ModelSpec, steps: int) -> list[float]:
-    """`bare` in a process of its own."""
+    """`bare` in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(bare, (config, spec, steps))
 
 
 def main(smoke: bool, threads: int, folder: Path) -> dict[str, object]:
-    """Runs all; returns what is printed."""
+    """Runs the bare loop and the pipeline. Returns the result that is printed."""
     steps, every = (4, 2) if smoke else (16, 4)
     model = ModelConfig(32, (1, 2), res_blocks=1, attention_resolutions=()) if smoke else UNET.model
     spec = ModelSpec(model, ImageConfig(8, 3) if smoke else UNET.image, UNET.diffusion)
@@ -62,7 +62,7 @@ def main(smoke: bool, threads: int, folder: Path) -> dict[str, object]:
         model=model,
         cpus_per_worker=threads,
         log_every=every,
-        # Once among the steps that count: a thousand times as often as one would.
+        # One checkpoint among the timed steps, far more often than in real runs.
         checkpoint_every=2 * every,
         experiment="pipeline_overhead",
     )
@@ -87,8 +87,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the training step")
-    parser.add_argument("--smoke", action="store_true", help="a small network and few steps: does it run?")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads of the training step"
+    )
+    parser.add_argument("--smoke", action="store_true", help="run only a few steps of a small network")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
         address.quieten()

@@ -1,10 +1,10 @@
-"""What a class-conditional model learns: the pipeline from data to samples, judged beside real images.
+"""Measures the quality of a class-conditional model: the pipeline from data to samples, compared with real images.
 
     python -m benchmarks.quality [--data mnist] [--mnist FOLDER] [--output FOLDER] [--smoke]
 
-prepare, train, generate, evaluate on digits (8x8), or on MNIST padded to 32x32 (gzipped IDX files in --mnist). Run
-again with the same --output it goes on where it was ended. The ratios are those of the samples to as many real
-held-out images; the training's cost is the CPU time of its worker, of this call alone.
+Runs prepare, train, generate and evaluate on digits (8x8), or on MNIST padded to 32x32 (gzipped IDX files in --mnist).
+The same command with the same --output continues an interrupted run. The ratios compare the samples with equally many
+real held-out images. The cost of training is the CPU time of its workers in this call.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from pipeline.tracking import address
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 PADDING = 2
 SAMPLES = {"digits": 360, "mnist": 600}
-"""As many as there are real images held out."""
+"""Number of samples, equal to the number of held-out real images."""
 GUIDANCE = {"digits": 1.5, "mnist": 2.5}
 
 
 class CpuTime:
-    """The CPU seconds of this run's training workers, read every second while they live."""
+    """Sums the CPU seconds of this process's training workers. It reads them every second."""
 
     def __init__(self) -> None:
         self._seconds = dict[int, float]()
@@ -66,7 +66,7 @@ class CpuTime:
 
 
 def pad_mnist(source: Path, output: Path, most: int) -> None:
-    """The training set's IDX files, `most` images of them, with `PADDING` black pixels on every side."""
+    """Writes the first `most` images of MNIST's training set as IDX files, with `PADDING` black pixels on every side."""
     output.mkdir(parents=True, exist_ok=True)
     data = gzip.decompress((source / "train-images-idx3-ubyte.gz").read_bytes())
     magic, count, rows, columns = struct.unpack(">IIII", data[:16])
@@ -123,7 +123,7 @@ def training(name: str, root: Path, steps: int) -> TrainConfig:
 
 
 def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Runs the jobs; returns what is printed."""
+    """Runs the jobs. Returns the result that is printed."""
     name, smoke = arguments.data, arguments.smoke
     guidance = arguments.guidance or GUIDANCE[name]
     connect(
@@ -179,10 +179,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--data", choices=list(SAMPLES), default="digits")
     parser.add_argument("--mnist", default=str(MNIST), help="folder of MNIST's gzipped IDX files")
-    parser.add_argument("--output", default="", help="kept afterwards; empty = a folder that is removed")
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps; 0 = as long as is sensible")
-    parser.add_argument("--guidance", type=float, default=0.0, help="0 = what suits the data")
-    parser.add_argument("--smoke", action="store_true", help="a few steps: does it run?")
+    parser.add_argument("--output", default="", help="folder to keep; empty = a temporary folder")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="optimizer steps; 0 = a number that suits the data"
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=0.0, help="guidance scale; 0 = a value that suits the data"
+    )
+    parser.add_argument("--smoke", action="store_true", help="run only a few steps")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
         address.quieten()

@@ -1,12 +1,12 @@
-"""From SIGKILL of one of two training workers to the next step that was not made before, and the steps lost.
+"""Measures the time from SIGKILL of one of two training workers to the next new step, and the steps lost.
 
     python -m benchmarks.recovery [--smoke]
 
-On a local Ray of its own, with handwritten digits. Prints one JSON line; the seconds are the medians of the kills:
-until the run's curve grows past the step at which the worker died. In terms of steps: how many of those that were
-made are made again, beside the most that a checkpoint interval allows.
+Trains on handwritten digits on its own local Ray. Prints one JSON line with medians over the kills: the seconds until the
+run's curve passes the step at which the worker died, and the number of steps that are repeated, next to the checkpoint
+interval, which limits it.
 
-Beside it stands the least that Ray Train takes: a plain run on a plain Ray, whose two workers import torch, form the same
+It also measures the minimum for Ray Train: a plain run on a plain Ray, whose two workers import torch, form the same
 process group and sum a number at every step.
 """
 
@@ -29,7 +29,11 @@ CHECKPOINT_EVERY = 10
 
 
 def training_workers(job: int) -> list[int]:
-    """The processes of Ray Train's workers below a job."""
+    """The ids of the processes of Ray Train's workers below a job.
+
+    Args:
+        job: process id of the job.
+    """
     found = []
     for process in psutil.Process(job).children(recursive=True):
         try:
@@ -42,7 +46,7 @@ def training_workers(job: int) -> list[int]:
 
 def main(smoke: bool) -> None:
     kills = 1 if smoke else 3
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the job below is ended in any case
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `of_job` ends its job
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
@@ -61,7 +65,12 @@ def main(smoke: bool) -> None:
 
 
 def of_job(kind: str, environment: dict[str, str], kills: int) -> dict[str, float]:
-    """Starts a training job of a kind, and kills its workers."""
+    """Starts a training job and kills its workers.
+
+    Args:
+        kind: "--driver" for this project's run, "--plain" for a plain run of Ray Train.
+        kills: number of kills.
+    """
     os.mkfifo(pipe := Path(kind.strip("-")).absolute())
     command = [sys.executable, __file__, kind, str(pipe)]
     open_end = os.open(pipe, os.O_RDWR)  # a worker that is killed does not end the pipe; the job does
@@ -79,7 +88,8 @@ def measure(job: int, steps: TextIO, kills: int) -> dict[str, float]:
     """Kills a worker `kills` times, each time some steps after a checkpoint.
 
     Args:
-        steps: a line for each step that was not made before.
+        job: process id of the job.
+        steps: stream with a line for each new step.
     """
     seconds, lost = [], []
 
@@ -95,7 +105,7 @@ def measure(job: int, steps: TextIO, kills: int) -> dict[str, float]:
         os.kill(training_workers(job)[-1], signal.SIGKILL)
         began = time.perf_counter()
         step = next_step()
-        # Points that were on their way when the worker died come at once.
+        # Points that the worker sent before it died arrive within a second.
         while time.perf_counter() - began < 1.0:
             made, step = step, next_step()
         seconds.append(time.perf_counter() - began)
@@ -110,7 +120,7 @@ def measure(job: int, steps: TextIO, kills: int) -> dict[str, float]:
 
 
 def drive(pipe: str) -> None:
-    """The training job, which writes each new point's step to a pipe."""
+    """Runs the training job, which writes the step of each new point to a pipe."""
     from pipeline.cluster.session import connect
     from pipeline.config import DiffusionConfig, ModelConfig, TrainConfig
     from pipeline.tracking import address
@@ -137,7 +147,7 @@ def drive(pipe: str) -> None:
 
 
 def plain_loop(settings: dict[str, str]) -> None:
-    """A worker of the plain run. The steps of a group that was started again go on where the time has got to."""
+    """A worker of the plain run. Its steps count the time, so a restarted group continues at the present step."""
     import ray.train
     import torch
     import torch.distributed
@@ -152,7 +162,7 @@ def plain_loop(settings: dict[str, str]) -> None:
 
 
 def drive_plainly(pipe: str) -> None:
-    """A training job by Ray Train alone."""
+    """Runs a training job with Ray Train alone."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -175,6 +185,6 @@ if __name__ == "__main__":
     elif "--plain" in sys.argv:
         from benchmarks.recovery import drive_plainly as by_module
 
-        by_module(sys.argv[-1])  # so that Ray's workers find its loop by its module
+        by_module(sys.argv[-1])  # imported by its module, so that Ray's workers find the loop
     else:
         main("--smoke" in sys.argv)

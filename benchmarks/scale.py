@@ -1,16 +1,17 @@
-"""What reading costs at any size, on one machine: the real index and plan, and reads that are counted, not done.
+"""Measures the cost of reading at any size on one machine. Uses the real index and plan, but only counts the reads.
 
     python -m benchmarks.scale [--smoke]
 
-- bytes over used: what all ranks read in an epoch, over what their batches hold. A row group is read whole whenever one
-  of its rows is; an image of a folder or tar alone. Prepared at the defaults; a folder; the example of
-  docs/operations.md with 16 rows in place of 1,024, since only ratios count; all also with a tenth held out by content.
-- row groups of data that was prepared at the defaults: rows in each, how many for each lane at batches of 256 and 1,024,
-  and megabytes of a first batch of 256.
-- classes in a batch of 256, of 1,000 classes with 1,280 images each in the order of their classes, where a random one
-  holds 226; also what four batches in a row hold, of 641.
-- seconds until all of 256 ranks have their stream of 976,563 row groups and one of them its first batches' plan, bytes
-  of a stream as it travels, and bytes of the index for each group.
+- "bytes over used": bytes that all ranks read in an epoch, divided by the bytes in their batches. One row needs its whole
+  row group, but an image of a folder or tar is read alone. Measured for data prepared at the defaults, for a folder, and
+  for the example of docs/operations.md (with 16 rows per group instead of 1,024, since only ratios count), each also with
+  a tenth of the rows held out by content.
+- "groups": row groups of data prepared at the defaults: rows in each, groups per lane at batches of 256 and 1,024, and
+  megabytes of a first batch of 256.
+- "classes": classes in a batch of 256, from 1,000 classes with 1,280 images each that are stored class by class. A random
+  batch would have 226. Also classes in four consecutive batches, where random ones would have 641.
+- "start": seconds until 256 ranks have their stream of 976,563 row groups and one rank has planned its first batches,
+  bytes of a pickled stream, and bytes of the index per group.
 """
 
 import json
@@ -42,10 +43,11 @@ GROUPS = -(-IMAGES // rows_per_group(IMAGES, IMAGES * IMAGE_BYTES))
 
 @dataclass(frozen=True)
 class Counted(Part):
-    """Rows that are not there: counts what reading them would cost.
+    """Rows that do not exist. It counts the rows that must be read for them.
 
     Attributes:
-        rows: of the row group that must be read for any of them; 0 where each is read alone.
+        rows: rows of the row group that is read for any of them; 0 = each row is read alone.
+        read_rows: numbers of rows read so far, one for each call.
     """
 
     rows: int = 0
@@ -66,7 +68,12 @@ class Counted(Part):
 
 
 def bytes_over_used(sizes: np.ndarray, plan: Plan, worlds: tuple[int, ...]) -> dict[str, float]:
-    """By the number of ranks; `sizes` are the rows of each group with those that are held out."""
+    """Rows read, divided by rows used, by number of ranks.
+
+    Args:
+        sizes: rows of each group, held-out ones included, int [groups].
+        worlds: numbers of ranks.
+    """
     groups = [
         Group(Counted("", ("",), rows=int(size) if plan.whole else 0), int(rows))
         for size, rows in zip(sizes, plan.group_rows, strict=True)
@@ -85,14 +92,20 @@ def bytes_over_used(sizes: np.ndarray, plan: Plan, worlds: tuple[int, ...]) -> d
 
 
 def planned(sizes: np.ndarray, image_bytes: int, batch: int, held_out: bool, whole: bool = True) -> Plan:
-    """The plan of groups of these sizes, a tenth of whose rows may be held out."""
+    """Makes the plan for groups of these sizes.
+
+    Args:
+        sizes: rows of each group, int [groups].
+        held_out: True holds out a tenth of the rows.
+        whole: True if a row group is read as a whole.
+    """
     rows = np.random.default_rng(0).binomial(sizes, 0.9) if held_out else sizes
     lanes = lanes_for(len(sizes), image_bytes * int(rows.sum()), batch)
     return Plan(rows, 0, batch, lanes, whole)
 
 
 def reading(smoke: bool) -> dict[str, Any]:
-    """The bytes that are read, over those that are used."""
+    """Bytes read divided by bytes used, for each kind of data."""
     each = rows_per_group(10_000, 10_000 * 6000)
     prepared, folder = np.full(10_000 // each, each), np.full(10_000 // GROUP_ROWS, GROUP_ROWS)
     large = np.full(10_240 if smoke else GROUPS // 10, 16)
@@ -111,7 +124,7 @@ def reading(smoke: bool) -> dict[str, Any]:
 
 
 def groups() -> dict[str, Any]:
-    """The row groups that jobs/prepare.py makes of so many images of so many bytes."""
+    """The row groups that jobs/prepare.py makes for several numbers and sizes of images."""
     found = {}
     for rows, size in (
         (1797, 200),
@@ -134,7 +147,7 @@ def groups() -> dict[str, Any]:
 
 
 def mixing() -> dict[str, Any]:
-    """Classes in a batch, and in four, at some places of an epoch."""
+    """The mean number of classes in one batch and in four, at some steps of an epoch."""
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
     found = {}
     for name, rows, image_bytes, whole in (
@@ -159,7 +172,7 @@ def mixing() -> dict[str, Any]:
 
 
 def start(ranks: int = 256, files: int = 15_259) -> dict[str, float]:
-    """From an index to every rank's stream."""
+    """Measures the start, from an index to every rank's stream."""
     counts = [[1024] * 64] * (files - 1) + [[1024] * (GROUPS - 64 * (files - 1))]
     names = [f"s3://bucket/folder/data/train-{number:05d}.parquet" for number in range(files)]
     packed = row_groups(zip(names, counts, strict=True))
@@ -180,7 +193,7 @@ def start(ranks: int = 256, files: int = 15_259) -> dict[str, float]:
 
 
 def index_bytes(groups: RowGroups) -> int:
-    """In memory."""
+    """Bytes of the row groups' index in memory."""
     names = sum(map(sys.getsizeof, groups.files)) + sys.getsizeof(groups.files)
     return groups.first.nbytes + groups.ends.nbytes + names
 

@@ -1,9 +1,9 @@
-"""Images/s of two workers of one thread over those of one worker of one thread.
+"""Measures images/s of two workers with one thread each, divided by those of one worker with one thread.
 
     python -m benchmarks.scaling [--smoke]
 
-Both runs are whole pipelines (Ray Data, Ray Train, MLflow) in one Ray, with the same global batch. The machine's
-own limit stands beside their ratio: bare steps in two processes at once, on half a batch each, over those in one.
+Both runs are whole pipelines (Ray Data, Ray Train, MLflow) in one Ray, with the same global batch. `ratio_of_bare_steps`
+is the machine's own limit: bare steps in two processes at once, with half a batch each, divided by those in one process.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pipeline.tracking import address
 
 
 def bare_rate(config: TrainConfig, image: ImageConfig, steps: int) -> float:
-    """Images/s of the step alone."""
+    """Images/s of bare training steps."""
     from benchmarks.pipeline_overhead import bare
     from pipeline.config import DiffusionConfig, ModelSpec
 
@@ -30,7 +30,7 @@ def bare_rate(config: TrainConfig, image: ImageConfig, steps: int) -> float:
 
 
 def main(smoke: bool, folder: Path) -> dict[str, object]:
-    """Runs all; returns what is printed."""
+    """Runs all measurements. Returns the result that is printed."""
     image = ImageConfig(8 if smoke else 32, 3)
     model = ModelConfig(32, (1, 2), res_blocks=1, attention_resolutions=()) if smoke else ModelConfig()
 
@@ -69,7 +69,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="a small network and few steps: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="run only a few steps of a small network")
     options = parser.parse_args()
     with cli.result_stream() as stream, tempfile.TemporaryDirectory() as temporary:
         address.quieten()

@@ -1,11 +1,11 @@
-"""Where the time and the CPU go from the command to the end of the first step, and while training runs.
+"""Measures wall time and CPU time from the command to the end of the first step, and during training.
 
     python -m benchmarks.start [--rounds N] [--smoke]
 
-Runs `jobs/train.py` as a user does, on a Ray of its own: first with a new MLflow database, then with one that is there.
-The end of the first step is the time of the first point in MLflow. Meanwhile the CPU time of every process below the
-job is read from /proc. Prints one JSON line; seconds are medians of the rounds, "cores" is CPU time over wall time
-between the first point and the last one.
+Runs `jobs/train.py` as a user does, on its own Ray, first with a new MLflow database and then with an existing one. The
+end of the first step is the time of the first point in MLflow. The CPU time of every process below the job is read from
+/proc. Prints one JSON line. Seconds are medians over the rounds, and "cores" is CPU time divided by wall time between
+the first point and the last.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LOOK_EVERY_SECONDS = 0.05
 
 
 def kind_of(words: list[str]) -> str:
-    """What a process of a job is, by its command line."""
+    """The kind of a job's process, from the words of its command line."""
     line = " ".join(words)
     if title := re.match(r"ray::(\w+)", line):
         return title[1]
@@ -44,7 +44,7 @@ def kind_of(words: list[str]) -> str:
 
 
 def cpu_seconds(job: int, kinds: dict[int, str], seconds: dict[int, float]) -> None:
-    """Updates the CPU seconds of every process below a job, by process id, and what each is."""
+    """Updates the kind and the CPU seconds of a job's process and of every process below it, by process id."""
     try:
         processes = [psutil.Process(job), *psutil.Process(job).children(recursive=True)]
     except psutil.Error:
@@ -52,7 +52,7 @@ def cpu_seconds(job: int, kinds: dict[int, str], seconds: dict[int, float]) -> N
     for process in processes:
         try:
             times = process.cpu_times()
-            # A process is a fork server's or bash's until it takes its title.
+            # A worker has the command line of the fork server or of bash until it sets its title.
             kinds[process.pid] = kind_of(process.cmdline())
             seconds[process.pid] = times.user + times.system
         except psutil.Error:
@@ -60,7 +60,7 @@ def cpu_seconds(job: int, kinds: dict[int, str], seconds: dict[int, float]) -> N
 
 
 def points_of(database: Path, since: float) -> list[tuple[float, float]]:
-    """Of the newest run's loss: seconds after `since`, and images/s."""
+    """The points of the curves after `since` (Unix time): seconds since then, and images/s."""
     with sqlite3.connect(database) as connection:
         rows = connection.execute(
             "select a.timestamp, b.value from metrics a join metrics b using (run_uuid, step)"
@@ -71,7 +71,7 @@ def points_of(database: Path, since: float) -> list[tuple[float, float]]:
 
 
 def run(folder: Path, database: Path, flags: list[str]) -> dict[str, Any]:
-    """Trains once; returns seconds, and CPU seconds by kind of process."""
+    """Trains once. Returns wall seconds, and CPU seconds by kind of process."""
     output = Path(tempfile.mkdtemp(dir=folder)) / "run"
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
     environment.pop("RAY_ADDRESS", None)
@@ -120,7 +120,7 @@ def run(folder: Path, database: Path, flags: list[str]) -> dict[str, Any]:
 
 
 def main(rounds: int, smoke: bool) -> dict[str, Any]:
-    """Runs all; returns what is printed."""
+    """Runs all rounds. Returns the result that is printed."""
     network = ["--model-channels", "32", "--channel-multipliers", "1", "--res-blocks", "1"] if smoke else []
     flags = ["--steps", "3" if smoke else "31", "--log-every", "1", "--batch-size", "32", *network]
     flags += ["--cpus-per-worker", str(os.cpu_count())]
@@ -158,6 +158,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--smoke", action="store_true", help="one round of a small network: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="run one round of a small network")
     options = parser.parse_args()
     print(json.dumps(main(1 if options.smoke else options.rounds, options.smoke)))

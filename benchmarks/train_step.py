@@ -1,20 +1,20 @@
-"""Our training step against the same step around diffusers' UNet2DModel: ratios and a roofline from one run.
+"""Compares our training step with the same step around diffusers' UNet2DModel: ratios and a roofline from one run.
 
     python -m benchmarks.train_step [--network unet|cifar|imagenet_64] [--compile ours|both] [--threads N] [--smoke]
 
-The networks are those of `benchmarks.networks`; diffusers' UNet2DModel of that configuration shares ours weight for
-weight. Batches of 32 on a CPU, and of 128 on a GPU (64 for images of 64x64). Each step draws timesteps and noise, goes
-forward and backward, clips, and updates Adam and the weight average. Besides fp32 (and bf16, where the hardware
-multiplies it), theirs is measured in channels_last too, and with --compile what torch.compile makes of ours, or of both
-(on a GPU theirs with its CUDA graphs).
+The networks are those of `benchmarks.networks`. diffusers' UNet2DModel with that configuration has the same weights as
+ours. Batches have 32 images on a CPU, 128 on a GPU (64 for images of 64x64). Each step draws timesteps and noise, runs
+forward and backward, clips, and updates Adam and the weight average. Both networks are measured in fp32, and in bf16 if
+the hardware multiplies it. Theirs is also measured in channels_last. --compile adds torch.compile of ours, or of both
+(theirs on a GPU with CUDA graphs).
 
-Ours and theirs are a process each, since ours keeps its memory (`pipeline.memory`); one of them works at a time. All
-contenders take turns. `images_per_second` is by the clock (medians), `images_per_cpu_second` by the processes' time
-(the least of all rounds): where other work shares the machine, run it with --threads 1 and compare the latter.
+Ours and theirs run in separate processes, because ours keeps freed memory (`pipeline.memory`). All contenders take turns,
+and only one process works at a time. `images_per_second` uses the clock (medians), `images_per_cpu_second` uses CPU time
+(the least of all rounds). If other work shares the machine, use --threads 1 and compare the latter.
 
-`share_of_convolution_peak` sets the UNet's convolutions and products (counted on diffusers' graph, forward and
-backward) against what a 3x3 convolution of 128 channels at 32x32 reaches here, at the precision that is our best; `mfu`
-against a large matrix product. `sample_…` is images by DDIM, of our sampler and of diffusers' DDIMPipeline.
+`share_of_convolution_peak` divides the FLOP/s of the UNet's convolutions and products (counted on diffusers' graph,
+forward and backward) by those of a 3x3 convolution of 128 channels at 32x32, in our best precision. `mfu` divides them by
+those of a large matrix product. `sample_…` is images/s by DDIM, with our sampler and with diffusers' DDIMPipeline.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from pipeline.training.step import Prepared, backward, make_backward, train_step
 
 
 class Plan(NamedTuple):
-    """What is measured: `compiled` names the sides that are compiled too."""
+    """The measurements to make. `compiled` names the sides that are also measured compiled."""
 
     spec: ModelSpec
     batch: int
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 
 class Theirs(nn.Module):
-    """diffusers' network under our model's signature, in the memory layout that it was given."""
+    """diffusers' network with our model's signature, in a given memory layout."""
 
     def __init__(self, spec: ModelSpec, layout: torch.memory_format) -> None:
         super().__init__()
@@ -78,7 +78,11 @@ class Theirs(nn.Module):
 def stepper(
     config: TrainConfig, spec: ModelSpec, device: torch.device, model: nn.Module | None
 ) -> Callable[[], int]:
-    """A function that makes a step of `model` or of ours, on a GPU six, and returns how many."""
+    """Returns a function that makes one step on a CPU, or six on a GPU, and returns their number.
+
+    Args:
+        model: the network to train; None = ours.
+    """
     state = new_state(config, spec, device)
     if model is None:
         run_backward = make_backward(config, spec, network.wrap(config, state.model, 1, device), device)
@@ -108,7 +112,7 @@ def stepper(
 
 
 def sampler(side: str, plan: Plan, device: torch.device, precision: Precision) -> Callable[[], int]:
-    """A function that makes a batch of images by DDIM, with our sampler or with diffusers'."""
+    """Returns a function that draws a batch of images by DDIM, with our sampler or with diffusers'."""
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if side == "ours":
         model = build(plan.spec).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -134,7 +138,7 @@ def sampler(side: str, plan: Plan, device: torch.device, precision: Precision) -
 
 
 def contenders(side: str, plan: Plan, device: torch.device) -> dict[str, Callable[[], int]]:
-    """What one side does, by name: training steps and samples."""
+    """The functions to time of one side, by name: training steps and samples."""
 
     def theirs(channels_last: bool = False) -> Theirs | None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -151,7 +155,7 @@ def contenders(side: str, plan: Plan, device: torch.device) -> dict[str, Callabl
 
 
 def serve(calls: Connection, side: str, plan: Plan) -> None:
-    """One side's process: does what it is called for, and answers with seconds by the clock and of the processor."""
+    """The process of one side. Runs each function that it is called for, and answers with clock and CPU seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if side == "ours" or device.type == "cuda":
         network.prepare_device(plan.config(plan.precisions[-1]), device)
@@ -165,7 +169,7 @@ def serve(calls: Connection, side: str, plan: Plan) -> None:
 
 
 def flops_per_image(spec: ModelSpec) -> float:
-    """Of diffusers' network, forward and backward: a multiplication and an addition are two."""
+    """Floating-point operations of diffusers' network per image, forward and backward; a multiply-add counts as two."""
     model = UNet2DModel.from_config(unet_config(spec))
     image = spec.image
     with FlopCounterMode(display=False) as counter:
@@ -176,7 +180,7 @@ def flops_per_image(spec: ModelSpec) -> float:
 
 @torch.no_grad()
 def convolution_peak(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
-    """FLOP/s of a 3x3 convolution, 128 to 128 channels at 32x32, batch 32, channels_last: one value a turn."""
+    """Yields FLOP/s of a 3x3 convolution, 128 to 128 channels at 32x32, batch 32, channels_last."""
     convolution = nn.Conv2d(128, 128, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(32, 128, 32, 32, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     flops = 2 * 9 * 128 * 128 * 32 * 32 * 32
@@ -193,7 +197,13 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> Iterator[float
 def take_turns(
     plan: Plan, rounds: int, warm_ups: int, peaks: Iterator[float]
 ) -> tuple[dict[str, float], dict[str, float], float]:
-    """Images per second and per CPU second of every contender, and the convolution's peak."""
+    """Images per second and per CPU second of every contender, and the median FLOP/s of the convolution.
+
+    Args:
+        rounds: timed rounds.
+        warm_ups: rounds before them.
+        peaks: result of `convolution_peak`.
+    """
     sides = dict[str, Connection]()
     for side in ("ours", "diffusers"):
         sides[side], other = multiprocessing.Pipe()
@@ -216,7 +226,7 @@ def take_turns(
 
 
 def ratios(rate: dict[str, float]) -> dict[str, float]:
-    """Ours over theirs: like with like, and the best of the training steps."""
+    """Our rates divided by theirs, for equal measurements and for the best training step of each side."""
     names = [name.removeprefix("ours_") for name in rate if name.startswith("ours_")]
     result = {
         name: rate[f"ours_{name}"] / rate[f"diffusers_{name}"]
@@ -232,7 +242,7 @@ def ratios(rate: dict[str, float]) -> dict[str, float]:
 
 
 def main(smoke: bool, name: str, compiled: str, threads: int, rounds: int) -> dict[str, object]:
-    """Runs all; returns what is printed."""
+    """Runs all measurements. Returns the result that is printed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     spec, batch, warm_ups = NETWORKS[name], 32, 2
@@ -277,10 +287,10 @@ if __name__ == "__main__":
         "--compile",
         choices=["", "ours", "both"],
         default="",
-        help="torch.compile too; minutes the first time",
+        help="also measure torch.compile, which takes minutes the first time",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
-    parser.add_argument("--smoke", action="store_true", help="a small network and one round: does it run?")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--smoke", action="store_true", help="run one round of a small network")
     options = parser.parse_args()
     print(json.dumps(main(options.smoke, options.network, options.compile, options.threads, options.rounds)))

@@ -1,7 +1,7 @@
-"""A search on digits: its winner against the default schedule, in fresh, equally long runs, and TPE against random.
+"""Searches on digits: compares the winner with the default schedule in new, equally long runs, and TPE with random.
 
-Prints one JSON line. The trained models' bits/dim are those of all held-out images with every term of the bound.
-`--output` keeps the searches: the same command goes on where it was stopped.
+Prints one JSON line. The bits/dim of the trained models use all held-out images and every term of the bound. `--output`
+keeps the searches, so that the same command continues an interrupted benchmark.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SPACE = Path(__file__).with_name("tuning_space.yaml")
 
 
 def run_search(config: TuneConfig) -> dict[str, Any]:
-    """Runs one search, or goes on with it; its wall time is kept beside it."""
+    """Runs or continues one search. Its folder keeps the wall time of all attempts."""
     note = Path(config.output) / "seconds.json"
     spent = json.loads(note.read_text()) if note.exists() else 0.0
     began = time.perf_counter()
@@ -49,14 +49,17 @@ def run_search(config: TuneConfig) -> dict[str, Any]:
 
 
 def fresh(config: TrainConfig, held_out: DatasetIndex) -> float:
-    """Trains anew; bits/dim on all held-out images."""
+    """Trains a new run. Returns its bits/dim on all held-out images."""
     trained = train(config)
     model, spec = load_model(trained.folder)
     return held_out_bits(model, spec, held_out, np.arange(held_out.rows), pool=ActorPool()).bits_per_dim
 
 
 def gains(output: str) -> dict[str, float]:
-    """The factor gained by common random numbers, over all pairs of trials, at the last rung that both reached."""
+    """The gain from common random numbers (see `common_numbers_gain`), over all pairs of trials.
+
+    A pair is compared at the last rung that both trials reached.
+    """
     reached = [record.rungs for record in ledger.read_all(output) if record.rungs]
     pairs = []
     for one, other in itertools.combinations(reached, 2):
@@ -68,9 +71,11 @@ def gains(output: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Everything, then one line of JSON."""
+    """Runs the benchmark and prints one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="", help="kept between runs; empty = a temporary folder")
+    parser.add_argument(
+        "--output", default="", help="folder to keep between runs; empty = a temporary folder"
+    )
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--images", type=int, default=24_576)
     parser.add_argument("--seeds", type=int, default=3)
@@ -99,7 +104,7 @@ def main() -> None:
     chance = run_search(replace(base, output=str(output / "random"), searcher="random"))
     winner = ledger.ranked(ledger.read_all(base.output), BITS_PER_DIM)[0]
     best = replace(training(base, winner), resume=False)
-    # The default noise process of jobs/train.py, everything else as the winner has it.
+    # The default noise process of jobs/train.py, with all other settings of the winner.
     default = replace(best, diffusion=DiffusionConfig())
     held_out = open_splits(data)["validation"]
     results: dict[str, list[float]] = {"winner": [], "default": []}

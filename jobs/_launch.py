@@ -1,4 +1,4 @@
-"""What every jobs/NAME.py does: call pipeline/commands/NAME.py, or say how to set up the environment that it needs."""
+"""The common part of every jobs/NAME.py: calls pipeline/commands/NAME.py, or says how to set up its environment."""
 
 import importlib
 import sys
@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(job: str) -> NoReturn:
-    """Ends the process with the job's exit code, or with 2 where this Python can't run it."""
-    if sys.version_info < (3, 11):  # noqa: UP036  (whoever has an older one shall be told)
+    """Ends the process with the job's exit code, or with 2 if this Python can't run the job."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (users of an older Python need this message)
         refuse(
             job, f"Python 3.11 or newer is needed, and this is {sys.version_info[0]}.{sys.version_info[1]}"
         )
@@ -18,7 +18,7 @@ def launch(job: str) -> NoReturn:
         command = importlib.import_module(f"pipeline.commands.{job}")
     except ModuleNotFoundError as error:
         refuse(job, f"this Python ({sys.executable}) has no package {error.name!r}")
-    # An installed package may serve these scripts. Another checkout's would run other code than lies beside them.
+    # An installed package may serve these scripts. Another checkout would run code that is not beside the scripts.
     tree = Path(str(command.__file__)).resolve().parents[2]
     if tree != ROOT and (tree / "pyproject.toml").exists():
         refuse(job, f"this Python ({sys.executable}) runs the code of {tree}, not of {ROOT}")

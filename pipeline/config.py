@@ -42,7 +42,7 @@ Source = Literal[
 ]
 
 
-# Names of checkpoints have room for nine digits.
+# A checkpoint's name has nine digits for the step.
 Steps = Annotated[int, Range(ge=1, le=10**9 - 1)]
 ImageSize = Annotated[int, Range(ge=0, le=16_384)]
 Decay = Annotated[float, Range(ge=0, lt=1)]
@@ -106,7 +106,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What one image of a dataset is; known from the data."""
+    """Form of a dataset's images, known from the data: width and height in pixels, channels, names of the classes."""
 
     size: Positive
     channels: Positive
@@ -115,7 +115,11 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that is needed to rebuild a trained model: what `config.json` in a model folder holds."""
+    """Everything that is needed to rebuild a trained model. `config.json` in a model folder holds it.
+
+    Attributes:
+        provenance: origin of the model: releases, data, settings of the training.
+    """
 
     model: ModelConfig
     image: ImageConfig
@@ -169,7 +173,7 @@ class Reading:
 )
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: what the data, the model and the optimizer are, and where everything goes."""
+    """One training run: data, model, optimizer, hardware and output."""
 
     data: str
     """Dataset to train on: a folder that the prepare job wrote, or raw images that it reads (URI)."""
@@ -211,7 +215,7 @@ class TrainConfig:
     microbatch: Natural = 0
     """Images per forward pass of one worker; gradients are accumulated. 0 = the worker's part of the batch at once."""
     precision: Precision = "auto"
-    """Arithmetic of the forward pass; auto = bf16 where the hardware supports it, else fp32."""
+    """Arithmetic of the forward pass; auto = bf16 if the hardware supports it, else fp32."""
     compile: bool = False
     """Compile the network with torch.compile. The first step then takes minutes."""
     cpus_per_worker: Cpus = 1.0
@@ -268,9 +272,9 @@ class TrainConfig:
 
 
 _T = TypeVar("_T")
-# Settings that are gone, and why.
+# Settings that were removed, each with the reason.
 REMOVED = {"groups_per_window": "the shuffle follows from the data and the batch size"}
-# Fields by the names that they had in 0.1.0, in files that it wrote and as flags.
+# New names of fields that release 0.1.0 named differently, in its files and as flags.
 RENAMED = {
     "class_dropout": "label_dropout",
     "leg": "incarnation",
@@ -279,7 +283,7 @@ RENAMED = {
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON types (tuples become lists)."""
+    """Converts a dataclass to plain JSON types. Tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
@@ -288,8 +292,8 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config", root
     """The inverse of `to_dict`, for nested frozen dataclasses.
 
     Args:
-        where: what the values were read from, for messages.
-        root: the outermost dataclass, where `cls` lies inside of it: a key may belong elsewhere in it.
+        where: origin of the values, for messages.
+        root: the outermost dataclass if `cls` is nested in it. A hint for an unknown key may name any field of it.
 
     Raises:
         InputError: a key that `cls` does not have, or a value of the wrong type.
@@ -310,7 +314,7 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config", root
     def convert(hint: Any, value: Any, name: str) -> Any:
         if dataclasses.is_dataclass(hint):
             return from_dict(hint, value, f"{where}.{name}", root or cls)  # type: ignore[arg-type]
-        # What a user writes is named as the flag is.
+        # A setting that a user wrote is shown as its flag.
         setting = f"{where}: --{name.replace('_', '-')}" if where.startswith("--") else f"{where}.{name}"
         kinds = get_args(hint)
         if get_origin(hint) is Literal and (type(value), value) not in [(type(kind), kind) for kind in kinds]:
@@ -335,7 +339,7 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config", root
 
 
 def nearest_setting(key: str, cls: type) -> str:
-    """A question that names the setting which an unknown key may stand for, and its place; "" where none is near."""
+    """A question that suggests a setting with a similar name, and its place; "" if none is similar."""
     leaves = {name.rpartition(".")[2]: name for name in leaf_fields(cls)}
     near = difflib.get_close_matches(key.replace("-", "_").rpartition(".")[2], leaves, n=1, cutoff=0.7)
     if not near:
@@ -346,7 +350,7 @@ def nearest_setting(key: str, cls: type) -> str:
 
 
 def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of every setting of a configuration and of those inside it, by dotted name."""
+    """The type of every setting of a configuration by dotted name, those of nested configurations included."""
     from typing import get_type_hints
 
     leaves: dict[str, Any] = {}
@@ -357,7 +361,7 @@ def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1, but that a number may have an exponent without a point, as JSON and YAML 1.2 have it: 1e-3."""
+    """YAML 1.1, with numbers such as 1e-3, which have an exponent but no point, as in JSON and YAML 1.2."""
 
 
 _Yaml.add_implicit_resolver(
@@ -368,7 +372,15 @@ _Yaml.add_implicit_resolver(
 
 
 def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
-    """A YAML (or JSON) file as a dict; raises InputError when it can't be read or isn't a mapping."""
+    """Reads a YAML or JSON file with settings.
+
+    Args:
+        path: path of the file.
+        flag: the flag that named the file, for messages.
+
+    Raises:
+        InputError: the file can't be read, or is not a mapping.
+    """
     try:
         values = yaml.load(Path(path).read_text(), _Yaml)
     except (OSError, ValueError, yaml.YAMLError) as error:

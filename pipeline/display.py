@@ -1,4 +1,4 @@
-"""What reaches the terminal: progress of long work, and what of other libraries' words is kept off it."""
+"""Output to the terminal: progress of long work, and silence for other libraries."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS, PHASE_SECONDS = 10.0, 1.0
-# Whatever they report as an error also comes as an exception, which is told in one line.
+# Loggers that are silenced. Each error that they report is also an exception, which the job reports in one line.
 TALKATIVE = (
     "ray", "ray.data", "ray.train", "ray.tune", "mlflow", "alembic", "matplotlib", "fsspec", "gcsfs", "urllib3",
     "httpx", "httpx2",
@@ -21,14 +21,19 @@ TALKATIVE = (
 
 
 def quieten() -> None:
-    """No words of other libraries on stderr. Ray sets its loggers' levels when it starts: call it after that, too."""
+    """Silences the logs of other libraries. Call it again after Ray's start, which sets its loggers' levels."""
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 @contextlib.contextmanager
 def redirected(descriptor: int, target: int) -> Iterator[int]:
-    """Sends what is written to a file descriptor to another, also by C++; yields a duplicate of the real one."""
+    """Redirects a file descriptor, for C++ code as well. Yields a duplicate of the original descriptor.
+
+    Args:
+        descriptor: 1 (stdout) or 2 (stderr).
+        target: descriptor that receives the output.
+    """
     stream = {1: sys.stdout, 2: sys.stderr}[descriptor]
     stream.flush()
     real = os.dup(descriptor)
@@ -43,7 +48,7 @@ def redirected(descriptor: int, target: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """What is printed inside may have a reader that ends early, as in `--help | head`: no error, with exit code 0."""
+    """Exits with code 0 and no error if stdout is closed inside this context, as in `--help | head`."""
     try:
         try:
             yield
@@ -56,19 +61,19 @@ def reader_may_leave() -> Iterator[None]:
 
 
 class Status:
-    """What a job is doing while there is no progress to count: a line on stderr.
+    """A line on stderr that says what a job is doing while no progress can be counted.
 
     A line appears after `PHASE_SECONDS`, unless `clear` or another line comes first. So a job that fails at once prints
-    its error alone.
+    only its error.
     """
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
 
     def show(self, line: str) -> None:
-        """Shows a line soon, in place of the one that waits."""
+        """Shows a line after `PHASE_SECONDS`, in place of a line that still waits."""
         self.clear()
-        self._stderr = os.dup(2)  # `redirected` may hold back the real one
+        self._stderr = os.dup(2)  # `redirected` may later change descriptor 2
         self._timer = threading.Timer(PHASE_SECONDS, os.write, (self._stderr, f"{line}\n".encode()))
         self._timer.daemon = True
         self._timer.start()
@@ -82,11 +87,17 @@ class Status:
 
 
 status = Status()
-"""Of this process, which does one job at a time."""
+"""The status line of this process, which does one job at a time."""
 
 
 class Display:
-    """A progress bar on a terminal, plain lines elsewhere; on stderr."""
+    """Shows progress on stderr: a bar on a terminal, else plain lines.
+
+    Args:
+        title: title of the bar, or beginning of each line.
+        total: number of units in all.
+        unit: plural name of the units.
+    """
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self._total, self._unit, self._title, self._last = total, unit, title, 0.0
@@ -106,7 +117,7 @@ class Display:
             self._bar.start()
 
     def phase(self, what: str) -> None:
-        """Says what the work is at while no progress can be counted, as a present participle: "starting 2 workers"."""
+        """Shows what the work does while no progress can be counted, such as "starting 2 workers"."""
         if self._bar is not None:
             self._bar.update(self._task, note=what)
         else:
@@ -116,8 +127,8 @@ class Display:
         """Shows the progress.
 
         Args:
-            done: units done so far.
-            note: figures to show beside it.
+            done: number of units done so far.
+            note: figures to show beside the progress.
         """
         status.clear()
         now = time.monotonic()
@@ -132,7 +143,7 @@ class Display:
             print(f"{self._title}: {done}/{self._total} {self._unit}  {note}", file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Prints a separate line, above the bar."""
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:

@@ -1,27 +1,27 @@
-"""The exceptions that are told to the user in one line."""
+"""The exceptions that the user sees as one line."""
 
 
 class InputError(ValueError):
     """Bad input from outside: a flag, a file, a folder, a model name.
 
-    Its message is one line that says what is wrong and what to do about it. Every job prints it as it is
-    (no traceback) and exits with code 2.
+    Its message is one line that says what is wrong and what to do. Every job prints that line without a traceback, and
+    exits with code 2.
     """
 
 
 class BadSettings(InputError):
-    """Settings with which the work fails however often it is tried: no network can be built, or training diverges."""
+    """Settings with which every attempt fails: no network can be built, or training diverges."""
 
 
 class Outage(InputError):
-    """Something did not answer for as long as it was waited for, or is held by others: the same input may do later."""
+    """A service did not answer in time, or others hold a resource. The same input may work later."""
 
 
 class JobFailed(RuntimeError):
     """A job that ran elsewhere failed; its output has been shown.
 
     Attributes:
-        code: what to exit with, between 1 and 255.
+        code: exit code, from 1 to 255.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -30,7 +30,7 @@ class JobFailed(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """A signal ended the job before its work was done; what is done is kept.
+    """A signal ended the job before its work was done. The finished part is kept.
 
     Attributes:
         code: the job's exit code, 128 + the signal's number.

@@ -1,11 +1,10 @@
-"""The range of every numeric setting, and the groups in which `--help` shows settings.
+"""The ranges of numeric settings, and the groups of settings in `--help`.
 
-A range stands in the setting's type, and is checked in one place:
+A setting's type holds its range, and `check_ranges` checks them all:
 
     batch_size: Annotated[int, Range(ge=1)] = 128
 
-`check_ranges` is called where flags and `--config` meet, by every job's own `check`, and for every value of a search
-space.
+It is called after flags and `--config` are read, by the jobs' own checks, and for every value of a search space.
 """
 
 import dataclasses
@@ -16,17 +15,17 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pipeline.errors import InputError
 
-# Names of files have room for twelve digits, and no setting is a larger number of anything.
+# File names have twelve digits for numbers, and no setting needs a larger number.
 LARGEST = 10**12 - 1
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be: finite ones, and whole ones up to LARGEST where no upper end is given.
+    """The numbers that a setting may have. They are finite; whole numbers without an upper end are at most LARGEST.
 
     Attributes:
-        ge, gt: the lower end: at least, or more than.
-        le, lt: the upper end: at most, or less than.
+        ge, gt: lower end: at least, or more than.
+        le, lt: upper end: at most, or less than.
     """
 
     ge: float | None = None
@@ -35,7 +34,7 @@ class Range:
     lt: float | None = None
 
     def refusal(self, value: float) -> str:
-        """What is wrong with a value; "" where it is in the range."""
+        """Says what is wrong with a value; "" if it is in the range."""
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a finite number{', ' + self.ends if self.ends else ''}"
         if (
@@ -52,7 +51,7 @@ class Range:
 
     @property
     def ends(self) -> str:
-        """The ends in words; "" where there are none."""
+        """The ends in words; "" if there are none."""
         words = {"at least": self.ge, "more than": self.gt, "at most": self.le, "less than": self.lt}
         return " and ".join(f"{word} {end}" for word, end in words.items() if end is not None)
 
@@ -73,10 +72,10 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def help_groups(**first: str) -> Callable[[_Class], _Class]:
-    """Class decorator of a configuration: `--help` shows its settings from the one named on, in order, as a group.
+    """Class decorator that splits a configuration into groups for `--help`.
 
     Args:
-        first: by the group's name, its first setting. Settings before all groups are the common ones.
+        first: first setting of each group, by the group's name. Settings before the first group stay ungrouped.
     """
 
     def mark(cls: _Class) -> _Class:
@@ -87,7 +86,7 @@ def help_groups(**first: str) -> Callable[[_Class], _Class]:
 
 
 def check_ranges(config: Any) -> None:
-    """Refuses a configuration with a number outside of its range, in it or in a configuration inside it.
+    """Refuses a configuration if a number in it, or in a nested configuration, is outside of its range.
 
     Raises:
         InputError: names the flag, the value and the range.
@@ -103,7 +102,7 @@ def check_ranges(config: Any) -> None:
 
 
 def range_of(hint: Any) -> Range | None:
-    """The range in a setting's type: of the number, or of each number of a tuple."""
+    """The range in a setting's type, for a number or for each number of a tuple; None if it has none."""
     if isinstance(hint, Range):
         return hint
     return next(filter(None, map(range_of, get_args(hint))), None)

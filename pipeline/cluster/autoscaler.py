@@ -1,8 +1,8 @@
-"""What a cluster may become: nodes that Ray's autoscaler adds when it is asked for them.
+"""The nodes that Ray's autoscaler adds to a cluster on request.
 
-It is asked with `ray.autoscaler.sdk.request_resources`, whose last call counts alone, whoever made it. So Ray Data and
-Ray Train tell one actor what they need, which asks for the sum; and so does this, beside them and beside other jobs. The
-actor forgets a request that is not repeated: that of a job which was killed ends by itself.
+Ray's `request_resources` keeps only its last call, whoever made it. So Ray Data and Ray Train send their requests to
+one actor, which requests the sum. This module uses the same actor, beside them and beside other jobs. The actor drops a
+request that is not repeated, so the request of a killed job expires.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from pipeline.cluster.ray_internals import (
 
 POLL_SECONDS, REPEAT_SECONDS, FORGET_SECONDS, CALL_SECONDS = 1.0, 20.0, 60.0, 10.0
 ANSWER_SECONDS = 30.0
-# Where no autoscaler runs, each node stands in the report of Ray's version 1 as a type of its own.
+# Without an autoscaler, the report of Ray's version 1 lists each node as a type of its own.
 _NODE_AS_TYPE = re.compile("node_[0-9a-f]+")
-# What adds nodes: nothing; one that says what it can't add; one that doesn't say.
+# The autoscaler: none; one that answers whether it can add nodes; one that does not answer (version 1).
 Growth = Literal["none", "answers", "silent"]
-# What it says of a request: crowded = it can't bring the sum of all requests, so nothing is known of this one.
+# Its answer to a request; crowded = it can't satisfy the sum of all requests, so nothing is known about this one.
 Answer = Literal["unheard", "can", "never", "crowded"]
 Bundle = dict[str, float]
 Shape = frozenset[tuple[str, float]]
-# The most and the fewest of a shape that are known to fit some day, and not to fit.
+# By shape: the largest number of bundles known to fit the cluster some day, and the smallest number known not to fit.
 _known: dict[Shape, tuple[int, int]] = {}
 
 
 def growth() -> Growth:
-    """What adds nodes to the cluster that was joined."""
+    """The kind of autoscaler of the joined cluster."""
     client = internal_kv_get_gcs_client()
     if is_autoscaler_v2(fetch_from_server=True, gcs_client=client):
         return "answers"
@@ -48,21 +48,26 @@ def growth() -> Growth:
 
 
 def adds_nodes(report: bytes | None) -> bool:
-    """Whether a report of Ray's version 1 is that of an autoscaler, which has types of nodes."""
+    """True if a report of Ray's version 1 comes from an autoscaler, which knows types of nodes."""
     about = json.loads(report or "{}").get("autoscaler_report") or {}
     types = {*(about.get("active_nodes") or {}), *(about.get("idle_nodes") or {})}
     return any(not _NODE_AS_TYPE.fullmatch(name) for name in types)
 
 
 def bring(bundles: Sequence[Bundle], arrived: Callable[[], bool]) -> bool:
-    """Asks for nodes with room for all bundles at once, until they have joined.
+    """Requests nodes with room for all bundles at once, until they have joined.
 
-    The request ends here, also by an error or a signal: what runs on the nodes then holds them. It must, since Ray Data
-    leaves the room of other requests alone, those of its own job as well.
+    The request ends on return, also after an error or a signal. Work on the nodes then keeps them. The request must end,
+    because Ray Data does not use the room of any request, not even one of its own job.
+
+    Args:
+        bundles: resources of each process, by name.
+        arrived: returns True once the nodes have joined.
 
     Returns:
-        False where the autoscaler says that the cluster can never hold them. True as well where others ask for so much
-        that it does nothing for any request: processes that wait for a place are counted one by one, and bring nodes.
+        False if the autoscaler answers that the cluster can never hold the bundles. True once the nodes have joined, or
+        if other jobs' requests keep the autoscaler from satisfying any. It then still adds nodes for waiting processes,
+        which it counts one by one.
     """
     crowded = 0
     with contextlib.closing(_answers(bundles)) as answers:
@@ -78,10 +83,12 @@ def bring(bundles: Sequence[Bundle], arrived: Callable[[], bool]) -> bool:
 
 
 def most(each: Bundle, wanted: int, there: int) -> int:
-    """How many of so many bundles the cluster holds some day, where its autoscaler answers.
+    """The number of bundles, up to `wanted`, that a cluster whose autoscaler answers can hold some day.
 
     Args:
-        there: that fit its nodes now.
+        each: resources of one bundle, by name.
+        wanted: number of bundles that the job could use.
+        there: number of bundles that fit the present nodes.
     """
     shape = frozenset(each.items())
     fit, too_many = _known.get(shape, (0, sys.maxsize))
@@ -89,7 +96,7 @@ def most(each: Bundle, wanted: int, there: int) -> int:
     while fit < min(wanted, too_many - 1):
         number = min(number, too_many - 1)
         can = _could([each] * number)
-        if can is None:  # others ask for too much as well: what is there is sure
+        if can is None:  # other jobs request too much as well, so only the present nodes are certain
             break
         fit, too_many = (number, too_many) if can else (fit, number)
         number = (fit + too_many) // 2
@@ -98,7 +105,7 @@ def most(each: Bundle, wanted: int, there: int) -> int:
 
 
 def _could(bundles: Sequence[Bundle]) -> bool | None:
-    """Whether the cluster can hold them some day; None where no answer comes."""
+    """True if the cluster can hold the bundles some day; None if the autoscaler does not answer."""
     end = time.monotonic() + ANSWER_SECONDS
     with contextlib.closing(_answers(bundles)) as answers:
         said = next((one for one in answers if one in ("can", "never") or time.monotonic() > end), "unheard")
@@ -106,11 +113,12 @@ def _could(bundles: Sequence[Bundle]) -> bool | None:
 
 
 def answer(status: Any, wanted: Counter[Shape], since: int) -> Answer:
-    """What the autoscaler says of so many bundles. It answers to the sum of all requests.
+    """The autoscaler's answer to a request. It answers only for the sum of all requests.
 
     Args:
         status: Ray's `GetClusterStatusReply`.
-        since: the version of the cluster's state that was the first with the request; 0 = none was yet.
+        wanted: the requested bundles.
+        since: first version of the cluster's state that contained the request; 0 = none yet.
     """
     about = status.autoscaling_state
     refused = [_shapes(one) for one in about.infeasible_cluster_resource_constraints]
@@ -122,7 +130,7 @@ def answer(status: Any, wanted: Counter[Shape], since: int) -> Answer:
 
 
 def _answers(bundles: Sequence[Bundle]) -> Generator[Answer, None, None]:
-    """What the autoscaler says, every second; it is asked until the iterator is closed."""
+    """Yields the autoscaler's answer every second, and repeats the request until the iterator is closed."""
     wanted = Counter(frozenset(bundle.items()) for bundle in bundles)
     coordinator = get_or_create_autoscaling_coordinator()
     name, since, sent = f"ray-ddpm-{ray.get_runtime_context().get_job_id()}", 0, -math.inf
@@ -155,7 +163,7 @@ def _status() -> Any:
 
 
 def _shapes(constraint: Any) -> Counter[Shape]:
-    """The bundles of a request, as Ray's messages hold them."""
+    """The bundles of a request, from one of Ray's messages."""
     counted: Counter[Shape] = Counter()
     for entry in constraint.resource_requests:
         counted[frozenset(entry.request.resources_bundle.items())] += entry.count

@@ -1,4 +1,4 @@
-"""The driver's side of forkserver.py: a Ray that this process starts forks its workers."""
+"""The driver's side of forkserver.py. It makes a Ray that this process starts fork its workers."""
 
 import atexit
 import contextlib
@@ -17,10 +17,10 @@ from pathlib import Path
 from pipeline.cluster import forkserver
 from pipeline.cluster.forkserver import early_name, server_command
 
-# Set to 0: every worker is a new Python, as in any other Ray.
+# If this variable is 0, every worker is a new Python, as in any other Ray.
 SWITCH = "RAY_DDPM_FORK_WORKERS"
-# Variables that a driver gets from `ray.init`, and a worker from its raylet, unless the user has set them. The job is the
-# first one of a new Ray.
+# Variables that `ray.init` sets in a driver, and the raylet in a worker, unless the user has set them. The job id is that
+# of a new Ray's first job.
 FROM_RAY = {
     "RAY_AUTH_MODE": "token",
     "RAY_CLIENT_MODE": "0",
@@ -28,25 +28,25 @@ FROM_RAY = {
     "RAY_LD_PRELOAD_ON_WORKERS": "0",
     "SPT_NOENV": "1",
 }
-# Bytes of the temporary folder's path. That of a socket in a folder of it has 107 at most.
+# Longest path of a temporary folder, in characters. Linux limits the path of a socket below it to 107 bytes.
 LONGEST_PLACE = 60
 
 
 def start_server(preload: str, variables: dict[str, str]) -> Path | None:
-    """Starts a server for the workers of a Ray that this process will start, and does not wait for it.
+    """Starts a fork server for a Ray that this process will start, and does not wait for it.
 
     Args:
         preload: modules that the workers need, separated by commas.
         variables: the workers' runtime environment.
 
     Returns:
-        the folder to give to `forked_workers`; None where workers are not forked.
+        the folder to give to `forked_workers`; None if workers are not forked.
     """
     if not _can_fork():
         return None
     folder = _new_folder()
     environment = {**FROM_RAY, **os.environ, **variables}
-    # Ray's own children hear neither: Ctrl-C and SIGTERM are the driver's business.
+    # Only the driver handles Ctrl-C and SIGTERM, so the server blocks them, as Ray's own children do.
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -65,11 +65,11 @@ def start_server(preload: str, variables: dict[str, str]) -> Path | None:
 
 @contextlib.contextmanager
 def forked_workers(preload: str, folder: Path | None = None) -> Iterator[None]:
-    """Ray nodes that are started inside fork their workers.
+    """Ray nodes that start inside this context fork their workers.
 
     Args:
         preload: modules that the workers need, separated by commas.
-        folder: of a server that `start_server` has started for them.
+        folder: result of `start_server`; None = the first worker becomes the server.
     """
     if not _can_fork():
         yield
@@ -80,7 +80,7 @@ def forked_workers(preload: str, folder: Path | None = None) -> Iterator[None]:
     command = [python, "-I", "-S", forkserver.__file__, str(folder), preload]
     program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     program.chmod(0o700)
-    if os.access(program, os.X_OK):  # not where programs in temporary folders are forbidden
+    if os.access(program, os.X_OK):  # false if the temporary folder is mounted noexec
         sys.executable = str(program)  # Ray starts all its processes with it
     try:
         yield
@@ -93,9 +93,9 @@ def _can_fork() -> bool:
 
 
 def _new_folder() -> Path:
-    """A folder for the program and its sockets, removed at the end of this process.
+    """Makes a folder for the program and its sockets, which is removed at the end of this process.
 
-    Only the user may enter: whoever reaches a socket may start processes.
+    Only the user can enter it, because anyone who reaches a socket can start processes.
     """
     place = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="ray-ddpm-", dir=place if len(place) < LONGEST_PLACE else "/tmp"))
@@ -104,6 +104,6 @@ def _new_folder() -> Path:
 
 
 def _worker_folder() -> str:
-    """Where Ray's own worker is. Python puts this folder first into its search path."""
+    """The folder of Ray's own worker script. Python puts it first into the worker's search path."""
     found = importlib.util.find_spec("ray")
     return str(Path(found.origin).parent / "_private" / "workers") if found and found.origin else ""

@@ -1,22 +1,22 @@
-"""Ray's worker processes forked from one that has imported the libraries already.
+"""Forks Ray's worker processes from one process that has already imported the libraries.
 
-A worker of Ray is a new Python that imports Ray, Ray Data, Ray Train and torch: three to eight seconds of a core, and a
-training in Ray Train is ten of them. A Ray that a job starts for itself is given a program in place of Python
-(`forking.forked_workers`). Ray's raylet calls it to start a worker, with the command line of that worker:
+Normally each worker of Ray is a new Python that imports Ray, Ray Data, Ray Train and torch. That takes three to eight
+seconds of a core, and a training run starts ten of them. A job that starts its own Ray gives it this program in place of
+Python (`forking.forked_workers`). Ray's raylet calls it with a worker's command line:
 
-    first call      it becomes the server: it imports the modules, then forks the worker, and stays
-    later calls     it asks the server to fork, and ends
-    no worker       it becomes Python: for the dashboard's agent and whatever else Ray starts
+    first call      becomes the server: it imports the modules, forks the worker and stays
+    later calls     ask the server to fork, and end
+    other programs  become Python: the dashboard's agent and whatever else Ray starts
 
-A job that knows early what its workers need starts the server itself (`forking.start_server`), so that its imports run
-beside the job's own and beside Ray's start. The first call of a raylet then finds that server waiting.
+A job that knows early what its workers need starts the server itself (`forking.start_server`). Its imports then run
+beside the job's own imports and beside Ray's start, and the raylet's first call finds it waiting.
 
-A server serves the calls of one raylet that come with the same environment, so that a forked worker is what a started one
-would be: libraries read the environment when they are imported. The worker's runtime environment counts as well; one that
-asks for more than variables (a package, a container) gets a Python of its own. The server ends with its raylet, and its
-workers with it. Linux has what this needs; elsewhere every worker is a new Python.
+A server serves one raylet, and only calls with the same environment, because libraries read the environment when they are
+imported. So a forked worker equals a started one. The worker's runtime environment counts as well. A worker whose runtime
+environment has more than variables (a package, a container) gets its own Python. The server ends with its raylet, and
+the workers end with the server. This needs Linux; on other systems every worker is a new Python.
 
-This file is that program, so it imports the standard library alone, and that late. A driver's side is in forking.py.
+This file is the program, so it imports only the standard library, and only when needed. The driver's side is forking.py.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from typing import Any
 
 SETUP = "setup_worker.py"
 CONTEXT = "--serialized-runtime-env-context="
-# The raylet's process id. Ray's core reads it once, when it is imported, and ends with that process. A server that no
-# raylet has called yet sets its own id: it will end with the raylet, too.
+# The raylet's process id. Ray's core reads it once, when it is imported, and ends when that process ends. A server that
+# no raylet has called yet sets its own id, because it ends with the raylet as well.
 RAYLET = "RAY_RAYLET_PID"
 
 
 def main() -> None:
-    """Starts what Ray asks for: a worker by the server, anything else as it is."""
+    """Starts the process that Ray asks for: a worker through the server, any other program directly."""
     folder, preload, *command = sys.argv[1:]
     context = _context(command)
     if context is not None:
@@ -42,12 +42,12 @@ def main() -> None:
             if _become_or_ask_server(Path(folder), preload, command, context):
                 return
     if Path(command[0]).name == "agent.py":
-        os.nice(10)  # it collects figures of the node; the first step waits for all others
+        os.nice(10)  # the agent only collects figures of the node, and the first step does not wait for it
     os.execv(sys.executable, [sys.executable, *command])
 
 
 def _context(command: list[str]) -> dict[str, str] | None:
-    """The variables of the worker's runtime environment; None for what must have a Python of its own."""
+    """The variables of the worker's runtime environment; None if the process needs its own Python."""
     if Path(command[0]).name != SETUP or "--language=PYTHON" not in command:
         return None
     found = [part.removeprefix(CONTEXT) for part in command if part.startswith(CONTEXT)]
@@ -60,7 +60,12 @@ def _context(command: list[str]) -> dict[str, str] | None:
 
 
 def _become_or_ask_server(folder: Path, preload: str, command: list[str], variables: dict[str, str]) -> bool:
-    """Does not return where this process becomes the server; else whether the server has forked the worker."""
+    """Asks the server to fork the worker, and returns True if it did. Does not return if this process becomes the server.
+
+    Args:
+        command: the worker's command line, without Python.
+        variables: the worker's runtime environment.
+    """
     import fcntl
     import socket
 
@@ -70,9 +75,9 @@ def _become_or_ask_server(folder: Path, preload: str, command: list[str], variab
     words = [part for part in command[1:] if not part.startswith((CONTEXT, "--language="))]
     request = json.dumps([raylet, words])
     with socket.socket(socket.AF_UNIX) as client, Path(f"{address}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several first calls at once one becomes the server
+        fcntl.flock(lock, fcntl.LOCK_EX)  # if several first calls come at once, one becomes the server
         with contextlib.suppress(FileNotFoundError):
-            (folder / early_name(environment)).rename(address)  # that server is this raylet's from now on
+            (folder / early_name(environment)).rename(address)  # this raylet takes over the early server
         try:
             client.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
@@ -98,21 +103,21 @@ def _key(content: object) -> str:
 
 
 def early_name(environment: dict[str, str]) -> str:
-    """The name of the socket of a server that no raylet has called yet."""
+    """The name of the socket on which a server waits for its first raylet."""
     return _key(sorted((name, value) for name, value in environment.items() if name != RAYLET))
 
 
 def serve(listener: int, watched: int, preload: str, first: str) -> list[str]:
-    """Forks workers until the raylet ends, whose end is theirs.
+    """Forks workers until the raylet ends, and then kills them and ends itself.
 
     Args:
-        listener: descriptor of the socket on which calls come.
-        watched: process whose end is the server's: the raylet, or until its first call the driver.
+        listener: descriptor of the socket that receives calls.
+        watched: id of the process with which the server ends: the raylet, or the driver until the raylet's first call.
         preload: modules to import first, separated by commas.
-        first: the call that this process was started by; empty for a server that waits for its first one.
+        first: the call that started this process, as JSON; "" = the server waits for its first call.
 
     Returns:
-        in each of the workers: its command line.
+        the worker's command line. Only the forked workers return.
     """
     import gc
     import select
@@ -130,12 +135,12 @@ def serve(listener: int, watched: int, preload: str, first: str) -> list[str]:
     if not (_imported(preload) and _may_fork()):
         server.close()
         if not first:
-            os._exit(1)  # callers find nobody here and start their workers themselves
-        return _take(json.loads(first))  # this process is the first worker then, and serves no other
-    gc.freeze()  # so that the collector of a worker does not touch, and copy, what all share
+            os._exit(1)  # the first caller finds no server and becomes one
+        return _take(json.loads(first))  # this process becomes the first worker, and serves no other
+    gc.freeze()  # so that a worker's garbage collection does not copy shared memory by writing to it
 
     def fork() -> bool:
-        """Whether this is the worker."""
+        """Forks. Returns True in the worker."""
         if pid := os.fork():
             workers[fd := os.pidfd_open(pid)] = pid
             poll.register(fd, select.POLLIN)
@@ -163,12 +168,12 @@ def serve(listener: int, watched: int, preload: str, first: str) -> list[str]:
             else:
                 client, _ = server.accept()
                 request, streams = b"", list[int]()
-                with contextlib.suppress(OSError):  # a client that is gone
+                with contextlib.suppress(OSError):  # the client has ended
                     request, streams, _, _ = socket.recv_fds(client, 2**20, 3)
                     while request and not request.endswith(b"\0"):
                         request += client.recv(2**20)
                 called = json.loads(request[:-1]) if request else None
-                if called and called[0] != owner:  # the first call: no longer the driver's end counts
+                if called and called[0] != owner:  # first call: watch the raylet instead of the driver
                     owner = called[0]
                     poll.unregister(watch)
                     os.close(watch)
@@ -187,14 +192,14 @@ def serve(listener: int, watched: int, preload: str, first: str) -> list[str]:
 
 
 def _take(request: list[Any]) -> list[str]:
-    """In a worker: the command line of a call."""
+    """Prepares a worker for its call, and returns the call's command line."""
     raylet, command = request
     os.environ[RAYLET] = str(raylet)
     return list(command)
 
 
 def _imported(preload: str) -> bool:
-    """Whether the modules are imported now; a worker that needs one that is missing says so itself."""
+    """Imports the modules. Returns False if one is missing; a worker that needs it reports that itself."""
     import importlib
 
     try:
@@ -207,11 +212,11 @@ def _imported(preload: str) -> bool:
 
 
 def _may_fork() -> bool:
-    """Whether processes that are forked from this one give different ids to what they make, and may use the GPU."""
+    """True if forked processes would draw different random ids from Ray, and CUDA is not initialized here."""
     import ray
 
     opened = [str(Path(file.path).resolve()) for file in os.scandir("/proc/self/fd")]
-    if any(file.startswith("/dev/nvidia") for file in opened):  # CUDA has begun, and would not begin again
+    if any(file.startswith("/dev/nvidia") for file in opened):  # a forked process can't initialize CUDA again
         return False
     ids = set()
     for _ in range(2):
@@ -227,7 +232,7 @@ def _may_fork() -> bool:
 
 
 def _work(command: list[str]) -> None:
-    """Runs Ray's worker in this process, as Python would."""
+    """Runs Ray's worker script in this process, as Python would."""
     import runpy
 
     sys.argv = command

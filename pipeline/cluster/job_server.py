@@ -1,4 +1,4 @@
-"""The way to a cluster's job server: address, token, certificate; one clear line for each that is wrong."""
+"""Connects to a cluster's job server: address, token, certificate. Each that is wrong gets one clear line."""
 
 import logging
 import os
@@ -12,24 +12,25 @@ from pipeline.redact import one_line, redact
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 VARIABLES = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"
-# What the code that is sent needs of the cluster, as pyproject.toml says.
+# Oldest versions on the cluster that can run the code that is sent, as in pyproject.toml.
 OLDEST = {"Ray": (2, 60), "Python": (3, 11)}
 THIS_MACHINE = "127.0.0.1", "localhost", "::1"
 SECONDS = 15.0
 
 
 def connect(address: str, verify: str = "true") -> Any:
-    """A client of the job server.
+    """Connects a client to a job server.
 
-    Where RAY_AUTH_MODE is not set, this machine's own cluster gets the token that Ray keeps in the home folder and
-    that `ray start` turns on by itself; no other cluster gets it.
+    If RAY_AUTH_MODE is not set, a cluster on this machine gets the token from the home folder that `ray start` creates.
+    No other cluster gets that token.
 
     Args:
-        address: http:// or https://; "" = RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else this machine's.
-        verify: "true", "false", or a path of certificates of trusted authorities.
+        address: http:// or https://; "" = RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else this machine's job server.
+        verify: "true", "false", or the path of trusted authorities' certificates.
 
     Raises:
-        InputError: no job server answers there, or not to us.
+        InputError: the address or the certificates are wrong, no job server answers, it refuses the token, or the
+            cluster's versions are too old.
     """
     given = {"--address": address} | {name: os.environ.get(name, "") for name in VARIABLES}
     source, address = next(((k, v.strip().rstrip("/")) for k, v in given.items() if v), ("", DEFAULT_ADDRESS))
@@ -37,7 +38,7 @@ def connect(address: str, verify: str = "true") -> Any:
     checked: bool | str = {"true": True, "false": False}.get(verify.lower(), verify)
     if isinstance(checked, str) and not Path(checked).exists():
         raise InputError(f"--verify {verify}: expected true, false, or a file or folder of certificates")
-    # Ray's client would let these override the address that it is given.
+    # Ray's client would prefer these variables to its argument.
     for name in VARIABLES:
         os.environ.pop(name, None)
 
@@ -53,7 +54,7 @@ def connect(address: str, verify: str = "true") -> Any:
     _knock(address, checked)
     try:
         client = JobSubmissionClient(address, verify=checked)
-        # The version may be asked for by anyone: whether the token is the right one shows here.
+        # The version is public, so only this request shows if the token is correct.
         client.get_job_info("is-the-token-right")
     except AuthenticationError as error:
         raise InputError(_token_line(address, str(error))) from None
@@ -65,7 +66,11 @@ def connect(address: str, verify: str = "true") -> Any:
 
 
 def read_log(client: Any, job_id: str, node: str | None) -> bytes:
-    """All that a job has printed so far; `node` is its driver's, None before it has started."""
+    """All that a job has printed so far.
+
+    Args:
+        node: id of the node of the job's driver; None = the job has not started.
+    """
     from pipeline.cluster.ray_internals import ask_job_server
 
     if node is None:
@@ -75,7 +80,7 @@ def read_log(client: Any, job_id: str, node: str | None) -> bytes:
 
 
 def _check_address(source: str, address: str) -> None:
-    """Refuses an address of another kind, and says where it was given."""
+    """Refuses an address that is not http:// or https://, and names the flag or variable that gave it."""
     try:
         url = urlsplit(address)
         complete = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
@@ -87,7 +92,7 @@ def _check_address(source: str, address: str) -> None:
         return
     hint = "http://HOST:8265 or https://HOST"
     if host and "@" not in address:
-        hint = f"the job server of that cluster, http://{host}:8265 unless its head was told otherwise"
+        hint = f"the job server of that cluster, by default http://{host}:8265"
     name = f"--address {redact(address)}" if source == "--address" else f"{source}={redact(address)}"
     raise InputError(
         f"{name}: expected {hint}" + ("" if source == "--address" else "; --address goes before it")
@@ -95,7 +100,7 @@ def _check_address(source: str, address: str) -> None:
 
 
 def _knock(address: str, verify: bool | str) -> None:
-    """Asks for the version: Ray's own client waits for ever where nothing answers, and hides TLS's complaints."""
+    """Requests the version first, because Ray's client waits forever for an answer and hides errors of TLS."""
     import requests
 
     try:
@@ -115,18 +120,18 @@ def _knock(address: str, verify: bool | str) -> None:
             "this machine, --address names another"
         ) from None
     except (requests.exceptions.RequestException, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"what answers at {address} is no Ray job server: {one_line(error)}") from None
+        raise InputError(f"the server at {address} is not a Ray job server: {one_line(error)}") from None
 
 
 def _root(error: BaseException) -> BaseException:
-    """The first of a chain of errors: the one that the system raised."""
+    """The first error of a chain, which the system raised."""
     while before := error.__cause__ or error.__context__:
         error = before
     return error
 
 
 def _check_versions(client: Any, address: str) -> None:
-    """Refuses a cluster that is too old for the code that is sent, which would end there in a traceback."""
+    """Refuses a cluster that is too old for the code that is sent."""
     from pipeline.cluster.ray_internals import ask_job_server
 
     needed = " and ".join(f"{name} {'.'.join(map(str, oldest))}" for name, oldest in OLDEST.items())

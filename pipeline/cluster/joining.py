@@ -1,4 +1,4 @@
-"""Whether the cluster at RAY_ADDRESS can be joined: asked in seconds; Ray would wait for minutes, deaf to Ctrl-C."""
+"""Checks within seconds that the cluster at RAY_ADDRESS can be joined. Ray would wait minutes and ignore Ctrl-C."""
 
 import json
 import platform
@@ -10,24 +10,25 @@ from urllib.parse import urlsplit
 from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line, redact
 
-# For one answer of the cluster, and for a node of it to appear on this machine.
+# Time limit of one request, and of the wait for a node of the cluster on this machine.
 SECONDS = 10.0
 WITHOUT = "unset it to start a Ray of this job's own"
 
 
 def check_joinable(address: str) -> None:
-    """Asks the cluster that RAY_ADDRESS names whether this process can become a driver of it.
+    """Checks that this process can become a driver of the cluster at RAY_ADDRESS.
 
     Args:
-        address: HOST:PORT of a cluster's head, or "auto" for the one that was started last on this machine.
+        address: HOST:PORT of the cluster's head; "auto" = the Ray that was started last on this machine.
 
     Raises:
-        InputError: not Ray answers there, or to no driver of this version, or from this machine.
-        Outage: nobody answers there.
+        InputError: another program answers, the cluster refuses the token, its versions of Ray or Python differ, or none
+            of its nodes runs on this machine.
+        Outage: nothing answers.
     """
     host, port = _parsed(_found() if address == "auto" else address)
     name = f"RAY_ADDRESS={address}" + (f" ({host}:{port})" if address == "auto" else "")
-    # Ray's own client of an address that nobody serves can't be interrupted.
+    # Ray's own client can't be interrupted while it waits for an address where nothing answers.
     try:
         socket.create_connection((host, port), SECONDS).close()
     except OSError as error:
@@ -69,13 +70,21 @@ def _parsed(address: str) -> tuple[str, int]:
 
 
 def _ask(target: str, name: str) -> None:
-    """Raises InputError where what listens is no cluster of ours."""
+    """Asks the head of the cluster for its versions and its nodes.
+
+    Args:
+        target: HOST:PORT for gRPC.
+        name: the address, for messages.
+
+    Raises:
+        InputError: as `check_joinable`.
+    """
     import grpc
 
     from pipeline.cluster import ray_internals as internals
 
     try:
-        # As for Ray's own client, an HTTP proxy is not the way to a cluster.
+        # No HTTP proxy, as in Ray's own client.
         channel = internals.init_grpc_channel(target, [("grpc.enable_http_proxy", 0)])
     except (OSError, RuntimeError, ValueError) as error:  # a token or a certificate that can't be read
         raise InputError(f"{name}: {one_line(error)}") from None
@@ -98,11 +107,11 @@ def _refusal(error: Any, name: str) -> str:
     words = one_line(error.details() or error.code().name)
     if error.code() is grpc.StatusCode.UNAUTHENTICATED:
         return f"the cluster at {name} refuses this driver: set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN ({words})"
-    return f"what answers at {name} is no head of a Ray cluster: {words}; {WITHOUT}"
+    return f"the server at {name} is not the head of a Ray cluster: {words}; {WITHOUT}"
 
 
 def _check_versions(version: str, stored: bytes, name: str) -> None:
-    """Ray joins only what has its own version, and Python's."""
+    """Refuses a cluster with another version of Ray or Python, which Ray can't join."""
     import ray
 
     here = {"Ray": ray.__version__, "Python": platform.python_version()}
@@ -116,12 +125,12 @@ def _check_versions(version: str, stored: bytes, name: str) -> None:
 
 
 def _check_node(nodes: Any, name: str) -> None:
-    """A driver needs a node of its cluster on its own machine."""
+    """Refuses a cluster without a node on this machine, because a driver needs one."""
     from pipeline.cluster import ray_internals as internals
 
     end = time.monotonic() + SECONDS
     while True:
-        # As Ray looks for it: one that has just started may not be known yet.
+        # Ray looks for a node in the same way. The head may not know a node that has just started.
         mine = [bytes.fromhex(identity) for identity in internals.find_node_ids()]
         if mine:
             chosen = [internals.GetAllNodeInfoRequest.NodeSelector(node_id=one) for one in mine]

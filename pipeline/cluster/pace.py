@@ -1,6 +1,6 @@
-"""How Ray Data's loop goes on: at a pace that leaves the processor to others, with a bound on what reads hold.
+"""Limits the pace of Ray Data's loop, to leave the processor to others, and the memory that reads hold.
 
-Both through Ray Data's own hooks, a callback and a backpressure policy.
+Both use Ray Data's own hooks, a callback and a backpressure policy.
 """
 
 import time
@@ -22,11 +22,12 @@ _BOUND = "ray_ddpm.in_flight"
 
 
 class PacedExecution(ExecutionCallback):
-    """At most one step of Ray Data's loop in STEP_SECONDS.
+    """Allows at most one step of Ray Data's loop per STEP_SECONDS.
 
-    While blocks wait that nobody needs yet, the loop has nothing to do and asks again at once. It would keep a core
-    busy, and hold Python's lock of its process nearly all the time: beside it, in a trainer, a small network trains
-    ten times as slowly. And what Ray Data keeps of every block, for a summary, is dropped: an execution lasts for a run.
+    While blocks wait to be consumed, the loop has nothing to do but does not pause. It would keep a core busy and hold
+    Python's global lock nearly all the time, so a small network in the same process would train ten times as slowly.
+
+    An execution lasts as long as a training run, so the statistics that Ray Data keeps of every block are dropped.
     """
 
     _last = 0.0
@@ -39,11 +40,11 @@ class PacedExecution(ExecutionCallback):
 
 
 class InFlightLimit(BackpressurePolicy):
-    """Starts a task where its output has room beside what waits and what running tasks make.
+    """Starts a task only if its output fits beside the waiting blocks and the output of running tasks.
 
-    Ray's own policy halves the memory that it may use and then some, so that one reader works where there is room for
-    three; and it leaves finished output unread, which its loop then asks for without end. What other operators take is
-    bounded by the number of blocks that wait for them.
+    Ray's own policy uses less than half of the allowed memory, so one reader works where three would fit. It also leaves
+    finished output unread and polls for it without end. The input of other operators is limited by the number of blocks
+    that wait for them.
     """
 
     def can_add_input(self, op: Any) -> bool:
@@ -62,9 +63,9 @@ class InFlightLimit(BackpressurePolicy):
 
 
 def blocks_of(dataset: Dataset) -> Iterator[pa.Table]:
-    """The blocks of one execution, as they are made; closing it ends the execution.
+    """Yields the blocks of one execution as they are made. Closing the iterator ends the execution.
 
-    Ray Data's `iter_batches` leaves a thread behind where it is closed before its end, which holds blocks for ever.
+    Ray Data's `iter_batches` would leave a thread behind that holds blocks forever if it is closed early.
     """
     for bundle in dataset.iter_internal_ref_bundles():
         for entry in bundle.blocks:
@@ -72,18 +73,18 @@ def blocks_of(dataset: Dataset) -> Iterator[pa.Table]:
 
 
 def set_pace(context: DataContext) -> None:
-    """For the executions of datasets that have this context."""
+    """Limits the pace of all executions with this context."""
     if PacedExecution not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(PacedExecution)
 
 
 def set_in_flight(context: DataContext, bound: int, largest: int, waiting: int) -> None:
-    """Bounds what tasks make and what waits.
+    """Limits the output of tasks and the number of waiting blocks.
 
     Args:
-        bound: of the last operator's output, in bytes.
-        largest: output of one of its tasks.
-        waiting: blocks that wait for an operator.
+        bound: largest total output of the last operator, in bytes.
+        largest: largest output of one of its tasks, in bytes.
+        waiting: number of waiting blocks at which an operator gets no more.
     """
     context.set_config(_BOUND, (bound, largest, waiting))
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [InFlightLimit])

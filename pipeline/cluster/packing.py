@@ -1,7 +1,7 @@
-"""The working tree as one small zip for a cluster: what git tracks and what is asked for, without data and secrets.
+"""Packs the working tree into a small zip for a cluster: tracked and requested files, without data and secrets.
 
-Ray can pack a folder itself, but follows links out of it, knows no limit under 512 MiB, and makes another
-package of the same files in another checkout.
+Ray can pack a folder itself, but it follows links out of the folder, its lowest size limit is 512 MiB, and the same files
+in another checkout give another package.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathspec import GitIgnoreSpec
 from pipeline.errors import InputError
 from pipeline.redact import find_secret, one_line, printable
 
-# Never sent, whatever is asked for.
+# Files that are never sent, even if requested.
 _SECRET = """
     .env* *.env *.pem *.key *.p12 *.pfx *.jks *.keystore *.kdbx *.ppk id_rsa* id_dsa* id_ed25519* id_ecdsa*
     .netrc _netrc .pgpass .my.cnf .pypirc .npmrc .yarnrc* .git-credentials .gitcookies .htpasswd .vault-token
@@ -29,27 +29,28 @@ _SECRET = """
     secrets.json secrets.y*ml secrets.toml secrets.ini *[-_.]secrets.y*ml *[-_.]secret.y*ml *.secret *.secrets
     *.tfstate *.tfstate.* *.tfvars *.tfvars.json .terraform/
 """
-# Sent only where it is asked for: history and environments, data and results.
+# Files that are sent only if requested: history and environments, data and results.
 _NEEDLESS = """
     .git .venv/ venv/ __pycache__/ .*_cache/ *.egg-info/ node_modules/
     mlruns/ mlartifacts/ *.db *.sqlite* *.parquet *.arrow *.tar *.tgz *.gz *.zip *.npy *.npz *.h5
     *.safetensors *.pt *.pth *.ckpt *.pkl *.png *.jpg *.jpeg *.webp *.gif *.bmp *.tif *.tiff
 """
-# One date for every file: equal trees make equal zips, which Ray uploads once.
+# Every file gets the same date. So equal trees give equal zips, which Ray uploads once.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def pack(
     root: Path, target: Path, max_megabytes: int, base: Path | None = None, include: Sequence[str] = ()
 ) -> int:
-    """Zips a tree; returns the number of files.
+    """Zips a tree and returns the number of files.
 
     Args:
-        base: the folder that names in the zip are relative to; None = `root`.
-        include: patterns of files that are sent beside the others.
+        max_megabytes: size limit of all files together, before compression.
+        base: folder to which names in the zip are relative; None = `root`.
+        include: patterns of files to send beside the tracked ones.
 
     Raises:
-        InputError: the files are larger than `max_megabytes` in all, or one of them holds a secret.
+        InputError: the files are larger than `max_megabytes` together, a file holds a secret, or as `tree_files`.
     """
     files = tree_files(root, include)
     sizes = {path: path.stat().st_size for path in files}
@@ -59,8 +60,8 @@ def pack(
             tops[path.relative_to(root).parts[0]] += size
         largest = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in tops.most_common(3))
         raise InputError(
-            f"{root} is {sum(sizes.values()) / 1e6:.1f} MB, and at most --max-megabytes {max_megabytes} are sent: "
-            f"{largest}; name what jobs don't need in .rayignore"
+            f"{root} is {sum(sizes.values()) / 1e6:.1f} MB, more than --max-megabytes {max_megabytes}: {largest}; "
+            "name files that jobs don't need in .rayignore"
         )
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:
@@ -74,12 +75,12 @@ def pack(
 
 
 def tree_files(root: Path, include: Sequence[str] = ()) -> list[Path]:
-    """The files that are sent, sorted: those that git tracks, less .rayignore's, and those that `include` names.
+    """The files to send, sorted: tracked files that .rayignore does not exclude, and the files that `include` names.
 
-    Where git does not know the tree: all that git would not ignore. Links are not followed.
+    Outside of a git repository, all files that .gitignore and .rayignore do not exclude. Links are not followed.
 
     Raises:
-        InputError: something in `include` is not there, or may never be sent.
+        InputError: a pattern in `include` matches no file, or only files that are never sent.
     """
     never = GitIgnoreSpec.from_lines([*_SECRET.split(), *_NEEDLESS.split()])
     allowed, listed = _others_than(never, root), _listed(root)
@@ -117,7 +118,7 @@ def _others_than(never: GitIgnoreSpec, root: Path) -> Callable[[str, Path], bool
 
 
 def _included(root: Path, pattern: str) -> set[Path]:
-    """The files that one --include names."""
+    """The files that match one --include."""
     if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise InputError(f"--include {pattern}: give a path or a pattern below {root}")
     found = set(root.glob(pattern))
@@ -126,16 +127,16 @@ def _included(root: Path, pattern: str) -> set[Path]:
     for folder in (path for path in found if path.is_dir() and not path.is_symlink()):
         files |= set(_walk(folder, [], (), allowed))
     if not files:
-        why = "files of this name hold secrets, and are never sent" if found else f"no such file in {root}"
+        why = "files with such names hold secrets and are never sent" if found else f"no such file in {root}"
         raise InputError(f"--include {pattern}: {why}")
     return files
 
 
 def _listed(root: Path) -> tuple[set[Path], set[Path]] | None:
-    """The files that git tracks, and those that it neither tracks nor ignores; None where it does not know the tree."""
+    """The files that git tracks, and those that it neither tracks nor ignores; None if git can't list the tree."""
     if not (root / ".git").exists():
         return None
-    # A hook that calls this has variables that name another tree.
+    # In a git hook, variables may point to another tree.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def ask(*flags: str) -> set[Path]:
@@ -149,7 +150,10 @@ def _listed(root: Path) -> tuple[set[Path], set[Path]] | None:
         return None
     except subprocess.CalledProcessError as error:
         reason = one_line(error.stderr.decode(errors="replace"))
-        print(f"git can't list {root} ({reason}): what .gitignore does not name is sent", file=sys.stderr)
+        print(
+            f"git can't list {root} ({reason}): all files that .gitignore does not name are sent",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -159,12 +163,12 @@ def _walk(
     names: Sequence[str],
     wanted: Callable[[str, Path], bool],
 ) -> Iterator[Path]:
-    """The files below a folder that are wanted and that no rule excludes: the last rule of the deepest folder decides.
+    """Yields the wanted files below a folder that no rule excludes. The last rule of the deepest folder decides.
 
     Args:
-        rules: those of the folders above, with the folder of each.
-        names: of the files that hold rules.
-        wanted: asked of each path, with what is added to the path of a folder.
+        rules: the rules of the folders above, each with its folder.
+        names: names of the files that hold rules.
+        wanted: called with "/" for a folder, else "", and the path; returns False to skip it.
     """
     rules = [*rules, (folder, _rules(*(folder / name for name in names)))]
     for path in sorted(folder.iterdir()):
@@ -184,7 +188,7 @@ def _walk(
 
 
 def _rules(*files: Path) -> GitIgnoreSpec:
-    """What ignore files say, those that are there; as git does, without the lines that are no pattern."""
+    """The patterns in ignore files. Missing files and invalid lines are skipped, as git does."""
     lines = list[str]()
     for file in files:
         for line in file.read_text(errors="surrogateescape").splitlines() if file.is_file() else ():

@@ -1,6 +1,6 @@
-"""Tasks through workers that are set up once: a pool of actors on Ray Data, or this process.
+"""Runs tasks in workers that are set up once: a pool of actors on Ray Data, or this process.
 
-Ray is imported when a pool of actors starts: jobs on little data never need it.
+Ray is imported only when a pool of actors starts, because jobs on little data do not need it.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from pipeline.gpu.precision import use_tf32
 if TYPE_CHECKING:
     from pipeline.cluster.room import Need
 
-# Ray Data keeps some kilobytes in the driver for every block that there ever was: this bounds them.
+# Most blocks of a dataset. Ray Data keeps some kilobytes in the driver for every block.
 MOST_BLOCKS = 4096
 
 
 class Work(Protocol):
-    """What to do with a task; travels to whoever does it by pickle, within the job."""
+    """The work on a task. The job sends it to its workers by pickle."""
 
     def start(self, device: str) -> Callable[[Any], Any]:
-        """Sets up on a device ("cpu", "cuda"), once, and returns the function that does one task."""
+        """Sets up once on a device ("cpu" or "cuda"), and returns the function that does one task."""
 
 
 class Pool(Protocol):
@@ -43,17 +43,17 @@ def in_process(work: Work, tasks: Sequence[Any], title: str = "") -> Iterator[An
 
 @dataclass(frozen=True)
 class ActorPool:
-    """A `Pool` over the cluster, which is joined or started where there is none yet.
+    """A `Pool` over the cluster. It joins or starts Ray if the process has not done so.
 
     Attributes:
-        most: most actors, never more than tasks; 0 = one for every CPU (GPU where those are used), those included that
-            an autoscaler adds.
-        gpu: a GPU for each actor; None = where the cluster has any, or its autoscaler brings one.
-        least: fewest actors: the pool grows while tasks wait and the cluster has room, and shrinks when they run
-            out; 0 = as many as `most`, all the time.
-        cpus: of each actor; fractions run beside whatever holds the CPUs of a small machine.
-        ordered: results come in the tasks' order, so that what is merged of them is the same for any pool; else as
-            they are done.
+        most: most actors, never more than tasks; 0 = one per CPU (per GPU if they use GPUs), with those that an
+            autoscaler can add.
+        gpu: True gives each actor a GPU; None = if the cluster has one or its autoscaler can add one.
+        least: fewest actors; the pool grows while tasks wait and the cluster has room, and shrinks when tasks run out.
+            0 = always as many as `most`.
+        cpus: CPUs that each actor reserves; a fraction fits beside the processes that hold a small machine's CPUs.
+        ordered: True yields results in the order of the tasks, so that merged results are the same for any pool;
+            False yields them as they are done.
     """
 
     most: int = 0
@@ -63,13 +63,13 @@ class ActorPool:
     ordered: bool = True
 
     def __call__(self, work: Work, tasks: Sequence[Any], title: str = "") -> Iterator[Any]:
-        """Does the tasks, once there is room for an actor. Ray Data restarts a killed one, and gives its task again.
+        """Does the tasks as soon as an actor fits. Ray Data restarts a killed actor and repeats its task.
 
         Args:
-            title: shown beside the number of tasks done; "" = nothing is shown.
+            title: title of the progress display; "" = no display.
 
         Raises:
-            InputError: no node is large enough for an actor, or what the work raised as such.
+            InputError: no node is large enough for an actor, or the work itself raised it.
         """
         import ray
 
@@ -89,7 +89,7 @@ class ActorPool:
                     yield pickle.loads(row["result"])
 
     def _need(self, gpu: bool) -> "Need":
-        """Of one actor."""
+        """The resources of one actor."""
         from pipeline.cluster.room import Need
 
         each = {"CPU": self.cpus} | ({"GPU": 1.0} if gpu else {})
@@ -106,14 +106,13 @@ class ActorPool:
         each = self._need(gpu) if gpu else Need(1, {"CPU": 1.0}, "", "")
         units = wanted if self.most and not self.least else most_places(each, wanted)
         least, most = self.size(units, len(tasks))
-        # Items, not `ray.data.range`: its own tasks take a whole CPU each, which the actors may have left none of.
+        # Not `ray.data.range`: each of its tasks needs a whole CPU, and the actors may leave none.
         numbers = [{"id": number} for number in range(len(tasks))]
         dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
             _Actor,
-            # In a list, since Ray would put a bare reference's value into the actor's own arguments, which a restarted
-            # actor can't find again.
+            # In a list, because Ray would replace a bare reference by its value, which a restarted actor can't find.
             fn_constructor_args=([ray.put((work, tasks))], "cuda" if gpu else "cpu"),
-            # Two in flight: the next task is there when one is done, and none waits long behind another at the end.
+            # Two tasks in flight, so the next one is ready when one is done, and none waits long at the end.
             compute=ray.data.ActorPoolStrategy(
                 min_size=least,
                 max_size=most,
@@ -127,13 +126,18 @@ class ActorPool:
         yield from dataset.iter_rows()
 
     def size(self, units: int, tasks: int) -> tuple[int, int]:
-        """Fewest and most actors for so many CPUs or GPUs, and tasks."""
+        """The fewest and the most actors.
+
+        Args:
+            units: number of CPUs or GPUs.
+            tasks: number of tasks.
+        """
         most = max(1, min(self.most or max(units, self.least), tasks))
         return min(self.least or most, most), most
 
 
 class _Actor:
-    """A worker whose errors, where the user can mend them, travel as results: Ray would bury them in tracebacks."""
+    """A worker that returns an InputError as a result, because Ray would bury it in tracebacks."""
 
     def __init__(self, setup: list[Any], device: str) -> None:
         import ray
@@ -141,10 +145,10 @@ class _Actor:
         self._error = ""
         try:
             work, self._tasks = ray.get(setup[0])
-            # One thread, whatever the number of actors and the machine: sums come out the same.
+            # One thread, so that sums are the same on any machine and with any number of actors.
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(1)
-            use_tf32(False)  # figures and samples of fp32 are those of fp32
+            use_tf32(False)  # TF32 would round the products of figures and samples in fp32
             self._do = work.start(device)
         except InputError as error:
             self._error = str(error)

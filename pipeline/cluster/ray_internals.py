@@ -1,9 +1,9 @@
-"""Every private module of Ray that the project uses: an upgrade of Ray has this one place to look, and one test.
+"""Every private module of Ray that the project uses, so an upgrade of Ray has one place to check, and one test.
 
     from pipeline.cluster.ray_internals import ExecutionCallback
 
-A name is looked up when it is asked for: all of them together would take seconds, and Ray reads the environment
-when it is imported, which `session.connect` sets first.
+A name is imported only on access. All imports together would take seconds, and Ray reads the environment when it is
+imported, after `session.connect` has set it.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 
 INTERNALS = {
-    # Bytes that the object stores of all nodes have spilled to disk: a curve beside every run.
+    # Bytes that the object stores of all nodes have spilled to disk, a curve of every run.
     "get_memory_info_reply": "ray._private.internal_api",
     "get_state_from_address": "ray._private.internal_api",
     # The token that `ray start` keeps in the home folder, for this machine's own cluster.
     "maybe_enable_token_auth_if_token_available": "ray._private.authentication.authentication_token_setup",
-    # What a cluster's head answers before this process joins it: whether it is one, its versions, its nodes here.
+    # Questions to a cluster's head before this process joins it: its versions, and its nodes on this machine.
     "canonicalize_bootstrap_address_or_die": "ray._private.services",
     "find_node_ids": "ray._private.services",
     "init_grpc_channel": "ray._private.grpc_utils",
@@ -30,32 +30,32 @@ INTERNALS = {
     "InternalKVGetRequest": "ray.core.generated.gcs_service_pb2",
     "GetAllNodeInfoRequest": "ray.core.generated.gcs_service_pb2",
     "GcsNodeInfo": "ray.core.generated.gcs_pb2",
-    # Whether an autoscaler adds nodes, what it says of what it is asked for, and the actor that asks it, for the sum of
-    # what Ray Data, Ray Train and we need.
+    # The autoscaler, its answers, and the actor that sends it the sum of the requests of Ray Data, Ray Train and this
+    # project.
     "is_autoscaler_v2": "ray.autoscaler.v2.utils",
     "internal_kv_get_gcs_client": "ray.experimental.internal_kv",
     "DEBUG_AUTOSCALING_STATUS": "ray._private.ray_constants",
     "GetClusterStatusReply": "ray.core.generated.autoscaler_pb2",
     "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler",
-    # What the nodes have and have free, what an autoscaler may add, and the actors of a job.
+    # The nodes' resources and free resources, the autoscaler's limits, and the actors of a job.
     "state": "ray._private.state",
-    # This process in Ray, with the node that it started or joined.
+    # This process's worker object in Ray, with the node that it started or joined.
     "global_worker": "ray._private.worker",
-    # The pace of Ray Data's loop, and a bound on what its tasks hold.
+    # The pace of Ray Data's loop, and a limit on the memory of its tasks.
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
     "BackpressurePolicy": "ray.data._internal.execution.backpressure_policy.backpressure_policy",
     "ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY": "ray.data._internal.execution.backpressure_policy",
-    # Ray Train's controller says when it is about to end a healthy worker group, which then saves.
+    # A callback before Ray Train stops a healthy worker group, which then saves.
     "ControllerCallback": "ray.train.v2._internal.execution.callback",
     "RunningState": "ray.train.v2._internal.execution.controller.state",
     "ResizingState": "ray.train.v2._internal.execution.controller.state",
     "PreemptingState": "ray.train.v2._internal.execution.controller.state",
-    # Whether Ray Train took a worker's report: it drops some, and then never writes their checkpoints.
+    # Shows if Ray Train accepted a worker's report. It drops some reports and never writes their checkpoints.
     "get_train_context": "ray.train.v2._internal.execution.context",
-    # Variables that Ray Tune copies from the driver into every trial's settings, which anyone may read.
+    # Variables that Ray Tune copies from the driver into every trial's settings, which any user of the cluster can read.
     "ENV_VARS_TO_PROPAGATE": "ray.tune.execution.class_cache",
 }
-# Loggers of Ray's job client, which repeat in several lines what is said in one.
+# Loggers of Ray's job client. They repeat in several lines an error that we report in one.
 JOB_CLIENT_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.authentication"
 )  # fmt: skip
@@ -63,10 +63,10 @@ JOB_CLIENT_LOGGERS = (
 
 @contextlib.contextmanager
 def no_random_ids() -> Iterator[None]:
-    """Keeps modules that are imported inside from using the generator of random ids in Ray's core.
+    """Keeps modules that are imported inside this context from using the random ids of Ray's core.
 
-    The generator seeds itself at its first use. If that came before a fork, all forked processes would give the same ids.
-    At import only the classes of actors use it; inside, their ids come from the system.
+    Their generator seeds itself at its first use. After a use before the fork, all forked processes would draw the same
+    ids. During imports only classes of actors use it. In this context their ids come from the operating system.
     """
     actor = importlib.import_module("ray.actor")
     real = actor.ActorClassID
@@ -84,14 +84,21 @@ def no_random_ids() -> Iterator[None]:
 
 
 def ask_job_server(client: Any, path: str) -> Any:
-    """What a job server answers to a GET: its client's public methods ask neither for versions nor for a log's bytes."""
+    """A job server's answer to a GET request. The public methods of its client return neither versions nor a log's bytes.
+
+    Args:
+        path: path of the URL.
+
+    Raises:
+        requests.HTTPError: the answer is an error.
+    """
     answer = client._do_request("GET", path, timeout=60)
     answer.raise_for_status()
     return answer
 
 
 def placement_groups() -> dict[str, Any]:
-    """Placement groups that still reserve something, by their ids: as GCS keeps them, with who created each."""
+    """Placement groups that are not removed, by id in hex, as GCS's messages, which also name the creator."""
     messages = importlib.import_module("ray.core.generated.gcs_pb2").PlacementGroupTableData
     state = importlib.import_module("ray._private.state").state
     found = map(messages.FromString, state._connect_and_get_accessor().get_placement_group_table())
@@ -99,9 +106,10 @@ def placement_groups() -> dict[str, Any]:
 
 
 def silence_published_errors() -> None:
-    """Ray's driver prints every error that a node publishes, with its traceback and whatever its loggers' level.
+    """Keeps Ray's driver from printing every error that a node publishes, with a traceback and at any log level.
 
-    Each also reaches its caller as an exception. With `log_to_driver=False` nothing else is printed by this function.
+    Each error also reaches its caller as an exception. The replaced function prints nothing else under
+    `log_to_driver=False`.
     """
     worker = importlib.import_module("ray._private.worker")
     worker.print_to_stdstream = lambda data, ignore_prefix=False: None  # type: ignore[attr-defined]
@@ -109,10 +117,10 @@ def silence_published_errors() -> None:
 
 @contextlib.contextmanager
 def small_nodes() -> Iterator[None]:
-    """Nodes that are started inside have no monitor of an autoscaler, no log monitor and no dashboard's server.
+    """Nodes that start inside this context have no autoscaler monitor, no log monitor and no dashboard server.
 
-    A Ray of one job on one machine has no use for them, and `ray.init` has no option for it. They take some three
-    seconds of CPU time, just when all else starts.
+    A Ray for one job on one machine does not need them, and `ray.init` has no option to leave them out. They would take
+    about three seconds of CPU time during the start.
     """
     node = importlib.import_module("ray._private.node").Node
     real = {name: getattr(node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
@@ -126,9 +134,10 @@ def small_nodes() -> Iterator[None]:
 
 
 def kill_without_asking() -> None:
-    """The end of the Ray that this process started: SIGKILL at once, since its processes do not hear SIGTERM.
+    """Makes the Ray that this process started end by SIGKILL at once, because its processes block SIGTERM.
 
-    Ray would wait a second for each of them. A raylet that is killed leaves its workers and agents to find out.
+    Ray would wait a second for each process. Its workers and agents are killed as well, because they would notice only
+    later that their raylet is gone.
     """
     node = importlib.import_module("ray._private.worker")._global_node
     kill = node.kill_all_processes

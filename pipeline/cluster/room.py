@@ -1,8 +1,8 @@
-"""What a job waits for where the cluster has no room for it now, in a line; and what no node can ever hold.
+"""Room for a job on the cluster: refuses what can never fit, and reports what a job waits for.
 
-Ray waits for room without a word. Nodes may join and other jobs may end, so a job waits too, and its user sees for what.
-What is decided by the room (GPUs or CPUs, how many processes) is decided by what the cluster may become: an autoscaler is
-asked for what the job wants.
+Ray waits for room without a message. Nodes may join and other jobs may end, so a job waits too, and tells its user why.
+The choice of GPUs or CPUs and of the number of processes depends on what the cluster can become, so an autoscaler is
+asked for the resources that the job wants.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pipeline.cluster.session import is_own_ray
 from pipeline.errors import InputError
 
 POLL_SECONDS = 1.0
-# A worker that has just been given its place is not known at once to have it.
+# Seconds before the first message. A worker's place is known only some time after Ray has assigned it.
 PATIENCE_SECONDS = 10.0
 REPEAT_SECONDS = 60.0
 TRAIN_WORKERS = "RayTrainWorker"  # Ray Train's class
@@ -28,12 +28,13 @@ TRAIN_WORKERS = "RayTrainWorker"  # Ray Train's class
 
 @dataclass(frozen=True)
 class Need:
-    """The least with which the work goes on: so many workers at a time.
+    """The smallest number of workers at a time with which the work can run.
 
     Attributes:
-        each: resources that each of them reserves on its node.
-        actor: how the names of their classes begin.
-        flags: that ask for it, for messages.
+        count: number of workers.
+        each: resources that each worker reserves on its node, by name.
+        actor: beginning of the name of their actor class.
+        flags: the flags that request them, for messages.
     """
 
     count: int
@@ -44,7 +45,13 @@ class Need:
 
 @contextlib.contextmanager
 def announced(need: Need, say: Callable[[str], object]) -> Iterator[None]:
-    """Says what the work inside waits for: once, then every minute, and when it changes; nothing while it has workers."""
+    """Reports what the work inside this context waits for: at first, on each change and every minute.
+
+    It reports nothing while the work has workers.
+
+    Args:
+        say: called with each line.
+    """
     done = threading.Event()
     thread = threading.Thread(target=_watch, args=(need, say, done), daemon=True, name="room")
     thread.start()
@@ -57,13 +64,13 @@ def announced(need: Need, say: Callable[[str], object]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a decision is taken from.
+    """The facts about a cluster that decisions depend on.
 
     Attributes:
-        nodes: what each node that is up has, in use or not.
-        growth: what adds nodes when it is asked for them.
-        limit: the most that there will ever be of each resource, where Ray knows it.
-        own: the job started this Ray for itself.
+        nodes: resources of each live node, in use or not.
+        growth: kind of autoscaler.
+        limit: most that the cluster can ever have of each resource, if Ray knows it.
+        own: True if the job started this Ray for itself.
     """
 
     nodes: list[dict[str, float]]
@@ -72,28 +79,31 @@ class Cluster:
     own: bool = False
 
     def holds(self, need: Need) -> bool:
-        """Whether the nodes that are up have room for all of the workers, in use or not."""
+        """True if the live nodes can hold all the workers; resources in use count as free."""
         return _fitting(self.nodes, need) >= need.count
 
     def has_gpus(self, need: Need) -> bool:
-        """Whether they have the GPUs, whatever else is needed with them."""
+        """True if the live nodes have enough GPUs, regardless of other resources."""
         gpus = need.count * need.each.get("GPU", 0.0)
         return 0 < gpus <= sum(node.get("GPU", 0.0) for node in self.nodes)
 
 
 def look() -> Cluster:
-    """The cluster as it is now."""
+    """The present facts about the cluster."""
     own, limit = is_own_ray(), state.get_max_resources_from_cluster_config()
     return Cluster(_nodes(), "none" if own else autoscaler.growth(), limit, own)
 
 
 def settle(need: Need, say: Callable[[str], object]) -> None:
-    """Refuses what the cluster can never hold, and has an autoscaler bring what is missing; that is waited for.
+    """Refuses a need that the cluster can never hold, and waits while an autoscaler adds missing nodes.
 
-    Where none adds nodes, what is missing is waited for by the work itself: see `announced`.
+    Without an autoscaler the work itself waits for missing resources, see `announced`.
+
+    Args:
+        say: called with each line for the user.
 
     Raises:
-        InputError: says what there is.
+        InputError: says what the cluster has.
     """
     cluster = look()
     if lack := refusal(need, cluster):
@@ -106,12 +116,18 @@ def settle(need: Need, say: Callable[[str], object]) -> None:
 
 
 def choose_gpu(asked: bool | None, need: Callable[[bool], Need], say: Callable[[str], object]) -> bool:
-    """Whether the work uses GPUs; there is room for it then (see `settle`).
-
-    As asked for; where that is left open, if the cluster has them or its autoscaler brings them.
+    """Chooses between GPUs and CPUs, and makes room for the work (see `settle`).
 
     Args:
-        need: what the work needs with GPUs, and without.
+        asked: the user's choice; None = GPUs if the cluster has them or its autoscaler can add them.
+        need: returns what the work needs with GPUs (True) or without (False).
+        say: called with each line for the user.
+
+    Returns:
+        True if the work uses GPUs.
+
+    Raises:
+        InputError: as `settle` and `wants_gpu`.
     """
     cluster = look()
     if not wants_gpu(asked, need(True), cluster):
@@ -129,10 +145,14 @@ def choose_gpu(asked: bool | None, need: Callable[[bool], Need], say: Callable[[
 
 
 def wants_gpu(asked: bool | None, need: Need, cluster: Cluster) -> bool:
-    """Whether to try GPUs first, with what is needed then.
+    """True if the work should try GPUs first.
+
+    Args:
+        asked: the user's choice; None = none.
+        need: what the work needs with GPUs.
 
     Raises:
-        InputError: only the user can know.
+        InputError: the autoscaler does not say whether it has GPUs, so the user must choose.
     """
     if asked is not None:
         return asked
@@ -145,10 +165,10 @@ def wants_gpu(asked: bool | None, need: Need, cluster: Cluster) -> bool:
 
 
 def refusal(need: Need, cluster: Cluster) -> str:
-    """Why the cluster can never hold it, as far as is known without asking; empty where it may.
+    """Why the cluster can never hold the need, as far as is known without asking the autoscaler; "" if it may.
 
-    Never: more than an autoscaler adds nodes up to, where it says so; where there is none, a worker that is larger than
-    every node, unless no node that works has joined yet; more than this machine has, where the job started its own Ray.
+    A need is refused in three cases. It is above the known limit of the autoscaler. Or no autoscaler runs, a node with
+    CPUs has joined, and a worker is larger than every node. Or the job started its own Ray and this machine is too small.
     """
     nodes, limit = cluster.nodes, cluster.limit
     wanted, room, there = _wanted(need), _fitting(nodes, need), _sums(nodes, need)
@@ -171,12 +191,12 @@ def refusal(need: Need, cluster: Cluster) -> str:
 
 
 def places(need: Need) -> int:
-    """How many of the workers the nodes that have joined can hold, in use or not."""
+    """The number of such workers that the live nodes can hold; resources in use count as free."""
     return _fitting(_nodes(), need)
 
 
 def most_places(need: Need, wanted: int) -> int:
-    """How many of so many workers the cluster may hold, with all that its autoscaler can bring; one at least."""
+    """The number of such workers that the cluster can hold with the nodes of its autoscaler, from 1 to `wanted`."""
     cluster = look()
     there = _fitting(cluster.nodes, need)
     if cluster.growth == "answers" and there < wanted:
@@ -187,12 +207,12 @@ def most_places(need: Need, wanted: int) -> int:
 
 
 def shortage(need: Need) -> str:
-    """What the work waits for, and what there is, in a line; empty where there is room for it."""
+    """A line that says what the work waits for and what the cluster has; "" if there is room for it."""
     free = list(state.available_resources_per_node().values())
     for nodes, what in ((_nodes(), ""), (free, " free")):
         if (room := _fitting(nodes, need)) < need.count:
             there = _sums(nodes, need)
-            # Enough in all, on too many nodes.
+            # The resources suffice in total, but are spread over too many nodes.
             if all(there[name] >= need.count * amount for name, amount in need.each.items()):
                 each = _words(need.each)
                 wanted = (
@@ -205,7 +225,7 @@ def shortage(need: Need) -> str:
 
 
 def _unbringable(need: Need, nodes: list[dict[str, float]]) -> str:
-    """What the autoscaler has refused: a kind of node, or so many."""
+    """A line that says what the autoscaler refused: the size of a worker, or the number of workers."""
     there = _fitting(nodes, need)
     if not there and need.count == 1:
         return f"no node of the cluster has {_words(need.each)}, and its autoscaler has no larger one"
@@ -217,7 +237,7 @@ def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> N
     while not done.wait(POLL_SECONDS):
         try:
             line = "" if has_workers(need.actor) else shortage(need)
-        except Exception:  # a node is going down, or Ray is: the next round asks again
+        except Exception:  # a node or Ray is shutting down; the next round asks again
             continue
         now = time.monotonic()
         since = (since or now) if line else 0.0
@@ -229,7 +249,7 @@ def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> N
 
 
 def has_workers(actor: str) -> bool:
-    """Whether any actor of this job whose class's name begins so has a process, and so its place on a node."""
+    """True if any actor of this job whose class name begins with `actor` has a process, and so a place on a node."""
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     return any(
         entry["ActorClassName"].startswith(actor) and entry["Pid"]
@@ -239,10 +259,10 @@ def has_workers(actor: str) -> bool:
 
 
 def release_orphans() -> None:
-    """Gives back what actors of this job that are dead have reserved and nobody will use.
+    """Releases the placement groups of this job's dead actors.
 
-    Ray Train's controller reserves its workers' places. Where it is killed, Ray keeps them until the job ends. Ray
-    Train's own remedy asks the dashboard, which a job's own Ray has not, and fails where two Rays run on a machine.
+    Ray Train's controller reserves its workers' places. If it is killed, Ray keeps the reservation until the job ends.
+    Ray Train's own remedy needs the dashboard, which a job's own Ray lacks, and fails if two Rays run on one machine.
     """
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id()).binary()
     for number, group in placement_groups().items():
@@ -251,12 +271,12 @@ def release_orphans() -> None:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """What each node has, in use or not."""
+    """The resources of each live node, in use or not."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _fitting(nodes: list[dict[str, float]], need: Need) -> int:
-    """How many of the workers find room on nodes with these resources."""
+    """The number of such workers that nodes with these resources can hold."""
     return sum(
         min(
             (_places(name, node.get(name, 0.0), amount) for name, amount in need.each.items()),
@@ -267,9 +287,9 @@ def _fitting(nodes: list[dict[str, float]], need: Need) -> int:
 
 
 def _places(name: str, there: float, amount: float) -> int:
-    """How often an amount can be taken of a node's resource; no process has parts of two GPUs."""
+    """How many times a node's resource contains an amount. A process can't use parts of two GPUs."""
     if name == "GPU" and amount < 1:
-        part = there - int(there)  # what is left of one that others use
+        part = there - int(there)  # free share of a GPU that others use
         return int(there) * int(1 / amount + 1e-6) + int(part / amount + 1e-6)
     return int(there / amount + 1e-6)
 

@@ -1,4 +1,4 @@
-"""Joining or starting Ray, quietly."""
+"""Joins or starts Ray without its log output."""
 
 import contextlib
 import json
@@ -21,26 +21,26 @@ from pipeline.errors import InputError, Outage
 from pipeline.redact import one_line
 
 PACKAGE = Path(__file__).parents[1]
-# Ray reads these when it is imported or when its workers start.
+# Variables that keep Ray quiet. It reads them when it is imported or when its workers start.
 _QUIET = {
     "RAY_DEDUP_LOGS": "1",
-    # Ray Data's own actor pools make Ray's core print an error that is none.
+    # Ray Data's own actor pools make Ray's core print a false error.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    # The core warns of four times as many processes as this (else the CPUs), many of which only wait here.
+    # Ray's core warns if it has four times as many processes as this (default: the CPUs). Many of ours only wait.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
 _SETTINGS = {
-    # Seconds for which a dead worker goes unnoticed, and a finished one is waited for.
+    # Seconds between two checks for dead and finished workers.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Ray Train gives this to its own workers: with it here, they and all others have the same environment and are
-    # forked from one process (forkserver.py).
+    # Ray Train sets this for its own workers. Set here too, all workers have the same environment and are forked from
+    # one process (forkserver.py).
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-    # Workers that Ray starts in case they are needed have no runtime environment, and all of ours have one.
+    # Ray would start spare workers without a runtime environment, but all our workers have one.
     "RAY_prestart_worker_first_driver": "0",
 }
 
@@ -48,7 +48,7 @@ _SETTINGS = {
 START_TIMEOUT = (
     "timed out during startup"  # in the message of what `ray.init` raises, which has no type of its own
 )
-# Of a Ray that a job starts for itself. Its one node never gets a notice, and nobody looks at the node's figures.
+# Variables for a Ray that a job starts for itself. Its node gets no preemption notices, and nobody reads its figures.
 _OWN_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
@@ -56,7 +56,7 @@ _OWN_RAY = {
 
 
 def spilled_bytes() -> int:
-    """Bytes that the object stores of all nodes have spilled to disk so far; 0 where nobody answers."""
+    """Bytes that the object stores of all nodes have spilled to disk so far; 0 if Ray does not answer."""
     import ray
 
     from pipeline.cluster.ray_internals import get_memory_info_reply, get_state_from_address
@@ -64,7 +64,7 @@ def spilled_bytes() -> int:
     try:
         address = ray.get_runtime_context().gcs_address
         reply = get_memory_info_reply(get_state_from_address(address), timeout_seconds=5.0)
-    except Exception:  # a node is going down: a figure for a curve is worth no failure
+    except Exception:  # a node is shutting down, and a missing figure must not end the run
         return 0
     return int(reply.store_stats.spilled_bytes_total)
 
@@ -75,17 +75,17 @@ def connect(
     preload: str = "ray.data",
     server: Path | None = None,
 ) -> None:
-    """Joins the cluster at RAY_ADDRESS, or starts a Ray of this process's own on this machine.
+    """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine for this process.
 
     Args:
-        verbose: let Ray's own logs and progress bars through.
+        verbose: True shows Ray's own logs and progress bars.
         environment: variables that every worker gets.
-        preload: modules that workers of a Ray that is started here need, separated by commas.
-        server: see `forking.forked_workers`.
+        preload: modules that the workers need, separated by commas; a Ray that starts here imports them once.
+        server: folder from `forking.start_server`.
 
     Raises:
-        InputError: no cluster at RAY_ADDRESS can be joined, or no Ray started in the folder for temporary files.
-        Outage: nothing answers at RAY_ADDRESS, or a Ray of this process's own did not start in time.
+        InputError: the cluster at RAY_ADDRESS can't be joined, or Ray can't start in the folder for temporary files.
+        Outage: nothing answers at RAY_ADDRESS, or Ray did not start in time on this machine.
     """
     _set_variables(verbose)
     if not verbose:
@@ -123,8 +123,8 @@ def connect(
                 raise
             if START_TIMEOUT in str(error):
                 raise Outage(
-                    "Ray did not start on this machine within half a minute: it is too busy, or short of memory; "
-                    "run the same command again once it is not"
+                    "Ray did not start on this machine within half a minute: it is too busy or short of memory; "
+                    "run the same command again later"
                 ) from None
             place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
             raise InputError(
@@ -143,10 +143,10 @@ def connect(
 
 
 def connect_later(verbose: bool, environment: dict[str, str], preload: str, soon: bool = True) -> None:
-    """What `connect_now` does from now on, whoever needs Ray first: see `connect`.
+    """Sets the arguments of `connect` for the first `connect_now`.
 
     Args:
-        soon: Ray will be needed. Where it is started here, its workers' modules begin to be imported at once.
+        soon: True if Ray will be needed in any case. A Ray that starts here then imports its workers' modules at once.
     """
     global _connect
     _set_variables(verbose)
@@ -157,7 +157,7 @@ def connect_later(verbose: bool, environment: dict[str, str], preload: str, soon
 
 
 def connect_now() -> None:
-    """Joins or starts Ray as this process's job does, where it has not yet done so."""
+    """Joins or starts Ray with the arguments of `connect_later`, unless that is done already."""
     _connect()
 
 
@@ -171,13 +171,13 @@ def _set_variables(verbose: bool) -> None:
 
 
 def _address() -> str:
-    """Of the cluster to join; empty where this process starts a Ray of its own."""
+    """The address of the cluster to join; "" if this process starts its own Ray."""
     address = os.environ.get("RAY_ADDRESS", "")
-    return "" if address == "local" else address  # Ray's own word for one of this process's own
+    return "" if address == "local" else address  # "local" also asks Ray for one of this process's own
 
 
 def is_own_ray() -> bool:
-    """Whether this process has started the Ray that it uses: no other node will ever join that."""
+    """True if this process started the Ray that it uses. No other node joins such a Ray."""
     from pipeline.cluster.ray_internals import global_worker
 
     node = global_worker.node
@@ -185,13 +185,13 @@ def is_own_ray() -> bool:
 
 
 def checkout() -> Path | None:
-    """The working tree that this code runs from; None where the package is installed."""
+    """The working tree that this code runs from; None if the package is installed."""
     root = PACKAGE.parent
     return root if (root / "pyproject.toml").is_file() else None
 
 
 def submitted_settings() -> dict[str, Any]:
-    """The runtime environment of the job that this process is the driver of; empty for one that nobody submitted."""
+    """The runtime environment of the submitted job whose driver this process is; {} if the job was not submitted."""
     settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env")
     return settings or {}
 
@@ -204,17 +204,17 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def _deaf_to_sigterm() -> Iterator[None]:
-    """Processes that are started inside do not hear SIGTERM; this one hears it afterwards.
+    """Processes that start inside this context block SIGTERM. This process receives it afterwards.
 
-    SLURM, systemd and `timeout` send it to every process of a job. Ray's would die of it before the driver has saved.
-    Ray itself does the same for SIGINT.
+    SLURM, systemd and `timeout` send SIGTERM to every process of a job. It would end Ray's processes before the driver
+    has saved. Ray itself does the same for SIGINT.
     """
     handler = signal.getsignal(signal.SIGTERM)
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
-        # Ray has put its own there, which exits with code 1; a thread can't change that.
+        # Ray has installed its own handler, which exits with code 1. Only the main thread can replace it.
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
@@ -222,9 +222,9 @@ def _deaf_to_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """Keeps stderr back; it is shown only if what is inside fails.
+    """Holds back stderr, and shows it only if the work inside fails.
 
-    Ray's core announces there, in a line that no setting stops, that it was told to be quiet.
+    Ray's core prints a line there about its reduced log level, and no setting stops that line.
     """
     with tempfile.TemporaryFile() as kept, redirected(2, kept.fileno()) as real:
         try:
@@ -237,9 +237,9 @@ def _muted() -> Iterator[None]:
 
 
 def _worker_environment(environment: dict[str, str]) -> dict[str, str]:
-    """What workers get beside their nodes' own environment."""
+    """The variables that workers get beside their nodes' own environment."""
     job = submitted_settings()
-    # A submitted job's tree is on every node already, and Ray refuses to be told a variable twice.
+    # A submitted job's tree is on every node already, and Ray refuses a variable that is set twice.
     path = os.pathsep.join(filter(None, [str(checkout() or ""), os.environ.get("PYTHONPATH")]))
     if "working_dir" not in job and path:
         environment = {"PYTHONPATH": path, **environment}

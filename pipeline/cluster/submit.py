@@ -1,4 +1,4 @@
-"""Jobs sent to a Ray cluster from outside, through Ray's own job API."""
+"""Sends jobs to a Ray cluster from outside, through Ray's own job API."""
 
 import asyncio
 import codecs
@@ -28,20 +28,20 @@ from pipeline.ranges import Positive, check_ranges
 from pipeline.redact import one_line, printable, redact
 
 Job = Literal["prepare", "train", "tune", "generate", "evaluate"]
-# Flags that name data, which is not sent with the tree.
+# Flags that name data. Data is not sent with the tree.
 PLACES = "data", "input", "model", "samples", "output"
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
-# Enough of the end of a job's output to hold its result line and its last complaint.
+# Length of the kept end of a job's output, enough for its result line and its last error.
 KEPT_CHARACTERS = 100_000
 LOST_SECONDS = 60.0
-# Of a job that is stopped, between the signal and its end: training saves a checkpoint first.
+# Seconds between the signal that stops a job and its end. Training saves a checkpoint first.
 STOP_SECONDS = "60"
 _SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential|connection_string")
 
 
 @dataclass(frozen=True)
 class SubmitConfig:
-    """What to run on the cluster; flags of the job itself follow after `--`."""
+    """The job to run on the cluster. The job's own flags follow after `--`."""
 
     job: Annotated[Job, tyro.conf.Positional]
     """Job to submit. `ray job status`, `logs`, `stop` and `list` manage it afterwards."""
@@ -62,18 +62,23 @@ class SubmitConfig:
 
 
 def submit(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
-    """Submits a job, or joins the one that has its id.
+    """Submits a job, or joins the job that has the same id.
+
+    Args:
+        flags: flags of the job itself.
 
     Returns:
-        with `wait`, the job's own result line with `id` and `status`; else `id` and `status`.
+        `output` (empty), `id` and `status`; with `wait` the job's own result line, with `id` and `status`.
 
     Raises:
-        InputError: nothing answers at the address, the token is refused, a flag that can't work.
-        JobFailed: with `wait`, the job ended badly.
+        InputError: as `connect`, or a flag can't work on the cluster, or the cluster refuses the job.
+        JobFailed: with `wait`, the job failed or was stopped.
     """
     check_ranges(config)
     if config.id and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,127}", config.id):
-        raise InputError(f"--id {config.id}: letters, digits, '.', '_' and '-' only")
+        raise InputError(
+            f"--id {config.id}: give at most 128 letters, digits, '.', '_' and '-', the first one a letter or digit"
+        )
     _check_flags(flags)
     client = connect(config.address, config.verify)
     job_id = _submit(client, config, flags)
@@ -84,7 +89,7 @@ def submit(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
 
 
 def _check_flags(flags: list[str]) -> None:
-    """Refuses what would go wrong, or leak, on the cluster."""
+    """Refuses flags that can't work on the cluster or that would leak a secret."""
     for flag in flags:
         if redact(flag) != flag:
             raise InputError(
@@ -93,13 +98,13 @@ def _check_flags(flags: list[str]) -> None:
     for name, value in _values(flags):
         if name in PLACES and value and not _is_seen_by_nodes(value):
             raise InputError(
-                f"--{name} {printable(value)}: a relative path would lie in the job's own copy of the tree, which holds "
-                "no data and goes away; give an absolute path that all nodes see, or a URI"
+                f"--{name} {printable(value)}: a relative path would be in the job's own copy of the tree, which holds "
+                "no data and is deleted: give an absolute path that all nodes see, or a URI"
             )
 
 
 def _values(flags: list[str]) -> Iterator[tuple[str, str]]:
-    """Each flag with its first value, also those of a --config file."""
+    """Yields each flag with its first value, those of a --config file included."""
     for flag, following in pairwise([*flags, ""]):
         name, equals, value = flag.partition("=")
         if not name.startswith("--"):
@@ -115,13 +120,13 @@ def _is_seen_by_nodes(place: str) -> bool:
 
 
 def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
-    """The id of a job with this id and these flags: one that is there, else a new one."""
+    """Submits a job, unless one with this id and these flags exists. Returns the job's id."""
     entrypoint = shlex.join(["python", "-m", "pipeline.commands", config.job, *flags])
     job = _find(client, config.id) if config.id else None
     if job is None:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "tree.zip"
-            # An installed package is sent alone: beside it lie all other packages of the environment.
+            # An installed package is sent alone, because the environment's other packages lie beside it.
             root = checkout() or PACKAGE
             pack(root, package, config.max_megabytes, base=PACKAGE.parent, include=config.include)
             runtime_env = {"working_dir": str(package), "env_vars": _environment(config.forward)}
@@ -131,26 +136,28 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
                 )
                 return submitted
             except RuntimeError as error:
-                # Another submitter with the same id may have come first.
+                # Another process may have submitted a job with the same id first.
                 job = _find(client, config.id) if config.id else None
                 if job is None:
                     raise InputError(f"the cluster refuses the job: {one_line(error)}") from None
     if job.entrypoint != entrypoint:
-        raise InputError(f"--id {config.id} is another job: {redact(job.entrypoint)}; take another id")
+        raise InputError(f"--id {config.id} is another job: {redact(job.entrypoint)}; give another --id")
     if job.status.value in ("FAILED", "STOPPED"):
         print(f"{config.id} ended before; give another --id to run it again", file=sys.stderr)
     return config.id
 
 
 def _environment(names: tuple[str, ...]) -> dict[str, str]:
-    """What a job gets of this environment: anyone who may ask the cluster about the job can read it."""
+    """The variables that the job gets from this environment. Anyone with access to the job server can read them."""
     values = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS}
     for name in names:
         value = os.environ.get(name)
         if value is None:
             raise InputError(f"--forward {name}: no such variable is set")
         if _SECRET_NAME.search(name) or redact(value) != value:
-            raise InputError(f"--forward {name}: job settings can be read by others; put it on the cluster")
+            raise InputError(
+                f"--forward {name}: others can read a job's settings: set the variable on the cluster"
+            )
         values[name] = value
     return values
 
@@ -165,7 +172,7 @@ def _find(client: Any, job_id: str) -> Any | None:
 
 
 def _follow(client: Any, job_id: str) -> dict[str, Any]:
-    """Shows a job's output to its end, and takes over its result or its failure."""
+    """Shows a job's output until it ends. Returns the job's result or raises its failure."""
     output = _Output()
     job = output.show(client, job_id)
     status = job.status.value
@@ -176,23 +183,23 @@ def _follow(client: Any, job_id: str) -> dict[str, Any]:
 
 
 def _exit_code(code: int | None) -> int:
-    """A driver's exit code as a shell would give it: 128 + N for signal N, 1 where it has none."""
+    """A driver's exit code as a shell gives it: 128 + N for signal N, 1 if it has none."""
     if code is None:
         return 1
     return 128 - code if code < 0 else code or 1
 
 
 class _Output:
-    """What a job prints: shown once, however it is asked for."""
+    """Shows a job's output. Each character is shown once, whether it comes from the stream or from the log."""
 
     def __init__(self) -> None:
         self._shown, self._end = 0, ""
 
     def show(self, client: Any, job_id: str) -> Any:
-        """Shows it on stderr until the job has ended; returns what the cluster knows of the job.
+        """Shows the output on stderr until the job has ended. Returns the cluster's record of the job.
 
-        Ray's stream of it does not go through HTTP proxies, breaks, and ends early where the job prints bytes that are
-        no UTF-8: what it has left out is asked for.
+        Ray's stream of the output does not pass HTTP proxies, breaks, and ends early if the job prints bytes that are
+        not UTF-8. So the rest is read from the log.
 
         Raises:
             InputError: the cluster has not answered for a minute.
@@ -202,24 +209,24 @@ class _Output:
         while True:
             before, begun = self._shown, time.monotonic()
             if streams:
-                with contextlib.suppress(Exception):  # whatever ends it, the rest is asked for
+                with contextlib.suppress(Exception):  # if the stream breaks, the rest is read from the log
                     asyncio.run(self._tail(client, job_id))
                 streams = self._shown > before
             try:
                 job = client.get_job_info(job_id)
                 ended = job.status.value in FINISHED
                 asked = time.monotonic()
-                with contextlib.suppress(requests.HTTPError):  # there is none yet, or its node is gone
+                with contextlib.suppress(requests.HTTPError):  # there is no log yet, or its node is gone
                     self._show_rest(read_log(client, job_id, job.driver_node_id))
                 if ended:
                     return job
-                # Each time the whole log: not more often than a tenth of the time can be spent on it.
+                # Each request reads the whole log, so at most a tenth of the time is spent on it.
                 lost_at, pause = None, max(1.0, 10 * (time.monotonic() - asked))
             except (RuntimeError, OSError) as error:
                 lost_at = lost_at or begun
                 if time.monotonic() - lost_at > LOST_SECONDS:
                     raise InputError(
-                        f"the job server is gone ({one_line(error)}); job {job_id} may go on: "
+                        f"the job server does not answer ({one_line(error)}), and job {job_id} may still run: "
                         "the same command with its --id joins it again"
                     ) from None
             time.sleep(pause)
@@ -232,7 +239,7 @@ class _Output:
             self._print(new)
 
     def _show_rest(self, log: bytes) -> None:
-        """Shows what is new of a whole log, in the characters that the stream would have counted."""
+        """Shows the new part of a whole log. It counts characters as the stream does."""
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(log)
         self._print(text.replace("\r\n", "\n").replace("\r", "\n")[self._shown :])
 

@@ -21,7 +21,7 @@ JOBS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the job that the first argument names; returns its exit code, 2 where there is no such job."""
+    """Runs the job that the first argument names; returns its exit code, or 2 if there is no such job."""
     job, *flags = (sys.argv[1:] if arguments is None else arguments) or [""]
     if job in JOBS:
         return int(importlib.import_module(f"pipeline.commands.{job}").main(flags))

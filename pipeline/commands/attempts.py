@@ -1,7 +1,7 @@
-"""Bad input where a job that failed is begun again by itself: once is enough.
+"""Ends repeated attempts of a job at once if its input is bad.
 
-KubeRay makes a new cluster for a job that failed, `backoffLimit` times, whatever its exit code, and bad input fails each
-time. So the attempt that meets it leaves a note. Those that follow read it and end, before any node is asked for.
+KubeRay repeats a failed job on a new cluster up to `backoffLimit` times, whatever its exit code, and bad input fails each
+time. So the attempt that finds bad input leaves a note. The next attempts read it and end before they request any node.
 """
 
 import contextlib
@@ -13,16 +13,17 @@ import time
 from pipeline import storage
 from pipeline.errors import InputError, Outage
 
-FOLDER = "RAY_DDPM_REFUSALS"  # where the notes lie, a path or a URI; not set: no job is begun again by itself
+FOLDER = "RAY_DDPM_REFUSALS"  # names the folder of the notes, a path or a URI; if not set, no notes are kept
 FURTHER = 2  # attempts after the first: the `backoffLimit` of every job in k8s/
-# Between two attempts pass some minutes. Whoever has mended the input, and not the flags, waits no longer than that.
+# Age in seconds at which a note expires. Attempts follow each other within minutes. A user who corrects the input and
+# keeps the flags waits at most this long.
 SECONDS = 1800.0
 
 
 def refused(job: str, arguments: list[str]) -> str:
-    """What an attempt with these flags has refused a moment ago; empty for a first attempt.
+    """The line with which a recent attempt with the same flags ended; "" for a first attempt.
 
-    After as many as there are the note is gone: whoever applies the job again begins it again.
+    The note is removed after FURTHER attempts, so a job that the user applies again starts normally.
     """
     if not (place := _place(job, arguments)):
         return ""
@@ -30,7 +31,7 @@ def refused(job: str, arguments: list[str]) -> str:
         note = json.loads(storage.read_bytes(place))
         line, left, age = str(note["line"]), int(note["left"]), time.time() - float(note["time"])
     except Exception:
-        # There is no note, or the storage does not answer, with errors of its own kind: the job itself says so.
+        # There is no note, or the storage fails with an error of its own, which the job itself will report.
         return ""
     with contextlib.suppress(Exception):
         if age > SECONDS or left <= 1:
@@ -44,9 +45,9 @@ def refused(job: str, arguments: list[str]) -> str:
 
 
 def keep(job: str, arguments: list[str], error: InputError, line: str) -> None:
-    """Leaves a note for the attempts that follow, but not where waiting may help."""
+    """Leaves a note for the next attempts, unless the error is an outage that may pass."""
     if (place := _place(job, arguments)) and not isinstance(error, Outage):
-        with contextlib.suppress(Exception):  # a note is worth no failure
+        with contextlib.suppress(Exception):  # a job must not fail because of its note
             note = {"line": line, "left": FURTHER, "time": time.time()}
             storage.write_atomic(place, json.dumps(note).encode())
 

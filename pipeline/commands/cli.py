@@ -1,4 +1,4 @@
-"""What every entry point does: parse flags, run, print one JSON line; one clear line on bad input."""
+"""The common part of all entry points: parse flags, run, print one JSON line, or one clear line on bad input."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, TypeVar
 
 import tyro
 
-# tyro prints a box of several lines where a command line is wrong. Its events say the same in words that fit one.
+# tyro prints a box of several lines for a wrong command line. Its events hold the same facts, which fit one line.
 from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, on_parse_error
 
 from pipeline.cluster.session import connect_later, connect_now, disconnect
@@ -33,11 +33,16 @@ T = TypeVar("T")
 
 
 def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
-    """Flags as a frozen dataclass; `--config FILE.yaml` gives the defaults that flags override.
+    """Parses flags into a frozen dataclass. Flags override the settings of `--config FILE.yaml`.
+
+    Args:
+        cls: the dataclass.
+        job: name of the job.
+        about: description for `--help`.
 
     Raises:
-        InputError: a flag or a value that does not exist, or a number outside of its range, in one line.
-        SystemExit: with code 0, after `--help`.
+        InputError: an unknown flag, a wrong value or a number outside of its range, in one line.
+        SystemExit: after `--help`, with code 0.
     """
     arguments, path = _take_option([_current_flag(word) for word in arguments], "--config")
     extra: dict[str, Any] = {}
@@ -67,7 +72,7 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
 
 
 def _mistake(event: ParseErrorEvent, cls: type) -> str:
-    """What is wrong with a command line, from what tyro says of it."""
+    """Says in one line what is wrong with a command line, from tyro's event."""
     unknown: list[str] = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
     if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
         if reason := REMOVED.get(flag.removeprefix("--").replace("-", "_")):
@@ -75,7 +80,7 @@ def _mistake(event: ParseErrorEvent, cls: type) -> str:
         near = difflib.get_close_matches(flag.replace("_", "-"), _flags(cls), n=1, cutoff=0.7)
         return f"no flag {flag}" + (f": did you mean {near[0]}?" if near else "")
     if unknown:
-        return f"{unknown[0]!r} stands where a flag is expected"
+        return f"{unknown[0]!r} is not a flag: flags begin with --"
     if isinstance(event, MissingArgs):
         return "required and not given: " + ", ".join(_name(part.arg) for part in event.missing_arguments)
     argument = getattr(event, "argument", None)
@@ -91,14 +96,14 @@ def _mistake(event: ParseErrorEvent, cls: type) -> str:
 
 
 def _name(argument: Any) -> str:
-    """A flag, or a positional argument's name, as the user writes it."""
+    """The name of a flag or of a positional argument, as the user writes it."""
     return str(
         argument.field.intern_name.upper() if argument.is_positional() else argument.lowered.name_or_flags[0]
     )
 
 
 def _flags(cls: type) -> list[str]:
-    """Every flag of a configuration, as it is typed."""
+    """All flags of a configuration, as the user types them."""
     return [f"--{name.rpartition('.')[2].replace('_', '-')}" for name in leaf_fields(cls)]
 
 
@@ -115,18 +120,23 @@ def main(
     meanwhile: Callable[[], object] = lambda: None,
     environment: Callable[[T], dict[str, str]] = lambda config: {},
 ) -> int:
-    """Runs a job: its result is the last line on stdout, everything else goes to stderr.
+    """Runs a job. Its result is the last line on stdout, and everything else goes to stderr.
 
     Args:
-        execute: does the work, and returns the result; called with the configuration and with what `check` returned.
-        check: raises InputError for what is known to be wrong before Ray is joined or started.
-        ray: when Ray is joined or started; "when needed" leaves it to `connect_now`.
-        workers: modules that most of the job's workers run, for `connect`.
-        meanwhile: makes ready what `execute` needs, in a thread, while Ray starts. Its errors are left to `execute`.
-        environment: variables that all workers get.
+        job: name of the job.
+        about: description for `--help`.
+        cls: dataclass of the job's configuration.
+        execute: does the work and returns the result; called with the configuration and the result of `check`.
+        arguments: the command line after the job's name.
+        check: called with the configuration before Ray is joined or started; raises InputError for bad input.
+        ray: when Ray is joined or started; "when needed" leaves that to `connect_now`.
+        workers: modules that most of the job's workers need, separated by commas.
+        meanwhile: prepares in a thread what `execute` needs, while Ray starts. Its errors are ignored, because `execute`
+            meets them again.
+        environment: returns variables for all workers from the configuration.
 
     Returns:
-        the exit code: 0; 2 on bad input; 128 + its number after a signal; a submitted job's own; 1 after any
+        the exit code: 0 on success, 2 on bad input, 128 + N after signal N, a submitted job's own code, or 1 after any
         other error, whose traceback is shown without secrets.
     """
     if line := attempts.refused(job, arguments):
@@ -144,7 +154,7 @@ def main(
                 quieten()
                 address.quieten()
             if ray != "never":
-                # Before the check, which joins the cluster itself where it has much data to read.
+                # Must come before the check, which joins the cluster itself if it has much data to read.
                 variables = {**address.environment(), **environment(config)}
                 connect_later(verbose, variables, workers(config), soon=ray == "at once")
             if check:
@@ -161,7 +171,7 @@ def main(
             result = execute(config, *checked)
             print(to_json(result), file=stream, flush=True)
             if ray != "never":
-                # While stdout still leads to stderr: what Ray's core says as it goes must not follow the result.
+                # Must come while stdout leads to stderr, so that no output of Ray's core follows the result.
                 disconnect()
     except InputError as error:
         line = printable(" ".join(redact(str(error)).split()))
@@ -191,7 +201,7 @@ def training_workers(config: Any) -> str:
 
 
 def open_tracking() -> None:
-    """Imports MLflow and makes the tables of a new database, which takes seconds."""
+    """Imports MLflow and creates the tables of a new database, which takes seconds."""
     from pipeline.tracking import runs
 
     runs.open_client()
@@ -204,15 +214,18 @@ def _start(work: Callable[[], object]) -> None:
         with contextlib.suppress(Exception):
             work()
 
-    # Not a daemon: a database that is being made would be left half done.
+    # Not a daemon thread, because its end would leave a new database incomplete.
     threading.Thread(target=run, name="meanwhile").start()
 
 
 def _interrupt_at_sigterm(heard: list[int]) -> Any:
-    """SIGTERM ends the job as Ctrl-C does, whatever it is doing; its number is added to `heard`.
+    """Makes SIGTERM end the job as Ctrl-C does.
+
+    Args:
+        heard: list that receives the signal's number.
 
     Returns:
-        the former handler; None in a thread, which hears no signals.
+        the former handler; None outside of the main thread, which can set no handler.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -225,12 +238,12 @@ def _interrupt_at_sigterm(heard: list[int]) -> Any:
 
 
 def program(job: str) -> str:
-    """How the job was called: as a script of a checkout, or through the command."""
+    """The program name as the user called it: `jobs/JOB.py`, or `ray-ddpm JOB`."""
     return f"jobs/{job}.py" if Path(sys.argv[0]).name == f"{job}.py" else f"ray-ddpm {job}"
 
 
 def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before a lone `--`, and what stands after it."""
+    """The arguments before a lone `--`, and those after it."""
     if "--" not in arguments:
         return arguments, []
     place = arguments.index("--")
@@ -239,13 +252,13 @@ def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 @contextlib.contextmanager
 def result_stream() -> Iterator[IO[str]]:
-    """The real stdout, while everything else that is printed there goes to stderr."""
+    """Yields the real stdout. Everything else that is printed to stdout goes to stderr."""
     with redirected(1, 2) as real, os.fdopen(os.dup(real), "w") as stream:
         yield stream
 
 
 def _current_flag(word: str) -> str:
-    """A flag by its present name."""
+    """The present form of a flag that was renamed; any other word as it is."""
     flag, equals, value = word.partition("=")
     old = flag.removeprefix("--").replace("-", "_")
     return (
@@ -271,7 +284,7 @@ def _take_switch(arguments: list[str], name: str) -> tuple[list[str], bool]:
 
 
 def _with_defaults(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """`values` as `cls`, where a required field that is missing is still asked for as a flag."""
+    """Converts `values` to `cls`. A required field that is missing must still be given as a flag."""
     required = {
         f.name
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]

@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Where the demo's results go, and how long it trains."""
+    """Settings of the demo."""
 
     output: str = "demo"
-    """Folder for the shards, the run, the samples and the pictures. It must be empty or new."""
+    """Folder for the shards, the run, the samples and the pictures: a new or empty one."""
     steps: Steps = 300
     """Optimizer steps."""
     workers: Positive = 2
@@ -37,9 +37,9 @@ class DemoConfig:
 
 
 def execute(config: DemoConfig) -> dict[str, Any]:
-    """Runs the jobs one after the other in one Ray, as a user would run them by hand."""
+    """Runs the jobs one after the other in one Ray, as a user would run them."""
     if not storage.is_local(config.output):
-        raise InputError(f"--output {config.output}: the demo needs a folder of this machine")
+        raise InputError(f"--output {config.output}: the demo needs a local folder")
     root = Path(storage.absolute(config.output))
     if root.exists() and any(root.iterdir()):
         raise InputError(f"--output {config.output} is not empty: remove it, or choose another folder")
@@ -101,7 +101,7 @@ def timed(name: str, part: Callable[[], T]) -> T:
 
 
 def say(line: str) -> None:
-    """To a person, on stderr: stdout carries the result alone."""
+    """Prints a line to stderr, because stdout carries only the result."""
     print(line, file=sys.stderr, flush=True)
 
 

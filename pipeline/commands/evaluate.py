@@ -10,7 +10,7 @@ from pipeline.evaluation.config import EvaluateConfig
 
 
 def execute(config: EvaluateConfig) -> dict[str, Any]:
-    """Resolves the model once, then measures it over the cluster; the results go to its MLflow run too."""
+    """Resolves the model once and measures it over the cluster. The results also go to its MLflow run."""
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.tracking import registry
 

@@ -14,7 +14,7 @@ from pipeline.output import check_apart
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Which model, in which form, to where."""
+    """The model, the form of the export and its place."""
 
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
@@ -25,7 +25,7 @@ class ExportConfig:
 
 
 def execute(config: ExportConfig) -> dict[str, Any]:
-    """Reads the model, whatever its name and storage, and writes it."""
+    """Reads the model from a folder or the registry, and writes it."""
     from pipeline.models import diffusers, export
     from pipeline.tracking import registry
 
@@ -44,13 +44,13 @@ def execute(config: ExportConfig) -> dict[str, Any]:
 
 
 def _check_ours(output: str, files: tuple[str, ...]) -> None:
-    """Refuses a folder in which there is anything but an export of this form: its README.md would be lost."""
+    """Refuses a folder that holds anything but an earlier export of this form, whose README.md could be overwritten."""
     if not storage.exists(output):
         return
     ours = {storage.join(storage.open_fs(output)[1], name) for name in files}
     if others := sorted(storage.list_details(output).keys() - ours):
         raise InputError(
-            f"--output {output}: holds {others[0]}, which is none of this export's: choose a new folder"
+            f"--output {output}: holds {others[0]}, which does not belong to this export: choose a new folder"
         )
 
 

@@ -10,7 +10,7 @@ from pipeline.generation.config import GenerateConfig
 
 
 def execute(config: GenerateConfig) -> dict[str, Any]:
-    """Resolves the model once, then generates what is missing."""
+    """Resolves the model once, and generates the missing samples."""
     from pipeline.generation.job import generate, model_to_use
     from pipeline.tracking import registry
 

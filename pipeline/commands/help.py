@@ -1,4 +1,4 @@
-"""How `--help` shows a configuration: each number with its range, settings in groups by their use."""
+"""Formats a configuration for `--help`: numbers with their range, settings in groups by their use."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,14 +14,14 @@ HELP = ConstructorRegistry()
 
 
 class _Group:
-    """Settings that `--help` shows together; a subclass holds them."""
+    """A group of settings in `--help`. A subclass holds their fields."""
 
     fields: tuple[StructFieldSpec, ...]
 
 
 @HELP.struct_rule
 def _as_shown(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A configuration as `--help` shows it: each number with its range, settings in their groups."""
+    """tyro's rule for a configuration: each number with its range, settings in their groups."""
     if isinstance(info.type, type) and issubclass(info.type, _Group):
         return StructConstructorSpec(dict, info.type.fields)
     spec = dataclass_rule(info)
@@ -32,7 +32,7 @@ def _as_shown(info: StructTypeInfo) -> StructConstructorSpec | None:
     for one in spec.fields:
         current = starts.get(one.name, current)
         one = dataclasses.replace(one, type=_with_hint(one.type), helptext=_on_one_line(one.helptext))
-        if not current or dataclasses.is_dataclass(one.type):  # one of its own is a group already
+        if not current or dataclasses.is_dataclass(one.type):  # a nested configuration is a group already
             entries.append(one)
             continue
         if current not in groups:
@@ -59,7 +59,7 @@ def _on_one_line(text: str | Callable[[], str | None] | None) -> Callable[[], st
 
 
 def _with_hint(hint: Any) -> Any:
-    """A setting's type with what stands behind its help: the default, and the range of a number."""
+    """A setting's type with the end of its help text: the default, and the range of a number."""
     span = range_of(hint)
     ends = f"; {span.ends}" if span and span.ends and hint != Seed else ""
 

@@ -17,7 +17,7 @@ from pipeline.ranges import Seed
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """What to draw, and where."""
+    """The model to draw, and the place of the pictures."""
 
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
@@ -31,7 +31,7 @@ class PlotConfig:
 
 
 def execute(config: PlotConfig) -> dict[str, Any]:
-    """Draws every picture; they go to the model's MLflow run too."""
+    """Draws every picture. The pictures also go to the model's MLflow run."""
     from pipeline.data.index import open_splits
     from pipeline.models.export import load_model
     from pipeline.pictures import make

@@ -13,7 +13,7 @@ from pipeline.config import TrainConfig
 
 
 def execute(config: TrainConfig, data: Any) -> dict[str, Any]:
-    """Trains on data that `check` opened."""
+    """Trains on the data that `check` opened."""
     from pipeline.training.trainer import train
 
     trained = train(config, data)
@@ -27,7 +27,7 @@ def execute(config: TrainConfig, data: Any) -> dict[str, Any]:
 
 
 def check(config: TrainConfig) -> Any:
-    """Refuses what can't work, before a cluster is asked for anything; opens the data."""
+    """Checks the settings before a cluster is needed, and opens the data."""
     from pipeline.training.checks import check as check_training
 
     return check_training(config)[0]

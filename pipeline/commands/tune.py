@@ -11,14 +11,14 @@ from pipeline.tuning.config import TuneConfig
 
 
 def execute(config: TuneConfig, checked: Any = None) -> dict[str, Any]:
-    """Runs the search in what `check` opened."""
+    """Runs the search with the result of `check`."""
     from pipeline.tuning.search import search
 
     return search(config, checked=checked)
 
 
 def check(config: TuneConfig) -> Any:
-    """Refuses what can't work, before a cluster is asked for anything."""
+    """Checks the settings before a cluster is needed, and opens the data."""
     from pipeline.tuning.search import check_search
 
     return check_search(config)

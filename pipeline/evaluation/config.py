@@ -7,18 +7,18 @@ from pipeline.config import EmaLength, Reading
 from pipeline.errors import InputError
 from pipeline.ranges import Natural, Positive, Range, Seed, check_ranges, help_groups
 
-# "manifold" is what 0.1.0 called precision_recall.
+# Release 0.1.0 named precision_recall "manifold".
 Metric = Literal[
     "bits", "frechet", "kernel", "precision_recall", "knn", "cas", "memorisation", "sfid", "inception_score", "manifold"
 ]  # fmt: skip
 BITS_PER_DIM, FRECHET = "bits_per_dim", "frechet_distance"
-"""Names of figures, by which runs and trials are compared."""
+"""Names of the figures by which runs and trials are compared."""
 
 
 @help_groups(bound="terms", comparison="features", averages="ema_lengths", hardware="actors")
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to measure, on what."""
+    """The settings of an evaluation: model, data, samples and metrics."""
 
     model: str
     """Exported model folder, models:/NAME/VERSION or models:/NAME@ALIAS."""
@@ -80,10 +80,10 @@ class EvaluateConfig:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Whether the settings make sense.
+    """Checks the settings.
 
     Raises:
-        InputError: names the one that doesn't.
+        InputError: names the wrong setting.
     """
     check_ranges(config)
     if bool(config.ema_lengths) != bool(config.snapshots):
@@ -92,11 +92,11 @@ def check(config: EvaluateConfig) -> None:
         raise InputError("--ema-lengths are compared by bits/dim: add bits to --metrics")
     if config.reference_statistics and (config.features == "classifier" or not config.samples):
         raise InputError(
-            "--reference-statistics need --samples, and --features FILE: the network that they are of"
+            "--reference-statistics needs --samples, and --features FILE with the network of these statistics"
         )
     if config.features == "classifier" and (found := {"sfid", "inception_score"} & set(config.metrics)):
         raise InputError(
-            f"--metrics {min(found)} needs --features FILE: the Inception network by which it is defined, as TorchScript"
+            f"--metrics {min(found)} needs --features FILE: the Inception network that defines it, as TorchScript"
         )
     if not config.samples and "bits" not in config.metrics:
-        raise InputError(f"--metrics {' '.join(config.metrics)}: nothing to measure without --samples")
+        raise InputError(f"--metrics {' '.join(config.metrics)} needs --samples: give them, or add bits")

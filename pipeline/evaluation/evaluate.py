@@ -1,4 +1,4 @@
-"""All that can be said of a model in numbers: held-out bits/dim, and how its samples compare with real images."""
+"""Measures a model: held-out bits/dim, and figures that compare its samples with real images."""
 
 import csv
 import dataclasses
@@ -36,13 +36,13 @@ PICTURES = ("terms.png", "nearest.png")
 
 
 class Evaluation(NamedTuple):
-    """What was measured.
+    """The results of an evaluation.
 
     Attributes:
-        metrics: by name. `*_real` is what the held-out real images get where the samples would stand: no model
-            need be better. Fréchet distances shrink as the images on a side grow: compare equal counts.
-        on: what the figures of samples were measured on, in words; none without samples.
-        pictures: URIs of those that were drawn.
+        metrics: figures by name. `*_real` is the figure of held-out real images in place of the samples; no model needs
+            a better one. Fréchet distances shrink with the number of images, so compare only equal counts.
+        on: what the figures of samples were measured on, in words; {} without samples.
+        pictures: URIs of the pictures that were drawn.
     """
 
     metrics: dict[str, float]
@@ -51,13 +51,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> Evaluation:
-    """Measures a model over the cluster, and samples, whose figures also go into their card.
+    """Measures a model and its samples over the cluster. Figures of generated samples also go into their dataset card.
 
     Args:
-        model_folder: the model that `config.model` names (path, URI, or packed); "" = none is measured.
+        model_folder: the model that `config.model` names (path, URI, or packed); "" = measure no model.
 
     Raises:
-        InputError: a setting, model, dataset or file that can't be used.
+        InputError: a setting, the model, the data or a file can't be used.
     """
     check(config)
     renamed: dict[Metric, Metric] = {"manifold": "precision_recall"}
@@ -66,7 +66,7 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> Evalu
         check_apart(config.output, "--data", config.data)
         storage.check_writable(config.output)
     pool = ActorPool(config.actors, config.gpu)
-    # Only the bound looks at the model; images of a folder that was not prepared are read at its size.
+    # Only the bound needs the model, but raw images are resized to the model's size.
     loaded = load_model(model_folder) if model_folder else None
     wanted = ("all",) if "test" in (config.split, config.reference_split) else ()
     splits = open_splits(config.data, loaded[1].image.size if loaded else 0, config.reading, wanted)
@@ -115,7 +115,7 @@ def _bits(
         if not math.isfinite(bits.bits_per_dim):
             raise InputError(
                 f"--model {config.model}: its bits/dim are {bits.bits_per_dim}: the weights are so large that the "
-                "network's output is not finite: take an earlier checkpoint or another model"
+                "network's output is not finite: use an earlier checkpoint or another model"
             )
         return bits
 
@@ -144,7 +144,7 @@ def _bits(
 
 
 def _softmax(bits: BitsPerDim) -> dict[str, float]:
-    """The bound by the decoder without a network, which models of all schedules share."""
+    """The bound with the softmax decoder, which is the same for all models and schedules; {} if it was not measured."""
     if bits.softmax is None:
         return {}
     names = ("bits_per_dim_softmax", "bits_per_dim_softmax_stderr", "L_0_softmax")
@@ -152,7 +152,10 @@ def _softmax(bits: BitsPerDim) -> dict[str, float]:
 
 
 def _shares(bits: BitsPerDim, spec: ModelSpec) -> dict[str, float]:
-    """Sums of L_1 to L_{T-1} below and above the step where noise is as strong as the image; needs every term."""
+    """The sums of the terms L_1 to L_{T-1} before and after the step with equal noise and signal (alpha_bar = 0.5).
+
+    {} if not every term was measured.
+    """
     if not bits.terms:
         return {}
     low = int((make_process(spec.diffusion).alpha_bar > 0.5).sum())
@@ -160,7 +163,11 @@ def _shares(bits: BitsPerDim, spec: ModelSpec) -> dict[str, float]:
 
 
 def _codes(config: EvaluateConfig, splits: Splits, measured: np.ndarray) -> dict[str, float]:
-    """What the images that the bound is `measured` on cost by `trivial_codes`."""
+    """Bits/dim of the images that the bound is measured on, coded by `trivial_codes`.
+
+    Args:
+        measured: ids of those images, int64 [N].
+    """
     held_out = splits[config.split]
     reference = splits.indexes.get(config.reference_split, held_out)
     most = max(1, MOST_BYTES // (held_out.image.size**2 * held_out.image.channels))

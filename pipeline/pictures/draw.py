@@ -17,7 +17,12 @@ FONT_PIXELS, GAP = 12, 4
 
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
-    """Tiles images, uint8 [N, H, W, C], row by row; small ones are enlarged without smoothing."""
+    """Tiles images row by row, and enlarges small ones without smoothing.
+
+    Args:
+        images: uint8 [N, H, W, C], C = 1, 3 or 4.
+        columns: images per row.
+    """
     count, height, width, channels = images.shape
     factor = max(1, -(-LEAST_TILE_PIXELS // max(height, width)))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -37,10 +42,11 @@ def save_grid(
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> None:
-    """Writes `grid` as PNG, with what its rows and columns show written beside them.
+    """Writes a `grid` of images as PNG, with the names of its rows and columns beside it.
 
     Args:
-        columns: 0 = as square as it can be.
+        images: uint8 [N, H, W, C].
+        columns: images per row; 0 = as square as possible.
         row_names: one for each row, or none.
         column_names: one for each column, or none.
     """
@@ -49,7 +55,7 @@ def save_grid(
 
 
 def _with_names(picture: Image.Image, rows: list[str], columns: list[str]) -> Image.Image:
-    """A grid with names to the left of its rows and, where they are too wide to lie, upright above its columns."""
+    """Adds names to the left of a grid's rows and above its columns. Wide column names are written upright."""
     font = ImageFont.load_default(FONT_PIXELS)
     widest = {
         "rows": max(map(font.getlength, rows), default=0),
@@ -77,7 +83,7 @@ def _with_names(picture: Image.Image, rows: list[str], columns: list[str]) -> Im
 
 
 def file_of(save: Callable[[Path], object]) -> bytes:
-    """The PNG file that one of these functions writes, for storages that have no paths."""
+    """The bytes of the file that `save` writes to its path, for storages without local paths."""
     with tempfile.TemporaryDirectory() as folder:
         save(path := Path(folder) / "picture.png")
         return path.read_bytes()
@@ -90,11 +96,11 @@ def save_process_strip(
     reverse_steps: Sequence[int],
     path: Path,
 ) -> None:
-    """The forward process q above the reverse process p_theta, one column a chosen t.
+    """Draws the forward process q above the reverse process p_theta, one column for each chosen t.
 
     Args:
-        forward, reverse: uint8 [N, H, W, C] each, N images at each of the steps, in the order of time.
-        forward_steps, reverse_steps: the paper's t of each (0 = data).
+        forward, reverse: N images for each step, uint8 [N, H, W, C], in the order of the process.
+        forward_steps, reverse_steps: t of each step as in Ho et al. 2020, where t = 0 is the data.
     """
     examples = len(forward[0])
     rows, columns = 2 * examples, max(len(forward), len(reverse))
@@ -118,9 +124,11 @@ def save_process_strip(
 
 
 def save_schedules(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """alpha_bar and log SNR over t / T, side by side; `curves` maps a name to (alpha_bar, snr), each [T].
+    """Draws alpha_bar and log SNR over t / T, side by side.
 
-    The last curve is dashed: it may lie on another.
+    Args:
+        curves: alpha_bar and SNR of each schedule by name, float [T] each. The last curve is dashed, because it may
+            coincide with another one.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for name, (alpha_bar, snr) in curves.items():
@@ -135,11 +143,11 @@ def save_schedules(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path)
 
 
 def save_bound_terms(terms: np.ndarray, path: Path, steps: np.ndarray | None = None) -> None:
-    """L_{t-1} in bits/dim over t, both axes logarithmic.
+    """Draws the terms L_{t-1} of the bound (Ho et al. 2020, equation 5) over t, both axes logarithmic.
 
     Args:
-        terms: [N], the first being L_0.
-        steps: the paper's t of each; None = 1 to N.
+        terms: terms in bits/dim, float [N]; the first is L_0.
+        steps: t of each term, from 1, int [N]; None = 1 to N.
     """
     figure, axis = plt.subplots(figsize=(6, 4))
     at = np.arange(1, len(terms) + 1) if steps is None else steps
@@ -152,10 +160,11 @@ def save_bound_terms(terms: np.ndarray, path: Path, steps: np.ndarray | None = N
 def save_nearest(
     samples: np.ndarray, nearest: np.ndarray, path: Path, columns: int, column_names: Sequence[str] = ()
 ) -> None:
-    """Rows of samples, each above a row of their nearest training images; both uint8 [N, H, W, C].
+    """Draws rows of samples, each above a row of their nearest training images.
 
     Args:
-        columns: samples in a row; what is left of N after whole rows is not shown.
+        samples, nearest: uint8 [N, H, W, C].
+        columns: samples per row; samples of an incomplete last row are not shown.
         column_names: one for each column, or none.
     """
     pairs = [

@@ -1,4 +1,4 @@
-"""What to draw: from a model and its data to the arrays that draw.py puts on paper."""
+"""Computes the arrays that draw.py draws, from a model and its data."""
 
 import contextlib
 import math
@@ -32,7 +32,17 @@ ROWS_AT_A_TIME = 64
 def draw_samples(
     model: UNet, spec: ModelSpec, path: Path, *, rows: int = 8, steps: int = 25, seed: int = 0
 ) -> Path:
-    """A grid of DDIM samples; for a class-conditional model each column is one class, with its name above."""
+    """Draws a grid of DDIM samples. For a class-conditional model, each column shows one class with its name.
+
+    Args:
+        path: file for the picture.
+        rows: number of rows; for an unconditional model also the number of columns.
+        steps: steps of DDIM.
+        seed: seed of the samples.
+
+    Returns:
+        `path`.
+    """
     classes = spec.image.classes[:MOST_COLUMNS] if spec.model.class_conditional else ()
     columns = len(classes) or rows
     images = preview(model, spec, rows * columns, steps=steps, seed=seed, classes=columns)
@@ -43,7 +53,20 @@ def draw_samples(
 def process_strip(
     model: UNet, spec: ModelSpec, index: DatasetIndex, path: Path, *, examples: int = 3, seed: int = 0
 ) -> Path:
-    """The forward process on real images above the reverse process of the model, both through all T steps."""
+    """Draws the forward process on real images above the model's reverse process, both through all T steps.
+
+    Args:
+        index: dataset of the real images.
+        path: file for the picture.
+        examples: images of each process.
+        seed: seed of the noise.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: no image can be decoded.
+    """
     x_0 = from_pixels(real_images(index, spec, examples)[0])
     process = make_process(spec.diffusion)
     ids, shape = torch.arange(len(x_0)), tuple(x_0.shape[1:])
@@ -84,7 +107,7 @@ def process_strip(
 
 
 def schedule_curves(spec: ModelSpec, path: Path) -> Path:
-    """alpha_bar and SNR of every named schedule at the model's T, and of the model's own."""
+    """Draws alpha_bar and SNR of every named schedule at the model's T, and of the model's own schedule."""
     own = make_process(spec.diffusion)
     curves = {
         name: make_process(DiffusionConfig(schedule=name, timesteps=spec.diffusion.timesteps))
@@ -98,11 +121,15 @@ def schedule_curves(spec: ModelSpec, path: Path) -> Path:
 def bound_terms(
     model: UNet, spec: ModelSpec, index: DatasetIndex, path: Path, *, examples: int = 8, seed: int = 0
 ) -> Path:
-    """L_{t-1} over t of a few real images, at up to `BOUND_POINTS` of the T steps."""
+    """Draws the bound's terms L_{t-1} over t, averaged over a few real images, at up to `BOUND_POINTS` of the T steps.
+
+    Raises:
+        InputError: no image can be decoded.
+    """
     images, labels = real_images(index, spec, examples)
     x_0, ids = from_pixels(images), torch.arange(len(images))
     process = make_process(spec.diffusion)
-    # Where the terms change fastest, at small t, the points lie close.
+    # The terms change fastest at small t, so the points are denser there.
     steps = sorted({int(t) for t in np.geomspace(1, len(process), BOUND_POINTS).round()})
     terms = []
     with Display(f"plot: {path.name}", len(steps), "terms") as display:
@@ -119,7 +146,11 @@ def bound_terms(
 def nearest_neighbours(
     model: UNet, spec: ModelSpec, index: DatasetIndex, path: Path, *, count: int = 32, seed: int = 0
 ) -> Path:
-    """Samples above the training images closest to them in pixels: copies would show."""
+    """Draws samples above the training images nearest to them in pixels, so that copies become visible.
+
+    Raises:
+        InputError: no image can be decoded.
+    """
     classes = spec.image.classes[:MOST_COLUMNS] if spec.model.class_conditional else ()
     columns = min(len(classes) or MOST_COLUMNS, count)
     classes, count = classes[:columns], count - count % columns
@@ -141,14 +172,14 @@ def nearest_neighbours(
 
 
 def real_images(index: DatasetIndex, spec: ModelSpec, count: int) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images of a dataset that can be decoded (all where there are fewer), as the model sees them.
+    """The first `count` decodable images of a dataset, or all if there are fewer, as the model sees them.
 
     Returns:
-        uint8 [N, C, H, W] of the model's size and channels; the model's labels for them, int64 [N], that of no class
-        where the model does not know the image's class; None for an unconditional model.
+        images of the model's size and channels, uint8 [N, C, H, W], and the model's labels, int64 [N]. A class that the
+        model does not know gets the label of "no class". Labels are None for an unconditional model.
 
     Raises:
-        InputError: none can be decoded.
+        InputError: no image can be decoded.
     """
     chunks, held = list[tuple[Tensor, Tensor]](), 0
     for chunk in _chunks(index, spec):
@@ -163,7 +194,7 @@ def real_images(index: DatasetIndex, spec: ModelSpec, count: int) -> tuple[Tenso
 
 
 def _chunks(index: DatasetIndex, spec: ModelSpec) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images that can be decoded, some at a time, and their labels: see `real_images`."""
+    """Yields all decodable images in parts, with their labels; see `real_images`."""
     numbers = {name: number for number, name in enumerate(spec.image.classes)}
     known = {label: numbers.get(name, len(numbers)) for label, name in enumerate(index.image.classes)}
     for group in index.groups:
@@ -179,7 +210,7 @@ def _chunks(index: DatasetIndex, spec: ModelSpec) -> Iterator[tuple[Tensor, Tens
 
 
 def _shown(name: str) -> str:
-    """A class's name, short enough for a picture."""
+    """A class's name, shortened for a picture."""
     return name if len(name) <= 20 else f"{name[:19]}…"
 
 
@@ -188,6 +219,6 @@ def _none_can_be_decoded(index: DatasetIndex) -> InputError:
 
 
 def as_pixels(images: Tensor) -> np.ndarray:
-    """uint8 [N, C, H, W] to [N, H, W, C]."""
+    """Converts uint8 [N, C, H, W] on any device to a numpy array [N, H, W, C]."""
     pixels: np.ndarray = images.permute(0, 2, 3, 1).cpu().numpy()
     return pixels

@@ -1,4 +1,4 @@
-"""All workers do as they are told at the same step, whichever of them is told."""
+"""Makes all workers obey a command at the same step, whichever of them receives it."""
 
 import torch
 import torch.distributed as dist
@@ -7,10 +7,13 @@ from pipeline.training.run_channel import Command
 
 
 class Agreement:
-    """Tells all workers, at the same step, what one of them was told to do.
+    """Passes a command that one worker received to all workers, for the same step.
 
-    Each step's command is on its way while the step is made: it costs the steps nothing. On a process group of its
-    own over gloo, so that a GPU has nothing to wait for.
+    The command is exchanged while a step is computed, so it costs no time. It has its own gloo process group, so
+    no GPU waits for it.
+
+    Args:
+        world_size: number of workers.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -19,7 +22,13 @@ class Agreement:
         self._work: dist.Work | None = None
 
     def __call__(self, here: Command) -> Command:
-        """What any worker was told at the step before; every worker calls it once a step."""
+        """Returns the strongest command that any worker received one step ago; a single worker gets `here`.
+
+        Every worker calls it once a step.
+
+        Args:
+            here: command that this worker received.
+        """
         if self._group is None:
             return here
         if self._work is not None:

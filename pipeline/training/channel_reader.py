@@ -1,4 +1,4 @@
-"""The driver's reader of the channel: what workers post goes to MLflow, to the output and to the terminal."""
+"""The driver's reader of the channel. It passes the workers' messages to MLflow, to the output and to the terminal."""
 
 import threading
 import time
@@ -20,10 +20,18 @@ LAST_ROUNDS = 10
 
 
 class ChannelReader:
-    """Takes what is in the channel, in a thread of the driver, until the `with` block ends.
+    """Reads the channel in a thread of the driver until the `with` block ends.
 
-    Points go to MLflow and to `on_point`, files to the run's output, lines to the terminal. A worker group that restarts
-    makes some steps again, and posts their points again: each point of a curve is handed on once.
+    Points go to MLflow and to `on_point`, files to the run's output, lines to the terminal. A restarted worker group
+    repeats some steps and posts their points again; the reader passes on each point of a curve once.
+
+    Args:
+        channel: handle of the `RunChannel` actor.
+        output: URI of the run.
+        on_point: called with the step and the values of each new point.
+
+    Attributes:
+        latest: newest value of each figure, by name.
     """
 
     def __init__(
@@ -49,11 +57,11 @@ class ChannelReader:
             self._round()
 
     def _round(self) -> bool:
-        """Whether all that is in the channel was taken, and is where it belongs."""
+        """Reads the channel once. Returns True if every file that it holds is written."""
         try:
             received, messages = ray.get(self._channel.take.remote(self._received), timeout=10)
         except (ray.exceptions.RayError, ConnectionError):
-            return False  # the node is busy or going down; the next round asks again
+            return False  # the node is busy or shutting down; the next round tries again
         self._received = received
         for line in messages.notices:
             self._display.note(line)
@@ -73,14 +81,14 @@ class ChannelReader:
             self._display.update(self._progress[0], self._progress[1] + self._validation)
             try:
                 self._on_point(step, values)
-            except Exception as error:  # the caller's own: the run goes on
+            except Exception as error:  # an error of the caller's code does not stop the run
                 self._say_once(f"on_point failed: {type(error).__name__}: {one_line(error)}")
         self._files += messages.files
         while self._files:
             path, content = self._files[0]
             try:
                 storage.write_atomic(storage.join(self._output, path), content)
-            except Exception as error:  # the storage is away: the next round tries again
+            except Exception as error:  # the storage fails; the next round tries again
                 self._say_once(f"{path} can't be written to {self._output} now: {one_line(error)}")
                 break
             self._files.pop(0)

@@ -1,8 +1,8 @@
-"""Checkpoints: all of `TrainState` as safetensors and JSON, checked against their own digests on reading.
+"""Checkpoints: the whole `TrainState` as safetensors and JSON, verified by SHA-256 digests on reading.
 
-A checkpoint is a folder on any storage (see storage.py). `state.json` is written last and holds the SHA-256
-of every file, itself included: a half-written or damaged checkpoint is told from a good one before anything of it
-is used. The storage is the only record of which checkpoints there are: no list of them can disagree with it.
+A checkpoint is a folder on any storage (see storage.py). `state.json` is written last. It holds the SHA-256 of every
+file and of its own content, so a reader recognizes an incomplete or damaged checkpoint before it uses any of it. The
+storage is the only record of the checkpoints that exist, so no separate list can disagree with it.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from pipeline.versions import VERSIONS, check_readable, check_same
 
 STATE = "state.json"
 WEIGHTS, OPTIMIZER, TIMESTEP_SAMPLER = (f"{part}.safetensors" for part in ("weights", "optimizer", "sampler"))
-# In checkpoints of 0.1.0: all averages, "NUMBER/PARAMETER" to tensor.
+# Checkpoints of 0.1.0 hold all averages in this file, with keys "NUMBER/PARAMETER".
 AVERAGES = "averages.safetensors"
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A checkpoint that is incomplete or whose bytes are not those that were written."""
+    """A checkpoint is incomplete, or its bytes differ from those that were written."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class Saved:
     """A checkpoint's contents, on the CPU.
 
     Attributes:
-        averages: by parameter name, one dict for each decay, in the order of `decays`.
-        optimizer: "PARAMETER/STATE" to tensor.
+        step: optimizer steps done.
+        weights: the model's state dict.
+        averages: averaged parameters by name, one dict per average, in the order of `TrainState.averages`.
+        optimizer: tensors of the optimizer's state, with keys "PARAMETER/STATE".
+        timestep_sampler: state of the timestep sampler.
     """
 
     step: int
@@ -48,11 +51,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint as it lies on storage, found whole.
+    """The verified files of a checkpoint.
 
     Attributes:
-        state: all that `state.json` says.
-        files: by name, their bytes.
+        state: contents of `state.json`.
+        files: bytes of each file, by name.
     """
 
     state: dict[str, Any]
@@ -60,7 +63,7 @@ class Stored:
 
 
 def capture(state: TrainState) -> Saved:
-    """Copies a training state to the CPU: later steps don't change the copy."""
+    """Copies a training state to the CPU. Later steps do not change the copy."""
     names = [name for name, _ in state.model.named_parameters()]
     parameters = dict(state.model.named_parameters())
 
@@ -84,7 +87,7 @@ def capture(state: TrainState) -> Saved:
 
 
 def restore(state: TrainState, saved: Saved) -> None:
-    """Puts a checkpoint into a fresh training state, in place, bit for bit."""
+    """Loads a checkpoint into a new training state, in place and bit for bit."""
     state.model.load_state_dict(saved.weights)
     parameters = dict(state.model.named_parameters())
     with torch.no_grad():
@@ -93,7 +96,7 @@ def restore(state: TrainState, saved: Saved) -> None:
                 tensor.copy_(stored[name])
     for name, parameter in parameters.items():
         state.optimizer.state[parameter] = {
-            # Adam's step counter lives where `fused` wants it, beside the parameter.
+            # Fused Adam needs its step counter on the parameter's device.
             key.rpartition("/")[2]: value.to(parameter.device)
             if value.ndim == 0
             else torch.empty_like(parameter).copy_(value)
@@ -105,17 +108,17 @@ def restore(state: TrainState, saved: Saved) -> None:
 
 
 def average_file(number: int) -> str:
-    """The file of an average. Each has one of its own: an export reads the first and no other."""
+    """The name of an average's file. Each average has its own file, because an export reads only the first."""
     return f"average-{number}.safetensors"
 
 
 def new_name(step: int) -> str:
-    """A folder name that sorts by step, then by when it was written: a step that is done again gets another one."""
+    """A folder name that sorts by step, then by time. A repeated step gets a new name."""
     return f"step-{step:09d}-{time.time_ns() // 1_000_000:013d}"
 
 
 def complete(folder: str) -> list[str]:
-    """The URIs of the checkpoints in a folder that were written to their end, the newest first."""
+    """The URIs of the completely written checkpoints in a folder, newest first."""
     if not storage.exists(folder):
         return []
     states = storage.list_files(folder, (STATE,))
@@ -123,7 +126,11 @@ def complete(folder: str) -> list[str]:
 
 
 def write(uri: str, saved: Saved, extra: dict[str, Any]) -> None:
-    """Writes a checkpoint; `extra` is JSON kept beside it."""
+    """Writes a checkpoint.
+
+    Args:
+        extra: JSON values that `state.json` holds beside its own.
+    """
     files = {
         WEIGHTS: saved.weights,
         **{average_file(i): average for i, average in enumerate(saved.averages)},
@@ -150,7 +157,7 @@ def read(uri: str) -> tuple[Saved, dict[str, Any]]:
     """Reads a checkpoint and verifies every byte of it.
 
     Returns:
-        the contents, and all that `state.json` says.
+        the checkpoint's contents, and those of `state.json`.
 
     Raises:
         Exception: as `fetch` and `unpack`.
@@ -164,8 +171,8 @@ def fetch(uri: str) -> Stored:
 
     Raises:
         DamagedCheckpoint: a file is missing, cut short or altered.
-        InputError: a release that works otherwise wrote it.
-        Exception: whatever the storage raises that can't read it now: that says nothing of the checkpoint.
+        InputError: an incompatible release wrote it.
+        Exception: the storage's own error if it can't be read now. The checkpoint may still be intact.
     """
     state = _read_state(uri)
     check_same(state.get("versions"), uri)
@@ -175,10 +182,10 @@ def fetch(uri: str) -> Stored:
 
 
 def unpack(stored: Stored) -> Saved:
-    """The contents of a checkpoint's files.
+    """Decodes a checkpoint's files.
 
     Raises:
-        DamagedCheckpoint: a file holds something else than tensors, although its digest is right.
+        DamagedCheckpoint: a file is not safetensors, although its digest is correct.
     """
     step, count = stored.state["step"], stored.state["averages"]
     try:
@@ -198,12 +205,15 @@ def unpack(stored: Stored) -> Saved:
 
 
 def read_model(uri: str) -> tuple[dict[str, Tensor], int]:
-    """The weights with the first average in the place of the parameters (the model that is exported), and the step.
+    """Reads the exported model: the weights, with the first average in place of the parameters.
 
-    Reads and verifies nothing else of the checkpoint.
+    Only the two files that this needs are read and verified.
+
+    Returns:
+        the state dict and the step.
 
     Raises:
-        DamagedCheckpoint: see `read`.
+        Exception: as `fetch`.
     """
     state = _read_state(uri)
     together = AVERAGES in state["sha256"]
@@ -235,7 +245,7 @@ def _read_file(uri: str, state: dict[str, Any], name: str) -> bytes:
 
 
 def _one_of(averages: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-    """One average of those in a file of 0.1.0."""
+    """One of the averages in a file of release 0.1.0."""
     prefix = f"{number}/"
     return {name.removeprefix(prefix): tensor for name, tensor in averages.items() if name.startswith(prefix)}
 

@@ -1,4 +1,4 @@
-"""The run's checkpoints in Ray Train: saved in its background thread, found again on storage after any end."""
+"""The run's checkpoints in Ray Train: its background thread writes them, and a restart finds them on the storage."""
 
 import json
 import math
@@ -27,10 +27,10 @@ from pipeline.training import checkpoint
 T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-# The score of a checkpoint that is not validated, behind every score there can be. Ray Train keeps scores as JSON,
-# which has no NaN and no infinity, and can't compare a missing one.
+# Score of a checkpoint that is not validated; it is worse than any real score. Ray Train stores scores as JSON, which
+# has neither NaN nor infinity, and it can't compare a missing score.
 UNVALIDATED = sys.float_info.max
-# Seconds that a checkpoint waits for the one before it to be written; then it is left out.
+# Seconds that a checkpoint waits for the previous one to be written. After that it is skipped.
 WAIT_SECONDS = 10.0
 BROADCAST_BYTES = 64 * 2**20
 _OURS = re.compile(r"step-\d{9}-\d{13}")
@@ -38,10 +38,11 @@ _OURS = re.compile(r"step-\d{9}-\d{13}")
 
 @dataclass
 class Upload:
-    """A checkpoint on its way to the storage.
+    """A checkpoint that is being written.
 
     Attributes:
-        contents: one copy of the state, until it is written: Ray Train keeps the function that writes it for longer.
+        contents: one copy of the state, removed once it is written, because Ray Train keeps the writing function longer.
+        done: set once the write has ended, whether it succeeded or not.
     """
 
     contents: list[checkpoint.Saved]
@@ -50,14 +51,16 @@ class Upload:
 
 @dataclass
 class CheckpointManager:
-    """One worker's hand on the run's checkpoints.
+    """Saves and restores the run's checkpoints for one worker.
 
     Args:
         folder: URI of Ray Train's folder in the run's output.
-        device: of this worker.
-        patient: calls the storage.
-        validate: whether the checkpoint of a step is to be validated.
-        on_write: writes whatever else is kept of a checkpoint.
+        rank: this worker's rank; rank 0 alone reads and writes.
+        device: this worker's device.
+        channel: handle of the run's `RunChannel`.
+        patient: calls the storage, and repeats calls that fail.
+        validate: returns True for a step whose checkpoint is to be validated.
+        on_write: writes other files that belong to a checkpoint.
     """
 
     folder: str
@@ -72,15 +75,17 @@ class CheckpointManager:
     def save(
         self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any], needed: bool
     ) -> bool:
-        """Copies the training state and lets Ray Train's thread write it; every worker calls it at the same step.
+        """Copies the training state and lets Ray Train's thread write it. Every worker calls this at the same step.
 
-        One copy at most is held: while the storage is slower than the steps, or away, checkpoints are left out.
+        At most one copy is held. Checkpoints are skipped while the storage fails or is slower than the steps.
 
         Args:
-            needed: wait for the checkpoint before it, however long it takes.
+            capture: copies the training state.
+            extra: JSON values to keep with the checkpoint.
+            needed: True waits for the previous checkpoint, however long it takes.
 
         Returns:
-            on rank 0, whether it is being written.
+            True on rank 0 if the checkpoint is being written.
         """
         target, write = None, None
         if self.rank == 0 and (free := self._is_free(step, needed)):
@@ -103,36 +108,39 @@ class CheckpointManager:
         return taken
 
     def _is_free(self, step: int, needed: bool) -> bool:
-        """Whether nothing is being written, after a wait for it."""
+        """Waits for the previous checkpoint. Returns True if it has been written."""
         if self._upload is None or self._upload.done.wait(WAIT_SECONDS):
             return True
         if needed:
             self.channel.notice.remote(f"step {step}: waiting for the checkpoint before it to be written")
             return self._upload.done.wait()
         self.channel.notice.remote(
-            f"the checkpoint of step {step} is left out: the one before it is still being written; "
-            "--checkpoint-every is too small for the storage, or the storage is away"
+            f"the checkpoint of step {step} is left out: the previous one is still being written; "
+            "--checkpoint-every is too small for the storage, or the storage does not answer"
         )
         return False
 
     def save_now(self, capture: Callable[[], checkpoint.Saved], step: int, extra: dict[str, Any]) -> None:
-        """Writes at once and without Ray Train, which is about to end this group and no longer listens."""
+        """Writes a checkpoint at once and without Ray Train, which accepts none while it stops this worker group."""
         if self.rank == 0:
             self._write(checkpoint.new_name(step), capture(), extra)
             self.channel.saved.remote()
 
     def flush(self) -> None:
-        """Waits for what is being written."""
+        """Waits for the checkpoint that is being written."""
         if self._upload is not None:
             self._upload.done.wait()
 
     def restore(self) -> tuple[checkpoint.Saved, dict[str, Any]] | None:
-        """The newest whole checkpoint, the same for every worker; None where none was ever written to its end.
+        """Reads the newest intact checkpoint, the same one for every worker. A collective call.
 
-        Rank 0 reads it and sends it to the others. Damaged ones are passed over and reported.
+        Rank 0 reads it and sends it to the others. It skips damaged ones and reports them.
+
+        Returns:
+            the contents and those of `state.json`; None if no checkpoint was completely written.
 
         Raises:
-            InputError: there are checkpoints and all are damaged, or the storage could not be read.
+            InputError: all checkpoints are damaged, or the storage could not be read.
         """
         found, facts = None, None
         if self.rank == 0 and (
@@ -151,13 +159,18 @@ class CheckpointManager:
         if ray.train.get_context().get_world_size() > 1:
             files = {file: self._bytes_to_all(files.get(file), size) for file, size in sizes.items()}
         saved = checkpoint.unpack(checkpoint.Stored(state, files))
-        if not known:  # written, but the driver was killed before Ray Train had noted it
+        if not known:  # the driver was killed after the write and before Ray Train recorded it
             target = self._registered_as(name) if self.rank == 0 else None
             self._report(target, saved.step, None, CheckpointUploadMode.NO_UPLOAD)
         return saved, state
 
     def _bytes_to_all(self, data: bytes | None, size: int) -> bytes:
-        """Rank 0's bytes, on every worker; a collective call."""
+        """Sends rank 0's bytes to every worker. A collective call.
+
+        Args:
+            data: the bytes, on rank 0.
+            size: number of bytes.
+        """
         received = bytearray(data or size)
         for start in range(0, size, BROADCAST_BYTES):
             here = torch.frombuffer(memoryview(received)[start : start + BROADCAST_BYTES], dtype=torch.uint8)
@@ -167,7 +180,10 @@ class CheckpointManager:
         return bytes(received)
 
     def _report(self, target: Checkpoint | None, step: int, upload: Any, mode: CheckpointUploadMode) -> bool:
-        """Whether Ray Train took it: while it restarts the workers it drops reports, and never calls `upload`."""
+        """Reports a checkpoint to Ray Train. Returns True if Ray Train accepted it.
+
+        While it restarts the workers, Ray Train drops reports and never calls `upload`.
+        """
         context = get_train_context()
         before = context.report_call_index
         due = target is not None and self.validate(step)
@@ -207,17 +223,18 @@ class CheckpointManager:
 def newest_whole(
     folder: str, read: Callable[[str], T], patient: Patient, say: Callable[[str], object]
 ) -> tuple[str, T] | None:
-    """The newest checkpoint whose bytes are as written, as `read` gives it, and its URI.
+    """Reads the newest intact checkpoint in a folder.
 
     Args:
-        read: raises `DamagedCheckpoint`.
-        say: is told of damaged ones.
+        read: reads the checkpoint at a URI; raises `DamagedCheckpoint` for a damaged one.
+        patient: calls the storage, and repeats calls that fail.
+        say: called with a line about each damaged checkpoint.
 
     Returns:
-        None where no checkpoint was ever written to its end.
+        the checkpoint's URI and the result of `read`; None if no checkpoint was completely written.
 
     Raises:
-        InputError: all are damaged, or the storage could not be read for that long.
+        InputError: all checkpoints are damaged, or the storage could not be read in the time that `patient` allows.
     """
     what = f"the checkpoints in {folder} can't be read"
     found = patient(lambda: checkpoint.complete(folder), what)
@@ -230,17 +247,17 @@ def newest_whole(
             say(f"checkpoint passed over: {error}")
     if damaged:
         raise InputError(
-            f"all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}): put them right, or begin anew in "
-            "another --output"
+            f"all {len(damaged)} checkpoints in {folder} are damaged ({damaged[0]}): restore one, or start a new run "
+            "with another --output"
         )
     return None
 
 
 def mend(folder: str, patient: Patient) -> None:
-    """Drops Ray Train's list of checkpoints where it can't be used: it isn't written in one piece.
+    """Removes Ray Train's list of checkpoints if it is unusable. Ray Train does not write the list atomically.
 
-    Ray Train refuses to start on such a list, or fails at its next checkpoint. It is no loss:
-    `CheckpointManager.restore` looks at the storage.
+    With an unusable list Ray Train does not start, or fails at its next checkpoint. Nothing is lost without the list,
+    because `CheckpointManager.restore` looks at the storage.
     """
     place = storage.join(folder, SNAPSHOT)
 
@@ -255,7 +272,7 @@ def mend(folder: str, patient: Patient) -> None:
 
 
 def _usable(content: bytes) -> set[str] | None:
-    """The names of the checkpoints in a list of Ray Train's; None where it could not load the list and go on with it."""
+    """The names of the checkpoints in Ray Train's list; None if Ray Train could not continue with that list."""
     try:
         snapshot = json.loads(content)
         listed = snapshot["checkpoint_results"]
@@ -277,7 +294,13 @@ def _usable(content: bytes) -> set[str] | None:
 
 
 def sweep(folder: str, kept: list[Checkpoint]) -> None:
-    """Deletes what Ray Train does not keep: half-written checkpoints, and whole ones that it never knew of."""
+    """Deletes the checkpoints that Ray Train does not keep: incomplete ones, and complete ones that it never recorded.
+
+    The newest complete checkpoint always stays.
+
+    Args:
+        kept: checkpoints that Ray Train keeps.
+    """
     names = {storage.name(entry.path) for entry in kept} | {
         storage.name(uri) for uri in checkpoint.complete(folder)[:1]
     }

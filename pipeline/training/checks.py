@@ -1,4 +1,4 @@
-"""What is refused of a training run before a cluster is asked for anything, or an output is claimed."""
+"""Checks of a training run before it uses a cluster or claims an output."""
 
 from pipeline import __version__, storage
 from pipeline.config import ModelSpec, TrainConfig
@@ -13,7 +13,7 @@ from pipeline.rng import EPOCHS
 
 
 def make_spec(config: TrainConfig, index: DatasetIndex) -> ModelSpec:
-    """The model that a configuration and a dataset call for, with where it came from."""
+    """The model that a configuration and a dataset define, with its provenance."""
     return ModelSpec(
         model=config.model,
         image=index.image,
@@ -32,16 +32,16 @@ def make_spec(config: TrainConfig, index: DatasetIndex) -> ModelSpec:
 
 
 def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, ModelSpec]:
-    """Everything that can be known to be wrong before a cluster is asked for anything.
+    """Checks everything that can be checked before a cluster is needed.
 
     Args:
-        data: what `config.data` names, where it is open already.
+        data: the dataset that `config.data` names, if it is already open.
 
     Returns:
-        the data, and the model to train.
+        the dataset, and the model to train.
 
     Raises:
-        InputError: in one line, what to change.
+        InputError: says in one line what to change.
     """
     check_settings(config)
     check_apart(config.output, "--data", config.data)
@@ -52,10 +52,10 @@ def check(config: TrainConfig, data: Splits | None = None) -> tuple[Splits, Mode
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Whether the settings make sense, on any data.
+    """Checks the settings that do not depend on the data.
 
     Raises:
-        InputError: names the one that doesn't.
+        InputError: names the wrong setting.
     """
     check_ranges(config)
     if config.min_workers > config.workers:
@@ -69,23 +69,24 @@ def check_settings(config: TrainConfig) -> None:
         )
     if config.gpus_per_worker < 1 and config.workers > 1:
         raise InputError(
-            f"--gpus-per-worker {config.gpus_per_worker:g} with --workers {config.workers}: NCCL joins no two workers on "
-            "one GPU: give 1, or --workers 1"
+            f"--gpus-per-worker {config.gpus_per_worker:g} with --workers {config.workers}: NCCL can't connect two "
+            "workers on one GPU: give --gpus-per-worker 1, or --workers 1"
         )
     if not config.optimizer.ema_decays:
-        raise InputError(
-            "--ema-decays needs at least one value: the first average is the model that is exported"
-        )
+        raise InputError("--ema-decays needs at least one value: the first average is the exported model")
     if config.cache_dir and not storage.is_local(config.cache_dir):
         raise InputError(f"--cache-dir {config.cache_dir} must be a folder on the nodes' own disks")
     check_loss(config.diffusion)
 
 
 def check_length(config: TrainConfig, rows: int) -> None:
-    """Whether a batch, and all steps, fit so many images.
+    """Checks the batch size and the number of steps against the number of images.
+
+    Args:
+        rows: images to train on.
 
     Raises:
-        InputError: names the setting that doesn't.
+        InputError: names the setting that is too large.
     """
     if config.batch_size > rows:
         raise InputError(
@@ -99,13 +100,13 @@ def check_length(config: TrainConfig, rows: int) -> None:
 
 
 def check_fit(config: TrainConfig, data: Splits) -> ModelSpec:
-    """Whether the settings fit the data.
+    """Checks the settings against the data.
 
     Returns:
         the model to train.
 
     Raises:
-        InputError: names the setting that doesn't.
+        InputError: names the setting that does not fit.
     """
     check_length(config, data["train"].rows)
     spec = make_spec(config, data["train"])
@@ -118,7 +119,10 @@ def check_fit(config: TrainConfig, data: Splits) -> ModelSpec:
 
 def _check_validation(config: TrainConfig, spec: ModelSpec, held_out: int) -> None:
     if held_out < 2 or config.validation_images == 1:
-        raise InputError("--validate-every needs at least two held-out images")
+        raise InputError(
+            "--validate-every needs at least two held-out images: give data with a validation split, or a larger "
+            "--validation-images"
+        )
     if config.validation_terms % 2 and config.validation_terms < spec.diffusion.timesteps:
         raise InputError(
             f"--validation-terms {config.validation_terms} must be even: give {config.validation_terms - 1} or "
@@ -126,9 +130,11 @@ def _check_validation(config: TrainConfig, spec: ModelSpec, held_out: int) -> No
         )
     metrics, features = set(config.validate_metrics), config.validation_features
     if "bits" not in metrics:
-        raise InputError("--validate-metrics needs bits: the best checkpoint is the one of the lowest")
+        raise InputError(
+            "--validate-metrics needs bits: the checkpoint with the lowest bits/dim is the best one"
+        )
     if "cas" in metrics and not spec.model.class_conditional:
-        raise InputError("--validate-metrics cas needs --class-conditional: samples of known classes")
+        raise InputError("--validate-metrics cas needs --class-conditional, for samples of known classes")
     if not metrics - {"bits", "cas"}:
         return
     if features != "classifier":
@@ -137,5 +143,5 @@ def _check_validation(config: TrainConfig, spec: ModelSpec, held_out: int) -> No
         open_extractor(features, spec.image, "--validation-features")
     elif len(spec.image.classes) < 2:
         raise InputError(
-            "--validate-metrics: no classifier can be trained without two classes: give --validation-features FILE"
+            "--validate-metrics: a classifier needs at least two classes: give --validation-features FILE"
         )

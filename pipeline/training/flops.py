@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is, how much a worker's device could do in the same time, how busy it is."""
+"""The arithmetic of a training step, the speed of a worker's device, and the utilisation of its node."""
 
 import contextlib
 import time
@@ -16,7 +16,10 @@ MEGABYTE = 1e6
 
 
 def flops_per_image(spec: ModelSpec) -> int:
-    """Of one image forward and backward, two for each multiply-add; counted on shapes alone, nothing is computed."""
+    """Floating-point operations of one image's forward and backward pass; a multiply-add counts as two.
+
+    They are counted on torch's meta device, so nothing is computed.
+    """
     with torch.device("meta"):
         model = build(spec)
         x = torch.empty(1, spec.image.channels, spec.image.size, spec.image.size)
@@ -29,7 +32,7 @@ def flops_per_image(spec: ModelSpec) -> int:
 
 @torch.no_grad()
 def peak_flops(device: torch.device, bf16: bool) -> float:
-    """Floating-point operations a second of this device's matrix product, measured for a moment."""
+    """Floating-point operations per second of a square matrix product on this device, measured for about 0.2 s."""
     side = SIDE.get(device.type, 512)
     a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
@@ -42,13 +45,13 @@ def peak_flops(device: torch.device, bf16: bool) -> float:
 
     first = seconds()  # makes the kernels ready
     tries = [seconds() for _ in range(max(2, min(100, int(MEASURED_SECONDS / first))))]
-    return 2 * side**3 / min(tries)  # the fastest: others may use the machine, too
+    return 2 * side**3 / min(tries)  # the fastest, because other work may share the machine
 
 
 def utilisation(device: torch.device) -> dict[str, float]:
-    """Of this node and process, and of the worker's GPU, under the names by which MLflow shows system metrics.
+    """Utilisation of this node, this process and the worker's GPU, by the names of MLflow's system metrics.
 
-    The CPU's share is the mean since the last call.
+    Percentages and megabytes. The CPU's percentage is the mean since the last call.
     """
     memory = psutil.virtual_memory()
     figures = {

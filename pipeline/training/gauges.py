@@ -1,10 +1,10 @@
-"""What a run says of itself to Prometheus, through Ray's metrics: see k8s/monitoring."""
+"""A run's metrics for Prometheus, exported through Ray's metrics; see k8s/monitoring."""
 
 import time
 
 from ray.util.metrics import Gauge
 
-# Each is exported with the prefix `ray_`. The first ones are points of the curves, by their names there.
+# Ray exports each with the prefix `ray_`. The first two are also curves in MLflow, named without `ddpm_`.
 GAUGES = {
     "ddpm_images_per_second": "Images that all workers together train on in a second.",
     "ddpm_data_wait_share": "Share of their time that workers wait for images.",
@@ -17,7 +17,7 @@ class RunGauges:
     """The gauges of one run, set by rank 0.
 
     Args:
-        run: id of the MLflow run, their tag.
+        run: id of the MLflow run; every gauge carries it as a tag.
     """
 
     def __init__(self, run: str) -> None:
@@ -27,11 +27,11 @@ class RunGauges:
         self.saved()
 
     def logged(self, step: int, point: dict[str, float]) -> None:
-        """A point of the curves."""
+        """Sets the gauges to a point of the curves."""
         for name, value in {"step": step, **point}.items():
             if gauge := self._gauges.get(f"ddpm_{name}"):
                 gauge.set(value)
 
     def saved(self) -> None:
-        """A checkpoint was begun."""
+        """Records the time at which a checkpoint was started."""
         self._gauges["ddpm_checkpoint_time_seconds"].set(time.time())

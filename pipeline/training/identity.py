@@ -1,4 +1,4 @@
-"""Which run an output folder holds: one MLflow run, with settings that a resume can't change."""
+"""The run that an output folder holds: one MLflow run, with settings that a resume can't change."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,19 +25,20 @@ from pipeline.training.run_channel import CURVES, QUARANTINE
 def open_run(
     config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run: runs.Run | None = None
 ) -> tuple[runs.Run, bool]:
-    """One MLflow run for one output folder, whatever number of restarts.
+    """Opens the one MLflow run of an output folder, the same one after any number of restarts.
 
-    A run that has made nothing yet begins anew where it can't go on: in another MLflow run.
+    If the folder's run can't be resumed but has produced nothing yet, a new MLflow run replaces it.
 
     Args:
-        run: where the caller has opened it.
+        output: URI of the run.
+        run: the MLflow run, if the caller has already opened it.
 
     Returns:
-        the run, and whether it is new. MLflow need not answer for one that is resumed.
+        the run, and True if it is new. MLflow need not answer for a run that is resumed.
 
     Raises:
-        InputError: the output holds a run that was not to be resumed, or that has other settings; or MLflow does not
-            answer.
+        InputError: the output holds a run and --resume was not given, or its settings differ, or MLflow does not answer
+            for a new run.
     """
     settings, fixed = to_dict(replace(config, resume=False)), _fixed(config, spec, index)
     before = read_claim(output, RUN_FILE)
@@ -50,10 +51,10 @@ def open_run(
 
             def end() -> None:
                 if old := runs.reopen_run(before["run_id"], ()):  # else somebody has deleted it
-                    runs.end_run(old, "FAILED", reason="begun anew before its first step")
+                    runs.end_run(old, "FAILED", reason="replaced before its first step")
 
             runs.wait_for_mlflow(end, config.tracking_patience)
-            if storage.exists(bad := storage.join(output, QUARANTINE)):  # of data that may be others now
+            if storage.exists(bad := storage.join(output, QUARANTINE)):  # the data may have changed
                 storage.remove(bad)
             storage.remove_folder(storage.join(output, UNDELIVERED))
         else:
@@ -75,18 +76,21 @@ def open_run(
 
 
 def run_name(config: TrainConfig, spec: ModelSpec) -> str:
-    """What a run is called where the user gave it no name."""
+    """The name of a run that the user did not name."""
     data, diffusion = storage.name(storage.title(config.data)), spec.diffusion
     return f"{data} {diffusion.schedule} T={diffusion.timesteps}"
 
 
 def logged_settings(config: Any) -> dict[str, Any]:
-    """Settings, of a training or a search, as parameters of its run: a path of the data would say nothing to others."""
+    """Settings of a training or a search as parameters of its MLflow run.
+
+    The data's title stands in place of its path, which would mean nothing to others.
+    """
     return to_dict(replace(config, data=storage.title(config.data), resume=False))
 
 
 def logged_config(config: TrainConfig) -> dict[str, Any]:
-    """Settings as `--config` takes them, but for the path of the data on this machine: who trains again gives theirs."""
+    """Settings as `--config` takes them, without a local path of the data, since other users have their own."""
     settings = to_dict(replace(config, resume=False))
     if storage.is_local(config.data):
         del settings["data"]
@@ -96,7 +100,11 @@ def logged_config(config: TrainConfig) -> dict[str, Any]:
 def _check_same_run(
     before: dict[str, Any], config: TrainConfig, fixed: dict[str, Any], index: DatasetIndex, output: str
 ) -> None:
-    """Refuses to go on with what is another run, or was not to be resumed.
+    """Refuses to resume a run whose settings differ, or without --resume.
+
+    Args:
+        before: the claim in the output, see `read_claim`.
+        fixed: settings that a resume can't change.
 
     Raises:
         InputError: says what to do.
@@ -105,7 +113,7 @@ def _check_same_run(
         raise InputError(
             f"--output {config.output} already holds a run: pass --resume, or choose another folder"
         )
-    # Fields that the release which began the run did not have are at their defaults.
+    # An older release may have written the claim. Fields that it did not have get their defaults.
     for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
         before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
     _check_order(before, index, config)
@@ -113,35 +121,35 @@ def _check_same_run(
 
 
 def _has_begun(before: dict[str, Any], output: str) -> bool:
-    """Whether a run has a checkpoint, whole or not, or a point of its curves; also where MLflow can't say."""
+    """True if a run has a checkpoint, complete or not, or a point of its curves, or if MLflow does not answer."""
     written = storage.list_folders(storage.join(output, CHECKPOINTS), "step-")
     return bool(written) or runs.has_points(before["run_id"], CURVES)
 
 
 def _check_order(before: dict[str, Any], index: DatasetIndex, config: TrainConfig) -> None:
-    """Refuses the same images in another order: a resume would skip some and see others twice.
+    """Refuses data in another order, because a resume would skip some images and see others twice.
 
     Raises:
-        InputError: says which command makes the data as it was.
+        InputError: says how to restore the data's former order.
     """
     if before.get("data_order", index.order) == index.order:
         return
     then = before.get("data_settings")
     if not then or not index.settings:
-        what = "its files are others, or cut otherwise, than those that the run was begun on: restore them"
+        what = "its files, or their row groups, differ from those that the run started with: restore them"
     else:
         flags = {
             f"--{name.replace('_', '-')} {value}"
             for name, value in then.items()
             if index.settings.get(name) != value
         }
-        again = " ".join(sorted(flags)) or "the input as it was"
-        what = f"it was prepared anew since the run was begun: prepare it with jobs/prepare.py and {again}"
+        again = " ".join(sorted(flags)) or "the former input"
+        what = f"it was prepared again since the run started: prepare it with jobs/prepare.py and {again}"
     raise InputError(f"--data {config.data}: {what}, or choose another --output")
 
 
 def _fixed(config: TrainConfig, spec: ModelSpec, index: DatasetIndex) -> dict[str, Any]:
-    """What can't change between a run and its resume without making it another run."""
+    """The settings that a resume can't change."""
     return {
         "data_fingerprint": index.fingerprint,
         "image": to_dict(spec.image),

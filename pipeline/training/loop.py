@@ -1,4 +1,4 @@
-"""The steps of one training worker, and what a run tells its surroundings of them: plain torch, no Ray."""
+"""The training loop of one worker, and the observer that it reports to. Plain torch, no Ray."""
 
 import time
 from collections import deque
@@ -16,10 +16,11 @@ from pipeline.training.step import Outcome, gather_by_id, learning_rate, make_ba
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient of a step is not finite. That step left weights and optimizer as they were.
+    """The loss or the gradient of a step is not finite. That step left weights and optimizer unchanged.
 
     Attributes:
-        samples: of the global batch, in the order of the ids: id, epoch, timestep and loss of each.
+        step: number of the step, counted from 1.
+        samples: id, epoch, timestep and loss of each sample in the global batch, in the order of the ids.
     """
 
     def __init__(self, step: int, samples: list[dict[str, float]]) -> None:
@@ -29,20 +30,20 @@ class NonFinite(RuntimeError):
 
 
 class Observer:
-    """What a run tells its surroundings and asks of them, on every worker alike; this one keeps still."""
+    """Receives a run's reports and can stop it. Every worker calls it in the same way. This base class does nothing."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Takes the figures of a logging interval."""
+        """Receives the figures of a logging interval."""
 
     def save(self) -> None:
-        """Takes a checkpoint of the state."""
+        """Saves a checkpoint of the state."""
 
     def should_stop(self) -> bool:
-        """Whether the run ends before its next step; every worker must get the same answer."""
+        """Returns True to end the run before its next step. Every worker must get the same answer."""
         return False
 
     def skipped(self, error: NonFinite) -> None:
-        """Is told of a step that was skipped because it was not finite."""
+        """Receives the error of a step that was skipped because it was not finite."""
 
 
 def train(
@@ -54,22 +55,24 @@ def train(
     meter: Meter,
     observer: Observer,
 ) -> None:
-    """Steps until `config.steps`, in place.
+    """Trains `state` in place until `config.steps`, or until the observer stops the run.
 
     Args:
-        model: `state.model` as a step calls it: see `network.wrap`.
-        batches: this worker's part of the global batches from `state.step` on.
+        model: `state.model` in the form that a step calls; see `network.wrap`.
+        batches: this worker's part of the global batches, from `state.step` on.
+        meter: sums up the figures that are logged.
+        observer: receives figures, checkpoints and skipped steps.
 
     Raises:
-        NonFinite: unless `skip_nonfinite`.
-        BadSettings: `max_skipped_in_a_row` steps were skipped one after the other.
+        NonFinite: a step was not finite, without `skip_nonfinite`.
+        BadSettings: `max_skipped_in_a_row` steps in a row were skipped.
     """
     run_backward = make_backward(config, spec, model, meter.device, meter.world_size)
     lag = 1 if meter.device.type == "cuda" else 0
     unchecked: deque[tuple[Outcome, Callable[[], bool]]] = deque()
 
     def check(left: int) -> None:
-        """Looks at all steps but the last `left`."""
+        """Checks that the steps were finite, all but the last `left`."""
         while len(unchecked) > left:
             outcome, is_finite = unchecked.popleft()
             if is_finite():
@@ -82,8 +85,8 @@ def train(
             meter.skipped_in_a_row += 1
             if meter.skipped_in_a_row >= config.max_skipped_in_a_row:
                 raise BadSettings(
-                    f"{error}: {meter.skipped_in_a_row} steps in a row were skipped, as many as --max-skipped-in-a-row "
-                    "allows, and the weights are those before them: resume with a smaller --learning-rate"
+                    f"{error}: skipped {meter.skipped_in_a_row} steps in a row, the limit of --max-skipped-in-a-row, "
+                    "and the weights are those before them: resume with a smaller --learning-rate"
                 )
 
     state.model.train()
@@ -107,7 +110,7 @@ def train(
 
 
 def _look_later(flag: Tensor) -> Callable[[], bool]:
-    """A look at a flag on the device that waits for no work queued after this call."""
+    """Returns a function that reads a flag on the device and waits for no work that is queued after this call."""
     if flag.device.type != "cuda":
         return lambda: bool(flag)
     copied = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
@@ -122,7 +125,7 @@ def _look_later(flag: Tensor) -> Callable[[], bool]:
 
 
 def _non_finite(outcome: Outcome, world_size: int) -> NonFinite:
-    """A collective call."""
+    """The error of a step, with the samples of all workers. A collective call."""
     batch = outcome.batch
     columns = gather_by_id(batch.ids, batch.epochs, outcome.t, outcome.losses, world_size)
     rows = zip(*(column.tolist() for column in columns), strict=True)

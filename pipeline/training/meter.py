@@ -1,6 +1,6 @@
-"""What a run says of itself: averages over a logging interval, and a record of the samples that it has seen.
+"""A run's figures: averages over a logging interval, and a record of the samples seen.
 
-Both are carried by checkpoints, so that a curve's point and the record are those of a run that nothing stopped.
+Checkpoints carry both, so an interrupted run has the same curves and the same record as an undisturbed one.
 """
 
 import math
@@ -22,10 +22,14 @@ IMAGES_BEFORE_JUDGING = 100
 
 
 def samples_digest(epochs: np.ndarray, ids: np.ndarray) -> int:
-    """A number for a multiset of (epoch, sample id) pairs: equal for equal multisets, whatever their order.
+    """A digest of a multiset of (epoch, sample id) pairs that does not depend on their order.
 
-    The sum, modulo 2^64, of a hash of each pair (the finalizer of SplitMix64: Steele et al. 2014): a pair that is
-    missing, or there twice, changes it, but for a chance of 2^-64. Sums of parts are the whole's.
+    It is the sum modulo 2^64 of a hash of each pair (the finalizer of SplitMix64, Steele et al. 2014). A missing or
+    repeated pair changes it, except with a probability of 2^-64. The digests of parts add up to that of the whole.
+
+    Args:
+        epochs: epoch of each pair, int64 [N].
+        ids: sample id of each pair, int64 [N].
     """
     z = ids.astype(np.uint64) + (epochs.astype(np.uint64) << np.uint64(40))
     z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -35,7 +39,7 @@ def samples_digest(epochs: np.ndarray, ids: np.ndarray) -> int:
 
 
 class Meter:
-    """Sums of this worker since the last logged point, and of the samples seen since the run's first step."""
+    """This worker's sums since the last logged point, and its record of the samples since the run's first step."""
 
     def __init__(
         self,
@@ -46,27 +50,34 @@ class Meter:
     ) -> None:
         """
         Args:
-            peak_flops: what this worker could do a second; 0 leaves the model FLOPs utilisation out.
+            peak_flops: FLOP/s that this worker's device can reach; 0 leaves out the model FLOPs utilisation (`mfu`).
         """
         self._config, self.world_size, self.device, self._peak_flops = config, world_size, device, peak_flops
-        # Of a training step. Only the worker that posts the curve is told it.
+        # FLOPs of one image in a training step. Only rank 0, which posts the curve, sets it.
         self.flops_per_image: Callable[[], int] = lambda: 0
         utilisation(device)
         self._named: list[str] = []
-        # [samples, their digest, undecodable ones], since the run's first step, int64 (the digest wraps around).
+        # Samples, their digest and undecodable samples since the run's first step; int64, so the digest wraps around.
         self._seen = np.zeros(3, np.int64)
-        # Steps up to the last one that was looked at, alike on all workers.
+        # Skipped steps in a row, up to the last step that was checked; equal on all workers.
         self.skipped_in_a_row = 0
         self._new_interval()
 
     def _new_interval(self) -> None:
-        # Of the loss, of the gradient norm, and of the steps made. They stay on the device, so that it waits for nothing.
+        # Sums of the loss, of the gradient norm and of the finite steps. On the device, so that a step never waits.
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._steps, self._bad = 0, 0  # steps made and skipped, undecodable images
+        self._steps, self._bad = 0, 0  # all steps, skipped ones included; undecodable images
         self._here, self._waited, self._began = 0, 0.0, time.perf_counter()
 
     def add(self, outcome: Outcome, waited: float) -> None:
-        """Counts a step."""
+        """Counts a step.
+
+        Args:
+            waited: seconds that the step waited for its batch.
+
+        Raises:
+            InputError: too many of this worker's images could not be decoded.
+        """
         self._sums += torch.stack([outcome.loss.double(), outcome.norm.double(), outcome.finite.double()])
         self._steps += 1
         batch = outcome.batch
@@ -79,10 +90,10 @@ class Meter:
         self._judge(self._seen[0], self._seen[2])
 
     def _judge(self, seen: float, bad: float) -> None:
-        """Stops the run where more images are bad than it allows, beyond chance.
+        """Stops the run if significantly more images are undecodable than `max_bad_fraction` allows.
 
-        Every worker is judged at every step, so thousands of times in a run. At the allowed share the number of bad
-        images is a Poisson number; five standard deviations above its mean are still taken for chance.
+        Every worker checks this at every step, thousands of times in a run. At the allowed share the number of bad
+        images follows a Poisson distribution, so up to five standard deviations above its mean count as chance.
         """
         allowed = self._config.max_bad_fraction * seen
         if seen >= IMAGES_BEFORE_JUDGING and bad > allowed + 5 * math.sqrt(allowed):
@@ -92,10 +103,13 @@ class Meter:
             )
 
     def read(self, rate: float) -> dict[str, float]:
-        """The interval's averages over all workers; a new interval begins. A collective call.
+        """Returns the interval's averages over all workers, and begins a new interval. A collective call.
+
+        Args:
+            rate: learning rate of the last step.
 
         Raises:
-            InputError: too many images of all workers' could not be decoded.
+            InputError: too many images of all workers could not be decoded.
         """
         seconds = time.perf_counter() - self._began
         system = utilisation(self.device)
@@ -121,7 +135,7 @@ class Meter:
         return result
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON: the sums over all workers. A collective call."""
+        """The sums over all workers, as JSON for a checkpoint. A collective call."""
         loss, bad = self._total(self._sums[0], self._bad)
         _, norm, made = self._sums.tolist()
         seen = torch.from_numpy(self._seen.copy()).to(self.device)
@@ -145,9 +159,9 @@ class Meter:
         }
 
     def restore(self, state: dict[str, Any], rank: int) -> None:
-        """Goes on from `state`, whose sums over all workers become those of rank 0."""
+        """Continues from the `state` of a checkpoint. Rank 0 takes over the sums of all workers."""
         interval, seen = state["interval"], state["seen"]
-        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # 0.1.0 did not count them
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # release 0.1.0 did not count them
         self._steps = interval["steps"] + interval["skipped"]
         loss = interval["loss"] if rank == 0 else 0.0
         self._sums += torch.tensor([loss, interval["norm"], interval["steps"]], dtype=torch.float64).to(
@@ -159,7 +173,7 @@ class Meter:
             self._seen = np.array([seen["samples"], digest, seen["undecodable"]], np.int64)
 
     def _total(self, *values: Tensor | float) -> list[float]:
-        """Each value summed over the workers."""
+        """Sums each value over the workers. A collective call."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
         if self.world_size > 1:
             dist.all_reduce(total)

@@ -1,4 +1,4 @@
-"""How a model runs on the hardware at hand: arithmetic, compilation, workers. Plain torch, no Ray."""
+"""Adapts a model to the hardware: arithmetic, compilation, DDP. Plain torch, no Ray."""
 
 import torch
 from torch import nn
@@ -10,25 +10,29 @@ from pipeline.gpu.precision import use_tf32
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward pass runs in bf16: as told, or where the hardware multiplies bf16 itself.
+    """True if the forward pass runs in bf16. `precision="auto"` chooses bf16 if the hardware multiplies it.
 
-    Elsewhere bf16 is emulated, and several times slower than fp32.
+    Without that, bf16 is emulated and several times slower than fp32.
     """
     if config.precision != "auto":
         return config.precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # Older torch can't tell.
+        # Older releases of torch do not have this function.
         instructions: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(bool(instructions.get(name)) for name in ("amx_bf16", "avx512_bf16"))
     return False
 
 
 def prepare_device(config: TrainConfig, device: torch.device) -> None:
-    """TF32 on a GPU beside bf16, and the fastest convolutions; a CPU's reserved threads, and memory that is kept."""
+    """Sets up a worker's device.
+
+    A GPU gets cuDNN's fastest convolutions, and TF32 if the run uses bf16. A CPU worker gets as many threads as it
+    reserves CPUs, and keeps freed memory (`pipeline.memory`).
+    """
     if device.type == "cuda":
-        # Who asks for fp32 gets no rounder products.
+        # TF32 rounds products more coarsely, so a run in fp32 does not use it.
         use_tf32(uses_bf16(config, device))
         torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
     else:
@@ -37,24 +41,24 @@ def prepare_device(config: TrainConfig, device: torch.device) -> None:
 
 
 def wrap(config: TrainConfig, model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
-    """The model as a training step calls it: compiled where asked for, and on CPUs DDP for several workers.
+    """The model in the form that a training step calls: compiled if asked for, and with DDP for several CPU workers.
 
-    On GPUs `step.make_backward` adds the workers' gradients up, after a CUDA graph: DDP's hooks would keep the step
-    from being one, and launching its kernels one by one can take several times as long as they run.
-    It shares its parameters with `model`, whose names stay as they were.
+    On GPUs `step.make_backward` sums the workers' gradients after a CUDA graph. DDP's hooks would rule out the graph,
+    and launching its kernels one by one can take several times as long as running them. The result shares its
+    parameters with `model`, which keeps its own names.
     """
     network = model
     if config.compile:
-        # A program for each batch size, of which a worker has at most a few. torch keeps programs on disk (in
-        # TORCHINDUCTOR_CACHE_DIR): workers of a node, restarts and later runs find them there.
+        # One program for each batch size; a worker has at most a few. torch keeps programs on disk (in
+        # TORCHINDUCTOR_CACHE_DIR), so a node's workers, restarts and later runs reuse them.
         network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     if world_size > 1 and device.type == "cpu":
         network = DistributedDataParallel(
             network,
             gradient_as_bucket_view=True,
-            # Buffers are constants, alike on all workers.
+            # Buffers are constants and equal on all workers.
             broadcast_buffers=False,
-            # Of no use, and refused, where gradients are accumulated without being exchanged.
+            # DDP refuses a static graph if gradients are accumulated without being exchanged.
             static_graph=not config.microbatch,
         )
     return network

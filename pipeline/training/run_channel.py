@@ -1,8 +1,8 @@
 """The channel between a run's workers and its driver: an actor that both call.
 
-`ray.train.report` is a barrier that waits for the controller's next poll; a curve's point should cost nothing.
-Workers post without waiting; the driver takes what it finds (see channel_reader.py).
-Nothing here imports torch, which would cost the actor's start two seconds.
+Points of curves do not go through `ray.train.report`, which is a barrier that waits for the controller's next poll.
+Workers post to the channel without waiting, and the driver reads it (see channel_reader.py). Nothing here imports torch,
+which would delay the actor's start by two seconds.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ from pipeline.patience import patiently
 from pipeline.tracking import Point
 
 T = TypeVar("T")
-# The value by which a point is known as one of a curve: of the training, and of the validation.
+# Every point of the training curve has the first value, every point of the validation curve the second.
 CURVES = ("loss", BITS_PER_DIM)
 SAVE_SECONDS = 60
 QUARANTINE = "quarantine.jsonl"
 
 
 class Command(IntEnum):
-    """What the driver can tell the workers to do; the larger one wins."""
+    """A command from the driver to the workers. The larger one wins."""
 
     NOTHING = 0
     SAVE = 1
@@ -39,7 +39,14 @@ class Command(IntEnum):
 
 @dataclass
 class Messages:
-    """What was posted: points of curves, files by their path in the run's output, lines for the user, a phase."""
+    """Messages from the workers.
+
+    Attributes:
+        points: time (Unix, ms), step and values of each point of a curve.
+        files: path in the run's output, and contents.
+        notices: lines for the user.
+        phase: the workers' present activity; "" = unchanged.
+    """
 
     points: list[Point] = field(default_factory=list)
     files: list[tuple[str, bytes]] = field(default_factory=list)
@@ -47,7 +54,7 @@ class Messages:
     phase: str = ""
 
     def add(self, other: "Messages") -> None:
-        """Appends later ones."""
+        """Appends later messages."""
         self.points += other.points
         self.files += other.files
         self.notices += other.notices
@@ -56,7 +63,11 @@ class Messages:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class RunChannel:
-    """What workers have posted and the driver has not yet taken; what the driver commands."""
+    """Holds the workers' messages until the driver takes them, and the driver's commands.
+
+    Args:
+        bad: known undecodable images, with the reason for each.
+    """
 
     def __init__(self, bad: dict[str, str]) -> None:
         self._messages, self._taken, self._takes = Messages(), Messages(), 0
@@ -68,37 +79,41 @@ class RunChannel:
         self._saved = asyncio.Event()
 
     async def give_up(self, reason: InputError) -> None:
-        """Says that the run can't go on, however often the worker group is restarted."""
+        """Records why the run can't continue even if the worker group is restarted."""
         self._reason = self._reason or reason
 
     async def reason_to_give_up(self) -> InputError | None:
         return self._reason
 
     async def begin(self, step: int, workers: int) -> int:
-        """A worker group begins its steps; returns how many commands were given before."""
+        """Records that a worker group begins its steps. Returns the number of commands given before."""
         if self._running:
-            self._messages.notices.append(f"the workers were started again: {workers} go on from step {step}")
+            self._messages.notices.append(f"the workers were restarted: {workers} continue from step {step}")
         self._running = True
         return len(self._commands)
 
     async def stop(self) -> bool:
-        """Tells the workers to save and end; returns whether there are any."""
+        """Tells the workers to save and end. Returns True if any worker group has begun its steps."""
         await self._command(Command.STOP)
         return self._running
 
     async def save_now(self) -> None:
-        """Tells the workers to save and go on; returns when the checkpoint is whole, or after a minute."""
+        """Tells the workers to save and continue. Returns when the checkpoint is written, or after a minute."""
         self._saved.clear()
         await self._command(Command.SAVE)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._saved.wait(), SAVE_SECONDS)
 
     async def saved(self) -> None:
-        """Says that the workers have saved."""
+        """Records that the workers have saved."""
         self._saved.set()
 
     async def next_command(self, seen: int) -> tuple[Command, int]:
-        """Waits for a command after the first `seen`; a stop is for all groups to come, too."""
+        """Waits for a command after the first `seen` ones. A stop applies to all later worker groups as well.
+
+        Returns:
+            the strongest new command, and the number of commands so far.
+        """
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._commands) > seen or Command.STOP in self._commands)
         return max(self._commands[seen:], default=Command.STOP), len(self._commands)
@@ -118,11 +133,15 @@ class RunChannel:
         self._messages.notices.append(line)
 
     async def phase(self, what: str) -> None:
-        """Says what the workers are at; see `Display.phase`."""
+        """Records the workers' present activity; see `Display.phase`."""
         self._messages.phase = what
 
     async def quarantine(self, bad: dict[str, str]) -> None:
-        """Keeps the list of images that could not be decoded, and why; every epoch finds the same ones."""
+        """Adds to the list of undecodable images. Every epoch finds the same ones, so each is listed once.
+
+        Args:
+            bad: reason for each image, by path.
+        """
         known = len(self._bad)
         self._bad |= bad
         if len(self._bad) > known:
@@ -136,9 +155,12 @@ class RunChannel:
             )
 
     async def take(self, received: int) -> tuple[int, Messages]:
-        """What was posted since the take that the driver received last, and the number of this one.
+        """Returns the messages since the last answer that the driver received, and the number of this answer.
 
-        A driver that did not wait for an answer gets it again with the next one.
+        The messages of an answer that did not reach the driver are part of the next one.
+
+        Args:
+            received: number of the last answer that the driver received; 0 = none.
         """
         if received == self._takes:
             self._taken = Messages()
@@ -149,24 +171,29 @@ class RunChannel:
 
 
 def read_quarantine(output: str) -> dict[str, str]:
-    """The images that a run could not decode before it was resumed, and why."""
+    """The undecodable images that a run found before it was resumed: reason by path."""
     uri = storage.join(output, QUARANTINE)
     lines = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
     return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
 
 
 def open_channel(bad: dict[str, str]) -> Any:
-    """A channel on the driver's own node: it lives as long as the driver, whatever happens to other nodes.
+    """Starts a channel on the driver's own node, so that the loss of another node does not end it.
 
     Args:
-        bad: images that are known to be undecodable, and why.
+        bad: known undecodable images: reason by path.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return RunChannel.options(scheduling_strategy=here).remote(bad)  # type: ignore[attr-defined]
 
 
 class PatientOnChannel:
-    """`patiently`, on any process of a run: the user hears of a wait, and a wait in vain ends the run."""
+    """`patiently` for any process of a run. It tells the user about a wait, and a wait without success ends the run.
+
+    Args:
+        channel: handle of the run's `RunChannel`.
+        seconds: time after which it gives up.
+    """
 
     def __init__(self, channel: Any, seconds: float) -> None:
         self._channel, self._seconds = channel, seconds

@@ -1,6 +1,6 @@
-"""Figures of a checkpoint's samples, beside the training: by the same noise, real images and classifier every time.
+"""Figures of a checkpoint's samples during training. Every validation uses the same noise, real images and classifier.
 
-The classifier and what it makes of the real images are kept in the run's output: a validation makes them once.
+The run's output keeps the classifier and the features of the real images, so only the first validation makes them.
 """
 
 import io
@@ -46,12 +46,16 @@ def sample_figures(
     model: UNet,
     pool: Pool,
 ) -> dict[str, float]:
-    """The figures that `config.validate_metrics` asks for, but bits.
+    """Measures the figures in `config.validate_metrics`, all but bits.
 
     Args:
-        splits: the images trained on, and those held out.
+        splits: the training images and the held-out images.
         output: URI of the run.
-        model: on the device to compute on.
+        model: the model, on the device that computes.
+        pool: measures the features of the real images.
+
+    Returns:
+        figures by name.
 
     Raises:
         InputError: a sample is not finite, or a figure can't be measured.
@@ -77,7 +81,11 @@ def sample_figures(
 
 
 def _draw(config: TrainConfig, spec: ModelSpec, model: UNet) -> tuple[Tensor, Tensor]:
-    """Samples 0, 1, …: uint8 [N, C, H, W], and their classes in turn, -1 where there are none."""
+    """Draws samples 0, 1, … by DDIM.
+
+    Returns:
+        uint8 [N, C, H, W], and int64 [N]: the classes in turn, or -1 for an unconditional model.
+    """
     count, classes = config.validation_samples, len(spec.image.classes)
     parts = [
         preview_floats(model, spec, min(SAMPLES_TOGETHER, count - first), first=first, seed=config.seed)
@@ -85,7 +93,7 @@ def _draw(config: TrainConfig, spec: ModelSpec, model: UNet) -> tuple[Tensor, Te
     ]
     samples = torch.cat(parts)
     if not samples.isfinite().all():
-        raise InputError("a sample is not finite, so that samples have no figures")
+        raise InputError("a sample is not finite, so there are no figures of samples")
     numbers = torch.arange(count, device=samples.device)
     labels = numbers % classes if spec.model.class_conditional else torch.full_like(numbers, -1)
     return to_pixels(samples), labels
@@ -104,7 +112,8 @@ def _extractor(
 def _reference(
     config: TrainConfig, train: DatasetIndex, extractor: Extractor, output: str, pool: Pool
 ) -> FeatureSet:
-    """The features of real images; measured anew where those that are kept are damaged, or of another network."""
+    """The features of real images, kept in the output. Measures them if none are kept, or those are damaged or of
+    another network."""
     uri = storage.join(output, FOLDER, REFERENCE)
     try:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:

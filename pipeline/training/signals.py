@@ -1,4 +1,4 @@
-"""Ends in order: what stops a run, or its worker group, first lets the workers save."""
+"""Orderly ends: before a signal or Ray Train stops the workers, they save a checkpoint."""
 
 import contextlib
 import signal
@@ -19,17 +19,21 @@ POLL_SECONDS = 0.2
 
 
 def run_until_signal(work: Callable[[], T], channel: Any, say: Callable[[str], None]) -> tuple[T, int]:
-    """Does the work, and on the first signal asks the workers to save and end it early; a second one ends the process.
+    """Does the work. The first signal asks the workers to save and end early, a second one ends the process.
+
+    Args:
+        work: runs the training.
+        channel: handle of the run's `RunChannel`.
+        say: called with a line for the user.
 
     Returns:
-        what the work returned, and the signal's number, 0 for none.
+        the result of `work`, and the number of the signal; 0 = no signal.
 
     Raises:
-        Interrupted: no worker was running, so there is nothing to save.
+        Interrupted: no worker was running, so there was nothing to save.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # no signals are heard here, as in a Tune trial
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread can handle signals. A trial of Ray Tune runs in another one.
         return work(), 0
     done: Future[T] = Future()
 
@@ -53,7 +57,7 @@ def run_until_signal(work: Callable[[], T], channel: Any, say: Callable[[str], N
 
 @contextlib.contextmanager
 def _first_signal() -> Iterator[list[int]]:
-    """The number of the first signal, once it has come; then the former handlers are back in place."""
+    """Yields a list that receives the number of the first SIGTERM or SIGINT. After it the former handlers are back."""
     heard: list[int] = []
     former: dict[int, Any] = {}
 
@@ -73,10 +77,10 @@ def _first_signal() -> Iterator[list[int]]:
 
 
 class SaveBeforeShutdown(ControllerCallback):
-    """Saves before Ray Train stops a healthy worker group, to resize it or because a node is going away.
+    """Saves before Ray Train stops a healthy worker group, to resize it or because a node is about to be removed.
 
-    Elastic training and spot machines then lose no step that was made. It runs in Ray Train's controller, and holds
-    it up until the workers have saved, a minute at most.
+    So elastic training and spot machines lose no finished step. It runs in Ray Train's controller, which waits until the
+    workers have saved, for a minute at most.
     """
 
     def __init__(self, channel: Any) -> None:

@@ -22,11 +22,11 @@ class AdamW(torch.optim.AdamW):
 
 @dataclass
 class TrainState:
-    """All that changes while training; what a checkpoint holds.
+    """All that changes while training; a checkpoint holds it.
 
     Attributes:
-        ema: the averages, one for each entry of `ema_decays`, then of `ema_lengths`.
-        timestep_sampler: its state, the same on every worker.
+        ema: averages of the weights, one for each entry of `ema_decays` and then of `ema_lengths`.
+        timestep_sampler: state of the timestep sampler, the same on every worker.
         step: optimizer steps done.
     """
 
@@ -39,11 +39,14 @@ class TrainState:
 
     @property
     def averages(self) -> list[list[Tensor]]:
-        """The averaged parameters, by average."""
+        """The averaged parameters, one list per average."""
         return self.ema.tensors
 
     def timestep_table(self, device: torch.device) -> Tensor:
-        """The sampler's table, copied to the device only when the sampler has learned: a GPU waits for a copy."""
+        """The timestep sampler's table (see `timesteps.table`), on the device.
+
+        It is copied only after the sampler has changed, because a GPU waits for a copy.
+        """
         if self._table is None or self._table[0] is not self.timestep_sampler:
             self._table = self.timestep_sampler, timesteps.table(self.timestep_sampler, device)
         return self._table[1]

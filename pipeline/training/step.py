@@ -1,8 +1,7 @@
-"""One optimizer step: plain torch, no Ray.
+"""One optimizer step. Plain torch, no Ray.
 
-Nothing here draws from hidden generator state: timesteps, noise, label drops and flips come from counters of
-(seed, epoch, sample id), so a step's result does not depend on the rank, the number of workers or on
-what ran before in the process.
+Timesteps, noise, label drops and flips come from counters of (seed, epoch, sample id), not from a generator's hidden
+state. So they do not depend on the rank, on the number of workers or on earlier work of the process.
 """
 
 import math
@@ -31,7 +30,15 @@ from pipeline.training.state import TrainState
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch on the device with everything random about it drawn."""
+    """A batch on the device, with all its random numbers drawn.
+
+    Attributes:
+        x_0: images in [-1, 1], float32 [N, C, H, W], channels_last.
+        t: timesteps from 0, int64 [N].
+        noise: standard normal, float32 [N, C, H, W].
+        labels: classes, int64 [N], with the number of classes for "no class"; None for an unconditional model.
+        weights: weight of each sample's loss, float32 [N].
+    """
 
     x_0: Tensor
     t: Tensor
@@ -42,13 +49,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to, on the device: nothing has waited for it yet.
+    """The result of a step, on the device. Nothing has waited for it yet.
 
     Attributes:
-        loss: the local part of the global mean loss; 0 where the step was skipped.
-        norm: the global gradient norm before clipping; 0 where the step was skipped.
-        finite: whether the step was made; alike on all workers.
-        t, losses: of each local sample.
+        step: number of the step, counted from 1.
+        batch: this worker's part of the batch.
+        loss: this worker's part of the global mean loss; 0 if the step was skipped.
+        norm: global gradient norm before clipping; 0 if the step was skipped.
+        finite: bool; False if the step was skipped. Equal on all workers.
+        t: timestep of each local sample, int64 [N].
+        losses: loss of each local sample, [N].
     """
 
     step: int
@@ -63,10 +73,11 @@ class Outcome:
 def prepare(
     config: TrainConfig, spec: ModelSpec, table: Tensor, batch: Batch, device: torch.device
 ) -> Prepared:
-    """Draws timesteps, noise, label drops and flips by each sample's own counters.
+    """Draws timesteps, noise, label drops and flips from each sample's own counters.
 
     Args:
-        table: of the timestep sampler (see `timesteps.table`), on the device.
+        table: table of the timestep sampler (see `timesteps.table`), on the device.
+        batch: images as uint8 [N, C, H, W].
     """
     ids, epochs = (values.to(device, non_blocking=True) for values in (batch.ids, batch.epochs))
     u = uniforms(config.seed, epochs, ids, (Purpose.TIMESTEP, Purpose.FLIP, Purpose.LABEL_DROP))
@@ -97,13 +108,13 @@ def backward(
     data: Prepared,
     averaged: int = 1,
 ) -> Tensor:
-    """Accumulates these samples' part of the gradient of the global batch's mean loss.
+    """Accumulates the samples' part of the gradient of the global batch's mean loss.
 
     Args:
-        averaged: workers over which `model` averages its gradients, as DDP does.
+        averaged: number of workers over which `model` averages its gradients, as DDP does.
 
     Returns:
-        each local sample's loss [N].
+        the loss of each local sample, [N].
     """
     size, device = len(data.t), data.x_0.device
     bf16 = uses_bf16(config, device)
@@ -120,8 +131,8 @@ def backward(
                 loss = training_loss(
                     process, spec.diffusion, model, data.x_0[part], data.t[part], data.noise[part], labels
                 )
-            # Divided by the global batch, so that uneven parts count right. Multiplied by the workers over which DDP
-            # averages, so that its mean is the sum.
+            # The global batch size divides the sum, so uneven parts get their proper weight. DDP averages over the
+            # workers, so their number turns its mean into a sum.
             ((loss * data.weights[part]).sum() * (averaged / config.batch_size)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
@@ -130,10 +141,15 @@ def backward(
 def make_backward(
     config: TrainConfig, spec: ModelSpec, model: nn.Module, device: torch.device, world_size: int = 1
 ) -> Callable[[Prepared], Tensor]:
-    """`backward` of a run over all workers: on a GPU as a CUDA graph, after which the gradients are added up.
+    """Makes the function that computes a step's gradients over all workers.
+
+    On a GPU it replays `backward` as a CUDA graph and then sums the workers' gradients.
 
     Args:
-        model: as a step calls it: see `network.wrap`.
+        model: the model in the form that a step calls; see `network.wrap`.
+
+    Returns:
+        a function that sets the gradients and returns the loss of each local sample, [N].
     """
     process, parameters = make_process(spec.diffusion).to(device), list(model.parameters())
     averaged = world_size if isinstance(model, DistributedDataParallel) else 1
@@ -141,7 +157,7 @@ def make_backward(
     def run(x_0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None, weights: Tensor) -> Tensor:
         return backward(config, spec, process, model, Prepared(x_0, t, noise, labels, weights), averaged)
 
-    # Dropout draws from torch's generator, which is seeded anew each step: a graph would replay one draw.
+    # Dropout draws from torch's generator, which every step seeds again. A graph would replay a single draw.
     graphed = device.type == "cuda" and not spec.model.dropout
     compute = Graphed(run, parameters) if graphed else run
 
@@ -167,7 +183,7 @@ def _add_up(parameters: list[nn.Parameter]) -> None:
 
 
 def _channels_last(gradient: Tensor) -> Tensor:
-    """As it lies in memory: a kernel's gradient is in channels_last."""
+    """Views a kernel's gradient in the order of its memory, which is channels_last."""
     return gradient.movedim(1, -1) if gradient.dim() == 4 else gradient
 
 
@@ -180,26 +196,28 @@ def train_step(
     device: torch.device,
     world_size: int = 1,
 ) -> Outcome:
-    """One optimizer step, in place; where its loss or gradient is not finite, weights and optimizer stay as they were.
+    """Makes one optimizer step in place. If its gradient is not finite, weights and optimizer stay unchanged.
 
     On a GPU nothing waits for the result, unless the timestep sampler learns from the losses.
 
     Args:
-        run_backward: see `make_backward`.
+        run_backward: result of `make_backward`.
+        batch: this worker's part of the global batch.
     """
     options = config.optimizer
-    if spec.model.dropout:  # torch's dropout knows only the global generator: pin it to the step and the rank
+    if spec.model.dropout:
+        # torch's dropout draws only from the global generator, so the step and the rank seed it.
         rank = dist.get_rank() if world_size > 1 else 0
         torch.manual_seed(generator_seed(config.seed, 0, state.step << 32 | rank, Purpose.DROPOUT))
     data = prepare(config, spec, state.timestep_table(device), batch, device)
     losses = run_backward(data)
     limit = options.clip_norm or math.inf
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    # Every worker has the same summed gradient, so all decide alike.
+    # Every worker has the same summed gradient, so all decide the same.
     finite = norm.isfinite()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
-    # As torch's GradScaler tells a fused optimizer to leave everything as it is.
+    # A fused optimizer skips its step if found_inf is 1. torch's GradScaler uses the same attribute.
     state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -221,15 +239,19 @@ def train_step(
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to a constant; `step` counts from 0."""
+    """The learning rate of a step: a linear warm-up to a constant. `step` counts from 0."""
     options = config.optimizer
     return options.learning_rate * min(1.0, (step + 1) / max(options.warmup_steps, 1))
 
 
 def decays(config: TrainConfig, step: int) -> list[float]:
-    """The decay of every average at optimizer step `step`, counted from 1."""
+    """The decay of each average at optimizer step `step`, counted from 1.
+
+    Power-function averages follow Karras et al. 2024 (EDM2), see `ema.power_decay`.
+    """
     options = config.optimizer
-    # A young average would be mostly the first weights: its decay rises as (1 + step) / (10 + step) at first.
+    # With a constant decay, an early average would consist mostly of the initial weights. So the decay first rises as
+    # (1 + step) / (10 + step).
     standard = [min(decay, (1 + step) / (10 + step)) for decay in options.ema_decays]
     return standard + [ema.power_decay(length, step) for length in options.ema_lengths]
 
@@ -237,7 +259,17 @@ def decays(config: TrainConfig, step: int) -> list[float]:
 def gather_by_id(
     ids: Tensor, epochs: Tensor, t: Tensor, losses: Tensor, world_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every worker's samples in the order of their ids: alike on all workers, for any number of them."""
+    """Gathers all workers' samples in the order of their ids, equal on all workers. A collective call.
+
+    Args:
+        ids: sample ids of this worker, int64 [N].
+        epochs: epoch of each sample, int64 [N].
+        t: timestep of each sample, int64 [N].
+        losses: loss of each sample, [N].
+
+    Returns:
+        the same four columns for the global batch, losses as float32.
+    """
     columns = (ids.to(losses.device), epochs.to(losses.device), t, losses)
     rows = torch.stack([column.double() for column in columns])
     if world_size > 1:
@@ -250,7 +282,7 @@ def gather_by_id(
         parts = [torch.empty_like(padded) for _ in range(world_size)]
         dist.all_gather(parts, padded)
         rows = torch.cat([p[:, : int(s)] for p, s in zip(parts, sizes, strict=True)], dim=1)
-    # Small batches can hold a sample of two epochs.
+    # On a small dataset, one batch can hold the same sample from two epochs: sort by epoch within an id.
     rows = rows[:, rows[1].argsort(stable=True)]
     rows = rows[:, rows[0].argsort(stable=True)]
     return rows[0].long(), rows[1].long(), rows[2].long(), rows[3].float()

@@ -1,4 +1,4 @@
-"""A training run from the driver's side: checks, MLflow, Ray Train, the exported model."""
+"""A training run on the driver: checks, MLflow, Ray Train, the exported model."""
 
 import contextlib
 import os
@@ -54,11 +54,14 @@ SAMPLES = registry.PICTURE
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves behind.
+    """The result of a run.
 
     Attributes:
-        folder: the exported model; a URI where the output is on an object store.
-        model: its name for the other jobs.
+        run: the MLflow run.
+        folder: folder of the exported model; a URI if the output is on an object store.
+        spec: specification of the model.
+        model: name of the model for the other jobs: a registry name, or the folder.
+        metrics: last value of each figure, by name.
     """
 
     run: runs.Run
@@ -77,21 +80,21 @@ def train(
     hooks: worker.Hooks = worker.Hooks(),  # noqa: B008  (frozen)
     tracker: Tracker | None = None,
 ) -> Trained:
-    """Trains, or goes on training, and exports the averaged model to `OUTPUT/model`.
+    """Trains, or continues training, and exports the averaged model to `OUTPUT/model`.
 
     Args:
-        data: what `config.data` names, where it is open already.
+        data: the dataset that `config.data` names, if it is already open.
         callbacks: `ray.train.UserCallback`s for Ray Train's controller.
-        on_point: told, in a thread of this process, each new point of the curves once: its step and values. Those of
-            the training hold `loss`, those of the validation `bits_per_dim`.
-        hooks: see there.
-        tracker: of the MLflow run to log to, where the caller has opened it, who also holds the lock of a folder around
-            the output, logs the settings and the model, and ends the run.
+        on_point: called once for each new point of the curves with its step and values, in a thread of this process.
+            Points of the training hold `loss`, those of the validation `bits_per_dim`.
+        hooks: additions of the caller, see `worker.Hooks`.
+        tracker: tracker of the MLflow run, if the caller has opened it. That caller also locks a folder around the
+            output, logs the settings and the model, and ends the run.
 
     Raises:
-        InputError: see `check`; also a run in `output` that was not to be resumed, that has other settings, or that
-            another driver trains.
-        Interrupted: a signal ended the run; it was saved first.
+        InputError: as `checks.check`; or `output` holds a run and --resume was not given, or a run with other settings,
+            or another driver trains it.
+        Interrupted: a signal ended the run, which was saved first.
     """
     data, spec = check(config, data)
     config = replace(config, data=storage.absolute(config.data))
@@ -99,7 +102,7 @@ def train(
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display("train", config.steps, "steps"))
         patient = partial(patiently, seconds=config.storage_patience, say=display.note)
-        # A search has chosen for all of its trials, and made sure of room.
+        # A search chooses for all its trials, and makes sure that one fits.
         if tracker and config.gpu is not None:
             gpu = config.gpu
         else:
@@ -146,20 +149,20 @@ def train(
 
 
 def draw_exported(output: str, seed: int) -> None:
-    """Draws samples of a run's exported model into its output; the model's description in MLflow shows them."""
-    # matplotlib takes a second to import, before the first step.
+    """Draws samples of a run's exported model into its output. The model's description in MLflow shows them."""
+    # matplotlib takes a second to import, so it must not be imported before the first step.
     from pipeline.pictures.draw import file_of
     from pipeline.pictures.make import draw_samples
 
     model = load_model(storage.join(output, "model"))
-    rows = max(1, 128 // max(32, model[1].image.size))  # large images take a head node without a GPU long
+    rows = max(1, 128 // max(32, model[1].image.size))  # large images take long on a head node without a GPU
     picture = file_of(lambda path: draw_samples(*model, path, rows=rows, seed=seed))
     storage.write_atomic(storage.join(output, SAMPLES), picture)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What `train` was asked for, and what it has opened."""
+    """The arguments of `train`, and what it has opened."""
 
     config: TrainConfig
     data: Splits
@@ -173,10 +176,10 @@ class _Job:
 
 
 def _train(job: _Job) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Runs Ray Train to the last step, or to where the caller's watch ends it.
+    """Runs Ray Train to the last step, or until the caller's watch ends the run.
 
     Returns:
-        the weights to export, and the last point of each curve.
+        the weights to export, and the last value of each figure.
     """
     config, note = job.config, job.display.note
     folder = storage.join(job.output, CHECKPOINTS)
@@ -214,7 +217,7 @@ def _train(job: _Job) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 
 def _raise_reason(channel: Any) -> None:
-    """Raises what a worker has said of why the run can't go on."""
+    """Raises the error with which a worker ended the run, if there is one."""
     if reason := ray.get(channel.reason_to_give_up.remote()):
         raise reason
 
@@ -267,7 +270,11 @@ def _trainer(job: _Job, channel: Any) -> TorchTrainer:
 
 
 def room_needed(config: TrainConfig, gpu: bool) -> Need:
-    """The least with which a run goes on."""
+    """The smallest number of workers, and their resources, with which a run continues.
+
+    Args:
+        gpu: True if the workers use GPUs.
+    """
     least = config.min_workers or config.workers
     each = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker * gpu}
     count = f"--min-workers {least}" if config.min_workers else f"--workers {least}"

@@ -1,7 +1,7 @@
-"""Validation beside the training: held-out bits/dim, samples and their figures, of a checkpoint's averaged weights.
+"""Validation during training: held-out bits/dim, samples and their figures, from a checkpoint's averaged weights.
 
-Ray Train runs it as a task of its own for checkpoints that are reported with `validation`, one at a time; the steps
-don't wait for it. The held-out images, the terms of the bound and all noise are the same for every checkpoint.
+Ray Train runs it as a separate task, one at a time, for checkpoints that are reported with `validation`. The steps do
+not wait for it. The held-out images, the terms of the bound and all noise are the same for every checkpoint.
 """
 
 import json
@@ -38,9 +38,12 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class SpareResources(Mapping[str, Any]):
-    """The options of a validation's task, which Ray Train reads when it starts one: what the workers leave then.
+    """Resources of a validation's task: what the workers leave free. Ray Train reads them when it starts the task.
 
-    No CPU at all where they leave none, or others hold what they leave: a validation must not wait for their end.
+    A task reserves no CPU or GPU if the workers leave none or others hold it, so that a validation never waits for them.
+
+    Args:
+        gpu: True if the workers use GPUs.
     """
 
     config: TrainConfig
@@ -51,7 +54,7 @@ class SpareResources(Mapping[str, Any]):
             return self._spare("CPU", self.config.cpus_per_worker)
         if name == "num_gpus":
             return self._spare("GPU", self.config.gpus_per_worker) if self.gpu else 0
-        # An environment of its own gives it processes of its own, whose low priority no other task inherits.
+        # Its own environment gives it its own processes, so no other task inherits their low priority.
         return {"env_vars": {"OMP_NUM_THREADS": "1"}}
 
     def __iter__(self) -> Iterator[str]:
@@ -70,9 +73,11 @@ class Validator:
     """The function that Ray Train calls with a checkpoint.
 
     Args:
+        held_out: images to validate on.
         output: URI of the run.
-        held_out: the images to validate on.
-        train: those trained on, where figures of samples are asked for; the index of a large dataset takes long to send.
+        channel: handle of the run's `RunChannel`.
+        train: training images, only if figures of samples are measured, since a large dataset's index takes long to
+            send.
     """
 
     config: TrainConfig
@@ -83,16 +88,20 @@ class Validator:
     train: DatasetIndex | None = None
 
     def __call__(self, reported: ray.train.Checkpoint, *, step: int) -> dict[str, Any]:
-        """Posts the figures to the curve and the grid to the run; keeps the best model in `OUTPUT/best`."""
+        """Posts the figures and a grid of samples, and keeps the best model in `OUTPUT/best`.
+
+        Returns:
+            figures by name.
+        """
         try:
             return self._validate(storage.name(reported.path), step)
-        except Exception as error:  # Ray Train goes on without it, and says so only in its own logs
+        except Exception as error:  # Ray Train continues, and reports the error only in its own logs
             self.channel.notice.remote(f"step {step} could not be validated: {type(error).__name__}: {error}")
             raise
 
     def _validate(self, name: str, step: int) -> dict[str, Any]:
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-        if device.type == "cpu":  # only what the training leaves
+        if device.type == "cpu":  # only CPU time that the training leaves
             os.setpriority(os.PRIO_PROCESS, 0, 19)
             torch.set_num_threads(1)
         use_tf32(False)
@@ -119,21 +128,21 @@ class Validator:
         figures = {BITS_PER_DIM: bits.bits_per_dim, f"{BITS_PER_DIM}_stderr": bits.stderr}
         model = model.to(device)
         if self.train:
-            # Not before: the driver, which imports this module too, has no use for it.
+            # Imported here, because the driver imports this module too and does not need it.
             from pipeline.training.sample_figures import sample_figures
 
             try:
                 figures |= sample_figures(
                     config, self.spec, (self.train, self.held_out), self.output, model, here
                 )
-            except InputError as error:  # the bound stands all the same
+            except InputError as error:  # the bound is valid without them
                 self.channel.notice.remote(f"step {step}: no figures of samples: {error}")
         self._post(model, step, figures)
         self._keep_best(weights, step, bits.bits_per_dim)
         return figures
 
     def _post(self, model: UNet, step: int, figures: dict[str, float]) -> None:
-        # Not before: the driver, which imports this module too, draws nothing.
+        # Imported here, because the driver imports this module too and draws nothing.
         from pipeline.pictures.make import draw_samples
 
         with tempfile.TemporaryDirectory() as folder:

@@ -34,18 +34,18 @@ SNAPSHOTS = "snapshots"
 
 
 class Watch(Protocol):
-    """Looks at the training state between two steps, on every worker; travels to it by pickle, within the job."""
+    """Looks at the training state between two steps, on every worker. The job sends it to its workers by pickle."""
 
     def __call__(self, state: TrainState, rank: int, world_size: int) -> bool:
-        """Whether the run ends here, as it would after its last step; all workers must answer alike."""
+        """Returns True to end the run here, as after its last step. All workers must return the same."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a caller of `trainer.train` may add to a run (see pipeline.tuning).
+    """Additions of a caller of `trainer.train` (see pipeline.tuning).
 
     Attributes:
-        watch: asked before each step and after the last one.
+        watch: called before each step and after the last one.
     """
 
     watch: Watch | None = None
@@ -53,13 +53,13 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Task:
-    """What the driver gives every worker.
+    """The driver's message to every worker.
 
     Args:
         output: URI of the run.
-        channel: see run_channel.py.
-        run_id: of the MLflow run.
-        rows: samples in an epoch.
+        channel: handle of the run's `RunChannel`.
+        run_id: id of the MLflow run.
+        rows: number of samples in an epoch.
     """
 
     config: TrainConfig
@@ -72,20 +72,20 @@ class Task:
 
 
 def train_loop_per_worker(settings: dict[str, Task]) -> None:
-    """What Ray Train runs on every worker."""
+    """The function that Ray Train runs on every worker."""
     task = settings["task"]
-    # Ray Train restarts the group after any error; where a restart can't help, it ends here instead.
+    # Ray Train restarts the workers after any error. If a restart can't help, the run ends here instead.
     try:
         if ray.get(task.channel.reason_to_give_up.remote()):
             return
         _run(task)
     except ray.exceptions.ActorDiedError:
-        return  # the channel: its driver has left the run to another one
+        return  # the channel died, so another driver has taken over the run
     except InputError as error:
         ray.get(task.channel.give_up.remote(error))
         raise
     except loop.NonFinite as error:
-        reason = f"{error}; their ids are in {_nonfinite_file(error)} of the output, and the last checkpoint is good"
+        reason = f"{error}; all ids are in {_nonfinite_file(error)} of the output, and the last checkpoint is intact"
         advice = "resume with a smaller --learning-rate, or pass --skip-nonfinite"
         ray.get(task.channel.give_up.remote(BadSettings(f"{reason}: {advice}")))
         raise
@@ -106,12 +106,12 @@ def _run(task: Task) -> None:
     run = RunObserver(task, state, meter, rank)
 
     run.restore()
-    # From here on images are read and decoded, while the model is made ready.
+    # Images are read and decoded from here on, while the model is prepared.
     batches = ray.train.get_dataset_shard("train").batches(
         state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
     with contextlib.closing(batches), ThreadPoolExecutor(1) as aside:
-        if rank == 0:  # it posts the curve; meanwhile the first batch is on its way
+        if rank == 0:  # only rank 0 posts the curve; the count runs while the first batch is read
             meter.flops_per_image = aside.submit(flops.flops_per_image, spec).result
         model = network.wrap(config, state.model, world_size, device)
         run.begin()
@@ -128,7 +128,7 @@ def _run(task: Task) -> None:
 
 
 def _at_first(batches: Iterator[Batch], call: Callable[[], object]) -> Iterator[Batch]:
-    """The same batches; calls once when the first one is there."""
+    """Yields the same batches, and calls `call` when the first one arrives."""
     for number, batch in enumerate(batches):
         if number == 0:
             call()
@@ -136,7 +136,11 @@ def _at_first(batches: Iterator[Batch], call: Callable[[], object]) -> Iterator[
 
 
 class RunObserver(loop.Observer):
-    """One worker's hand on the run: its checkpoints, its curve, what the driver and a caller's watch want of it."""
+    """Connects one worker's loop to the run: checkpoints, curves, the driver's commands and the caller's watch.
+
+    Args:
+        rank: this worker's rank.
+    """
 
     def __init__(self, task: Task, state: TrainState, meter: Meter, rank: int) -> None:
         config = task.config
@@ -155,18 +159,18 @@ class RunObserver(loop.Observer):
         )
 
     def restore(self) -> None:
-        """Puts the newest whole checkpoint into the state and the meter."""
+        """Loads the newest intact checkpoint into the state and the meter."""
         task = self._task
         if found := self._manager.restore():
             saved, kept = found
             checkpoint.restore(self._state, saved)
             self._meter.restore(kept, self._rank)
-            if self._rank == 0:  # the driver may have been killed before it had delivered them
+            if self._rank == 0:  # the driver may have been killed before it delivered them
                 task.channel.post_points.remote([tuple(point) for point in kept["points"]])
         self._saved_step = self._state.step
 
     def begin(self) -> None:
-        """Tells the driver that the steps begin, and listens to it from now on."""
+        """Tells the driver that the steps begin, and listens for its commands from now on."""
         world_size = self._meter.world_size
         self._agreement = Agreement(world_size)
         self._commands = (
@@ -191,7 +195,7 @@ class RunObserver(loop.Observer):
                 self._gauges.saved()
 
     def finish(self) -> None:
-        """Saves the last step, unless that is done."""
+        """Saves the last step, unless it is saved already."""
         step = self._state.step
         saved = ray.train.collective.broadcast_from_rank_zero(self._saved_step == step)
         if not saved:
@@ -211,10 +215,10 @@ class RunObserver(loop.Observer):
         """See `loop.Observer`."""
         if self._rank == 0:
             self._task.channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error))
-            self._task.channel.notice.remote(f"{error}: skipped; their ids are in {_nonfinite_file(error)}")
+            self._task.channel.notice.remote(f"{error}: skipped; all ids are in {_nonfinite_file(error)}")
 
     def fail(self, error: Exception) -> None:
-        """Keeps what was good until here, and what was not."""
+        """Waits for the last checkpoint, and keeps the samples of a step that was not finite."""
         self._manager.flush()
         if self._rank == 0 and isinstance(error, loop.NonFinite):
             ray.get(self._task.channel.post_file.remote(_nonfinite_file(error), _nonfinite_record(error)))
@@ -234,7 +238,13 @@ class RunObserver(loop.Observer):
 
 
 class CommandListener:
-    """What the driver commands, as rank 0 hears of it without waiting."""
+    """Receives the driver's commands on rank 0 without waiting.
+
+    Args:
+        channel: handle of the run's `RunChannel`.
+        step: step from which this worker group continues.
+        workers: number of workers in the group.
+    """
 
     def __init__(self, channel: Any, step: int, workers: int) -> None:
         self._channel = channel
@@ -249,14 +259,14 @@ class CommandListener:
 
 
 def is_validated(config: TrainConfig, step: int) -> bool:
-    """Whether the checkpoint at a step is validated: every `validate_every`-th, and the last one."""
+    """True if the checkpoint at a step is validated: every `validate_every`-th, and the last one."""
     if not config.validate_every:
         return False
     return step == config.steps or step % (config.validate_every * config.checkpoint_every) == 0
 
 
 def keep_snapshots(folder: str, config: TrainConfig, saved: checkpoint.Saved) -> None:
-    """Writes the power-function averages where no checkpoint's removal takes them (see `models.snapshots`)."""
+    """Writes the power-function averages to `folder`, where they outlive their checkpoint (see `models.snapshots`)."""
     options = config.optimizer
     lengths = saved.averages[len(options.ema_decays) :]
     for length, average in zip(options.ema_lengths, lengths, strict=True):
@@ -264,7 +274,11 @@ def keep_snapshots(folder: str, config: TrainConfig, saved: checkpoint.Saved) ->
 
 
 def position(config: TrainConfig, step: int, rows: int) -> dict[str, int]:
-    """Where a run is in its data after a number of steps."""
+    """A run's position in its data after a number of steps: samples seen, epoch, and row in the epoch.
+
+    Args:
+        rows: number of samples in an epoch.
+    """
     samples = step * config.batch_size
     return {"samples": samples, "epoch": samples // rows, "row": samples % rows}
 
@@ -293,7 +307,7 @@ def _nonfinite_file(error: loop.NonFinite) -> str:
 
 
 def _nonfinite_record(error: loop.NonFinite) -> bytes:
-    """JSON, which has no word for NaN."""
+    """The samples of a step as JSON. A loss that is not finite becomes a string, because JSON has no NaN."""
     samples = [
         {**s, "loss": s["loss"] if math.isfinite(s["loss"]) else str(s["loss"])} for s in error.samples
     ]

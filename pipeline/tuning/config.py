@@ -30,7 +30,7 @@ LOSSES = ("loss", "mse", "training_mse", "training_loss", "train_loss")
 )
 @dataclass(frozen=True)
 class TuneConfig:
-    """What is searched, what it is judged by, and for how long each trial trains."""
+    """The settings of a search: data, search space, objective and length of the trials."""
 
     data: str
     """Dataset with held-out images: a folder that the prepare job wrote, or raw images that it reads (URI)."""
@@ -94,20 +94,20 @@ class TuneConfig:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What is minimised; the first one decides where only one can."""
+        """The metrics to minimise. The first one decides if only one can."""
         return OBJECTIVES[self.objective]
 
 
 def check(config: TuneConfig) -> None:
-    """Whether the settings make sense.
+    """Checks the settings.
 
     Raises:
-        InputError: names the one that doesn't.
+        InputError: names the wrong setting.
     """
     if config.objective.lower().replace("-", "_") in LOSSES:
         raise InputError(
-            f"--objective {config.objective}: the training loss can't compare trials, since its scale depends on "
-            "the schedule, on T and on the kind of loss: a schedule that makes denoising easy would win; use bits, "
+            f"--objective {config.objective}: the training loss can't compare trials, because its scale depends "
+            "on the schedule, on T and on the kind of loss, so a schedule that makes denoising easy would win: use bits, "
             "frechet or both"
         )
     if config.objective not in OBJECTIVES:
@@ -116,10 +116,10 @@ def check(config: TuneConfig) -> None:
     if config.images < config.reduction ** (config.rungs - 1):
         least = config.reduction ** (config.rungs - 1)
         raise InputError(
-            f"--images {config.images} are too few for --rungs {config.rungs}: give at least {least}, or fewer --rungs"
+            f"--images {config.images} is too small for --rungs {config.rungs}: give at least {least}, or fewer --rungs"
         )
     if config.max_images == 1:
-        raise InputError("--max-images 1: a standard error needs at least two images")
+        raise InputError("--max-images 1: a standard error needs two images: give at least 2, or 0 for all")
     if config.terms % 2:
         raise InputError(
             f"--terms {config.terms} must be even: give {config.terms - 1} or {config.terms + 1}; 0 = all terms"
@@ -133,10 +133,13 @@ def rung_images(config: TuneConfig) -> list[int]:
 
 
 def rung_steps(config: TuneConfig, batch_size: int) -> dict[int, int]:
-    """From optimizer steps to the rung's images, for a batch size: each rung is brought to the nearest whole batch.
+    """The rungs for a batch size, each rounded to whole batches.
+
+    Returns:
+        the images of each rung, by its optimizer steps.
 
     Raises:
-        InputError: two rungs are the same number of batches.
+        InputError: two rungs have the same number of batches.
     """
     steps = {max(1, round(images / batch_size)): images for images in rung_images(config)}
     if len(steps) < config.rungs:
@@ -148,7 +151,7 @@ def rung_steps(config: TuneConfig, batch_size: int) -> dict[int, int]:
 
 
 def base(config: TuneConfig) -> TrainConfig:
-    """What all trials have in common, before the space's own flags."""
+    """The settings that all trials share, without the flags of the space."""
     return TrainConfig(
         data=config.data,
         output=config.output,
@@ -168,7 +171,12 @@ def base(config: TuneConfig) -> TrainConfig:
 
 
 def finished(config: TuneConfig, trial: TrainConfig, **changes: Any) -> TrainConfig:
-    """A trial's training run with the steps that its batch size calls for."""
+    """A trial's training run with the number of steps that its batch size requires.
+
+    Args:
+        trial: the trial's settings.
+        changes: other settings to replace.
+    """
     steps = list(rung_steps(config, trial.batch_size))
     return replace(
         trial, steps=steps[-1], checkpoint_every=steps[0], log_every=max(1, steps[-1] // 20), **changes

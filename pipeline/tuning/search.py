@@ -59,7 +59,7 @@ def check_search(config: TuneConfig) -> tuple[Space, Splits]:
         InputError: no trial could run with the settings or the space, or the output already holds a search.
     """
     check(config)
-    space = load_space(config.space)  # what is wrong with a file is known before the data is opened
+    space = load_space(config.space)  # reports a wrong file before the data is opened
     if not storage.is_local(config.output):
         raise InputError(
             f"--output {config.output}: the trials share files: give a folder that all nodes see"

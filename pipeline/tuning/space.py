@@ -1,7 +1,7 @@
-"""The search space: which flags of jobs/train.py a search varies, read from YAML (see space.yaml for its form).
+"""The search space: the flags of jobs/train.py that a search varies, read from YAML (space.yaml shows the format).
 
-A trial's choice is a dict from dotted names of TrainConfig's fields to values. Optuna sees one parameter for each
-entry of the space; a value that it has no type for (a list, flags chosen together) travels as JSON.
+A trial's flags are a dict from dotted names of TrainConfig's fields to values. Optuna sees one parameter for each entry
+of the space. Values for which it has no type (lists, flags that are chosen together) are passed as JSON.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pipeline.ranges import check_ranges
 from pipeline.redact import one_line
 
 DEFAULT_SPACE = Path(__file__).with_name("space.yaml")
-# What the search itself decides, the same way for every trial.
+# Flags that the search itself sets, in the same way for every trial.
 RESERVED = frozenset(
     [
         "data",
@@ -59,8 +59,8 @@ class Space:
 
     Attributes:
         fixed: flags that are the same for every trial.
-        entries: by name, Optuna's distribution.
-        together: names of the entries whose values are several flags, as JSON.
+        entries: Optuna's distribution of each entry, by name.
+        together: names of the entries whose values hold several flags, as JSON.
     """
 
     fixed: Flags
@@ -68,7 +68,7 @@ class Space:
     together: frozenset[str]
 
     def decode(self, parameters: dict[str, Any]) -> Flags:
-        """All flags of a trial, from Optuna's parameters."""
+        """Converts Optuna's parameters to all flags of a trial."""
         flags = dict(self.fixed)
         for name, value in parameters.items():
             if name in self.together:
@@ -81,12 +81,12 @@ class Space:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """The whole space as JSON values, for logging."""
         return self.fixed | {name: str(entry) for name, entry in self.entries.items()}
 
     @property
     def schedule_files(self) -> list[str]:
-        """The files of betas that it names."""
+        """Paths of the files with betas that the space names."""
         some = [self.fixed]
         for name, entry in self.entries.items():
             if isinstance(entry, CategoricalDistribution):
@@ -96,26 +96,28 @@ class Space:
 
 
 def load_space(path: str = "", flags: Flags | None = None) -> Space:
-    """Reads a space file; the default one where `path` is empty.
+    """Reads a space file.
 
     Args:
-        flags: what to add to the file, in the same form; see `fitted`.
+        path: path of the file; "" = the default space.
+        flags: entries to add to the file, in the same format; see `fitted`.
 
     Raises:
-        InputError: the file can't be read, an unknown flag, a value that the flag can't have, nothing to search.
+        InputError: the file can't be read, names an unknown flag or a wrong value, or contains nothing to search.
     """
     where = f"--space {path}" if path else "the default space"
     return parse_space(load_yaml(path or str(DEFAULT_SPACE), "--space") | (flags or {}), where)
 
 
 def fitted(image: ImageConfig, rows: int) -> Flags:
-    """What the default space has for images of this size and these classes, in the form of a space file.
+    """The entries of the default space that depend on the images, in the format of a space file.
 
-    The UNet halves images down to 8 pixels, at least once, and attends where they are small. A larger image gets more
-    channels and a smaller batch. Data with classes gets a class-conditional model.
+    The UNet halves images until their width is odd or at most 8 pixels, and any even width at least once. It attends at
+    halved widths of at most 16 pixels. Larger images get more channels and smaller batches. Data with classes gets a
+    class-conditional model.
 
     Args:
-        rows: images to train on; a batch has no more.
+        rows: number of training images; a batch is at most that large.
     """
     sizes = [image.size]
     while sizes[-1] % 2 == 0 and (sizes[-1] > 8 or len(sizes) == 1):
@@ -133,7 +135,14 @@ def fitted(image: ImageConfig, rows: int) -> Flags:
 
 
 def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
-    """A space from what its YAML says; see `load_space`."""
+    """Makes a space from the contents of its YAML file; see `load_space`.
+
+    Args:
+        where: origin of the values, for messages.
+
+    Raises:
+        InputError: an unknown flag, a wrong value, or nothing to search.
+    """
     fixed: Flags = {}
     entries: dict[str, BaseDistribution] = {}
     together = set()
@@ -176,10 +185,14 @@ def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
 
 
 def resolve_flag(name: str, where: str = "--space") -> str:
-    """The dotted name of a TrainConfig field, from that, from the bare name or from the flag's spelling.
+    """The dotted name of a TrainConfig field.
+
+    Args:
+        name: the dotted name, the bare name, or the flag.
+        where: origin of the name, for messages.
 
     Raises:
-        InputError: no such flag, or one that the search itself sets.
+        InputError: no such flag exists, or the search itself sets it.
     """
     wanted = name.lstrip("-").replace("-", "_")
     wanted = RENAMED.get(wanted, wanted)
@@ -188,14 +201,14 @@ def resolve_flag(name: str, where: str = "--space") -> str:
         leaves = [flag.rpartition(".")[2] for flag in leaf_fields(TrainConfig)]
         near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else "see its --help"
-        raise InputError(f"{where}: {name!r} is no flag of the train job: {hint}")
+        raise InputError(f"{where}: {name!r} is not a flag of the train job: {hint}")
     if found[0] in RESERVED:
         raise InputError(f"{where}: {name!r} is set by the search itself (see jobs/tune.py --help)")
     return found[0]
 
 
 def apply(config: TrainConfig, flags: Flags) -> TrainConfig:
-    """A training run with some of its flags replaced.
+    """Replaces some flags of a training run.
 
     Raises:
         InputError: a value of the wrong type.
@@ -208,7 +221,7 @@ def apply(config: TrainConfig, flags: Flags) -> TrainConfig:
 
 
 def train_command(config: TrainConfig) -> str:
-    """The command line that trains exactly this: jobs/train.py and every flag that isn't at its default."""
+    """The command line for exactly this training run: jobs/train.py with every flag that is not at its default."""
     words = ["python", "jobs/train.py"]
 
     def walk(value: Any, defaults: dict[str, Any]) -> None:
@@ -242,7 +255,11 @@ def _defaults(cls: Any) -> dict[str, Any]:
 
 
 def _checked(flag: str, value: Any, where: str) -> Any:
-    """A value that the flag can have; the path of a file as the trials need it, which run in other folders."""
+    """Checks a value, and makes the path of a file absolute, because trials run in other folders.
+
+    Raises:
+        InputError: the flag can't have this value.
+    """
     try:
         check_ranges(apply(TrainConfig(data="", output=""), {flag: value}))
     except InputError as error:
@@ -253,16 +270,16 @@ def _checked(flag: str, value: Any, where: str) -> Any:
 
 def _choice(values: list[str], name: str, where: str) -> CategoricalDistribution:
     if not values:
-        raise InputError(f"{where}: {name}: an empty list")
+        raise InputError(f"{where}: {name}: the list is empty")
     if len(set(values)) < len(values):
-        raise InputError(f"{where}: {name}: a value stands there twice")
+        raise InputError(f"{where}: {name}: the same value is listed twice")
     return CategoricalDistribution(values)
 
 
 def _range(flag: str, value: dict[str, Any], where: str) -> BaseDistribution:
     kind = leaf_fields(TrainConfig)[flag]
     if kind not in (int, float):
-        raise InputError(f"{where}: {flag} is no number: give a list of values")
+        raise InputError(f"{where}: {flag} is not a number: give a list of values")
     if unknown := set(value) - {"low", "high", "log", "step"}:
         raise InputError(
             f"{where}: {flag}: unknown key {min(map(str, unknown))!r}; known: low, high, log, step"

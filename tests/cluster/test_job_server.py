@@ -159,10 +159,13 @@ def test_rays_own_token_goes_to_this_machines_cluster_and_to_no_other(tmp_path: 
 def test_another_server_is_told_from_a_job_server() -> None:
     with (
         server(lambda path: (200, "<html>")) as address,
-        pytest.raises(InputError, match="is no Ray job server"),
+        pytest.raises(InputError, match="is not a Ray job server"),
     ):
         connect(address)
-    with server(lambda path: (404, "")) as address, pytest.raises(InputError, match="is no Ray job server"):
+    with (
+        server(lambda path: (404, "")) as address,
+        pytest.raises(InputError, match="is not a Ray job server"),
+    ):
         connect(address)
 
 

@@ -139,7 +139,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 def test_a_tree_that_is_too_large_is_refused_and_what_is_large_named(tmp_path: Path) -> None:
     write(tmp_path, "a.py", "small/b.txt")
     write(tmp_path, "huge/c.csv", text="0" * 1_500_000)
-    with pytest.raises(InputError, match=r"1\.5 MB.*--max-megabytes 1 .*huge \(1\.5 MB\).*\.rayignore"):
+    with pytest.raises(InputError, match=r"1\.5 MB.*--max-megabytes 1: huge \(1\.5 MB\).*\.rayignore"):
         pack(tmp_path, tmp_path / "t.zip", 1)
     assert not (tmp_path / "t.zip").exists()
     assert pack(tmp_path, tmp_path / "t.zip", 2) == 3

@@ -27,7 +27,7 @@ GIVEN = ["--data", "d", "--output", "o"]
         (TrainConfig, ["--bogus", "1"], "no flag --bogus (see"),
         (TrainConfig, ["--output", "o"], "required and not given: --data"),
         (TrainConfig, [], "required and not given: --data, --output"),
-        (TrainConfig, [*GIVEN, "stray"], "'stray' stands where a flag is expected"),
+        (TrainConfig, [*GIVEN, "stray"], "'stray' is not a flag: flags begin with --"),
         (TrainConfig, [*GIVEN, "--steps"], "--steps: a value is missing"),
         (TrainConfig, [*GIVEN, "--steps", "x"], "--steps expects INT: "),
         (TrainConfig, [*GIVEN, "--variance", "fixed_smal"], "did you mean fixed_small?"),

@@ -170,9 +170,9 @@ def test_what_cannot_be_exported_gets_one_line_and_nothing_is_written(
 
     before = digest()
     for flags, says in (
-        (["--model", "model", "--output", "mine"], "setup.py, which is none of this export's"),
+        (["--model", "model", "--output", "mine"], "setup.py, which does not belong to this export"),
         (["--model", "model", "--output", "model/x"], "--output model/x lies inside --model model"),
-        (["--model", "model", "--output", "learned"], "config.json, which is none of this export's"),
+        (["--model", "model", "--output", "learned"], "config.json, which does not belong to this export"),
         (["--model", "learned", "--output", "out"], "variance learned_range can't be exported"),
         (["--model", "nowhere", "--output", "out"], "--model nowhere: no such folder"),
         (

@@ -120,7 +120,7 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_line(
     ("options", "reason"),
     [
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
-        ({"metrics": ("knn",)}, "without --samples"),
+        ({"metrics": ("knn",)}, "--metrics knn needs --samples"),
         ({"split": "tests"}, "split 'tests'"),
         ({"data": "nowhere"}, "no such folder"),
         ({"output": "pyproject.toml/x"}, "not a folder"),
@@ -329,5 +329,5 @@ def test_the_distance_to_published_statistics_is_that_to_the_images_that_they_ar
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(InputError, match=r"of 7 features, --features .*means.pt gives 12: .*another network"):
         evaluate(EvaluateConfig(**given, reference_statistics=str(tmp_path / "other.npz")), "")
-    with pytest.raises(InputError, match="--reference-statistics need --samples, and --features FILE"):
+    with pytest.raises(InputError, match="--reference-statistics needs --samples, and --features FILE"):
         evaluate(EvaluateConfig(**given | {"features": "classifier"}, reference_statistics=statistics), "")

@@ -255,5 +255,5 @@ def test_as_many_trials_run_as_an_autoscaler_can_give_room_to(monkeypatch: pytes
 
 def test_workers_of_one_run_share_no_gpu() -> None:
     check_settings(TrainConfig("d", "o", gpus_per_worker=0.5))
-    with pytest.raises(InputError, match=r"--gpus-per-worker 0.5 with --workers 2: NCCL joins no two"):
+    with pytest.raises(InputError, match=r"--gpus-per-worker 0.5 with --workers 2: NCCL can't connect two"):
         check_settings(TrainConfig("d", "o", gpus_per_worker=0.5, workers=2))

@@ -92,6 +92,6 @@ def test_data_that_was_cut_otherwise_is_refused_with_what_puts_it_right(home: Pa
     shutil.rmtree(data)
     write_tars(data, IMAGES, per_tar=8)
     with pytest.raises(
-        InputError, match=r"--data \S+: its files are others, or cut otherwise, .*restore them"
+        InputError, match=r"--data \S+: its files, or their row groups, differ from .*restore them"
     ):
         train(replace(config, steps=4, resume=True))

@@ -135,7 +135,7 @@ def test_a_choice_becomes_the_training_run_that_it_names() -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"shedule": ["linear"]}, "'shedule' is no flag of the train job: did you mean schedule?"),
+        ({"shedule": ["linear"]}, "'shedule' is not a flag of the train job: did you mean schedule?"),
         ({"steps": [10, 20]}, "'steps'"),
         ({"diffusion.variance": ["fixed"]}, "fixed_large"),
         ({"timesteps": [100, "many"]}, "'many'"),
