@@ -5,7 +5,6 @@ Checkpoints carry both, so an interrupted run has the same curves and the same r
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,15 +45,16 @@ class Meter:
         config: TrainConfig,
         world_size: int,
         device: torch.device,
+        flops_per_image: int = 0,
         peak_flops: float = 0.0,
     ) -> None:
         """
         Args:
+            flops_per_image: FLOPs of one image in a training step.
             peak_flops: FLOP/s that this worker's device can reach; 0 leaves out the model FLOPs utilisation (`mfu`).
         """
-        self._config, self.world_size, self.device, self._peak_flops = config, world_size, device, peak_flops
-        # FLOPs of one image in a training step. Only rank 0, which posts the curve, sets it.
-        self.flops_per_image: Callable[[], int] = lambda: 0
+        self._config, self.world_size, self.device = config, world_size, device
+        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
         utilisation(device)
         self._named: list[str] = []
         # Samples, their digest and undecodable samples since the run's first step; int64, so the digest wraps around.
@@ -130,7 +130,7 @@ class Meter:
             **{name: mean / self.world_size for name, mean in zip(system, means, strict=True)},
         }
         if peak:
-            result["mfu"] = rate_of_images * self.flops_per_image() / peak
+            result["mfu"] = rate_of_images * self._flops_per_image / peak
         self._new_interval()
         return result
 

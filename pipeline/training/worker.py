@@ -5,7 +5,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,7 +101,7 @@ def _run(task: Task) -> None:
     network.prepare_device(config, device)
     state = new_state(config, spec, device)
     peak = config.peak_tflops * 1e12 or flops.peak_flops(device, network.uses_bf16(config, device))
-    meter = Meter(config, world_size, device, peak)
+    meter = Meter(config, world_size, device, flops.flops_per_image(state.model, spec.image.size), peak)
     run = RunObserver(task, state, meter, rank)
 
     run.restore()
@@ -110,9 +109,7 @@ def _run(task: Task) -> None:
     batches = ray.train.get_dataset_shard("train").batches(
         state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
-    with contextlib.closing(batches), ThreadPoolExecutor(1) as aside:
-        if rank == 0:  # only rank 0 posts the curve; the count runs while the first batch is read
-            meter.flops_per_image = aside.submit(flops.flops_per_image, spec).result
+    with contextlib.closing(batches):
         model = network.wrap(config, state.model, world_size, device)
         run.begin()
         say("reading the first batch")
