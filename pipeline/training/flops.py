@@ -27,14 +27,12 @@ def flops_per_image(model: UNet, size: int) -> int:
     forward = (
         _products(model.conv_in, size) + _products(model.conv_out, size) + _products(model.time_embedding, 1)
     )
-    attention = 0
     for block, side in blocks:
-        forward += _products(block, side)
         attentions = [layer for layer in block.modules() if isinstance(layer, Attention)]
-        attention += sum(4 * side**4 * layer.to_q.in_features for layer in attentions)
-    # Backward there are two products for each one. Attention has five for its two, since it computes one again. Nobody
-    # needs the gradient of the image.
-    return 3 * forward + 7 * attention // 2 - _products(model.conv_in, size)
+        forward += _products(block, side) + sum(4 * side**4 * layer.to_q.in_features for layer in attentions)
+    # The backward pass has two products for each one, but nobody needs the gradient of the image. What attention computes
+    # again there does not count.
+    return 3 * forward - _products(model.conv_in, size)
 
 
 def _products(module: nn.Module, side: int) -> int:
