@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import warnings
 from pathlib import Path
 
 from pipeline.cluster.session import submitted_settings
@@ -82,7 +81,6 @@ def quieten() -> None:
     global is_quiet
     is_quiet = True
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     if mlflow := sys.modules.get("mlflow"):
         mlflow.utils.logging_utils.disable_logging()

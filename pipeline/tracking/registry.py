@@ -111,7 +111,8 @@ def _log(run: runs.Run, folder: str | Path) -> str:
     status = client.get_run(run.id).info.status
     try:
         with (
-            warnings.catch_warnings(action="ignore"),  # MLflow warns that the model declares no input schema
+            # MLflow warns that `predict` has no type hints. It brings its own filter, so the lines are kept, not ignored.
+            warnings.catch_warnings(record=True),
             _on_this_machine(str(folder)) as here,
             tempfile.TemporaryDirectory() as temporary,
             mlflow.start_run(run_id=run.id, log_system_metrics=False),

@@ -47,7 +47,7 @@ def test_stdout_is_one_json_line_and_stderr_says_where_everything_is(demo: Outco
     assert demo.result["count"] == COUNT
     for shown in ("pictures", "dataset", "model", "mlflow ui --backend-store-uri"):
         assert shown in demo.stderr
-    assert "Traceback" not in demo.stderr
+    assert "Traceback" not in demo.stderr and "Warning" not in demo.stderr
 
 
 def test_the_run_holds_params_metrics_config_dataset_and_a_grid(
