@@ -26,6 +26,7 @@ from pipeline.evaluation.bits import held_out_bits
 from pipeline.evaluation.config import BITS_PER_DIM
 from pipeline.models.export import load_model
 from pipeline.tracking.address import quieten, tracking_uri
+from pipeline.tracking.runs import open_client
 from pipeline.training.trainer import train
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
@@ -68,6 +69,18 @@ def gains(output: str) -> dict[str, float]:
     if not pairs:
         return {}
     return {"median": float(np.median(pairs)), "least": min(pairs), "most": max(pairs), "pairs": len(pairs)}
+
+
+def starts(output: str) -> dict[str, float]:
+    """Seconds from a trial's MLflow run to its first point. The first point comes after a twentieth of the steps."""
+    client, seconds = open_client(), []
+    for record in ledger.read_all(output):
+        if record.run_id and (points := client.get_metric_history(record.run_id, "loss")):
+            opened = client.get_run(record.run_id).info.start_time
+            seconds.append((min(point.timestamp for point in points) - opened) / 1000)
+    return (
+        {"median": float(np.median(seconds)), "least": min(seconds), "most": max(seconds)} if seconds else {}
+    )
 
 
 def main() -> None:
@@ -134,6 +147,7 @@ def main() -> None:
         "fresh": results,
         "winner_better_by": {"mean": float(better.mean()), "least": float(better.min())},
         "common_random_numbers_gain": gains(base.output),
+        "seconds_to_a_trials_first_point": starts(base.output),
     }
     print(json.dumps(line), flush=True)
 
