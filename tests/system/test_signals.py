@@ -85,5 +85,8 @@ def test_a_job_that_is_starting_ends_with_the_signals_code(digits: Path, tmp_pat
     def ready(job: psutil.Process) -> bool:
         return any(child.name() == "gcs_server" for child in job.children(recursive=True))
 
-    code, said = end_by_sigterm(tmp_path, ready, "prepare", "--source", "digits", "--output", "out")
-    assert (code, said.strip()) == (128 + signal.SIGTERM, "prepare: ended by SIGTERM")
+    (tmp_path / "digits").symlink_to(digits)
+    code, said = end_by_sigterm(tmp_path, ready, "train", "--data", "digits", "--output", "run", *SMALL)
+    last = said.strip().splitlines()[-1]
+    assert (code, last) == (128 + signal.SIGTERM, "train: ended by SIGTERM"), said
+    assert "Traceback" not in said
