@@ -209,15 +209,27 @@ def _deaf_to_sigterm() -> Iterator[None]:
     SLURM, systemd and `timeout` send SIGTERM to every process of a job. It would end Ray's processes before the driver
     has saved. Ray itself does the same for SIGINT.
     """
-    handler = signal.getsignal(signal.SIGTERM)
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    handler, register, heard = signal.getsignal(signal.SIGTERM), signal.signal, list[int]()
+    ours = callable(handler) and threading.current_thread() is threading.main_thread()
+
+    def keep(number: int, action: Any) -> Any:
+        """`ray.init` would install a handler of its own, which exits with code 15."""
+        return handler if number == signal.SIGTERM else register(number, action)
+
     try:
+        if ours:
+            # The mask is that of this thread. Another thread may take the signal.
+            register(signal.SIGTERM, lambda number, frame: heard.append(number))
+            signal.signal = keep  # type: ignore[assignment]
         yield
     finally:
-        # Ray has installed its own handler, which exits with code 1. Only the main thread can replace it.
-        if callable(handler) and threading.current_thread() is threading.main_thread():
+        if ours:
+            signal.signal = register
             signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        if heard:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
