@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.cluster.ray_internals import ENV_VARS_TO_PROPAGATE
 from pipeline.cluster.room import Need, announced, choose_gpu, most_places
 from pipeline.data.index import Splits, open_splits
-from pipeline.display import Display
+from pipeline.display import Display, status
 from pipeline.errors import InputError
 from pipeline.evaluation.config import FRECHET
 from pipeline.evaluation.features import open_extractor
@@ -229,18 +229,21 @@ def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, An
         raise InputError(f"no trial could be measured; the first one's reason: {reason}")
     winner = best[0]
     command = train_command(replace(training(config, winner, output=f"{config.output}/winner"), run_name=""))
+    status.show("tune: writing the report")
     files = report.write(config, space, records, command)
     for file in files:
         parent.log_file(str(file.relative_to(config.output)))
     parent.log_points([(int(winner.rungs[-1].time * 1000), len(records), winner.metrics)])
     model = str(ledger.run_folder(config.output, winner) / "model")
     if config.register and storage.exists(model):
+        status.show("tune: drawing samples of the winner, and registering it")
         with _tracker(config, winner) as tracker:
             draw_exported(str(ledger.run_folder(config.output, winner)), config.seed)
             tracker.log_file(SAMPLES)
             tracker.log_model(model, config.register, config.alias)
             tracker.end()
         model = tracker.model or model
+    status.clear()
     print(report.table(config, records), file=sys.stderr)
     if note := report.unequal(records):
         _say(note)
