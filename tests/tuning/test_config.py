@@ -46,10 +46,12 @@ def test_what_trials_read_of_remote_data_is_kept_on_every_node(
     def connect() -> None:
         raise InputError("far enough")
 
-    monkeypatch.setattr(
-        cli, "connect_later", lambda verbose, environment, workers: joined.append(environment)
-    )
+    def connect_later(verbose: bool, environment: dict[str, str], workers: str, soon: bool) -> None:
+        joined.append(environment)
+
+    monkeypatch.setattr(cli, "connect_later", connect_later)
     monkeypatch.setattr(cli, "connect_now", connect)
+    monkeypatch.setattr(cli, "open_tracking", lambda: None)
     flags = ["--data", str(digits), "--output", str(tmp_path / "out")]
     cache = str(tmp_path / "cache")
     assert tune.main([*flags, "--cache-dir", cache, "--cache-gb", "2"]) == 2
