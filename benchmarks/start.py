@@ -52,8 +52,9 @@ def cpu_seconds(job: int, kinds: dict[int, str], seconds: dict[int, float]) -> N
     for process in processes:
         try:
             times = process.cpu_times()
-            # A worker has the command line of the fork server or of bash until it sets its title.
-            kinds[process.pid] = kind_of(process.cmdline())
+            # A worker takes its title after the fork. A process that has ended has no command line any more.
+            if (words := process.cmdline()) or process.pid not in kinds:
+                kinds[process.pid] = kind_of(words)
             seconds[process.pid] = times.user + times.system
         except psutil.Error:
             continue

@@ -45,9 +45,8 @@ _SETTINGS = {
 }
 
 
-START_TIMEOUT = (
-    "timed out during startup"  # in the message of what `ray.init` raises, which has no type of its own
-)
+# Part of the message that `ray.init` raises, as a bare Exception, if Ray does not start in time.
+START_TIMEOUT = "timed out during startup"
 # Variables for a Ray that a job starts for itself. Its node gets no preemption notices, and nobody reads its figures.
 _OWN_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -97,7 +96,7 @@ def connect(
     from pipeline.cluster.ray_internals import kill_without_asking, silence_published_errors, small_nodes
 
     if not ray.is_initialized():
-        address = _address()
+        address = cluster_address()
         if address:
             check_joinable(address)
         options: dict[str, Any] = {
@@ -118,17 +117,19 @@ def connect(
                 ray.init(**options)
         except ConnectionError as error:
             raise Outage(f"no Ray cluster answers at RAY_ADDRESS={address}: {one_line(error)}") from None
-        except Exception as error:
-            if address or not (isinstance(error, OSError) or START_TIMEOUT in str(error)):
+        except OSError as error:
+            if address:
                 raise
-            if START_TIMEOUT in str(error):
-                raise Outage(
-                    "Ray did not start on this machine within half a minute: it is too busy or short of memory; "
-                    "run the same command again later"
-                ) from None
             place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
             raise InputError(
                 f"Ray can't start in {place}/ray: {one_line(error)}; RAY_TMPDIR names a folder for it, on a short path"
+            ) from None
+        except Exception as error:
+            if address or START_TIMEOUT not in str(error):
+                raise
+            raise Outage(
+                "Ray did not start on this machine within half a minute: it is too busy or short of memory; "
+                "run the same command again later"
             ) from None
         if not address:
             kill_without_asking()
@@ -151,7 +152,7 @@ def connect_later(verbose: bool, environment: dict[str, str], preload: str, soon
     global _connect
     _set_variables(verbose)
     has_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    early = soon and not has_ray and not _address()
+    early = soon and not has_ray and not cluster_address()
     server = start_server(preload, _worker_environment(environment)) if early else None
     _connect = partial(connect, verbose, environment, preload, server)
 
@@ -165,12 +166,12 @@ _connect: Callable[[], None] = connect
 
 
 def _set_variables(verbose: bool) -> None:
-    settings = _SETTINGS | ({} if verbose else _QUIET) | ({} if _address() else _OWN_RAY)
+    settings = _SETTINGS | ({} if verbose else _QUIET) | ({} if cluster_address() else _OWN_RAY)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
-def _address() -> str:
+def cluster_address() -> str:
     """The address of the cluster to join; "" if this process starts its own Ray."""
     address = os.environ.get("RAY_ADDRESS", "")
     return "" if address == "local" else address  # "local" also asks Ray for one of this process's own

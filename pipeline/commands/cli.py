@@ -18,7 +18,7 @@ import tyro
 # tyro prints a box of several lines for a wrong command line. Its events hold the same facts, which fit one line.
 from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, on_parse_error
 
-from pipeline.cluster.session import connect_later, connect_now, disconnect
+from pipeline.cluster.session import cluster_address, connect_later, connect_now, disconnect
 from pipeline.commands import attempts
 from pipeline.commands.help import HELP
 from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
@@ -161,10 +161,8 @@ def main(
                 status.show(f"{job}: opening the data")
             checked = (check(config),) if check else ()
             if ray == "at once":
-                place = os.environ.get("RAY_ADDRESS", "local")
-                status.show(
-                    f"{job}: {'starting Ray' if place in ('', 'local') else f'joining Ray at {redact(place)}'}"
-                )
+                place = redact(cluster_address())
+                status.show(f"{job}: joining Ray at {place}" if place else f"{job}: starting Ray")
                 _start(meanwhile)
                 connect_now()
             status.clear()
@@ -208,7 +206,7 @@ def open_tracking() -> None:
 
 
 def _start(work: Callable[[], object]) -> None:
-    """Calls `work` in a thread."""
+    """Calls `work` in a thread, and ignores its errors."""
 
     def run() -> None:
         with contextlib.suppress(Exception):

@@ -9,7 +9,7 @@ from pipeline.models.unet import build
 from pipeline.training.flops import flops_per_image, peak_flops
 
 
-def on_shapes(config: ModelConfig, image: ImageConfig) -> ModelSpec:
+def spec_of(config: ModelConfig, image: ImageConfig) -> ModelSpec:
     return ModelSpec(config, image, DiffusionConfig())
 
 
@@ -25,7 +25,7 @@ def on_shapes(config: ModelConfig, image: ImageConfig) -> ModelSpec:
     ],
 )
 def test_flops_are_those_that_torch_counts(config: ModelConfig, image: ImageConfig) -> None:
-    spec = on_shapes(config, image)
+    spec = spec_of(config, image)
     with torch.device("meta"):
         model = build(spec)
         x, t = torch.empty(1, image.channels, image.size, image.size), torch.zeros(1, dtype=torch.int64)
@@ -39,7 +39,7 @@ def test_flops_are_those_that_torch_counts(config: ModelConfig, image: ImageConf
 def test_flops_are_those_of_improved_diffusions_network_of_the_same_shape() -> None:
     # 64 channels, multipliers 1 2 2, two residual blocks, attention at 16x16: the published code takes 9.5 GFLOP/image.
     with torch.device("meta"):
-        model = build(on_shapes(ModelConfig(), ImageConfig(32, 3)))
+        model = build(spec_of(ModelConfig(), ImageConfig(32, 3)))
     assert flops_per_image(model, 32) == pytest.approx(9.5e9, rel=0.1)
 
 
