@@ -1,10 +1,11 @@
-"""Compares held-out bits/dim between schedules, losses and draws of t, with both decoders of L_0.
+"""Compares held-out bits/dim between schedules, losses, draws of t and inputs, with both decoders of L_0.
 
     python -m benchmarks.bits [--data digits|mnist] [--steps N] [--cases NAME …] [--smoke]
 
 All cases train one small network on equally many images with the same seed. Prints one JSON line per case, and one with
-the codes without a network (`codes`) for the same held-out images. Uses one thread, so that several processes can share a
-machine.
+the codes without a network (`codes`) for the same held-out images. `frechet_distance` and `right`, the share of right
+labels, are those of samples drawn in 100 steps, by a classifier trained on the real images; the first line has those of
+held-out images. Uses one thread, so that several processes can share a machine.
 """
 
 import argparse
@@ -16,53 +17,87 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from benchmarks import first_step
 from benchmarks.first_step import SOURCES, batches
 from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, TrainConfig
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits, values_that_occur
+from pipeline.evaluation.classifier import accuracy, fit
 from pipeline.evaluation.codes import trivial_codes
 from pipeline.evaluation.reading import read_images
+from pipeline.models.sampling import sample_images
 from pipeline.training import loop
 from pipeline.training.checks import make_spec
 from pipeline.training.meter import Meter
 from pipeline.training.state import new_state
 
+FOURIER = (3, 4, 5, 6, 7)
 LEARNED: dict[str, Any] = {"variance": "learned_range", "loss": "hybrid"}
+
+
+def _log_snr(first: float, last: float, **settings: Any) -> dict[str, Any]:
+    ends = {"schedule": "log_snr", "log_snr_first": first, "log_snr_last": last}
+    return {"variance": "fixed_small", **ends, **settings}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "cosine": {},
     "cosine, hybrid": LEARNED,
     "log_snr 10 to -10": {"schedule": "log_snr"},
-    "log_snr 8 to -8": {"schedule": "log_snr", "log_snr_first": 8, "log_snr_last": -8},
-    "log_snr 8 to -8, fixed_small": {
-        "schedule": "log_snr", "log_snr_first": 8, "log_snr_last": -8, "variance": "fixed_small"
-    },
-    "log_snr 8 to -8, hybrid": {"schedule": "log_snr", "log_snr_first": 8, "log_snr_last": -8, **LEARNED},
-    "log_snr 8 to -8, vlb, second moment": {
-        "schedule": "log_snr", "log_snr_first": 8, "log_snr_last": -8, "variance": "learned_range", "loss": "vlb",
-        "timestep_sampler": "loss_second_moment",
-    },
-    "log_snr 6 to -6, hybrid": {"schedule": "log_snr", "log_snr_first": 6, "log_snr_last": -6, **LEARNED},
-    "log_snr 8 to -8, hybrid, T 1000": {
-        "schedule": "log_snr", "log_snr_first": 8, "log_snr_last": -8, "timesteps": 1000, **LEARNED
-    },
-}  # fmt: skip
+    "log_snr 8 to -8": _log_snr(8, -8),
+    "log_snr 8 to -8, fixed_large": _log_snr(8, -8, variance="fixed_large"),
+    "log_snr 8 to -8, hybrid": _log_snr(8, -8, **LEARNED),
+    "log_snr 8 to -8, T 1000": _log_snr(8, -8, timesteps=1000),
+    "log_snr 8 to -8, vlb, second moment": _log_snr(
+        8, -8, variance="learned_range", loss="vlb", timestep_sampler="loss_second_moment"
+    ),
+    "log_snr 8 to -8, Fourier": _log_snr(8, -8, fourier_features=FOURIER),
+    "log_snr 12 to -6": _log_snr(12, -6),
+    "log_snr 12 to -6, T 1000": _log_snr(12, -6, timesteps=1000),
+    "log_snr 12 to -6, T 1000, Fourier": _log_snr(12, -6, timesteps=1000, fourier_features=FOURIER),
+    "log_snr 12 to -6, T 1000, hybrid": _log_snr(12, -6, timesteps=1000, **LEARNED),
+}
 BATCH, TIMESTEPS, TERMS, IMAGES, READ = 64, 400, 80, 177, 20_000
+SAMPLES, STEPS = 360, 100
 
 
-def measured(splits: Splits, settings: dict[str, Any], steps: int, channels: int) -> dict[str, Any]:
-    """Trains with these settings. Returns the bound with both decoders, in bits/dim, and the CPU minutes of training.
+class Judge:
+    """A classifier trained on the real images, which compares others with them."""
+
+    def __init__(self, splits: Splits, steps: int) -> None:
+        index = splits["train"]
+        self.real, labels = read_images(index, np.arange(min(index.rows, READ)))
+        self.net = fit(index.image, self.real, labels, steps=steps)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        distance = first_step.measured(self.net, self.real, images)["frechet_distance"]
+        return {"frechet_distance": distance, "right": round(accuracy(self.net, images, labels), 4)}
+
+
+def measured(
+    splits: Splits, judge: Judge, settings: dict[str, Any], steps: int, channels: int
+) -> dict[str, Any]:
+    """Trains with these settings.
 
     Args:
-        settings: fields of DiffusionConfig.
+        settings: fields of DiffusionConfig, and `fourier_features` of ModelConfig.
         steps: optimizer steps.
         channels: `model_channels` of the network.
+
+    Returns:
+        the bound with both decoders, in bits/dim, the judgement of samples, and the CPU minutes of training.
     """
+    features = settings.get("fourier_features", ())
+    diffusion = {name: value for name, value in settings.items() if name != "fourier_features"}
     config = TrainConfig(
         data="", output="", batch_size=BATCH, steps=steps,
-        model=ModelConfig(channels, (1, 2), attention_resolutions=(4,), class_conditional=True),
-        diffusion=DiffusionConfig(**{"timesteps": TIMESTEPS, **settings}),
+        model=ModelConfig(
+            channels, (1, 2), attention_resolutions=(4,), class_conditional=True, fourier_features=features
+        ),
+        diffusion=DiffusionConfig(**{"timesteps": TIMESTEPS, **diffusion}),
         optimizer=OptimizerConfig(learning_rate=1e-3, ema_decays=(0.998,)),
     )  # fmt: skip
     index, held_out, cpu = splits["train"], splits["validation"], torch.device("cpu")
@@ -83,7 +118,11 @@ def measured(splits: Splits, settings: dict[str, Any], steps: int, channels: int
         "bits_per_dim": bits.bits_per_dim, "L_0": bits.decoder, "L_T": bits.prior,
         "softmax": bits.softmax[0], "softmax_stderr": bits.softmax[1], "L_0_softmax": bits.softmax[2],
     }  # fmt: skip
-    return {name: round(value, 4) for name, value in found.items()} | {"cpu_minutes": round(minutes, 1)}
+    drawn = torch.arange(min(SAMPLES, 2 * len(ids)))
+    labels = drawn % len(spec.image.classes)
+    samples = sample_images(state.model, spec, drawn, labels=labels, sampling_steps=min(STEPS, steps))
+    rounded = {name: round(value, 4) for name, value in found.items()}
+    return rounded | judge(samples, labels) | {"cpu_minutes": round(minutes, 1)}
 
 
 def main(data: str, steps: int, cases: list[str], channels: int, folder: Path) -> None:
@@ -92,14 +131,13 @@ def main(data: str, steps: int, cases: list[str], channels: int, folder: Path) -
     size = {"mnist": 28}.get(data, size)
     prepare(PrepareConfig(output=str(folder), source=source, input=place, image_size=size))  # type: ignore[arg-type]
     splits = open_splits(str(folder))
-    train, images = (
-        read_images(index, np.arange(min(index.rows, most)))[0].permute(0, 2, 3, 1).numpy()
-        for index, most in ((splits["train"], READ), (splits["validation"], IMAGES))
-    )
-    codes = {name: round(value, 4) for name, value in trivial_codes(train, images).items()}
-    print(json.dumps({"data": data, "codes": codes}), flush=True)
+    judge = Judge(splits, min(steps, 500))
+    images, labels = read_images(splits["validation"], np.arange(min(splits["validation"].rows, IMAGES)))
+    codes = trivial_codes(*(x.permute(0, 2, 3, 1).numpy() for x in (judge.real, images)))
+    rounded = {name: round(value, 4) for name, value in codes.items()}
+    print(json.dumps({"data": data, "codes": rounded, **judge(images, labels)}), flush=True)
     for name in cases:
-        row = measured(splits, CASES[name], steps, channels)
+        row = measured(splits, judge, CASES[name], steps, channels)
         print(json.dumps({"data": data, "case": name, "steps": steps, **row}), flush=True)
 
 

@@ -25,8 +25,7 @@ def bare_rate(config: TrainConfig, image: ImageConfig, steps: int) -> float:
     from benchmarks.pipeline_overhead import bare
     from pipeline.config import DiffusionConfig, ModelSpec
 
-    seconds = bare(config, ModelSpec(config.model, image, DiffusionConfig()), steps)
-    return config.batch_size * len(seconds) / sum(seconds)
+    return bare(config, ModelSpec(config.model, image, DiffusionConfig()), steps)
 
 
 def main(smoke: bool, folder: Path) -> dict[str, object]:

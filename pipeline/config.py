@@ -102,6 +102,9 @@ class ModelConfig:
     """Dropout probability inside the residual blocks."""
     class_conditional: bool = False
     """Condition the model on the data's labels. Sampling by class and --guidance need it."""
+    fourier_features: tuple[Annotated[int, Range(ge=0, le=16)], ...] = ()
+    """Powers n for which the network also sees sin(2^n pi x_t) and cos(2^n pi x_t), e.g. 3 4 5 6 7 (Kingma et al. 2021).
+    They lower bits/dim of 8-bit images. diffusers has no such network."""
 
 
 @dataclass(frozen=True)

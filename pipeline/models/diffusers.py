@@ -34,8 +34,10 @@ def export_diffusers(model: UNet, spec: ModelSpec, folder: Place) -> Place:
         the folder.
 
     Raises:
-        InputError: diffusers has no counterpart for the model's variance.
+        InputError: diffusers has no counterpart for the model's variance or its Fourier features.
     """
+    if spec.model.fourier_features:
+        raise InputError("a model with Fourier features can't be exported: diffusers has no such network")
     if spec.diffusion.variance not in _VARIANCE:
         raise InputError(
             f"variance {spec.diffusion.variance} can't be exported: diffusers' learned_range interpolates other "

@@ -2,7 +2,7 @@
 
 It has residual blocks with group norm and scale-shift time embedding, self-attention at chosen resolutions, strided
 convolutions downwards and nearest-neighbour upsampling. Its structure and parameter names are those of diffusers'
-UNet2DModel, so an export to diffusers is a copy (see models/diffusers.py).
+UNet2DModel, so an export to diffusers is a copy (see models/diffusers.py), unless the input has Fourier features.
 """
 
 import math
@@ -108,7 +108,8 @@ class UNet(nn.Module):
         self.config, self.null_label = config, len(image.classes)
         widths = [config.model_channels * m for m in config.channel_multipliers]
         embedding = 4 * config.model_channels
-        self.conv_in = Conv2d(image.channels, widths[0], 3, padding=1)
+        inputs = image.channels * (1 + 2 * len(config.fourier_features))
+        self.conv_in = Conv2d(inputs, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], embedding)
         self.class_embedding = (
             nn.Embedding(len(image.classes) + 1, embedding) if config.class_conditional else None
@@ -152,7 +153,7 @@ class UNet(nn.Module):
             labels = torch.full_like(t, self.null_label, dtype=torch.int64) if labels is None else labels
             embedding = embedding + self.class_embedding(labels)
         embedding = F.silu(embedding)
-        h = self.conv_in(x)
+        h = self.conv_in(_with_fourier_features(x, self.config.fourier_features))
         skips = [h]
         for block in cast(list[Level], self.down_blocks):
             for resnet, attention in block.layers():
@@ -287,6 +288,18 @@ class Upsample(nn.Module):
         kernel = torch.einsum("oikl,ka,lb->ioab", self.conv.weight, self.taps, self.taps)
         kernel = kernel.contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+
+
+def _with_fourier_features(x: Tensor, powers: tuple[int, ...]) -> Tensor:
+    """Appends sin(2^n pi x) and cos(2^n pi x) for each power n, which tell close values apart (Kingma et al. 2021, C.3).
+
+    [N, C, H, W] to [N, C (1 + 2 len(powers)), H, W].
+    """
+    if not powers:
+        return x
+    angles = [2**n * math.pi * x.float() for n in powers]
+    parts = [x, *(part.to(x.dtype) for angle in angles for part in (angle.sin(), angle.cos()))]
+    return torch.cat(parts, dim=1)
 
 
 _PASS = nn.Identity()

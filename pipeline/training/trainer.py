@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -50,6 +51,7 @@ from pipeline.training.signals import SaveBeforeShutdown, run_until_signal
 from pipeline.training.validation import SpareResources, Validator
 
 SAMPLES = registry.PICTURE
+DRAWING_WAITS_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,11 @@ def train(
             display.phase(f"writing the model to {place}")
             exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
             if mine:
-                patient(lambda: draw_exported(output, config.seed), f"{SAMPLES} can't be written to {output}")
+                gpus = config.gpus_per_worker * gpu
+                patient(
+                    lambda: draw_exported(output, config.seed, gpus),
+                    f"{SAMPLES} can't be written to {output}",
+                )
                 tracker.log_file(SAMPLES)
                 display.phase("logging the model in MLflow")
                 tracker.log_model(exported, config.register, config.alias)
@@ -148,15 +154,31 @@ def train(
     return Trained(run, folder, spec, name, metrics)
 
 
-def draw_exported(output: str, seed: int) -> None:
-    """Draws samples of a run's exported model into its output. The model's description in MLflow shows them."""
+def draw_exported(output: str, seed: int, gpus: float) -> None:
+    """Draws samples of a run's exported model into its output. The model's description in MLflow shows them.
+
+    Args:
+        gpus: GPUs that a worker of the run had. A task gets as many, because a network of a GPU's size would take minutes
+            on a head node. If none is free in `DRAWING_WAITS_SECONDS`, this process draws.
+    """
+    if gpus:
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_draw_exported).remote(output, seed)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(task, timeout=DRAWING_WAITS_SECONDS)
+            return
+        ray.cancel(task, force=True)
+    _draw_exported(output, seed)
+
+
+def _draw_exported(output: str, seed: int) -> None:
     # matplotlib takes a second to import, so it must not be imported before the first step.
     from pipeline.pictures.draw import file_of
     from pipeline.pictures.make import draw_samples
 
-    model = load_model(storage.join(output, "model"))
-    rows = max(1, 128 // max(32, model[1].image.size))  # large images take long on a head node without a GPU
-    picture = file_of(lambda path: draw_samples(*model, path, rows=rows, seed=seed))
+    model, spec = load_model(storage.join(output, "model"))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = max(1, 128 // max(32, spec.image.size))  # large images take long on a head node without a GPU
+    picture = file_of(lambda path: draw_samples(model, spec, path, rows=rows, seed=seed))
     storage.write_atomic(storage.join(output, SAMPLES), picture)
 
 

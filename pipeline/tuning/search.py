@@ -122,7 +122,7 @@ def search(
                 }
                 trainable = tune.with_parameters(trial, tracking=address.with_secrets(), **settings)
                 _run(config, need, space, trainable, at_a_time)
-                result = _conclude(config, space, tracker)
+                result = _conclude(config, space, tracker, config.gpus_per_worker * gpu)
                 status = "FINISHED"
                 return result
             except KeyboardInterrupt:
@@ -214,8 +214,12 @@ def _tracker(config: TuneConfig, record: ledger.Record, seconds: float = PATIENC
     return Tracker(runs.Run(record.run_id, None), output, CURVES, seconds, _say, threading.Event())
 
 
-def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, Any]:
-    """Writes the report, registers the winner's model if asked for, and returns the job's result."""
+def _conclude(config: TuneConfig, space: Space, parent: Tracker, gpus: float) -> dict[str, Any]:
+    """Writes the report, registers the winner's model if asked for, and returns the job's result.
+
+    Args:
+        gpus: GPUs of each worker.
+    """
     records = ledger.read_all(config.output)
     end = time.monotonic() + PATIENCE  # for all trials together
     for record in records:
@@ -238,7 +242,7 @@ def _conclude(config: TuneConfig, space: Space, parent: Tracker) -> dict[str, An
     if config.register and storage.exists(model):
         status.show("tune: drawing samples of the winner, and registering it")
         with _tracker(config, winner) as tracker:
-            draw_exported(str(ledger.run_folder(config.output, winner)), config.seed)
+            draw_exported(str(ledger.run_folder(config.output, winner)), config.seed, gpus)
             tracker.log_file(SAMPLES)
             tracker.log_model(model, config.register, config.alias)
             tracker.end()

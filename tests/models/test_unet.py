@@ -1,5 +1,7 @@
 """The UNet has diffusers' structure, gives zero before training, and reports bad settings clearly."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,36 @@ def test_the_first_output_is_zero(classes: tuple[str, ...]) -> None:
     image = ImageConfig(8, 1, classes)
     model = build(ModelSpec(SMALL, image, DiffusionConfig()))
     assert torch.equal(model(torch.randn(2, 1, 8, 8), torch.tensor([0, 5])), torch.zeros(2, 1, 8, 8))
+
+
+def test_fourier_features_are_further_channels_of_the_input() -> None:
+    image = ImageConfig(8, 2)
+    plain, with_features = (
+        randomised(ModelSpec(dataclasses.replace(SMALL, fourier_features=powers), image, DiffusionConfig()))
+        for powers in ((), (0, 6))
+    )
+    x, t = torch.randn(2, 2, 8, 8), torch.tensor([0, 5])
+    weights = with_features.state_dict()
+    seen = torch.nn.functional.conv2d(x, weights["conv_in.weight"][:, :2], padding=1)
+    first = 2
+    for n in (0, 6):
+        for function in (torch.sin, torch.cos):
+            part = weights["conv_in.weight"][:, first : first + 2]
+            seen += torch.nn.functional.conv2d(function(2**n * math.pi * x), part, padding=1)
+            first += 2
+    assert first == weights["conv_in.weight"].shape[1] == 10
+    # The rest of the network is the same: it sees the sum of both convolutions.
+    plain.load_state_dict(weights | {"conv_in.weight": weights["conv_in.weight"][:, :2]})
+    difference = seen - torch.nn.functional.conv2d(x, weights["conv_in.weight"][:, :2], padding=1)
+    plain.conv_in.register_forward_hook(lambda layer, inputs, result: result + difference)
+    assert torch.allclose(plain(x, t), with_features(x, t), rtol=1e-3, atol=1e-4)
+
+
+def test_diffusers_has_no_fourier_features(tmp_path: Path) -> None:
+    spec = ModelSpec(dataclasses.replace(SMALL, fourier_features=(3,)), ImageConfig(8, 1), DiffusionConfig())
+    with pytest.raises(InputError, match="Fourier features"):
+        export_diffusers(build(spec), spec, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("size", "channels"), [(8, 1), (12, 4), (10, 3)])

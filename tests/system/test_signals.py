@@ -32,10 +32,10 @@ def end_by_sigterm(
             stderr=log,
             start_new_session=True,
         )
-    family: list[psutil.Process] = []
+    me = psutil.Process(process.pid)
+    family = [me]
     try:
         end = time.monotonic() + SECONDS
-        me = psutil.Process(process.pid)
         while not ready(me):
             assert process.poll() is None, (home / f"{job}.log").read_text()
             assert time.monotonic() < end
@@ -49,7 +49,7 @@ def end_by_sigterm(
         assert [one.name() for one in left] == []
         return code, (home / f"{job}.log").read_text()
     finally:
-        for one in family or [psutil.Process(process.pid)]:
+        for one in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait()

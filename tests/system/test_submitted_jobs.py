@@ -78,7 +78,9 @@ def test_what_is_no_text_is_followed_to_its_end(served: Served) -> None:
         env=served.user, cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout == "{'output': '/x', 'id': 'bytes', 'status': 'SUCCEEDED'}\n", done.stderr
-    assert done.stderr.endswith('\ufffd\ufffd 1\n2\n{"output": "/x"}\n')
+    # Ray writes a line of its own into the job's output, and may be late with it.
+    lines = [line for line in done.stderr.splitlines() if "Running entrypoint" not in line]
+    assert lines[-3:] == ["\ufffd\ufffd 1", "2", '{"output": "/x"}']
 
 
 def test_training_outlives_a_node_and_goes_on_after_its_driver_in_one_run_with_one_curve(

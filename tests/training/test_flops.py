@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec
 from pipeline.models.unet import build
+from pipeline.training import flops
 from pipeline.training.flops import flops_per_image, peak_flops
 
 
@@ -18,6 +19,7 @@ def spec_of(config: ModelConfig, image: ImageConfig) -> ModelSpec:
     [
         (ModelConfig(), ImageConfig(32, 3)),
         (ModelConfig(channel_multipliers=(1, 2, 3, 4), attention_resolutions=(16, 8)), ImageConfig(64, 3)),
+        (ModelConfig(fourier_features=(3, 4, 5)), ImageConfig(32, 3)),
         (
             ModelConfig(32, (1,), res_blocks=1, attention_resolutions=(8,), class_conditional=True),
             ImageConfig(8, 1, ("a", "b")),
@@ -45,3 +47,18 @@ def test_flops_are_those_of_improved_diffusions_network_of_the_same_shape() -> N
 
 def test_the_peak_is_that_of_a_machine() -> None:
     assert 1e8 < peak_flops(torch.device("cpu"), bf16=False) < 1e15
+
+
+def test_a_slow_first_product_does_not_end_the_measurement_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's first product also loads a library, and its clocks rise only after some work."""
+    clock, products = [0.0], [0]
+    product = torch.Tensor.__matmul__
+
+    def slow_at_first(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        products[0] += 1
+        clock[0] += 0.5 if products[0] == 1 else 0.02 if products[0] < 8 else 0.01
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow_at_first)
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: clock[0])
+    assert peak_flops(torch.device("cpu"), bf16=False) == pytest.approx(2 * 512**3 / 0.01)
