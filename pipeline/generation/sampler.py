@@ -70,7 +70,7 @@ class Renderer:
         use_tf32(False)
         self.config, self.device = setup.config, torch.device(device)
         if self.config.gpu and self.config.bf16 and not torch.cuda.is_bf16_supported():
-            raise InputError("--precision bf16: this GPU does not compute in bfloat16, use fp32")
+            raise InputError("this GPU does not compute in bfloat16: give --precision fp32")
         if self.device.type == "cpu":
             memory.keep()
         self.arithmetic = arithmetic.arithmetic(self.device, self.config.bf16)
