@@ -140,7 +140,8 @@ class Display:
             if first < done < self._total:
                 left = (now - began) * (self._total - done) / (done - first)
                 note = f"{note}  {timedelta(seconds=round(left))} left"
-            print(f"{self._title}: {done}/{self._total} {self._unit}  {note}", file=sys.stderr, flush=True)
+            line = f"{self._title}: {done}/{self._total} {self._unit}  {note}".rstrip()
+            print(line, file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:
         """Prints a separate line, above the bar."""

@@ -119,13 +119,21 @@ def pack_model(model: str | Path | Packed) -> Packed:
         weights = storage.read_bytes(storage.join(where, WEIGHTS))
         config = _config_in(weights) or storage.read_bytes(storage.join(where, CONFIG))
     except (FileNotFoundError, NotADirectoryError) as error:
-        name = storage.name(str(error.filename or error))
-        raise InputError(f"{where} is not an exported model: no {name} in it") from None
+        name, inside = storage.name(str(error.filename or error)), storage.join(where, "model")
+        hint = f"; the output of a training has its model in {inside}" if _is_model(inside) else ""
+        raise InputError(f"{where} is not an exported model: no {name} in it{hint}") from None
     except Exception as error:
         if not (isinstance(error, OSError) or storage.is_storage_error(error)):
             raise
         raise InputError(f"{where}: can't be read: {one_line(error)}") from None
     return Packed(config, weights, where)
+
+
+def _is_model(where: str) -> bool:
+    try:
+        return storage.exists(storage.join(where, WEIGHTS))
+    except Exception:
+        return False
 
 
 def _config_in(weights: bytes) -> bytes:

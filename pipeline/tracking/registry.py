@@ -232,7 +232,8 @@ def log_results(model: str, job: str, figures: dict[str, float], pictures: list[
 
     try:
         if run := runs.wait_for_mlflow(log, PATIENCE):
-            print(f"{job}: in the model's MLflow run: {address.how_to_open(run)}", file=sys.stderr)
+            shown = address.how_to_open(run)
+            print(f"{job}: figures and pictures are in the model's MLflow run: {shown}", file=sys.stderr)
     except InputError as error:
         print(f"{job}: the results are not in MLflow: {error}", file=sys.stderr)
 

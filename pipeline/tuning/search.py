@@ -127,6 +127,7 @@ def search(
                 return result
             except KeyboardInterrupt:
                 status = "KILLED"
+                _say("the trials so far are kept; go on with --resume")
                 raise
             finally:
                 tracker.end(status)

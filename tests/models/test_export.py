@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,12 @@ def test_equal_models_have_equal_bytes_wherever_they_lie(folder: Path, place: st
 
 def refused(*arguments: object) -> None:
     raise PermissionError(13, "Access Denied")
+
+
+def test_the_output_of_a_training_is_answered_with_the_place_of_its_model(place: str) -> None:
+    save_model(storage.join(place, "model"), randomised(SPEC).state_dict(), SPEC)
+    with pytest.raises(InputError, match=rf"has its model in {re.escape(storage.join(place, 'model'))}$"):
+        load_model(place)
 
 
 def test_a_model_that_is_not_there_and_one_that_cannot_be_read_are_told_apart(

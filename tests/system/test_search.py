@@ -204,7 +204,11 @@ def test_a_search_that_is_told_to_end_leaves_no_run_running(home: Path, cluster:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
-    assert (home / "told.log").read_text().endswith("tune: ended by SIGTERM\n")
+    assert (
+        (home / "told.log")
+        .read_text()
+        .endswith("tune: the trials so far are kept; go on with --resume\ntune: ended by SIGTERM\n")
+    )
     assert [client.get_run(run).info.status for run in (parent, trial)] == ["KILLED", "KILLED"]
     found = client.search_runs([client.get_run(parent).info.experiment_id], "attributes.status = 'RUNNING'")
     assert not [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent]
