@@ -140,9 +140,9 @@ def _check_counts(config: EvaluateConfig, sets: list[DatasetIndex]) -> None:
     for index in sets:
         rows = min(index.rows, config.max_features or index.rows)
         if missed := {name: least[name] for name in config.metrics if rows < least.get(name, 0)}:
-            needs = ", ".join(f"{name} needs {count} images" for name, count in missed.items())
+            needs = ", ".join(f"{name} needs {count}" for name, count in missed.items())
             rest = " ".join(name for name in config.metrics if name not in missed)
             raise InputError(
-                f"--metrics: {needs} on each side, and {index.uri} has {rows} of its {index.split} split: give "
+                f"--metrics: {needs} images on each side, and {index.uri} has {rows} of its {index.split} split: give "
                 + (f"more images, or --metrics {rest}" if rest else "more images")
             )
