@@ -174,6 +174,7 @@ def main(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
             least_alpha_bar=0.02 if name == "cifar10" else 0.0,
             guidance=guidance,
             gpu=gpu,
+            precision="auto",
         )
     )
     measured = evaluate.execute(

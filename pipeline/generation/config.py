@@ -68,7 +68,7 @@ class GenerateConfig:
     """Most sampler processes; 0 = one per CPU (or GPU) that the cluster has or its autoscaler can add."""
     gpu: bool = False
     """Sample on GPUs, one per process."""
-    precision: Precision = "auto"
+    precision: Precision = "fp32"
     """Arithmetic of the network; auto = bf16 on a GPU, else fp32."""
     mixed_arithmetic: bool = False
     """Allow CPUs or GPUs of several kinds to make one dataset. They round differently, so a few pixels differ."""
