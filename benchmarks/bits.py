@@ -12,6 +12,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,9 @@ from pipeline.config import DiffusionConfig, ModelConfig, OptimizerConfig, Train
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.evaluation.bits import held_out_bits, values_that_occur
-from pipeline.evaluation.classifier import accuracy, fit
+from pipeline.evaluation.classifier import Classifier, accuracy, fit
 from pipeline.evaluation.codes import trivial_codes
 from pipeline.evaluation.reading import read_images
-from pipeline.models.sampling import sample_images
 from pipeline.training import loop
 from pipeline.training.checks import make_spec
 from pipeline.training.meter import Meter
@@ -39,6 +40,7 @@ LEARNED: dict[str, Any] = {"variance": "learned_range", "loss": "hybrid"}
 
 
 def _log_snr(first: float, last: float, **settings: Any) -> dict[str, Any]:
+    """Settings of the log_snr schedule, with fixed_small unless they name another variance."""
     ends = {"schedule": "log_snr", "log_snr_first": first, "log_snr_last": last}
     return {"variance": "fixed_small", **ends, **settings}
 
@@ -61,28 +63,26 @@ CASES: dict[str, dict[str, Any]] = {
     "log_snr 12 to -6, T 1000, hybrid": _log_snr(12, -6, timesteps=1000, **LEARNED),
 }
 BATCH, TIMESTEPS, TERMS, IMAGES, READ = 64, 400, 80, 177, 20_000
-SAMPLES, STEPS = 360, 100
+SAMPLES, STEPS = 2 * IMAGES, 100
 
 
-class Judge:
-    """A classifier trained on the real images, which compares others with them."""
-
-    def __init__(self, splits: Splits, steps: int) -> None:
-        index = splits["train"]
-        self.real, labels = read_images(index, np.arange(min(index.rows, READ)))
-        self.net = fit(index.image, self.real, labels, steps=steps)
-
-    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        distance = first_step.measured(self.net, self.real, images)["frechet_distance"]
-        return {"frechet_distance": distance, "right": round(accuracy(self.net, images, labels), 4)}
+def judged(net: Classifier, real: Tensor, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compares images with real ones by a classifier: the distance, and the share of right labels."""
+    distance = first_step.measured(net, real, images)["frechet_distance"]
+    return {"frechet_distance": distance, "right": round(accuracy(net, images, labels), 4)}
 
 
 def measured(
-    splits: Splits, judge: Judge, settings: dict[str, Any], steps: int, channels: int
+    splits: Splits,
+    judge: Callable[[Tensor, Tensor], dict[str, float]],
+    settings: dict[str, Any],
+    steps: int,
+    channels: int,
 ) -> dict[str, Any]:
     """Trains with these settings.
 
     Args:
+        judge: `judged` with its first two arguments.
         settings: fields of DiffusionConfig, and `fourier_features` of ModelConfig.
         steps: optimizer steps.
         channels: `model_channels` of the network.
@@ -90,14 +90,14 @@ def measured(
     Returns:
         the bound with both decoders, in bits/dim, the judgement of samples, and the CPU minutes of training.
     """
-    features = settings.get("fourier_features", ())
-    diffusion = {name: value for name, value in settings.items() if name != "fourier_features"}
+    diffusion = {"timesteps": TIMESTEPS, **settings}
+    features = diffusion.pop("fourier_features", ())
     config = TrainConfig(
         data="", output="", batch_size=BATCH, steps=steps,
         model=ModelConfig(
             channels, (1, 2), attention_resolutions=(4,), class_conditional=True, fourier_features=features
         ),
-        diffusion=DiffusionConfig(**{"timesteps": TIMESTEPS, **diffusion}),
+        diffusion=DiffusionConfig(**diffusion),
         optimizer=OptimizerConfig(learning_rate=1e-3, ema_decays=(0.998,)),
     )  # fmt: skip
     index, held_out, cpu = splits["train"], splits["validation"], torch.device("cpu")
@@ -107,8 +107,7 @@ def measured(
     stream = batches(index, images, labels, range(steps), config.seed, BATCH)
     loop.train(config, spec, state, state.model, stream, Meter(config, 1, cpu), loop.Observer())
     minutes = (time.process_time() - began) / 60
-    for parameter, average in zip(state.model.parameters(), state.averages[0], strict=True):
-        parameter.data.copy_(average)
+    first_step.set_average(state.model, state)
     ids = np.arange(min(held_out.rows, IMAGES))
     bits = held_out_bits(
         state.model.eval(), spec, held_out, ids, terms=TERMS, occurs=values_that_occur(index)
@@ -118,11 +117,10 @@ def measured(
         "bits_per_dim": bits.bits_per_dim, "L_0": bits.decoder, "L_T": bits.prior,
         "softmax": bits.softmax[0], "softmax_stderr": bits.softmax[1], "L_0_softmax": bits.softmax[2],
     }  # fmt: skip
-    drawn = torch.arange(min(SAMPLES, 2 * len(ids)))
-    labels = drawn % len(spec.image.classes)
-    samples = sample_images(state.model, spec, drawn, labels=labels, sampling_steps=min(STEPS, steps))
+    samples = first_step.drawn(state.model, spec, SAMPLES, {"sampling_steps": min(STEPS, steps)})
+    wanted = torch.arange(SAMPLES) % len(spec.image.classes)
     rounded = {name: round(value, 4) for name, value in found.items()}
-    return rounded | judge(samples, labels) | {"cpu_minutes": round(minutes, 1)}
+    return rounded | judge(samples, wanted) | {"cpu_minutes": round(minutes, 1)}
 
 
 def main(data: str, steps: int, cases: list[str], channels: int, folder: Path) -> None:
@@ -131,9 +129,10 @@ def main(data: str, steps: int, cases: list[str], channels: int, folder: Path) -
     size = {"mnist": 28}.get(data, size)
     prepare(PrepareConfig(output=str(folder), source=source, input=place, image_size=size))  # type: ignore[arg-type]
     splits = open_splits(str(folder))
-    judge = Judge(splits, min(steps, 500))
+    real, classes = read_images(splits["train"], np.arange(min(splits["train"].rows, READ)))
+    judge = partial(judged, fit(splits["train"].image, real, classes, steps=min(steps, 500)), real)
     images, labels = read_images(splits["validation"], np.arange(min(splits["validation"].rows, IMAGES)))
-    codes = trivial_codes(*(x.permute(0, 2, 3, 1).numpy() for x in (judge.real, images)))
+    codes = trivial_codes(*(x.permute(0, 2, 3, 1).numpy() for x in (real, images)))
     rounded = {name: round(value, 4) for name, value in codes.items()}
     print(json.dumps({"data": data, "codes": rounded, **judge(images, labels)}), flush=True)
     for name in cases:

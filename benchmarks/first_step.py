@@ -30,7 +30,7 @@ from pipeline.models.sampling import sample_images
 from pipeline.training import loop
 from pipeline.training.checks import make_spec
 from pipeline.training.meter import Meter
-from pipeline.training.state import new_state
+from pipeline.training.state import TrainState, new_state
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SOURCES = {
@@ -83,16 +83,21 @@ def trained(
         stream = batches(index, images, labels, range(begin, end), config.seed, BATCH)
         stage = TrainConfig(**{**vars(config), "steps": end})
         loop.train(stage, spec, state, state.model, stream, Meter(stage, 1, cpu), loop.Observer())
-        for parameter, average in zip(shown.parameters(), state.averages[0], strict=True):
-            parameter.data.copy_(average)
+        set_average(shown, state)
         yield end, shown.eval(), spec
 
 
+def set_average(model: torch.nn.Module, state: TrainState) -> None:
+    """Replaces the weights of a model by their first average."""
+    for parameter, average in zip(model.parameters(), state.averages[0], strict=True):
+        parameter.data.copy_(average)
+
+
 def drawn(model: torch.nn.Module, spec: ModelSpec, count: int, settings: dict[str, Any]) -> Tensor:
+    """Samples of each class in turn, in `STEPS` steps unless `settings` has others."""
+    settings = {"sampling_steps": STEPS, **settings}
     parts = [
-        sample_images(
-            model, spec, ids, labels=ids % len(spec.image.classes), sampling_steps=STEPS, **settings
-        )
+        sample_images(model, spec, ids, labels=ids % len(spec.image.classes), **settings)
         for ids in torch.arange(count).split(250)
     ]
     return torch.cat(parts)

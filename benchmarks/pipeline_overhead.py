@@ -39,13 +39,15 @@ def bare(config: TrainConfig, spec: ModelSpec, steps: int) -> float:
     model = network.wrap(config, state.model, 1, device)
     run_backward = make_backward(config, spec, model, device)
     batches = in_memory(config, spec.image)
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            began = time.perf_counter()
-        outcome = train_step(config, spec, state, run_backward, next(batches), device)
-        if step == WARM_UP - 1:
-            outcome.loss.item()
-    outcome.loss.item()
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            outcome = train_step(config, spec, state, run_backward, next(batches), device)
+        outcome.loss.item()
+
+    advance(WARM_UP)
+    began = time.perf_counter()
+    advance(steps)
     return config.batch_size * steps / (time.perf_counter() - began)
 
 

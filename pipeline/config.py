@@ -104,7 +104,7 @@ class ModelConfig:
     """Condition the model on the data's labels. Sampling by class and --guidance need it."""
     fourier_features: tuple[Annotated[int, Range(ge=0, le=16)], ...] = ()
     """Powers n for which the network also sees sin(2^n pi x_t) and cos(2^n pi x_t), e.g. 3 4 5 6 7 (Kingma et al. 2021).
-    They lower bits/dim of 8-bit images. diffusers has no such network."""
+    They lower bits/dim of 8-bit images. Such a model can't be exported to diffusers."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class ActorPool:
         cpus: CPUs that each actor reserves; a fraction fits beside the processes that hold a small machine's CPUs.
         ordered: True yields results in the order of the tasks, so that merged results are the same for any pool;
             False yields them as they are done.
+        job: name of the job, which begins the lines of the progress display.
     """
 
     most: int = 0
@@ -61,6 +62,7 @@ class ActorPool:
     least: int = 0
     cpus: float = 0.5
     ordered: bool = True
+    job: str = ""
 
     def __call__(self, work: Work, tasks: Sequence[Any], title: str = "") -> Iterator[Any]:
         """Does the tasks as soon as an actor fits. Ray Data restarts a killed actor and repeats its task.
@@ -77,7 +79,8 @@ class ActorPool:
 
         if not ray.is_initialized():
             connect_now()
-        with Display(title, len(tasks), "tasks") if title else contextlib.nullcontext() as display:
+        full = f"{self.job}: {title}" if self.job else title
+        with Display(full, len(tasks), "tasks") if title else contextlib.nullcontext() as display:
             say = display.note if display else partial(print, file=sys.stderr, flush=True)
             gpu = choose_gpu(self.gpu, self._need, say)
             with announced(self._need(gpu), say):

@@ -161,7 +161,7 @@ def held_out_bits(
         raise InputError("bits/dim with its standard error needs at least two images")
     _check_images(spec, index)
     work = BitsWork(index, model, spec, 0 if terms >= timesteps else terms, seed, occurs)
-    parts = list(pool(work, cut(ids, batch_size), "evaluate: bits/dim"))
+    parts = list(pool(work, cut(ids, batch_size), "bits/dim"))
     total, variance, prior, decoder = (
         np.concatenate([part[name] for part in parts]) for name in ("total", "variance", "prior", "decoder")
     )

@@ -181,7 +181,7 @@ def train_classifier(
     """
     check_labels(index)
     work = ClassifierWork(index, held_out, seed, steps)
-    (result,) = pool(work, [choose(index.rows, most, seed, Choice.CLASSIFIER)], "evaluate: classifier")
+    (result,) = pool(work, [choose(index.rows, most, seed, Choice.CLASSIFIER)], "classifier")
     score = float(result.pop("accuracy")[0])
     net = Classifier(index.image)
     net.load_state_dict({name: torch.from_numpy(value) for name, value in result.items()})

@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig, model_folder: str | Path | Packed) -> Evalu
     if config.output:
         check_apart(config.output, "--data", config.data)
         storage.check_writable(config.output)
-    pool = ActorPool(config.actors, config.gpu)
+    pool = ActorPool(config.actors, config.gpu, job="evaluate")
     # Only the bound needs the model, but raw images are resized to the model's size.
     loaded = load_model(model_folder) if model_folder else None
     wanted = ("all",) if "test" in (config.split, config.reference_split) else ()

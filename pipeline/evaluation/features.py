@@ -150,7 +150,7 @@ def measure(
     results = pool(
         FeatureWork(joined, extractor, np.concatenate(kept)),
         [ids for mine in tasks for ids in mine],
-        "evaluate: features",
+        "features",
     )
     return [_merge(islice(results, len(mine))) for mine in tasks]
 

@@ -54,9 +54,7 @@ def nearest_images(
         root mean square differences of the pixels (in [0, 1]), float64 [Q], and sample ids, int64 [Q].
     """
     squared, nearest = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
-    for part in pool(
-        NearestWork(index, queries), cut(np.arange(index.rows), IMAGES_PER_TASK), "evaluate: nearest"
-    ):
+    for part in pool(NearestWork(index, queries), cut(np.arange(index.rows), IMAGES_PER_TASK), "nearest"):
         nearer = part["squared"] < squared
         squared[nearer], nearest[nearer] = part["squared"][nearer], part["nearest"][nearer]
     return np.sqrt(squared / queries.shape[1]), nearest

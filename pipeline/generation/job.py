@@ -114,9 +114,7 @@ def _make(setup: Setup, spec: ModelSpec, whole: dict[Chunk, ChunkRecord], pool: 
         mark_growing(setup.output, spec, config)
         with Display("generate", total, "images") as display:
             if config.gpu and not config.bf16 and not whole:
-                display.note(
-                    "samples in fp32 without TF32; --precision auto is several times faster on most GPUs"
-                )
+                display.note("samples are computed in fp32 without TF32; --precision auto (bf16) is faster")
             for span in pool(SampleWork(setup), tasks(spans, config.rows_per_file, MOST_BLOCKS)):
                 done, made, bad = done + span.rows, made + span.made, bad + span.bad
                 _refuse_bad(bad, kept + total, config)

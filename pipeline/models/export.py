@@ -130,6 +130,7 @@ def pack_model(model: str | Path | Packed) -> Packed:
 
 
 def _is_model(where: str) -> bool:
+    """True if weights are there; False also if the storage does not say."""
     try:
         return storage.exists(storage.join(where, WEIGHTS))
     except Exception:

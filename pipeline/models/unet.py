@@ -291,7 +291,7 @@ class Upsample(nn.Module):
 
 
 def _with_fourier_features(x: Tensor, powers: tuple[int, ...]) -> Tensor:
-    """Appends sin(2^n pi x) and cos(2^n pi x) for each power n, which tell close values apart (Kingma et al. 2021, C.3).
+    """Appends sin(2^n pi x) and cos(2^n pi x) for each power n, which tell close values apart (Kingma et al. 2021).
 
     [N, C, H, W] to [N, C (1 + 2 len(powers)), H, W].
     """

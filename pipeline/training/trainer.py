@@ -158,25 +158,28 @@ def draw_exported(output: str, seed: int, gpus: float) -> None:
     """Draws samples of a run's exported model into its output. The model's description in MLflow shows them.
 
     Args:
-        gpus: GPUs that a worker of the run had. A task gets as many, because a network of a GPU's size would take minutes
-            on a head node. If none is free in `DRAWING_WAITS_SECONDS`, this process draws.
+        gpus: GPUs that each worker of the run had; 0 = this process draws on its CPUs. Else a task with as many GPUs
+            draws, because a head node's CPUs are slow with a large network. If the task is not done in
+            `DRAWING_WAITS_SECONDS`, or fails, this process draws after all.
     """
     if gpus:
-        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_draw_exported).remote(output, seed)
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_draw_exported)
+        drawn = task.remote(output, seed, "cuda")
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(task, timeout=DRAWING_WAITS_SECONDS)
+            ray.get(drawn, timeout=DRAWING_WAITS_SECONDS)
             return
-        ray.cancel(task, force=True)
-    _draw_exported(output, seed)
+        ray.cancel(drawn, force=True)
+    _draw_exported(output, seed, "cpu")
 
 
-def _draw_exported(output: str, seed: int) -> None:
+def _draw_exported(output: str, seed: int, device: str) -> None:
     # matplotlib takes a second to import, so it must not be imported before the first step.
     from pipeline.pictures.draw import file_of
     from pipeline.pictures.make import draw_samples
 
     model, spec = load_model(storage.join(output, "model"))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():  # Ray may know of GPUs that torch can't use
+        model = model.to(device)
     rows = max(1, 128 // max(32, spec.image.size))  # large images take long on a head node without a GPU
     picture = file_of(lambda path: draw_samples(model, spec, path, rows=rows, seed=seed))
     storage.write_atomic(storage.join(output, SAMPLES), picture)

@@ -164,7 +164,9 @@ def make_objective(config: TuneConfig, splits: Splits, gpu: bool | None = None) 
         parts.append(HeldOutBits(held_out, ids, config.terms, config.seed, occurs))
     if FRECHET in config.metrics:
         extractor = _extractor(config, splits, gpu)
-        (real,) = measure([splits["train"]], extractor, keep=1, seed=config.seed, pool=ActorPool(gpu=gpu))
+        (real,) = measure(
+            [splits["train"]], extractor, keep=1, seed=config.seed, pool=ActorPool(gpu=gpu, job="tune")
+        )
         parts.append(
             SampleFrechet(extractor, real.moments, config.samples, config.sampling_steps, config.seed)
         )
@@ -184,7 +186,7 @@ def _extractor(config: TuneConfig, splits: Splits, gpu: bool | None) -> Extracto
     features, train = config.features, splits["train"]
     if features == CLASSIFIER:
         features = storage.join(config.output, CLASSIFIER)
-        pool = ActorPool(1, gpu)
+        pool = ActorPool(1, gpu, job="tune")
         keep_classifier(features, train, splits["validation"], seed=config.seed, pool=pool)
     return open_extractor(features, train.image)[0]
 

@@ -109,7 +109,7 @@ def search(
                 tracker.log_params(logged_settings(config) | {"search": space.shown})
                 train = splits["train"]
                 tracker.log_dataset(config.data, train.fingerprint, train.rows, train.quarantined)
-            status = "FAILED"
+            ended = "FAILED"
             try:
                 gpu, need = _room(config, space)
                 at_a_time, objective = _concurrent(config, need), make_objective(config, splits, gpu)
@@ -123,14 +123,14 @@ def search(
                 trainable = tune.with_parameters(trial, tracking=address.with_secrets(), **settings)
                 _run(config, need, space, trainable, at_a_time)
                 result = _conclude(config, space, tracker, config.gpus_per_worker * gpu)
-                status = "FINISHED"
+                ended = "FINISHED"
                 return result
             except KeyboardInterrupt:
-                status = "KILLED"
+                ended = "KILLED"
                 _say("the trials so far are kept; go on with --resume")
                 raise
             finally:
-                tracker.end(status)
+                tracker.end(ended)
                 if not lost.is_set():
                     _end_runs(config)
 

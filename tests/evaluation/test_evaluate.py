@@ -91,7 +91,7 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
         metrics=("frechet", "kernel", "manifold", "knn"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "ActorPool", lambda *_: in_process)
+        patch.setattr(evaluation, "ActorPool", lambda *_, **__: in_process)
         worse = evaluate(config, "").metrics
     assert worse["frechet_distance_real"] == pytest.approx(metrics["frechet_distance_real"], rel=1e-9)
     assert worse["frechet_distance"] > 10 * metrics["frechet_distance"]

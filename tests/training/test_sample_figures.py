@@ -54,7 +54,7 @@ def test_they_are_those_of_an_evaluation_of_the_same_samples(
     assert images.dtype == torch.uint8
     assert labels.tolist() == [number % 10 for number in range(40)]
     samples = write_samples(tmp_path / "samples", images.permute(0, 2, 3, 1).numpy(), labels.numpy())
-    monkeypatch.setattr(evaluation, "ActorPool", lambda *_: in_process)
+    monkeypatch.setattr(evaluation, "ActorPool", lambda *_, **__: in_process)
     config = EvaluateConfig(
         model="", data=str(digits), samples=str(samples), metrics=("frechet", "kernel", "precision_recall", "cas"),
         features=str(tmp_path / "validation" / "classifier"), classifier_steps=STEPS,
