@@ -1,6 +1,8 @@
-"""Measures the cost of reading at any size on one machine. Uses the real index and plan, but only counts the reads.
+"""Measures the cost of reading at any size on one machine.
 
     python -m benchmarks.scale [--smoke]
+
+Most figures use the real index and plan, whose reads are only counted. "S3" comes from real reads at a local server.
 
 - "bytes over used": bytes that all ranks read in an epoch, divided by the bytes in their batches. One row needs its whole
   row group, but an image of a folder or tar is read alone. Measured for data prepared at the defaults, for a folder, and
@@ -10,29 +12,36 @@
   megabytes of a first batch of 256.
 - "classes": classes in a batch of 256, from 1,000 classes with 1,280 images each that are stored class by class. A random
   batch would have 226. Also classes in four consecutive batches, where random ones would have 641.
+- "S3": one epoch of small prepared images, read from a local S3 server by ranks in processes of their own: bytes that the
+  server sent, divided by the encoded bytes in the batches, and its answers, beside row groups and footers.
 - "start": seconds until 256 ranks have their stream of 976,563 row groups and one rank has planned its first batches,
   bytes of a pickled stream, and bytes of the index per group.
 """
 
 import json
+import logging
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray import cloudpickle
 
 from pipeline.cluster.session import connect
 from pipeline.config import ImageConfig
 from pipeline.data.groups import Group, RowGroups, row_groups
-from pipeline.data.index import GROUP_ROWS, DatasetIndex
+from pipeline.data.index import GROUP_ROWS, DatasetIndex, open_splits
 from pipeline.data.order import Plan, batch_rows, cut, lanes_for, rows_per_group
 from pipeline.data.reads import RankRows
+from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.data.sources.parts import Part
 from pipeline.data.stream import PlannedData, share
+from tests.data import s3
 
 IMAGE = ImageConfig(64, 3)
 CLASSES, PER_CLASS, BATCH = 1000, 1280, 256
@@ -123,6 +132,39 @@ def reading(smoke: bool) -> dict[str, Any]:
     return found
 
 
+def at_a_server(bucket: str, smoke: bool) -> dict[str, Any]:
+    """Bytes and requests of an epoch at an S3 server, by number of ranks."""
+    folder, images = f"{bucket}/data", 1000 if smoke else 10_000
+    with tempfile.TemporaryDirectory() as here:
+        pixels = np.random.default_rng(0).integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
+        np.savez(f"{here}/images.npz", pixels)
+        prepare(
+            PrepareConfig(folder, input=f"{here}/images.npz", validation_fraction=0.0, rows_per_shard=2500)
+        )
+    index = open_splits(folder).indexes["train"]
+    plan = index.plan(0, 128)
+    shared, steps = ray.put((index, plan)), plan.rows // plan.batch_size
+
+    @ray.remote(max_calls=1)  # a new process for each rank, which has read no footer
+    def read(rank: int, world: int) -> int:
+        index, plan = ray.get(shared)
+        reader = RankRows(index, plan, *cut(plan.batch_size, rank, world), steps)
+        return sum(pc.sum(pc.binary_length(table["bytes"])).as_py() for table in reader.tables(0, steps, 512))
+
+    found = dict[str, Any]()
+    files = len(index.groups.files) if isinstance(index.groups, RowGroups) else 0
+    for world in (4,) if smoke else (1, 4, 8, 16):
+        s3.weather[-1].calm()
+        used = sum(ray.get([read.remote(rank, world) for rank in range(world)]))
+        sizes = [size for path, size in s3.weather[-1].sent if "list-type" not in path]
+        found[f"{world} ranks"] = {
+            "bytes over used": round(sum(sizes) / used, 3),
+            "requests": len(sizes),
+            "row groups, and footers of all ranks": len(index.groups) + world * files,
+        }
+    return found
+
+
 def groups() -> dict[str, Any]:
     """The row groups that jobs/prepare.py makes for several numbers and sizes of images."""
     found = {}
@@ -200,9 +242,14 @@ def index_bytes(groups: RowGroups) -> int:
 
 def main(smoke: bool) -> None:
     """Prints one JSON line."""
-    connect()
-    found = {"groups": groups(), "bytes over used": reading(smoke), "classes": mixing(), "start": start()}
-    print(json.dumps(found))
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it prints each request
+    with s3.s3_server("scale") as bucket:  # before Ray, whose workers inherit its address
+        connect()
+        found = {
+            "groups": groups(), "bytes over used": reading(smoke), "S3": at_a_server(bucket, smoke),
+            "classes": mixing(), "start": start(),
+        }  # fmt: skip
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

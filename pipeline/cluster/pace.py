@@ -15,17 +15,19 @@ from pipeline.cluster.ray_internals import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
     ExecutionCallback,
+    set_longest_wait,
 )
 
-STEP_SECONDS = 0.02
+# Seconds of a step of Ray Data's loop while there is work to give, and while as much output waits as may.
+STEP_SECONDS, FULL_STEP_SECONDS = 0.02, 0.1
 _BOUND = "ray_ddpm.in_flight"
 
 
 class PacedExecution(ExecutionCallback):
-    """Allows at most one step of Ray Data's loop per STEP_SECONDS.
+    """Allows at most one step of Ray Data's loop per STEP_SECONDS, and fewer while enough blocks wait to be consumed.
 
-    While blocks wait to be consumed, the loop has nothing to do but does not pause. It would keep a core busy and hold
-    Python's global lock nearly all the time, so a small network in the same process would train ten times as slowly.
+    Then the loop has nothing to do but does not pause. It would keep a core busy and hold Python's global lock nearly all
+    the time, so a small network in the same process would train ten times as slowly.
 
     An execution lasts as long as a training run, so the statistics that Ray Data keeps of every block are dropped.
     """
@@ -35,7 +37,10 @@ class PacedExecution(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         for operator in executor._topology:
             getattr(operator, "_output_blocks_stats", []).clear()
-        time.sleep(max(0.0, self._last + STEP_SECONDS - time.monotonic()))
+        last = next(reversed(executor._topology))
+        full = not all(policy.can_add_input(last) for policy in executor._backpressure_policies)
+        step = FULL_STEP_SECONDS if full else STEP_SECONDS
+        time.sleep(max(0.0, self._last + step - time.monotonic()))
         self._last = time.monotonic()
 
 
@@ -74,6 +79,7 @@ def blocks_of(dataset: Dataset) -> Iterator[pa.Table]:
 
 def set_pace(context: DataContext) -> None:
     """Limits the pace of all executions with this context."""
+    set_longest_wait(STEP_SECONDS)
     if PacedExecution not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(PacedExecution)
 

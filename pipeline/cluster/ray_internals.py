@@ -83,6 +83,16 @@ def no_random_ids() -> Iterator[None]:
         actor.ActorClassID = real  # type: ignore[attr-defined]
 
 
+def set_longest_wait(seconds: float) -> None:
+    """Limits how long one step of Ray Data's loop in this process waits for output of tasks.
+
+    Ray waits up to 0.1 s unless all running tasks have output. Then few blocks pass in a second, however fast they are
+    made.
+    """
+    state = importlib.import_module("ray.data._internal.execution.streaming_executor_state")
+    state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = seconds  # type: ignore[attr-defined]
+
+
 def ask_job_server(client: Any, path: str) -> Any:
     """A job server's answer to a GET request. The public methods of its client return neither versions nor a log's bytes.
 

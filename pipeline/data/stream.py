@@ -129,7 +129,8 @@ class RankStream:
             .map_batches(
                 Read,
                 fn_constructor_args=(planned.data, first, last, stop, rows),
-                compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2),
+                # One span at a time. Of two, Ray may run the later one first, and the stream would wait for all of it.
+                compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
                 **beside,
             )
             .map_batches(

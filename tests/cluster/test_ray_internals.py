@@ -16,7 +16,7 @@ from ray.data import DataContext
 from ray.experimental.internal_kv import _internal_kv_get
 
 from pipeline.cluster import autoscaler, ray_internals
-from pipeline.cluster.pace import InFlightLimit, PacedExecution, set_in_flight, set_pace
+from pipeline.cluster.pace import STEP_SECONDS, InFlightLimit, PacedExecution, set_in_flight, set_pace
 from pipeline.cluster.ray_internals import INTERNALS, JOB_CLIENT_LOGGERS
 from pipeline.cluster.session import is_own_ray, spilled_bytes
 from pipeline.training.signals import SaveBeforeShutdown
@@ -112,7 +112,7 @@ def test_the_job_clients_loggers_have_these_names() -> None:
     assert importlib.import_module(JOB_CLIENT_LOGGERS[2])
 
 
-def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
+def test_ray_data_has_the_hooks_of_the_pace_and_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/cluster/test_pace.py shows that Ray Data calls them."""
     assert hasattr(ray_internals.ExecutionCallback, "on_execution_step")
     for name in ("can_add_input", "max_task_output_bytes_to_read"):
@@ -120,10 +120,14 @@ def test_ray_data_has_the_hooks_of_the_pace_and_the_policy() -> None:
         assert hasattr(InFlightLimit, name)
     module = importlib.import_module("ray.data._internal.execution.streaming_executor_state")
     assert hasattr(module.OpState, "total_enqueued_input_blocks")
+    # Ray waits this long in a step, however soon a task has output.
+    assert "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in module.process_completed_tasks.__code__.co_names
+    monkeypatch.setattr(module, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", 0.1)
     context = DataContext()
     set_pace(context)
     set_pace(context)
     assert context.custom_execution_callback_classes.count(PacedExecution) == 1
+    assert module.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == STEP_SECONDS
     set_in_flight(context, 100, 10, 1)
     key = ray_internals.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
     assert context.get_config(key) == [InFlightLimit]

@@ -15,9 +15,12 @@ import pytest
 import ray
 import torch
 from ray import cloudpickle
+from ray.data import DataContext
 
+from pipeline.cluster.ray_internals import ExecutionCallback
 from pipeline.cluster.session import spilled_bytes
 from pipeline.config import ImageConfig
+from pipeline.data import stream
 from pipeline.data.batch import Batch
 from pipeline.data.blocks import as_row, tables_of
 from pipeline.data.groups import row_groups
@@ -84,6 +87,26 @@ def test_two_ranks_see_what_one_sees(index: DatasetIndex, whole: list[Batch]) ->
 
 def test_a_stream_goes_on_from_any_step(index: DatasetIndex, whole: list[Batch]) -> None:
     assert samples(collect(stream_of(index, random_crop=True), 7, 20)) == samples(whole[7:])
+
+
+class Reading(ExecutionCallback):
+    """Records the most spans that a stream's reading process was given at once. Ray may run the later one first."""
+
+    most = 0
+
+    def on_execution_step(self, executor: object) -> None:
+        for operator in executor._topology:  # type: ignore[attr-defined]
+            if "Read" in operator.name:
+                Reading.most = max(Reading.most, operator.num_active_tasks())
+
+
+def test_spans_are_read_one_after_the_other(index: DatasetIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SPAN_BLOCKS", 1)
+    callbacks = [*DataContext.get_current().custom_execution_callback_classes, Reading]
+    monkeypatch.setattr(DataContext.get_current(), "custom_execution_callback_classes", callbacks)
+    expected = sorted(samples(collect(stream_of(index), 0, 60)))
+    assert sorted(samples(collect(stream_of(index), 20, 60) + collect(stream_of(index), 0, 20))) == expected
+    assert Reading.most == 1
 
 
 def test_a_stream_travels_as_little_whatever_the_size_of_the_data(cluster: None) -> None:
