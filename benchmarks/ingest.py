@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.loaders import BATCH, PROCESSES, measure
+from pipeline import memory
 from pipeline.cluster.session import connect
 from pipeline.config import ImageConfig
 from pipeline.data.groups import row_groups
@@ -83,6 +84,7 @@ def write(folder: Path, kind: str, size: int, count: int) -> None:
 
 def ours(folder: Path, size: int) -> Iterator[int]:
     """Yields batch sizes from a RankStream, used as in a training worker."""
+    memory.keep()
     files = sorted(map(str, (folder / "parquet").iterdir()))
     groups = row_groups((file, row_counts(file)) for file in files)
     held = sum(map(os.path.getsize, files))

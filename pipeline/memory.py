@@ -1,4 +1,4 @@
-"""Sets malloc up for a process that trains on a CPU."""
+"""Sets malloc up for a process that trains."""
 
 import ctypes
 

@@ -29,15 +29,15 @@ def prepare_device(config: TrainConfig, device: torch.device) -> None:
     """Sets up a worker's device.
 
     A GPU gets cuDNN's fastest convolutions, and TF32 if the run uses bf16. A CPU worker gets as many threads as it
-    reserves CPUs, and keeps freed memory (`pipeline.memory`).
+    reserves CPUs. Either keeps freed memory (`pipeline.memory`): batches of images come and go at every step.
     """
+    memory.keep()
     if device.type == "cuda":
         # TF32 rounds products more coarsely, so a run in fp32 does not use it.
         use_tf32(uses_bf16(config, device))
         torch.backends.cudnn.benchmark = True  # shapes stay the same: cuDNN tries its algorithms once
     else:
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-        memory.keep()
 
 
 def wrap(config: TrainConfig, model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
