@@ -135,6 +135,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert found(open_splits(str(folder), 16, reading)).labels == {-1: 40}
 
 
+@pytest.mark.soak  # writes two gigabytes; test_parquet_reader.py reads small groups in the same way
 @pytest.mark.skipif(psutil.virtual_memory().available < 8 * 2**30, reason="needs 8 GiB of memory")
 def test_big_row_group(tmp_path: Path) -> None:
     folder = make("big_row_group", tmp_path / "in")

@@ -38,7 +38,7 @@ def prepared(served: Served) -> Outcome:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training run that lost a node, then its driver, and was submitted again.
+    """A training run of one worker that lost a node, then its driver, and was submitted again with two workers.
 
     Attributes:
         result: the result of the second job, "run". The first job is "killed".
@@ -57,12 +57,12 @@ STEPS, CHECKPOINT_EVERY = 300, 20
 @pytest.fixture(scope="session")
 def trained(served: Served, prepared: Outcome) -> Trained:
     words = (
-        "train", "--", "--data", DATA, "--output", RUN, "--steps", STEPS, "--workers", 2, "--batch-size", 32,
+        "train", "--", "--data", DATA, "--output", RUN, "--steps", STEPS, "--batch-size", 32,
         "--timesteps", 50, "--class-conditional", *SMALL, "--checkpoint-every", CHECKPOINT_EVERY,
         "--keep-checkpoints", STEPS // CHECKPOINT_EVERY, "--log-every", 20, "--register", "digits", "--resume",
     )  # fmt: skip
     assert prepared.code == 0, prepared.stderr
-    job = served.start_submit("--wait", "--id", "killed", *words)
+    job = served.start_submit("--wait", "--id", "killed", *words, "--workers", 1)
 
     def saved() -> list[int]:
         found = (re.fullmatch(r".*/step-(\d+)-\d+/state\.json", key) for key in served.keys("runs/digits/"))
@@ -85,7 +85,7 @@ def trained(served: Served, prepared: Outcome) -> Trained:
     assert job.returncode not in (0, 2), stderr
     served.add_node()
     before = saved()
-    done = served.submit("--wait", "--id", "run", *words, timeout=400)
+    done = served.submit("--wait", "--id", "run", *words, "--workers", 2, timeout=400)
     assert done.code == 0, done.stderr
     assert "Traceback" not in done.stderr
     return Trained(done.result, before, saved())
