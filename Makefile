@@ -14,9 +14,9 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m tests
 
-# The tests that need neither a cluster nor a job.
+# The tests that need neither a cluster nor a job and take less than some seconds each.
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not system and not soak"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not system and not slow and not soak"
 
 # All combinations of faults, which docs/tests.md lists.
 soak: $(READY)

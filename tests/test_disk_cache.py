@@ -174,6 +174,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_processes_that_share_it_may_be_killed_at_any_moment(tmp_path: Path, use: Use) -> None:
     environment = (
         os.environ | {"PYTHONPATH": str(ROOT)} | disk_cache.environment(str(tmp_path / "cache"), 2e-4)

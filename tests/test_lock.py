@@ -47,6 +47,7 @@ def test_a_lock_is_gone_after_use_also_after_a_failure(output: str) -> None:
     assert not storage.exists(f"{output}/lock.json")
 
 
+@pytest.mark.slow
 def test_a_process_that_lives_is_named_and_one_that_was_killed_is_followed(output: str) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, cwd=ROOT)
     try:

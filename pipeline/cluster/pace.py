@@ -18,29 +18,30 @@ from pipeline.cluster.ray_internals import (
     set_longest_wait,
 )
 
-# Seconds of a step of Ray Data's loop while there is work to give, and while as much output waits as may.
-STEP_SECONDS, FULL_STEP_SECONDS = 0.02, 0.1
+# Seconds of a step of Ray Data's loop: the least, while tasks start or have output, and the most, while nothing happens.
+STEP_SECONDS, LONGEST_STEP_SECONDS, GROWTH = 0.02, 0.1, 1.5
 _BOUND = "ray_ddpm.in_flight"
 
 
 class PacedExecution(ExecutionCallback):
-    """Allows at most one step of Ray Data's loop per STEP_SECONDS, and fewer while enough blocks wait to be consumed.
+    """Allows at most one step of Ray Data's loop per STEP_SECONDS, and fewer while nothing happens.
 
-    Then the loop has nothing to do but does not pause. It would keep a core busy and hold Python's global lock nearly all
-    the time, so a small network in the same process would train ten times as slowly.
+    Ray's own loop does not pause while blocks wait to be consumed. It would keep a core busy and hold Python's global
+    lock nearly all the time, so a small network in the same process would train ten times as slowly.
 
     An execution lasts as long as a training run, so the statistics that Ray Data keeps of every block are dropped.
     """
 
-    _last = 0.0
+    _last, _step, _seen = 0.0, STEP_SECONDS, -1
 
     def on_execution_step(self, executor: Any) -> None:
+        seen = 0
         for operator in executor._topology:
             getattr(operator, "_output_blocks_stats", []).clear()
-        last = next(reversed(executor._topology))
-        full = not all(policy.can_add_input(last) for policy in executor._backpressure_policies)
-        step = FULL_STEP_SECONDS if full else STEP_SECONDS
-        time.sleep(max(0.0, self._last + step - time.monotonic()))
+            seen += operator.metrics.num_tasks_submitted + operator.metrics.num_task_outputs_generated
+        self._step = STEP_SECONDS if seen != self._seen else min(GROWTH * self._step, LONGEST_STEP_SECONDS)
+        self._seen = seen
+        time.sleep(max(0.0, self._last + self._step - time.monotonic()))
         self._last = time.monotonic()
 
 

@@ -127,6 +127,7 @@ def preloaded() -> set[str]:
     return named | trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(preloaded()))
 def test_what_the_jobs_workers_import_leaves_a_process_that_may_be_forked(module: str) -> None:
     assert forks_after(f"with ray_internals.no_random_ids():\n    import {module}")

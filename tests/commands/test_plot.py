@@ -130,6 +130,7 @@ def test_the_data_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_pictures_on_an_object_store(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model, data = save(tmp_path / "model", ImageConfig(12, 3)), flat(tmp_path / "data", COLOUR)

@@ -229,6 +229,7 @@ def test_a_jpeg_that_says_it_is_complete_and_is_not() -> None:
     assert (decode(encode(grey, "JPEG"), 40, 3)[-1, -1] == 128).all()
 
 
+@pytest.mark.slow
 def test_every_cut_of_every_format() -> None:
     image = picture(3, 16, 12)
     for kind, options in (

@@ -71,6 +71,7 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path: Path, monkeypatch: 
         assert len(asked) == len(rows)
 
 
+@pytest.mark.slow
 def test_a_remote_folder_is_read_several_files_at_a_time_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_server("folders") as uri:
         fs, path = storage.open_fs(uri)

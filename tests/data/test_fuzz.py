@@ -10,6 +10,7 @@ from tests.jobs.common import ROOT
 KINDS = {"PNG,JPEG,GIF,TIFF,WEBP": 1000, "tar": 400, "parquet": 400}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_files(kind: str) -> None:
     command = [sys.executable, "-m", "tests.data.fuzz", kind, str(KINDS[kind]), "7"]

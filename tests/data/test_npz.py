@@ -266,6 +266,7 @@ def test_a_compressed_file_is_unpacked_once_and_again_when_it_changed(
         assert (pixels(tmp_path)[..., 0] == arr).all() and len(opens) == number + 1
 
 
+@pytest.mark.slow
 def test_a_remote_file_is_read_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arr = images(64, 32, 32, 3)
     for saver, save in SAVERS.items():

@@ -48,6 +48,7 @@ def test_rows_of_a_range_are_one_request_of_about_their_bytes(
         assert not weather.asked
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prepared_here")
 def test_runs_of_shards_share_their_requests_and_give_the_same_bytes(
     bucket: str, weather: Weather, monkeypatch: pytest.MonkeyPatch

@@ -179,6 +179,7 @@ def size_of(items: list[Item]) -> int:
     return sum(len(item.data) if isinstance(item.data, bytes) else item.data.nbytes for item in items)
 
 
+@pytest.mark.slow
 def test_no_source_fetches_more_than_it_needs(bucket: str, weather: Weather, tmp_path: Path) -> None:
     for kind, count in sources(tmp_path):
         size = upload(tmp_path / kind, f"{bucket}/{kind}")
@@ -220,6 +221,7 @@ def test_reading_at_places(bucket: str, weather: Weather) -> None:
     assert read_stretch(uri, 3, 9) == data[3:9]
 
 
+@pytest.mark.slow
 def test_a_storage_that_fails_for_a_while_is_asked_again(
     bucket: str,
     weather: Weather,

@@ -258,6 +258,7 @@ def test_figures_say_how_many_samples_they_cover(digits: Path, noise: Path) -> N
     assert metrics["knn_label_accuracy_images_real"] == 70
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("evaluated_here")
 def test_samples_teach_a_classifier_as_far_as_they_show_their_class(
     digits: Path, train: DatasetIndex, tmp_path: Path

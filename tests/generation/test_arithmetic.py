@@ -23,6 +23,7 @@ def test_it_names_what_decides_how_numbers_are_rounded(monkeypatch: pytest.Monke
     assert arithmetic(cpu, bf16=False) != mine
 
 
+@pytest.mark.slow
 def test_fewer_instructions_really_are_another_arithmetic(model: Path, tmp_path: Path) -> None:
     """A CPU without AVX gives other numbers. If this fails, machines agree and the check can be removed."""
     program = (

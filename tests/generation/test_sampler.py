@@ -42,6 +42,7 @@ def test_bf16_is_close_to_fp32_and_not_the_same(model: Path) -> None:
     assert (half.images.float() - full.images.float()).abs().mean() < 4
 
 
+@pytest.mark.slow
 def test_a_compiled_network_makes_nearly_the_same_images_and_repeats_them(model: Path) -> None:
     plain = renderer(model).render(Chunk(0, 8)).images.float()
     compiled = renderer(model, compile=True)

@@ -102,6 +102,7 @@ def test_a_parameter_that_is_none_is_refused(loaded: mlflow.pyfunc.PyFuncModel) 
             loaded.predict(rows)
 
 
+@pytest.mark.slow
 def test_its_requirements_are_public_and_its_code_is_with_it(uri: str, tmp_path: Path) -> None:
     """A process in another folder uses the logged code, which imports no package that only training needs."""
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path)))
@@ -128,6 +129,7 @@ def test_its_requirements_are_public_and_its_code_is_with_it(uri: str, tmp_path:
     assert unneeded == "[]"
 
 
+@pytest.mark.slow
 def test_a_server_of_mlflow_answers_with_the_same_images(uri: str, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     log = (tmp_path / "log").open("w")

@@ -61,6 +61,7 @@ def wait_until(ready: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [*FAULTS, LOST])
 def test_all_of_it_arrives_once_after_an_outage(
     run: runs.Run, mlflow: Weather, output: str, fault: str
@@ -182,6 +183,7 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(run: runs.Run, output: st
     assert said[0].startswith("MLflow refuses points: ")
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_wait_still_gives_mlflow_the_time_that_it_needs(
     run: runs.Run, output: str, exported: str
 ) -> None:
@@ -258,6 +260,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_model(tmp_path_factory.mktemp("exported") / "model", model.state_dict(), spec))
 
 
+@pytest.mark.slow
 def test_a_model_is_logged_once_and_may_be_registered_later(
     run: runs.Run, mlflow: Weather, output: str, exported: str
 ) -> None:
@@ -289,6 +292,7 @@ def _use(uri: str, ready: Any, failures: Any) -> None:
         failures.put(repr(error))
 
 
+@pytest.mark.slow
 def test_many_processes_may_use_a_new_database_first(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     uri = f"sqlite:///{tmp_path}/deep/new.db"

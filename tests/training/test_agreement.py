@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from pipeline.training.agreement import Agreement
@@ -22,6 +23,7 @@ def _one_rank(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_every_worker_hears_at_the_same_step_what_any_was_told(tmp_path: Path) -> None:
     start_ranks(_one_rank, (free_port(), str(tmp_path)), 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -53,6 +53,7 @@ def find(folder: str, seconds: float = 30.0) -> tuple[str, int, list[str]]:
     return found[0], found[1][1], said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
 def test_an_outage_while_a_checkpoint_is_read_is_waited_for(bucket: str, weather: Weather, kind: str) -> None:
     _, newest = write(bucket, 3, 6)
@@ -218,6 +219,7 @@ class Silent:
         remote = staticmethod(print)
 
 
+@pytest.mark.slow
 def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in Ray Train, one thread calls the upload functions with a delay, and they stay referenced afterwards.
 
@@ -262,6 +264,7 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
     pool.shutdown()
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_checkpoint_reach_another_worker(tmp_path: Path) -> None:
     """Two processes exchange them over gloo."""
     import torch.multiprocessing as mp

@@ -102,6 +102,7 @@ def epochs_digest(epochs: int, rows: int = 37) -> str:
     return f"{samples_digest(np.repeat(np.arange(epochs), rows), ids):016x}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "microbatch", "device"), [(2, 2, "cpu"), (4, 0, "cpu"), (3, 2, "cuda")]
 )
@@ -119,6 +120,7 @@ def test_fifty_steps_of_several_workers_are_those_of_one(
     assert several["seen"] == meter.state()["seen"]
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on_with_the_same_run(tmp_path: Path) -> None:
     # 37 steps of 10 rows are ten whole epochs of 37 rows. Step 18 lies inside a logging interval.
     config, spec = problem(steps=37)
@@ -289,6 +291,7 @@ def test_where_averages_are_kept_is_no_part_of_what_a_resume_compares() -> None:
     assert _fixed(config, spec, index) == _fixed(moved, spec, index)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_worker_by_itself_does_without_what_compiles(digits: Path) -> None:
     """Importing torch._dynamo takes two seconds at every start; AdamW's own methods would do it."""
     program = f"""

@@ -63,6 +63,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_eager_ones_and_leave_programs_for_the_next_start(compiler: Path) -> None:
     config, spec = problem(steps=3)
     # The smallest possible network, since compilation takes most of the time.

@@ -72,6 +72,7 @@ def test_values_that_go_with_some_others_can_be_searched(data: Splits) -> None:
     check_choices(CONFIG, parse_space({"model_channels": [32, 24], "head_channels": [32, 24]}), data)
 
 
+@pytest.mark.slow
 def test_a_value_of_a_space_too_large_to_try_all_of_it_is_named(data: Splits) -> None:
     decays = [[k / 1000] for k in range(MOST_COMBINATIONS // 20)]
     values = {"ema_decays": decays, "readers": list(range(1, 41)), "batch_size": [64, 128]}

@@ -36,6 +36,7 @@ def held_out(digits: Path) -> DatasetIndex:
     return open_dataset(str(digits), "validation")
 
 
+@pytest.mark.slow
 def test_held_out_bits_are_those_of_an_evaluation(held_out: DatasetIndex) -> None:
     model, spec = small_model()
     ids = choose(held_out.rows, 70, 4, Choice.BOUND)
