@@ -183,7 +183,7 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         why |= dict.fromkeys(THERE, NO_PEERS)
     began = time.perf_counter()
-    connect()
+    connect(preload="pipeline.data.stream")
     result: dict[str, Any] = {"ray_start_seconds": round(time.perf_counter() - began, 2)}
     for kind, size, count in SETS:
         with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ execution covers a whole run, because each start of one costs seconds.
 import gc
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ class RankStream:
         prefetch: int = 2,
         pin: bool = False,
         on_bad: Callable[[dict[str, str]], object] = lambda bad: None,
-    ) -> Iterator["Batch"]:
+    ) -> Generator["Batch", None, None]:
         """This rank's part of global batches [start_step, stop_step).
 
         Args:
@@ -194,7 +194,7 @@ def _rebatch(tables: Iterator[pa.Table], size: int, count: int) -> Iterator[list
         yield pieces
 
 
-def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Batch"]:
+def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Generator["Batch", None, None]:
     """Runs an iterator in a thread that starts now, at most `depth` items ahead, until the consumer closes it."""
     items: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=max(depth, 1))
     stopped = threading.Event()
@@ -217,7 +217,7 @@ def _ahead(produce: Callable[[], Iterator["Batch"]], depth: int) -> Iterator["Ba
         except Exception as error:  # the consumer raises it
             put(error)
 
-    def consume() -> Iterator[Any]:
+    def consume() -> Generator[Any, None, None]:
         try:
             yield None
             while (item := items.get()) is not None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray
 import ray.train
@@ -17,6 +17,7 @@ from safetensors.torch import save as pack
 from pipeline import storage
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.batch import Batch
+from pipeline.data.stream import RankStream
 from pipeline.errors import BadSettings, InputError
 from pipeline.models.snapshots import Snapshot
 from pipeline.tracking import RUN_FILE, Point
@@ -106,7 +107,8 @@ def _run(task: Task) -> None:
 
     run.restore()
     # Images are read and decoded from here on, while the model is prepared.
-    batches = ray.train.get_dataset_shard("train").batches(
+    stream = cast(RankStream, ray.train.get_dataset_shard("train"))
+    batches = stream.batches(
         state.step, config.steps, pin=device.type == "cuda", on_bad=task.channel.quarantine.remote
     )
     with contextlib.closing(batches):
