@@ -32,6 +32,7 @@ from pipeline.tracking import address
 from pipeline.tracking.address import tracking_uri
 
 T = TypeVar("T")
+CONFIG_FILE = "config.yaml"
 _PARAMS_A_CALL = 100
 _METRICS_A_CALL = 1000
 OPENING = "ray_ddpm.opening"  # tag that identifies the call that opened a run
@@ -228,9 +229,12 @@ def end_run(run: Run, status: str = "FINISHED", reason: str = "") -> None:
 
 
 def log_params(run: Run, params: dict[str, Any]) -> None:
-    """Logs settings as MLflow parameters, nested ones with dotted names. Parameters can't be changed later."""
+    """Logs settings as MLflow parameters, nested ones with dotted names. Those that the run has already stay."""
+    there = open_client().get_run(run.id).data.params
     values = [
-        Param(key, printable(redact(str(value)))[:6000]) for key, value in sorted(_flat(params).items())
+        Param(key, printable(redact(str(value)))[:6000])
+        for key, value in sorted(_flat(params).items())
+        if key not in there
     ]
     for i in range(0, len(values), _PARAMS_A_CALL):
         open_client().log_batch(run.id, params=values[i : i + _PARAMS_A_CALL])
@@ -276,10 +280,11 @@ def log_bytes(run: Run, path: str, content: bytes) -> None:
 
 
 def log_config(run: Run, config: dict[str, Any]) -> None:
-    """Logs the whole configuration as `config.yaml`, a file that `--config` accepts."""
+    """Logs the whole configuration as `config.yaml`, a file that `--config` accepts, unless the run has one already."""
     import yaml
 
-    open_client().log_text(run.id, redact(yaml.safe_dump(config, sort_keys=False)), "config.yaml")
+    if CONFIG_FILE not in [file.path for file in open_client().list_artifacts(run.id)]:
+        open_client().log_text(run.id, redact(yaml.safe_dump(config, sort_keys=False)), CONFIG_FILE)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -111,18 +111,18 @@ def train(
             gpu = choose_gpu(config.gpu, partial(room_needed, config), display.note)
         display.phase("opening the MLflow run")
         lost = tracker.lost if tracker else stack.enter_context(locked(output))
-        run, is_new = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
+        run, _ = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
         if mine := tracker is None:
             name = config.run_name or run_name(config, spec)
             display.note(f"MLflow run {name!r}: {address.how_to_open(run.id)}")
             tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
             stack.enter_context(tracker)
-        if is_new and mine:
+        # At a resume too, since a driver that was killed may have logged none of it. MLflow keeps what it has.
+        if mine:
             tracker.log_params(logged_settings(config))
             tracker.log_config(logged_config(config))
-        if is_new:
-            index = data["train"]
-            tracker.log_dataset(config.data, index.fingerprint, index.rows, index.quarantined)
+        index = data["train"]
+        tracker.log_dataset(config.data, index.fingerprint, index.rows, index.quarantined)
         data = data.keep(output)
         status = "FAILED"
         try:

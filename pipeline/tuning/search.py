@@ -95,7 +95,7 @@ def search(
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
-        run, is_new = open_search(config, space, splits)
+        run, _ = open_search(config, space, splits)
         _say(f"MLflow run of the search: {address.how_to_open(run.id)}")
         if not config.space:
             image = splits["train"].image
@@ -105,10 +105,9 @@ def search(
             _say(f"space for {image.size}x{image.size} images of {len(image.classes)} classes: {flags}")
         splits = splits.keep(config.output)
         with Tracker(run, config.output, config.metrics, PATIENCE, _say, lost) as tracker:
-            if is_new:
-                tracker.log_params(logged_settings(config) | {"search": space.shown})
-                train = splits["train"]
-                tracker.log_dataset(config.data, train.fingerprint, train.rows, train.quarantined)
+            tracker.log_params(logged_settings(config) | {"search": space.shown})
+            train = splits["train"]
+            tracker.log_dataset(config.data, train.fingerprint, train.rows, train.quarantined)
             ended = "FAILED"
             try:
                 gpu, need = _room(config, space)

@@ -193,7 +193,7 @@ class TrainTrial(Trial):
         if config.gpu is None:
             config = replace(config, gpu=self.settings["gpu"])
         run = runs.reopen_later(self.record.run_id, CURVES) if self.record.run_id else None
-        if is_new := run is None:
+        if run is None:
             # Runs that a killed attempt opened with this mark are deleted.
             self.keep(opening=self.record.opening or uuid.uuid4().hex)
             run = runs.open_run(
@@ -208,9 +208,8 @@ class TrainTrial(Trial):
         self._tracker = Tracker(
             run, config.output, CURVES, config.tracking_patience, print, threading.Event()
         )
-        if is_new:
-            self._tracker.log_params(logged_settings(config))
-            self._tracker.log_config(logged_config(config))
+        self._tracker.log_params(logged_settings(config))
+        self._tracker.log_config(logged_config(config))
         check_trial(self.job, self.record.flags, splits)  # the open run records a failure
         self._exchange = open_exchange()
         watch = RungWatch(

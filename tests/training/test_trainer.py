@@ -22,7 +22,8 @@ from pipeline.errors import InputError
 from pipeline.lock import LeaseLost
 from pipeline.models.export import load_model
 from pipeline.models.snapshots import parse_snapshot
-from pipeline.tracking import registry, runs
+from pipeline.tracking import RUN_FILE, registry, runs
+from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint
 from pipeline.training.trainer import train
 from tests.jobs.common import ROOT
@@ -40,6 +41,34 @@ class Reports(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         with self._path.open("a") as file:
             print(metrics[0]["step"], file=file)
+
+
+def test_a_run_whose_driver_was_killed_before_it_logged_its_settings_has_them_after_a_resume(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(home, str(home / "unlogged"), steps=2)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Tracker, "log_params", die)
+        train(config)
+    client = runs.open_client()
+    run_id = json.loads((home / "unlogged" / RUN_FILE).read_text())["run_id"]
+    assert not client.get_run(run_id).data.params
+    assert train(dataclasses.replace(config, resume=True)).run.id == run_id
+    mine = client.get_run(run_id)
+    assert mine.data.params["batch_size"] == str(BATCH)
+    assert [entry.dataset.name for entry in mine.inputs.dataset_inputs] == ["digits"]
+    assert "config.yaml" in [file.path for file in client.list_artifacts(run_id)]
+    # A resume with other settings changes none of it.
+    train(dataclasses.replace(config, resume=True, steps=4))
+    again = client.get_run(run_id)
+    assert (again.data.params, len(again.inputs.dataset_inputs)) == (mine.data.params, 1)
 
 
 def test_a_run_on_object_storage_resumes_bitwise_with_one_curve(
