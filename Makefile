@@ -14,7 +14,7 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m tests
 
-# The tests that need neither a cluster nor a job and take less than some seconds each.
+# The tests that need neither a cluster nor a job, except those that take more than about five seconds each.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not system and not slow and not soak"
 

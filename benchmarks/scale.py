@@ -13,7 +13,7 @@ Most figures use the real index and plan, whose reads are only counted. "S3" com
 - "classes": classes in a batch of 256, from 1,000 classes with 1,280 images each that are stored class by class. A random
   batch would have 226. Also classes in four consecutive batches, where random ones would have 641.
 - "S3": one epoch of small prepared images, read from a local S3 server by ranks in processes of their own: bytes that the
-  server sent, divided by the encoded bytes in the batches, and its answers, beside row groups and footers.
+  server sent, divided by the encoded bytes in the batches, and the requests, beside the number of row groups and footers.
 - "start": seconds until 256 ranks have their stream of 976,563 row groups and one rank has planned its first batches,
   bytes of a pickled stream, and bytes of the index per group.
 """
@@ -152,7 +152,7 @@ def at_a_server(bucket: str, smoke: bool) -> dict[str, Any]:
         return sum(pc.sum(pc.binary_length(table["bytes"])).as_py() for table in reader.tables(0, steps, 512))
 
     found = dict[str, Any]()
-    files = len(index.groups.files) if isinstance(index.groups, RowGroups) else 0
+    assert isinstance(index.groups, RowGroups)  # as of all prepared data
     for world in (4,) if smoke else (1, 4, 8, 16):
         s3.weather[-1].calm()
         used = sum(ray.get([read.remote(rank, world) for rank in range(world)]))
@@ -160,7 +160,7 @@ def at_a_server(bucket: str, smoke: bool) -> dict[str, Any]:
         found[f"{world} ranks"] = {
             "bytes over used": round(sum(sizes) / used, 3),
             "requests": len(sizes),
-            "row groups, and footers of all ranks": len(index.groups) + world * files,
+            "row groups, and footers of all ranks": len(index.groups) + world * len(index.groups.files),
         }
     return found
 

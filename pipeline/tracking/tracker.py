@@ -164,7 +164,7 @@ class Tracker:
             self._last += 1
             self._items.append(_Item(self._last, kind, list(content)))
             self._changed.notify()
-        # Items that no later job logs again are kept at once, and all items if MLflow fails or is slow.
+        # Settings and data are kept at once, because a resume may have others. All items are if MLflow fails or is slow.
         if self._why or kind in ("params", "config", "dataset") or len(self._items) > MANY:
             self._keep()
 

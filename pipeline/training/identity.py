@@ -24,17 +24,15 @@ from pipeline.training.run_channel import CURVES, QUARANTINE
 
 def open_run(
     config: TrainConfig, spec: ModelSpec, index: DatasetIndex, output: str, run: runs.Run | None = None
-) -> tuple[runs.Run, bool]:
+) -> runs.Run:
     """Opens the one MLflow run of an output folder, the same one after any number of restarts.
 
-    If the folder's run can't be resumed but has produced nothing yet, a new MLflow run replaces it.
+    If the folder's run can't be resumed but has produced nothing yet, a new MLflow run replaces it. MLflow need not
+    answer for a run that is resumed.
 
     Args:
         output: URI of the run.
         run: the MLflow run, if the caller has already opened it.
-
-    Returns:
-        the run, and True if it is new. MLflow need not answer for a run that is resumed.
 
     Raises:
         InputError: the output holds a run and --resume was not given, or its settings differ, or MLflow does not answer
@@ -59,7 +57,7 @@ def open_run(
             storage.remove_folder(storage.join(output, UNDELIVERED))
         else:
             if run := run or runs.reopen_later(before["run_id"], CURVES):
-                return run, False
+                return run
     tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output, **runs.origin("train")}
     name = config.run_name or run_name(config, spec)
     run = run or runs.open_run(config.experiment, name, tags, config.tracking_patience)
@@ -72,7 +70,7 @@ def open_run(
         data_order=index.order,
         data_settings=index.settings,
     )
-    return run, True
+    return run
 
 
 def run_name(config: TrainConfig, spec: ModelSpec) -> str:

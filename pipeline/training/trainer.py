@@ -111,13 +111,13 @@ def train(
             gpu = choose_gpu(config.gpu, partial(room_needed, config), display.note)
         display.phase("opening the MLflow run")
         lost = tracker.lost if tracker else stack.enter_context(locked(output))
-        run, _ = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
+        run = open_run(config, spec, data["train"], output, tracker.run if tracker else None)
         if mine := tracker is None:
             name = config.run_name or run_name(config, spec)
             display.note(f"MLflow run {name!r}: {address.how_to_open(run.id)}")
             tracker = Tracker(run, output, CURVES, config.tracking_patience, display.note, lost)
             stack.enter_context(tracker)
-        # At a resume too, since a driver that was killed may have logged none of it. MLflow keeps what it has.
+        # A resume logs this too, because a driver that was killed may have logged none of it. MLflow keeps what it has.
         if mine:
             tracker.log_params(logged_settings(config))
             tracker.log_config(logged_config(config))

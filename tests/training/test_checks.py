@@ -90,7 +90,7 @@ def test_a_batch_of_all_images_and_a_microbatch_beyond_it_can_be_trained(config:
 def begin(config: TrainConfig) -> runs.Run:
     """Open a run as the driver does before workers start."""
     data = open_splits(config.data)
-    return open_run(config, check_fit(config, data), data["train"], config.output)[0]
+    return open_run(config, check_fit(config, data), data["train"], config.output)
 
 
 def status(run: runs.Run) -> str:
