@@ -13,6 +13,16 @@ class Conv2d(nn.Conv2d):
         super().__init__(channels, out, size, stride=stride, padding=padding)
         self._kernels = available.work()
 
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Convolves x, and leaves it to the group norm that follows to add the bias, if its kernel can.
+
+        Returns:
+            the result, [N, C, H, W], and the bias that is missing in it; None if it is complete.
+        """
+        if self._kernels and not x.is_cpu:
+            return self._conv_forward(x, self.weight, None), self.bias
+        return self(x), None
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolves x [N, C, H, W]; `residual` has the result's shape."""
         # torch.compile fuses these operations itself.

@@ -28,20 +28,28 @@ class GroupNorm(nn.GroupNorm):
         self._kernels = available.work()
 
     def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = False,
+        before: Tensor | None = None,
     ) -> Tensor:
-        """silu((1 + scale) norm(x) + shift).
+        """silu((1 + scale) norm(x + before) + shift).
 
         Args:
             x: [N, C, H, W].
             scale, shift: [N, C]; None = neither is applied.
             silu: apply SiLU.
+            before: the bias that `Conv2d.without_bias` left out, [C].
         """
         if self._kernels and not x.is_cpu:
             from pipeline.gpu import norm
 
-            return norm.group_norm(x, self.weight, self.bias, scale, shift, self.num_groups, self.eps, silu)
-        h = self._norm(x)
+            return norm.group_norm(
+                x, self.weight, self.bias, scale, shift, self.num_groups, self.eps, silu, before
+            )
+        h = self._norm(x if before is None else x + before[:, None, None])
         if scale is not None and shift is not None:
             h = torch.addcmul(shift[:, :, None, None], h, 1 + scale[:, :, None, None])
         return F.silu(h) if silu else h

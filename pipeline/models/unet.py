@@ -230,9 +230,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`embedding` has already passed SiLU, once for all blocks."""
-        h = self.conv1(self.norm1(x, silu=True))
+        h, bias = self.conv1.without_bias(self.norm1(x, silu=True))
         scale, shift = self.time_emb_proj(embedding).chunk(2, dim=1)
-        h = self.dropout(self.norm2(h, scale, shift, silu=True))
+        h = self.dropout(self.norm2(h, scale, shift, silu=True, before=bias))
         return self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

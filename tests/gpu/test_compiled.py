@@ -33,11 +33,12 @@ compile(philox._words_kernel, integers | {"out": "*i64", "purposes": "*i64"}, {"
 compile(philox._normal_kernel, integers | {"out": "*fp32"}, {"BLOCK": 256})
 for channels, groups, size in ((128, 32, 32), (384, 32, 16), (192, 16, 8)):
     images = {name: "*bf16" for name in ("x", "y", "dy", "dx", "scale", "shift")}
-    floats = {n: "*fp32" for n in ("weight", "bias", "means", "rstds", "of_parameters")} | {"eps": "fp32"}
-    for kernel, tiling in ((norm._forward_kernel, norm.FORWARD), (norm._backward_kernel, norm.BACKWARD)):
-        tile = norm._tile(torch.empty(1, channels, size, size), groups, *tiling)
+    floats = {n: "*fp32" for n in ("before", "weight", "bias", "means", "rstds", "of_parameters")} | {"eps": "fp32"}
+    x = torch.empty(1, channels, size, size, dtype=torch.bfloat16)
+    for kernel, tiling in ((norm._forward_kernel, norm._forward_tile), (norm._backward_kernel, norm._backward_tile)):
+        tile = tiling(x, groups)
         tile.pop("num_warps")
-        code = compile(kernel, images | floats, tile | {"MODULATED": True, "SILU": True})
+        code = compile(kernel, images | floats, tile | {"BEFORE": True, "MODULATED": True, "SILU": True})
         # 16 bytes a load: a warp reads whole lines of memory.
         result.append((channels, "ld.global.v4" in code))
 sums = images | {"bias": "*fp32", "residual": "*bf16"}

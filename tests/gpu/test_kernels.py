@@ -34,37 +34,47 @@ def test_normal_numbers_agree_to_a_unit_in_the_last_place(count: int) -> None:
     assert (mine.view(torch.int32) - theirs.view(torch.int32)).abs().max() <= 1
 
 
+# N, C, H, W, groups, modulated, SiLU, a bias before
 NORMS = {
-    "modulated": (2, 64, 8, 8, 16, True, True),
-    "uneven": (2, 48, 5, 7, 4, True, True),
-    "groups of twelve": (1, 192, 4, 4, 16, False, True),
-    "of attention": (2, 32, 16, 16, 8, False, False),
-    "one image": (1, 12, 3, 3, 3, True, False),
+    "modulated": (2, 64, 8, 8, 16, True, True, True),
+    "uneven": (2, 48, 5, 7, 4, True, True, True),
+    "groups of twelve": (1, 192, 4, 4, 16, False, True, True),
+    "of attention": (2, 32, 16, 16, 8, False, False, False),
+    "one image": (1, 12, 3, 3, 3, True, False, False),
+    "in turns": (1, 36, 20, 20, 3, True, True, True),
 }
 
 
 @pytest.mark.parametrize("shape", NORMS.values(), ids=NORMS.keys())
 def test_group_norm_and_its_gradients(shape: tuple[Any, ...]) -> None:
-    n, channels, height, width, groups, modulated, silu = shape
+    n, channels, height, width, groups, modulated, silu, biased = shape
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator)
 
     x = (2 * random(n, channels, height, width) + 0.7).contiguous(memory_format=torch.channels_last)
-    inputs = [x, random(channels), random(channels), *([random(n, 2 * channels)] if modulated else [])]
+    inputs = [x, random(channels), random(channels)]
+    inputs += [random(channels)] if biased else []
+    inputs += [random(n, 2 * channels)] if modulated else []
     dy = random(n, channels, height, width)
 
-    def reference(x: Any, weight: Any, bias: Any, modulation: Any = None) -> torch.Tensor:
-        h = F.group_norm(x, groups, weight, bias, 1e-5)
+    def reference(x: Any, weight: Any, bias: Any, *rest: Any) -> torch.Tensor:
+        before, modulation = parts(*rest)
+        h = x if before is None else x + before[:, None, None]
+        h = F.group_norm(h, groups, weight, bias, 1e-5)
         if modulation is not None:
             scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift
         return F.silu(h) if silu else h
 
-    def kernel(x: Any, weight: Any, bias: Any, modulation: Any = None) -> torch.Tensor:
+    def kernel(x: Any, weight: Any, bias: Any, *rest: Any) -> torch.Tensor:
+        before, modulation = parts(*rest)
         scale, shift = (None, None) if modulation is None else modulation.chunk(2, dim=1)
-        return norm.group_norm(x, weight, bias, scale, shift, groups, 1e-5, silu)
+        return norm.group_norm(x, weight, bias, scale, shift, groups, 1e-5, silu, before)
+
+    def parts(*rest: Any) -> tuple[Any, Any]:
+        return rest[0] if biased else None, rest[-1] if modulated else None
 
     mine, exact = (
         _with_gradients(kernel, inputs, dy),

@@ -74,17 +74,19 @@ def test_group_norm_in_bf16_is_nearer_to_the_exact_one_than_torchs(
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(2, channels, device="cuda").unbind()
     modulation, dy = torch.randn(2, 2 * channels, device="cuda").bfloat16(), torch.randn_like(x)
+    before = torch.randn(channels, device="cuda")
 
-    def torchs(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor) -> Tensor:
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, before: Tensor) -> Tensor:
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
-        h = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), 1e-5)
+        h = x + before.to(x.dtype)[:, None, None]
+        h = F.group_norm(h, groups, weight.to(x.dtype), bias.to(x.dtype), 1e-5)
         return F.silu(h * (1 + scale) + shift)
 
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor) -> Tensor:
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, before: Tensor) -> Tensor:
         scale, shift = modulation.chunk(2, dim=1)
-        return norm.group_norm(x, weight, bias, scale, shift, groups, 1e-5, True)
+        return norm.group_norm(x, weight, bias, scale, shift, groups, 1e-5, True, before)
 
-    inputs = [x, weight, bias, modulation]
+    inputs = [x, weight, bias, modulation, before]
     exact = _with_gradients(torchs, [value.double() for value in inputs], dy.double())
     mine, theirs = _with_gradients(kernel, inputs, dy), _with_gradients(torchs, inputs, dy)
     for a, b, wanted in zip(mine, theirs, exact, strict=True):
