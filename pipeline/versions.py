@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 VERSIONS = {
     "order": 3,  # choice of the samples in global batch k
     "noise": 2,  # random numbers of a sample
-    "kernels": 3,  # arithmetic of the network, bit by bit
+    "kernels": 4,  # arithmetic of the network, bit by bit
     "format": 2,  # layout of files
 }
 TRAINING, SAMPLING, PREPARING = ("order", "noise", "kernels"), ("noise", "kernels"), ("order",)

@@ -109,7 +109,7 @@ def test_a_release_that_works_otherwise_refuses_to_go_on_and_opens_what_is_finis
         check_claim(output, before, settings, of=())
         with pytest.raises(InputError, match=r"begun with seed = 1, now it is 2: keep it"):
             check_claim(output, before, settings | {"seed": 2}, of=())
-        with pytest.raises(InputError, match=r"begun by ray-ddpm 0.1.0.*kernels 1, now 3"):
+        with pytest.raises(InputError, match=r"begun by ray-ddpm 0.1.0.*kernels 1, now 4"):
             check_claim(output, before, settings, of=SAMPLING)
         with pytest.raises(InputError, match=r"begun by ray-ddpm 0.1.0.*order 1, now 3"):
             check_claim(output, before, settings)
