@@ -24,6 +24,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.reading import read_images
 from pipeline.evaluation.work import Partial, choose
 from pipeline.models.sampling import from_pixels
+from pipeline.output import to_json
 from pipeline.redact import one_line
 from pipeline.rng import Choice, Purpose, generator_seed, uniform
 
@@ -112,17 +113,18 @@ def _batch(seed: int, step: int, rows: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose label has the largest logit, 0 to 1."""
+    """The share of the labelled images whose label has the largest logit, 0 to 1; NaN if no image has a label."""
+    images, labels = images[labels >= 0], labels[labels >= 0]
     right = [
         (net(part).argmax(dim=1) == label).sum().item()
         for part, label in zip(images.split(256), labels.split(256), strict=True)
     ]
-    return sum(right) / len(labels)
+    return sum(right) / len(labels) if len(labels) else math.nan
 
 
 @dataclass(frozen=True)
 class ClassifierWork:
-    """Trains a classifier as one task. The task's ids are the training images."""
+    """Trains a classifier as one task. The task's ids are the training images, of which it takes the labelled ones."""
 
     index: DatasetIndex
     held_out: DatasetIndex
@@ -134,9 +136,9 @@ class ClassifierWork:
 
         def do(ids: np.ndarray) -> Partial:
             images, labels = (part.to(device) for part in read_images(self.index, ids))
-            if labels.min() < 0:
-                raise InputError(f"{self.index.uri}: no classifier can be trained: an image has no label")
-            net = fit(self.index.image, images, labels, seed=self.seed, steps=self.steps)
+            if not (known := labels >= 0).any():
+                raise InputError(f"{self.index.uri}: no classifier can be trained: no image has a label")
+            net = fit(self.index.image, images[known], labels[known], seed=self.seed, steps=self.steps)
             some = choose(self.held_out.rows, HELD_OUT_IMAGES, self.seed, Choice.CLASSIFIER_TEST)
             score = accuracy(net, *(part.to(device) for part in read_images(self.held_out, some)))
             weights = {name: value.cpu().numpy() for name, value in net.state_dict().items()}
@@ -207,7 +209,7 @@ def save_classifier(uri: str, net: Classifier, image: ImageConfig, score: float)
     """Writes a folder with model.safetensors and classifier.json."""
     about = {"format": FORMAT, "image": to_dict(image), "held_out_accuracy": score}
     storage.write_atomic(storage.join(uri, WEIGHTS), save(net.state_dict()))
-    storage.write_atomic(storage.join(uri, CONFIG), json.dumps(about, indent=1).encode())
+    storage.write_atomic(storage.join(uri, CONFIG), to_json(about, indent=1).encode())
 
 
 def load_classifier(uri: str) -> tuple[Classifier, ImageConfig, float]:
@@ -221,8 +223,10 @@ def load_classifier(uri: str) -> tuple[Classifier, ImageConfig, float]:
         image = from_dict(ImageConfig, about["image"], CONFIG)
         net = Classifier(image)
         net.load_state_dict(load(storage.read_bytes(storage.join(uri, WEIGHTS))))
+        score = about["held_out_accuracy"]
+        accuracy = math.nan if score is None else float(score)
     except FileNotFoundError:
         raise InputError(f"--features {uri}: neither a TorchScript file nor a classifier folder") from None
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--features {uri}: damaged: {one_line(error)}") from None
-    return net.eval().requires_grad_(False), image, float(about["held_out_accuracy"])
+    return net.eval().requires_grad_(False), image, accuracy

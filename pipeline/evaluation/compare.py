@@ -10,7 +10,7 @@ from pipeline.cluster.pool import Pool
 from pipeline.evaluation.classifier import TRAINING_IMAGES, save_classifier, train_classifier
 from pipeline.evaluation.compared import Compared
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.features import ClassifierExtractor, FeatureSet, measure
+from pipeline.evaluation.features import ClassifierExtractor, FeatureSet, about_classifier, measure
 from pipeline.evaluation.frechet import Moments, Statistics, frechet_distance, write_statistics
 from pipeline.evaluation.inception import inception_score
 from pipeline.evaluation.kernel import kernel_distance
@@ -31,7 +31,7 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
         net, accuracy = train_classifier(
             compared.reference, compared.held_out, seed=config.seed, steps=config.classifier_steps, pool=pool
         )
-        extractor, metrics = ClassifierExtractor(net), {"classifier_accuracy": accuracy}
+        extractor, metrics = ClassifierExtractor(net), about_classifier(accuracy)
         if config.output:
             folder = storage.join(config.output, "classifier")
             save_classifier(folder, net, compared.reference.image, accuracy)
@@ -54,7 +54,10 @@ def measure_quality(config: EvaluateConfig, compared: Compared, pool: Pool) -> d
         }
         if "memorisation" in config.metrics:
             metrics |= _memorisation(config, compared, fake, other, pool)
-    if "cas" in config.metrics and fake.labels.min() >= 0 and len(compared.reference.image.classes) > 1:
+    if not _labelled(real, fake, *others) and {"knn", "cas"} & set(config.metrics):
+        why = "not all images have a label that is a class of the data"
+        print(f"evaluate: knn and cas are left out where {why}", file=sys.stderr)
+    elif "cas" in config.metrics and len(compared.reference.image.classes) > 1:
         metrics |= _classification_accuracy(config, compared, pool)
     return metrics
 
@@ -136,12 +139,14 @@ def compare_features(config: EvaluateConfig, real: FeatureSet, fake: FeatureSet)
             real.features, fake.features, config.precision_recall_neighbours
         )
         metrics["precision_recall_images"] = len(fake.features)
-    unlabelled = min(real.labels.min(), fake.labels.min()) < 0
-    if "knn" in config.metrics and not unlabelled:
+    if "knn" in config.metrics and _labelled(real, fake):
         metrics["knn_label_accuracy"] = knn_label_accuracy(
             real.thumbnails, real.labels, fake.thumbnails, fake.labels, config.knn_neighbours
         )
         metrics["knn_label_accuracy_images"] = len(fake.labels)
-    if unlabelled and {"knn", "cas"} & set(config.metrics):
-        print("evaluate: knn and cas are left out: not all images have a label", file=sys.stderr)
     return metrics
+
+
+def _labelled(*sides: FeatureSet) -> bool:
+    """True if all images of the sides have a label."""
+    return min(of.labels.min() for of in sides) >= 0

@@ -83,6 +83,7 @@ def open_compared(config: EvaluateConfig, splits: Splits, model: str) -> Compare
         check_labels(reference)
     else:
         extractor, about = open_extractor(config.features, reference.image)
+        _embed_one(extractor, reference)
     others = _outputs_of_inception(config, extractor, reference)
     statistics = None
     if config.reference_statistics and extractor is not None:

@@ -1,5 +1,6 @@
 """Computes feature vectors of images, with any TorchScript network or the built-in classifier."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -65,7 +66,12 @@ def open_extractor(
     net, trained_on, accuracy = load_classifier(uri)
     if trained_on != image:
         raise InputError(f"{flag} {uri}: trained on images of another size or other classes")
-    return ClassifierExtractor(net), {"classifier_accuracy": accuracy}
+    return ClassifierExtractor(net), about_classifier(accuracy)
+
+
+def about_classifier(accuracy: float) -> dict[str, float]:
+    """The metric about a classifier; {} if no held-out image has a label, and so the accuracy is NaN."""
+    return {"classifier_accuracy": accuracy} if math.isfinite(accuracy) else {}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Moments of parts are merged into the moments of the whole, so no process ever ho
 """
 
 import io
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -104,9 +103,9 @@ def read_statistics(uri: str) -> Statistics:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
             features = _published(file["mu"], file["sigma"])
             return Statistics(features, _published(file["mu_s"], file["sigma_s"]) if "mu_s" in file else None)
-    except OSError as error:
-        raise InputError(f"--reference-statistics {uri}: can't be read: {one_line(error)}") from None
-    except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and NumPy raise anything on damaged files
+        if storage.is_storage_error(error):
+            raise InputError(f"--reference-statistics {uri}: can't be read: {one_line(error)}") from None
         raise InputError(
             f"--reference-statistics {uri}: not an npz file with mu [D] and sigma [D, D]: {one_line(error)}"
         ) from None

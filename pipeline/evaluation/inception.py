@@ -64,11 +64,19 @@ class TorchScriptExtractor:
         run = _RUNS[self.output](net, takes)
 
         def embed(images: Tensor) -> Tensor:
+            if images.shape[1] not in (1, 3):
+                raise InputError(
+                    "--features: the network takes no alpha channel: prepare the data with --channels 3"
+                )
             images = images.expand(-1, 3, -1, -1)
-            features = run(images)
+            try:
+                features = run(images)
+            except RuntimeError as error:
+                shape, why = list(images.shape[1:]), str(error).strip().splitlines()[-1]
+                raise InputError(f"--features: the network fails on images of {shape}: {why}") from None
             if not isinstance(features, Tensor) or features.shape[:1] != images.shape[:1]:
                 raise InputError("--features: the network gives no tensor with one row for each image")
-            return features.flatten(1).float()
+            return features.reshape(len(images), -1).float()
 
         return embed
 

@@ -7,6 +7,8 @@ import numpy as np
 from pipeline.errors import InputError
 
 ROWS_AT_A_TIME = 1024
+ROUNDING = 1e-12
+"""Share of the squares of two vectors below which their squared distance is only rounding."""
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -76,7 +78,8 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.
     """Squared distances ||a_i - b_j||^2 of rows of `a` [N, D] to all rows of `b` [M, D].
 
     Returns:
-        slices of rows of `a` in order, each with its distances, float64 [rows, M], never negative.
+        slices of rows of `a` in order, each with its distances, float64 [rows, M], never negative, and exactly 0
+        between equal rows.
     """
     # Subtracting the centre makes the squares smaller, and so the cancellation between them.
     centre = b.mean(axis=0, dtype=np.float64)
@@ -85,5 +88,7 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.
     for start in range(0, len(a), ROWS_AT_A_TIME):
         rows = slice(start, min(start + ROWS_AT_A_TIME, len(a)))
         part = a[rows] - centre
-        distances = (part**2).sum(axis=1)[:, None] + b_squares - 2 * part @ b.T
-        yield rows, distances.clip(min=0)
+        squares = (part**2).sum(axis=1)[:, None] + b_squares
+        distances = squares - 2 * part @ b.T
+        distances[distances < ROUNDING * squares] = 0
+        yield rows, distances

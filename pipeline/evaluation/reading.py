@@ -1,6 +1,7 @@
 """Reads images by sample id, from a prepared or a generated dataset."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.labels import is_number
 from pipeline.data.sources.fetch import in_order
 from pipeline.data.sources.npz import list_npz
-from pipeline.data.sources.parquet import row_counts
+from pipeline.data.sources.parquet import class_names, row_counts
 from pipeline.data.sources.parts import Request
 from pipeline.data.sources.records import ArrayPart
 from pipeline.data.sources.tree import open_tree
@@ -31,7 +32,7 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     """The images with these sample ids, which must be ascending.
 
     Returns:
-        images, uint8 [N, C, H, W], and labels, int64 [N], -1 for none.
+        images, uint8 [N, C, H, W], and labels, int64 [N], -1 for none and for a number that is none of the classes.
 
     Raises:
         InputError: an image can't be decoded.
@@ -46,7 +47,8 @@ def read_images(index: DatasetIndex, ids: np.ndarray) -> tuple[Tensor, Tensor]:
                 raise InputError(
                     f"{group.part.uri}: image {path.as_py()}: {error}: leave it out of the data"
                 ) from None
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    known = [label if label < len(image.classes) else -1 for label in labels]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(known)
 
 
 def image_names(index: DatasetIndex, ids: np.ndarray) -> list[str]:
@@ -70,7 +72,8 @@ def _tables(index: DatasetIndex, ids: np.ndarray) -> Iterator[tuple[Group, pa.Ta
 def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
     """Opens samples: Parquet files with columns `image` (struct of bytes and path) and `label`, or npz files.
 
-    In a folder that jobs/generate.py wrote, only the files of the manifest are used.
+    In a folder that jobs/generate.py wrote, only the files of the manifest are used. Labels of a Parquet file that
+    names other classes than the images have are not used, because their numbers mean something else.
 
     Args:
         image: images that the samples are compared with; samples are converted to their size and channels.
@@ -99,6 +102,8 @@ def open_samples(uri: str, image: ImageConfig, model: str = "") -> DatasetIndex:
         )
     if tables:
         groups: Groups = row_groups(zip(tables, in_order(row_counts, tables, uri), strict=True))
+        if (names := class_names(tables[0])) and names != image.classes:
+            image = replace(image, classes=())
     else:
         groups = _arrays(files)
     if not groups.first[-1]:

@@ -115,7 +115,7 @@ def sample_floats(model: Model, spec: ModelSpec, ids: Tensor, **settings: Unpack
         eta=settings.get("eta", 0.0),
         labels=settings.get("labels"),
         guidance=settings.get("guidance", 1.0),
-        null_label=len(image.classes),
+        null_label=len(image.classes) if spec.model.class_conditional else None,
         least_alpha_bar=least,
     )
 

@@ -22,6 +22,7 @@ from pipeline.errors import InputError
 from pipeline.models.sampling import from_pixels, preview, to_pixels
 from pipeline.models.unet import UNet
 from pipeline.pictures import draw
+from pipeline.redact import printable
 from pipeline.rng import Purpose, normal
 
 STRIP_COLUMNS, MOST_COLUMNS = 9, 16
@@ -210,7 +211,8 @@ def _chunks(index: DatasetIndex, spec: ModelSpec) -> Iterator[tuple[Tensor, Tens
 
 
 def _shown(name: str) -> str:
-    """A class's name, shortened for a picture."""
+    """A class's name in one line, shortened for a picture."""
+    name = printable(name)
     return name if len(name) <= 20 else f"{name[:19]}…"
 
 

@@ -22,6 +22,7 @@ from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.classifier import Classifier, save_classifier
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.memorisation import memorised
 from pipeline.evaluation.reading import open_samples, read_images
 from pipeline.models.export import model_fingerprint, save_model
 from pipeline.pictures import draw
@@ -308,6 +309,57 @@ def test_copies_of_training_images_are_counted_and_shown(
     assert metrics["nearest_training_distance"] < metrics["nearest_training_distance_real"]
     shown, nearest = drawn
     np.testing.assert_array_equal(shown[:20], nearest[:20])
+
+
+def test_copies_count_where_held_out_images_are_copies_too() -> None:
+    held_out = np.concatenate([np.zeros(3), np.linspace(0.1, 0.5, 97)])
+    assert memorised(np.zeros(50), held_out)["memorised"] == 1
+    assert memorised(np.full(50, 0.05), held_out)["memorised"] == 0
+
+
+@pytest.mark.usefixtures("evaluated_here")
+def test_figures_that_need_labels_are_left_out_where_some_images_have_none(
+    tmp_path: Path, digits: Path, train: DatasetIndex, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three held-out images have no label; nor have samples of classes that the data does not know."""
+    images, labels = (part.numpy() for part in read_images(train, np.arange(120)))
+    pixels, data = images.transpose(0, 2, 3, 1), tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("train", range(80)), ("validation", range(80, 120))):
+        some = [int(labels[i]) if split == "train" or i % 3 == 0 else None for i in rows]
+        encoded = [{"bytes": encode_png(pixels[i]), "path": f"{i}.png"} for i in rows]
+        pq.write_table(pa.table({"image": encoded, "label": some}), data / f"{split}.parquet")
+    known = write_samples(tmp_path / "known", pixels, labels)
+    config = EvaluateConfig(
+        model="", data=str(data), samples=str(known), metrics=("knn", "cas"), classifier_steps=2
+    )
+    metrics = evaluate(config, "").metrics
+    assert "knn_label_accuracy" in metrics
+    assert not {"knn_label_accuracy_real", "classification_accuracy_score"} & metrics.keys()
+    assert capsys.readouterr().err.count("left out where not all images have a label") == 1
+
+    strange = write_samples(tmp_path / "strange", pixels, labels + 400)
+    metrics = evaluate(replace(config, data=str(digits), samples=str(strange)), "").metrics
+    assert "knn_label_accuracy_real" in metrics
+    assert not {"knn_label_accuracy", "classification_accuracy_score"} & metrics.keys()
+    assert "a class of the data" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("evaluated_here")
+def test_a_network_that_does_not_fit_the_images_is_refused_before_anything_is_measured(
+    digits: Path, noise: Path, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "held_out_bits", None)
+    torch.jit.script(torch.nn.Conv2d(4, 1, 1)).save(tmp_path / "four.pt")
+    config = EvaluateConfig(
+        model="",
+        data=str(digits),
+        samples=str(noise),
+        features=str(tmp_path / "four.pt"),
+        metrics=("bits", "frechet"),
+    )
+    with pytest.raises(InputError, match=r"--features: the network fails on images of \[3, 8, 8\]"):
+        evaluate(config, str(model_folder))
 
 
 @pytest.mark.usefixtures("evaluated_here")

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pipeline.cluster.pool import ActorPool, in_process
+from pipeline.data.images import encode_png
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
 from pipeline.evaluation import features
@@ -17,9 +18,10 @@ from pipeline.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
-from pipeline.evaluation.features import measure
+from pipeline.evaluation.features import measure, open_extractor
 from pipeline.evaluation.inception import TorchScriptExtractor, read_torchscript
 from pipeline.evaluation.reading import open_samples, read_images
+from pipeline.generation.writers import Row, parquet
 from tests.evaluation.common import DIGITS, write_samples
 
 
@@ -179,3 +181,71 @@ def test_images_whose_features_are_not_numbers_are_named(tmp_path: Path) -> None
     assert "--features: the features of 7 images are not finite: " in str(caught.value)
     assert "part-0.parquet: image 3.png, " in str(caught.value)
     assert str(caught.value).endswith("part-1.parquet: image 91.png, …")
+
+
+class TooSmall(nn.Module):
+    """A network for images of 32x32 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * 32 * 32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1))
+
+
+class Brightness(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3))
+
+
+def test_a_network_that_does_not_fit_the_images_is_refused_in_one_line(tmp_path: Path) -> None:
+    torch.jit.script(TooSmall()).save(tmp_path / "net.pt")
+    embed = read_torchscript(str(tmp_path / "net.pt")).load("cpu")
+    assert embed(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 4)
+    with pytest.raises(InputError, match=r"fails on images of \[3, 8, 8\]: .*mat1") as caught:
+        embed(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="alpha"):
+        embed(torch.zeros(2, 4, 32, 32, dtype=torch.uint8))
+
+
+def test_a_network_may_give_one_number_for_each_image(tmp_path: Path) -> None:
+    torch.jit.script(Brightness()).save(tmp_path / "net.pt")
+    embed = read_torchscript(str(tmp_path / "net.pt")).load("cpu")
+    assert embed(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)).tolist() == [[1.0], [1.0]]
+
+
+def test_numbers_that_are_no_class_of_the_data_are_no_labels(tmp_path: Path) -> None:
+    labels = np.array([0, 9, 10, 500])
+    index = open_samples(str(write_samples(tmp_path / "samples", digit_pixels()[:4], labels)), DIGITS)
+    assert read_images(index, np.arange(4))[1].tolist() == [0, 9, -1, -1]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_labels_of_samples_that_name_other_classes_are_not_used(tmp_path: Path, order: int) -> None:
+    rows = [Row(encode_png(digit_pixels()[i]), i, i, 0) for i in range(4)]
+    (tmp_path / "samples.parquet").write_bytes(parquet(rows, DIGITS.classes[::order]))
+    index = open_samples(str(tmp_path), DIGITS)
+    assert read_images(index, np.arange(4))[1].tolist() == ([0, 1, 2, 3] if order == 1 else [-1] * 4)
+
+
+def test_a_classifier_is_trained_and_measured_on_the_labelled_images_alone(tmp_path: Path) -> None:
+    pixels, labels = digit_pixels()[:300], load_digits().target[:300]
+    some = np.where(np.arange(300) % 3, labels, -1)
+
+    def opened(name: str, labels: np.ndarray) -> DatasetIndex:
+        return open_samples(str(write_samples(tmp_path / name, pixels, labels)), DIGITS)
+
+    partly, whole, none = opened("partly", some), opened("whole", labels), opened("none", np.full(300, -1))
+    net, score = train_classifier(partly, partly, steps=60)
+    known = torch.from_numpy(some >= 0)
+    images = read_images(whole, np.arange(300))[0]
+    assert score == accuracy(net, images[known], torch.from_numpy(labels)[known]) > 0.5
+    net, score = train_classifier(whole, none, steps=1)
+    assert np.isnan(score)
+    save_classifier(str(tmp_path / "classifier"), net, DIGITS, score)
+    assert np.isnan(load_classifier(str(tmp_path / "classifier"))[2])
+    assert open_extractor(str(tmp_path / "classifier"), DIGITS)[1] == {}
+    with pytest.raises(InputError, match="no image has a label"):
+        train_classifier(none, whole, steps=1)

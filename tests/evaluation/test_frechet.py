@@ -95,6 +95,11 @@ def test_files_that_hold_no_statistics_are_refused_in_one_line(tmp_path: Path) -
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}]), sigma=np.eye(1))
     np.save(tmp_path / "plain.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "empty.npz").touch()
+    np.savez_compressed(tmp_path / "torn.npz", mu=np.arange(300.0), sigma=np.eye(300))
+    torn = bytearray((tmp_path / "torn.npz").read_bytes())
+    torn[100:300] = b"\xff" * 200
+    (tmp_path / "torn.npz").write_bytes(torn)
     for name in (
         "images.npz",
         "shapes.npz",
@@ -103,6 +108,8 @@ def test_files_that_hold_no_statistics_are_refused_in_one_line(tmp_path: Path) -
         "plain.npy",
         "text.npz",
         "nowhere.npz",
+        "empty.npz",
+        "torn.npz",
     ):
         with pytest.raises(InputError, match=f"--reference-statistics .*{name}: [^\n]*$"):
             read_statistics(str(tmp_path / name))

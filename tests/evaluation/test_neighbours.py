@@ -24,6 +24,16 @@ def test_squared_distances_are_those_of_a_direct_difference_also_far_from_zero()
     np.testing.assert_allclose(found, ((a[:, None] - b) ** 2).sum(axis=2), rtol=1e-9)
 
 
+def test_equal_rows_have_distance_zero_exactly_and_nearly_equal_ones_do_not() -> None:
+    points = np.random.default_rng(0).integers(0, 256, (40, 700)).astype(np.float32) / 255
+    found = np.concatenate([part for _, part in squared_distances(points, points)])
+    assert not found.diagonal().any()
+    other = points.copy()
+    other[:, 0] += np.float32(1 / 255)
+    found = np.concatenate([part for _, part in squared_distances(other, points)])
+    np.testing.assert_allclose(found.diagonal(), 1 / 255**2, rtol=1e-4)
+
+
 def test_a_set_has_full_precision_and_recall_against_itself_and_none_against_one_far_away() -> None:
     points = np.random.default_rng(1).normal(size=(30, 3))
     assert precision_recall(points, points) == (1.0, 1.0)

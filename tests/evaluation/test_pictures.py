@@ -1,5 +1,6 @@
 """The pictures show the model's and the data's own values."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,10 @@ def test_long_names_stand_upright_and_leave_the_images_their_place(tmp_path: Pat
         np.testing.assert_array_equal(np.asarray(below), np.asarray(bare))
         at = text_columns(picture, (0, 0, picture.width, picture.height - bare.height))
         assert at.min() < bare.width / 2 and at.max() > bare.width / 2
+
+
+def test_a_class_may_have_any_name(tmp_path: Path) -> None:
+    model, spec = small_model()
+    names = ("two\nlines", "", "x" * 300, "$\\frac{", "\u72ac", *"56789")
+    spec = replace(spec, image=replace(spec.image, classes=names))
+    assert is_picture(make.draw_samples(model, spec, tmp_path / "samples.png", rows=1, steps=2))

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from pipeline.config import DiffusionConfig, ImageConfig, ModelSpec
+from pipeline.errors import InputError
 from pipeline.models.sampling import from_pixels, preview, sample_images, to_pixels
 from tests.models.test_unet import SMALL, randomised
 
@@ -37,3 +39,11 @@ def test_a_preview_is_the_same_samples_in_any_pieces_with_the_classes_in_turn() 
     assert torch.equal(two, sample_images(model, SPEC, ids, labels=ids % 2, **asked))  # type: ignore[arg-type]
     # The preview takes at most T steps.
     assert torch.equal(preview(model, SPEC, 2, steps=25), preview(model, SPEC, 2, steps=10))
+
+
+def test_guidance_of_a_model_without_classes_is_refused_and_not_left_out_silently() -> None:
+    spec = replace(SPEC, model=SMALL)
+    labels = torch.tensor([0, 1])
+    with pytest.raises(InputError, match="guidance: needs labels and a class-conditional model"):
+        sample_images(randomised(spec), spec, torch.arange(2), labels=labels, guidance=2.0)
+    assert sample_images(randomised(spec), spec, torch.arange(2), labels=labels).shape == (2, 1, 8, 8)

@@ -27,7 +27,15 @@ from pipeline.data.sources.tree import Tree
 from pipeline.errors import InputError
 from pipeline.redact import printable
 
-__all__ = ["ParquetPart", "is_parquet", "list_parquet", "open_parquet", "read_row_group", "row_counts"]
+__all__ = [
+    "ParquetPart",
+    "class_names",
+    "is_parquet",
+    "list_parquet",
+    "open_parquet",
+    "read_row_group",
+    "row_counts",
+]
 SUFFIXES = (".parquet", ".parq", ".pq")
 _ROWS = 4096
 _POINTER = b"version https://git-lfs"
@@ -41,6 +49,13 @@ def row_counts(uri: str) -> list[int]:
     """
     metadata = opened(uri, PREPARED).file.metadata
     return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+def class_names(uri: str) -> tuple[str, ...]:
+    """The names that such a file notes for its labels; empty if it notes none. Raises InputError as `row_counts`."""
+    feature = features_of(opened(uri, PREPARED).file.schema_arrow).get(PREPARED.label)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def is_parquet(tree: Tree) -> bool:
