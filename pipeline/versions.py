@@ -22,9 +22,12 @@ def check_readable(found: dict[str, Any] | None, where: str) -> None:
     """Checks that this release can read a file. It reads all older layouts.
 
     Raises:
-        InputError: a later release wrote the file.
+        InputError: a later release wrote the file, or its versions are damaged.
     """
-    its = (found or OF_0_1_0)["format"]
+    try:
+        its = int((found or OF_0_1_0)["format"])
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{where} is damaged: its versions are {found}") from None
     if its > VERSIONS["format"]:
         raise InputError(
             f"{where}: written by a later release of ray-ddpm (format {its}, this one reads up to {VERSIONS['format']}): "

@@ -70,7 +70,9 @@ def read_archive(uri: str) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
             return file[IMAGES], file.get(LABELS)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and NumPy raise anything on damaged files
+        if storage.is_storage_error(error):
+            raise
         raise InputError(
             f"{uri} is damaged ({one_line(error, 100)}): run with --verify to list the damaged files, remove them, then "
             "run the same command again"

@@ -87,7 +87,7 @@ def load_model(model: str | Path | Packed) -> tuple[UNet, ModelSpec]:
     try:
         network = build(spec)
         network.load_state_dict(load(packed.weights))
-    except (SafetensorError, ValueError, RuntimeError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise _damaged(packed.where, error) from None
     if bad := [name for name, weight in network.state_dict().items() if not weight.isfinite().all()]:
         raise InputError(

@@ -65,6 +65,14 @@ def test_damage_is_named(folder: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize("versions", [7, "x", [1], {"order": 3}, {"format": None}])
+def test_damaged_versions_are_named(folder: Path, versions: object) -> None:
+    packed = pack_model(folder)
+    config = json.dumps(json.loads(packed.config) | {"versions": versions}).encode()
+    with pytest.raises(InputError, match="is damaged: its versions are"):
+        load_model(packed._replace(config=config))
+
+
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     save_model(folder, randomised(PLAIN).state_dict(), SPEC)
     with pytest.raises(InputError, match="damaged"):
