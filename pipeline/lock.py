@@ -43,12 +43,13 @@ def locked(output: str) -> Iterator[threading.Event]:
         an event that is set when another driver takes over the output.
 
     Raises:
-        Outage: another live driver holds it.
+        Outage: another live driver holds it, or the storage fails.
         LeaseLost: another driver took it over. In the main thread this interrupts whatever the program does.
     """
     with _folder_locked(output) as held:
         lease = _Lease(output, held)
-        _take(lease)
+        with storage.reporting(f"--output {output} can't be locked"):
+            _take(lease)
         try:
             with _renewed(lease) as lost:
                 yield lost
@@ -63,8 +64,9 @@ def _folder_locked(output: str) -> Iterator[bool]:
         yield False
         return
     folder = Path(storage.absolute(output))
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    with storage.reporting(f"--output {output} can't be locked"):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

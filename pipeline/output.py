@@ -32,13 +32,16 @@ def read_claim(output: str, name: str) -> dict[str, Any] | None:
     Returns:
         `fixed`, the settings; `versions`; and whatever `write_claim` kept beside them.
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or can't be read now.
     """
     uri = storage.join(output, name)
+    with storage.reporting(f"{uri} can't be read"):
+        try:
+            data = storage.read_bytes(uri)
+        except FileNotFoundError:
+            return None
     try:
-        content = json.loads(storage.read_bytes(uri))
-    except FileNotFoundError:
-        return None
+        content = json.loads(data)
     except ValueError as error:
         raise InputError(f"{uri} is damaged: {error}: restore it, or choose another folder") from None
     if not isinstance(content, dict):
@@ -79,7 +82,9 @@ def check_claim(
 def write_claim(output: str, name: str, fixed: dict[str, Any], **beside: Any) -> None:
     """Writes the settings that an output belongs to. Values in `beside` are kept too, and may change later."""
     content = {"versions": {**VERSIONS, "release": f"ray-ddpm {__version__}"}, "fixed": fixed, **beside}
-    storage.write_atomic(storage.join(output, name), json.dumps(content, indent=1, sort_keys=True).encode())
+    uri = storage.join(output, name)
+    with storage.reporting(f"{uri} can't be written"):
+        storage.write_atomic(uri, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def check_apart(output: str, flag: str, source: str) -> None:

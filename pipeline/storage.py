@@ -34,6 +34,23 @@ class StorageError(Outage):
     """The storage can't answer at the moment."""
 
 
+@contextlib.contextmanager
+def reporting(what: str, advice: str = "") -> Iterator[None]:
+    """Turns an error of the storage, such as a full disk, into one line: what fails, why, and what to do.
+
+    Raises:
+        Outage: the storage failed in the block. Other errors stay as they are.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # object stores raise errors of their own
+        if not is_storage_error(error):
+            raise
+        raise Outage(f"{what}: {getattr(error, 'strerror', None) or one_line(error)}{advice}") from None
+
+
 def open_fs(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path in it.
 

@@ -1,5 +1,6 @@
 """One driver per output, on every storage: a living one keeps its lock, a dead one's lock is taken over."""
 
+import errno
 import json
 import os
 import signal
@@ -12,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ConnectionClosedError
 
 from pipeline import lock as lock_module
 from pipeline import storage
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.lock import LeaseLost, locked
+from pipeline.output import read_claim, write_claim
+from tests.data.weather import Weather
 from tests.jobs.common import ROOT
 
 HOLD = (
@@ -207,3 +211,33 @@ def test_the_owner_says_again_and_again_that_it_is_alive(
         while json.loads(storage.read_bytes(f"{output}/lock.json") or b'{"time": 0}')["time"] <= before:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_a_store_that_fails_at_the_lock_or_the_settings_gets_one_line(bucket: str, weather: Weather) -> None:
+    write_claim(bucket, "run.json", {"a": 1})
+    weather.storm("expired", 600.0, lambda method, path: path.endswith(("lock.json", "run.json")))
+    with pytest.raises(Outage, match=f"--output {bucket} can't be locked: .*Forbidden"), locked(bucket):
+        pass
+    with pytest.raises(Outage, match=r"run\.json can't be read: .*Forbidden"):
+        read_claim(bucket, "run.json")
+    with pytest.raises(Outage, match=r"run\.json can't be written: .*expired"):
+        write_claim(bucket, "run.json", {"a": 2})
+    weather.calm()
+    assert (read_claim(bucket, "run.json") or {})["fixed"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "X: No space left on device; then"),
+        (PermissionError("Forbidden"), "X: Forbidden; then"),
+        # No OSError: what s3fs raises for a connection that is closed again and again.
+        (ConnectionClosedError(endpoint_url="http://s3"), 'X: Connection was closed .*"http://s3".; then'),
+    ],
+)
+def test_an_error_of_a_storage_becomes_one_line_and_other_errors_stay(error: Exception, says: str) -> None:
+    with pytest.raises(Outage, match=says), storage.reporting("X", "; then"):
+        raise error
+    for other in (ValueError("mine"), InputError("mine"), OSError("damaged")):
+        with pytest.raises(type(other), match=r"^(mine|damaged)$"), storage.reporting("X"):
+            raise other

@@ -86,7 +86,7 @@ class ActorPool:
             with announced(self._need(gpu), say):
                 for done, row in enumerate(self._rows(work, tasks, gpu), start=1):
                     if row["error"]:
-                        raise InputError(row["error"])
+                        raise pickle.loads(row["error"])
                     if display:
                         display.update(done, "")
                     yield pickle.loads(row["result"])
@@ -145,7 +145,7 @@ class _Actor:
     def __init__(self, setup: list[Any], device: str) -> None:
         import ray
 
-        self._error = ""
+        self._error = b""
         try:
             work, self._tasks = ray.get(setup[0])
             # One thread, so that sums are the same on any machine and with any number of actors.
@@ -154,11 +154,11 @@ class _Actor:
             use_tf32(False)  # TF32 would round the products of figures and samples in fp32
             self._do = work.start(device)
         except InputError as error:
-            self._error = str(error)
+            self._error = pickle.dumps(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             result = b"" if self._error else pickle.dumps(self._do(self._tasks[row["id"]]))
             return {"result": result, "error": self._error}
         except InputError as error:
-            return {"result": b"", "error": str(error)}
+            return {"result": b"", "error": pickle.dumps(error)}

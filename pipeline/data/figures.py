@@ -30,7 +30,7 @@ def record(uri: str, fingerprint: str, metrics: dict[str, float], on: dict[str, 
         on: the data and the settings of the measurement, as shown in the card.
     """
     try:
-        with locked(uri):
+        with storage.reporting(f"{uri} can't be written"), locked(uri):
             manifest = read_manifest(uri, "--samples") or {}
             if manifest.get("sha256") != fingerprint:
                 raise InputError("the samples changed since they were measured")
@@ -41,7 +41,7 @@ def record(uri: str, fingerprint: str, metrics: dict[str, float], on: dict[str, 
             if storage.exists(card := storage.join(uri, CARD)):
                 text = storage.read_bytes(card).decode().split(_HEAD)[0]
                 storage.write_atomic(card, (text + section(uri, fingerprint)).encode())
-    except (InputError, OSError, UnicodeDecodeError) as error:
+    except (InputError, UnicodeDecodeError) as error:
         print(
             f"evaluate: the metrics were not added to the card of {uri}: {one_line(error)}", file=sys.stderr
         )

@@ -16,7 +16,7 @@ from pipeline.generation.card import describe, mark_growing
 from pipeline.generation.chunks import Chunk, gaps, tasks
 from pipeline.generation.config import GenerateConfig, check, identity
 from pipeline.generation.ledger import ChunkRecord
-from pipeline.generation.sampler import SampleWork, Setup, places_of, unwritable
+from pipeline.generation.sampler import SampleWork, Setup, places_of, writing_to
 from pipeline.generation.verify import as_written, verify
 from pipeline.lock import locked
 from pipeline.models.export import Packed, model_fingerprint, pack_model, read_spec
@@ -70,20 +70,17 @@ def generate(
     model = {"model": model_name, "model_asked": config.model}
     setup = Setup(packed, config, output, ledger.digest(wanted))
     places, pool = partial(places_of, config, spec), pool or actor_pool(config)
-    try:
-        with locked(output):
-            ledger.claim(output, wanted, model)
-            whole = ledger.finished(output, config.format, setup.settings, places)
-            if not whole:
-                arithmetic.forget(output)
-            metrics = _make(setup, spec, whole, pool)
-            whole = ledger.finished(output, config.format, setup.settings, places)
-            _finish(config, output, whole, places)
-            saved = ledger.saved_settings(output) or model
-            about = {key: saved[key] for key in model} | {"settings": wanted}
-            describe(config, output, spec, about, whole)
-    except OSError as error:
-        raise InputError(unwritable(config.output, error)) from None
+    with writing_to(config.output), locked(output):
+        ledger.claim(output, wanted, model)
+        whole = ledger.finished(output, config.format, setup.settings, places)
+        if not whole:
+            arithmetic.forget(output)
+        metrics = _make(setup, spec, whole, pool)
+        whole = ledger.finished(output, config.format, setup.settings, places)
+        _finish(config, output, whole, places)
+        saved = ledger.saved_settings(output) or model
+        about = {key: saved[key] for key in model} | {"settings": wanted}
+        describe(config, output, spec, about, whole)
     return _result(config, whole, metrics)
 
 

@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.data.generated import PARTIAL, foreign, sizes
 from pipeline.data.manifest import CARD, MANIFEST, SAMPLES
 from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.generation.chunks import Chunk, file_name, parse_name
 from pipeline.generation.writers import SUFFIX
 from pipeline.output import check_claim, read_claim, write_claim
@@ -87,6 +87,8 @@ def saved_settings(output: str) -> dict[str, Any] | None:
     """The settings and the model that the output was begun with; None if they are not known."""
     try:
         return read_claim(output, SETTINGS)
+    except Outage:
+        raise
     except InputError:
         return None
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -21,7 +22,6 @@ from pipeline.gpu.graph import Graphed
 from pipeline.gpu.precision import use_tf32
 from pipeline.models.export import Packed, load_model
 from pipeline.models.sampling import sample_floats, to_pixels
-from pipeline.redact import one_line
 from pipeline.rng import Purpose, uniform
 
 
@@ -151,16 +151,14 @@ class SampleWork:
             InputError: as `Renderer` and `arithmetic.claim`, or the output can't be written.
         """
         renderer, output = Renderer(self.setup, device), self.setup.output
-        try:
+        with writing_to(output):
             arithmetic.claim(output, renderer.arithmetic, self.setup.config.mixed_arithmetic)
-        except OSError as error:
-            raise InputError(unwritable(output, error)) from None
         return partial(_make_span, self.setup, renderer)
 
 
 def _make_span(setup: Setup, renderer: Renderer, span: Chunk) -> Made:
     made = bad = 0
-    try:
+    with writing_to(setup.output):
         for chunk in cut_into_chunks(span, setup.config.rows_per_file):
             # The span of a killed actor is assigned again. Its finished chunks are kept.
             record = ledger.read_record(setup.output, chunk, setup.config.format, setup.settings)
@@ -168,8 +166,6 @@ def _make_span(setup: Setup, renderer: Renderer, span: Chunk) -> Made:
                 record = _make(setup, renderer, chunk)
                 made += record.rows
             bad += record.blank + record.nonfinite
-    except OSError as error:
-        raise InputError(unwritable(setup.output, error)) from None
     return Made(span.stop - span.start, made, bad)
 
 
@@ -226,7 +222,7 @@ def labels_or_none(labels: Tensor | None, count: int) -> list[int | None]:
     return [None] * count if labels is None else labels.tolist()
 
 
-def unwritable(output: str, error: OSError) -> str:
-    """One line for an error such as a full disk, with what to do."""
-    reason = error.strerror or one_line(error)
-    return f"--output {output}: {reason}: solve this and run the same command again; finished files are kept"
+def writing_to(output: str) -> AbstractContextManager[None]:
+    """Turns an error of an output's storage, such as a full disk, into one line with what to do."""
+    advice = ": solve this and run the same command again; finished files are kept"
+    return storage.reporting(f"--output {output}", advice)

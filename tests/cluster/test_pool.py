@@ -14,7 +14,7 @@ import torch
 
 from pipeline.cluster.pool import ActorPool, in_process
 from pipeline.cluster.session import connect
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Outage
 from pipeline.evaluation.work import cut
 from tests.data.common import leave_ray
 
@@ -32,7 +32,7 @@ def cluster() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Squares:
-    """Squares its ids. The first process that gets id 5 is killed; ids over 100 raise InputError."""
+    """Squares its ids. The first process that gets id 5 is killed; ids over 100 raise Outage."""
 
     killed: Path
 
@@ -42,7 +42,7 @@ class Squares:
                 self.killed.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if ids.max() > 100:
-                raise InputError("an id over 100")
+                raise Outage("an id over 100")
             rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
             how = {"threads": torch.get_num_threads(), "rounded": rounded}
             return {"ids": ids, "squares": ids.astype(np.float64) ** 2, **how}
@@ -79,10 +79,12 @@ def test_results_are_complete_when_an_actor_is_killed_and_in_order_where_that_is
 
 @pytest.mark.parametrize("pool", [ActorPool(1, gpu=False), GROWING], ids=["fixed", "growing"])
 def test_bad_input_in_an_actor_is_bad_input_here(pool: ActorPool, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^an id over 100$"):
+    """It keeps its kind: after an outage, a further attempt is made."""
+    with pytest.raises(Outage, match=r"^an id over 100$"):
         list(pool(Squares(tmp_path / "killed"), [np.array([200])]))
-    with pytest.raises(InputError, match=r"^nothing to do on a cpu$"):
+    with pytest.raises(InputError, match=r"^nothing to do on a cpu$") as refused:
         list(pool(Unfit(), [1, 2]))
+    assert type(refused.value) is InputError
 
 
 def test_a_gpu_that_the_cluster_lacks_is_refused() -> None:
