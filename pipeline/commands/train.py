@@ -22,7 +22,7 @@ def execute(config: TrainConfig, data: Any) -> dict[str, Any]:
         "model": trained.model,
         "run_id": trained.run.id,
         "metrics": trained.metrics,
-        "count": config.steps,
+        "count": trained.spec.provenance["steps"],
     }
 
 

@@ -58,6 +58,11 @@ def open_run(
         else:
             if run := run or runs.reopen_later(before["run_id"], CURVES):
                 return run
+    elif storage.list_folders(storage.join(output, CHECKPOINTS), "step-"):
+        raise InputError(
+            f"--output {output} holds checkpoints, but {RUN_FILE}, which says of which run, is lost: restore it, or "
+            "choose another folder"
+        )
     tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output, **runs.origin("train")}
     name = config.run_name or run_name(config, spec)
     run = run or runs.open_run(config.experiment, name, tags, config.tracking_patience)

@@ -129,16 +129,20 @@ def train(
             job = _Job(
                 replace(config, gpu=gpu), data, spec, output, tracker, display, callbacks, on_point, hooks
             )
-            weights, metrics = _train(job)
+            weights, step, metrics = _train(job)
+            # A search ends a run early, and a resume may ask for fewer steps than the run has made.
+            spec = replace(spec, provenance={**spec.provenance, "steps": step})
             place = storage.join(output, "model")
             display.phase(f"writing the model to {place}")
-            exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
+            with storage.reporting(f"{place} can't be written", "; go on with --resume"):
+                exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
             if mine:
                 gpus = config.gpus_per_worker * gpu
-                patient(
-                    lambda: draw_exported(output, config.seed, gpus),
-                    f"{SAMPLES} can't be written to {output}",
-                )
+                with storage.reporting(f"{SAMPLES} can't be written to {output}", "; go on with --resume"):
+                    patient(
+                        lambda: draw_exported(output, config.seed, gpus),
+                        f"{SAMPLES} can't be written to {output}",
+                    )
                 tracker.log_file(SAMPLES)
                 display.phase("logging the model in MLflow")
                 tracker.log_model(exported, config.register, config.alias)
@@ -200,11 +204,11 @@ class _Job:
     hooks: worker.Hooks
 
 
-def _train(job: _Job) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _train(job: _Job) -> tuple[dict[str, Tensor], int, dict[str, float]]:
     """Runs Ray Train to the last step, or until the caller's watch ends the run.
 
     Returns:
-        the weights to export, and the last value of each figure.
+        the weights to export, the steps that trained them, and the last value of each figure.
     """
     config, note = job.config, job.display.note
     folder = storage.join(job.output, CHECKPOINTS)
@@ -236,7 +240,7 @@ def _train(job: _Job) -> tuple[dict[str, Tensor], dict[str, float]]:
             raise InputError(
                 f"the checkpoint of step {config.steps} in {folder} is damaged: go on with --resume"
             )
-        return weights, reader.latest
+        return weights, step, reader.latest
     finally:
         ray.kill(channel)
 

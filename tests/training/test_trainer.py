@@ -1,6 +1,7 @@
 """Whole Ray Train runs: object storage, validation, resumes, bad steps, full disks, disks that others can't see."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from pipeline.models.export import load_model
 from pipeline.models.snapshots import parse_snapshot
 from pipeline.tracking import RUN_FILE, registry, runs
 from pipeline.tracking.tracker import Tracker
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, trainer
 from pipeline.training.trainer import train
 from tests.jobs.common import ROOT
 from tests.training.digit_runs import BATCH, ROWS, assert_same, curve, newest, settings
@@ -233,6 +234,27 @@ def test_a_full_disk_stops_the_run_and_a_resume_passes_over_a_damaged_checkpoint
     assert len(storage.list_folders(f"{output}/checkpoints", "step-")) == 2
     if not small:
         pytest.skip("only the damage was tried: a small file system can be mounted by root only")
+
+
+def test_a_model_says_the_steps_that_trained_it_and_checkpoints_belong_to_their_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = home / "longer"
+    config = settings(home, str(output), steps=6)
+
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"model can't be written: No space"):
+        patch.setattr(trainer, "save_model", full)
+        train(config)
+    fewer = train(dataclasses.replace(config, resume=True, steps=3))
+    assert [fewer.spec.provenance["steps"], load_model(output / "model")[1].provenance["steps"]] == [6, 6]
+    # Without run.json, checkpoints of one run would go on as another.
+    (output / RUN_FILE).unlink()
+    for other in (dataclasses.replace(config, seed=5), dataclasses.replace(config, resume=True)):
+        with pytest.raises(InputError, match=r"holds checkpoints, but run\.json.* is lost"):
+            train(other)
 
 
 def test_storage_that_not_all_processes_see_is_refused(home: Path) -> None:
