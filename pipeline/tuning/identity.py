@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pipeline import storage
 from pipeline.data.index import Splits
+from pipeline.errors import InputError
 from pipeline.evaluation.config import FRECHET
 from pipeline.output import check_claim, read_claim, write_claim
 from pipeline.tracking import runs
@@ -45,6 +46,11 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.
         elif run := runs.reopen_later(before["run_id"], config.metrics):
             write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
             return run, False
+    elif ledger.read_all(output):
+        raise InputError(
+            f"--output {output} holds trials, but {SEARCH_FILE}, which says of which search, is lost: restore it, or "
+            "choose another folder"
+        )
     name = f"search {storage.name(storage.title(config.data))} by {' and '.join(config.metrics)}"
     tags = {"ray_ddpm.search": output, **runs.origin("tune")}
     run = runs.open_run(config.experiment, name, tags, PATIENCE)

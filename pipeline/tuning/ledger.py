@@ -15,6 +15,8 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config import from_dict, to_dict
+from pipeline.errors import InputError
+from pipeline.redact import one_line
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed", "interrupted"]
 TRIALS, RECORD = "trials", "trial.json"
@@ -125,10 +127,16 @@ def read(output: str, name: str) -> Record:
     """Reads a trial's file. If it holds a metric that is not finite, the trial is read as failed.
 
     Raises:
-        InputError: another program wrote the file.
+        InputError: the file is damaged, can't be read now, or another program wrote it.
     """
     path = folder(output, name) / RECORD
-    values = json.loads(path.read_text())
+    with storage.reporting(f"{path} can't be read"):
+        data = path.read_bytes()
+    try:
+        values = dict(json.loads(data))
+    except (ValueError, TypeError) as error:
+        advice = f"restore it, or remove {path.parent} to leave this trial out"
+        raise InputError(f"{path} is damaged: {one_line(error)}: {advice}") from None
     values.pop("history", None)  # release 0.1.0: history of population based training
     record = from_dict(Record, values, str(path))
     if all(rung.is_finite for rung in record.rungs):

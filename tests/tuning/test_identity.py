@@ -13,7 +13,7 @@ from pipeline.errors import InputError
 from pipeline.tracking import runs
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.identity import open_search
+from pipeline.tuning.identity import SEARCH_FILE, open_search
 from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.search import _end_runs, check_search
 from pipeline.tuning.space import parse_space
@@ -151,3 +151,13 @@ def test_features_that_can_not_be_read_are_refused_before_anything_starts(
     )
     with pytest.raises(InputError, match=r"--features nothing.pt: can't be read"):
         check_search(config)
+
+
+def test_trials_without_the_file_that_says_of_which_search_are_not_taken_over(
+    config: TuneConfig, data: Splits
+) -> None:
+    begin(config, data)
+    (Path(config.output) / SEARCH_FILE).unlink()
+    other = replace(config, seed=7, resume=False)
+    with pytest.raises(InputError, match=r"holds trials, but search\.json.* is lost"):
+        open_search(other, SPACE, data)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import InputError
 from pipeline.tuning import ledger
 from pipeline.tuning.ledger import Record, Rung, pareto_front, ranked
 
@@ -79,3 +80,12 @@ def test_a_figure_that_is_not_finite_in_an_older_ledger_is_a_failed_trial(tmp_pa
     assert records[1].rungs == record(1, 3.0).rungs
     assert [one.number for one in ranked(records, "a")] == [0]
     assert [one.number for one in pareto_front(records, ("a", "b"))] == [0]
+
+
+@pytest.mark.parametrize("content", ["", '{"number": 0, "para', "null", "[1]"])
+def test_a_damaged_record_is_named_in_one_line(tmp_path: Path, content: str) -> None:
+    ledger.write(str(tmp_path), record(0, 3.0, 2.0))
+    path = tmp_path / "trials" / "0000" / "trial.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"trial\.json is damaged: .*: restore it, or remove "):
+        ledger.read_all(str(tmp_path))
