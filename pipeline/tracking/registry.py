@@ -49,20 +49,25 @@ PATIENCE = 60.0
 def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = "") -> str:
     """Logs an exported model folder (path or URI) as a pyfunc, and registers it if `name` is given.
 
-    A model that the run has already logged is not logged again, nor registered again under the same name.
+    A model that the run has already logged is not logged again, nor registered again under the same name, unless
+    somebody has deleted it since.
+
     Returns:
         `models:/NAME/VERSION` if it was registered, else `models:/ID` of the logged model.
     """
     client = runs.open_client()
     digest = model_fingerprint(str(folder))[:16]
     tags = client.get_run(run.id).data.tags
-    if not (uri := tags.get(tag := f"ray_ddpm.model.{digest}")):
+    uri = tags.get(tag := f"ray_ddpm.model.{digest}", "")
+    if not (uri and runs.find(lambda: client.get_logged_model(uri.rpartition("/")[2]))):
         uri = _log(run, folder)
         client.set_tag(run.id, tag, uri)
     if not name:
         return uri
     known = hashlib.sha256(name.encode()).hexdigest()[:16]  # tag keys allow fewer characters
-    if not (version := tags.get(tag := f"ray_ddpm.version.{known}.{digest}")):
+    version = tags.get(tag := f"ray_ddpm.version.{known}.{digest}", "")
+    there = runs.find(lambda: client.get_model_version(name, version)) if version else None
+    if not there or there.run_id != run.id:  # a name that was deleted and used again counts from 1 again
         with warnings.catch_warnings(action="ignore"):
             version = str(mlflow.register_model(uri, name).version)
         client.set_tag(run.id, tag, version)

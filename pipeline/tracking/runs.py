@@ -98,6 +98,16 @@ def may_pass(error: Exception) -> bool:
     return isinstance(error, (OSError, SQLAlchemyError))
 
 
+def find(get: Callable[[], T]) -> T | None:
+    """The result of a call that looks for something; None if MLflow answers that it does not exist."""
+    try:
+        return get()
+    except MlflowException as error:
+        if error.error_code in _GONE:
+            return None
+        raise
+
+
 def wait_for_mlflow(
     do: Callable[[], T],
     seconds: float,

@@ -216,3 +216,20 @@ def test_results_of_a_folder_make_no_database(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "run.json").write_text('{"run_id": "r"}')
     registry.log_results("model", "evaluate", {"bits_per_dim": 1.5}, [])
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_somebody_has_deleted_is_logged_and_registered_again(temporary: Path) -> None:
+    run, client = runs.start_run("e", "r", {}), runs.open_client()
+    folder = save(temporary.parent / "model", 5)
+    assert registry.log_model(run, folder, "digits", "newest") == "models:/digits/1"
+    client.delete_model_version("digits", "1")
+    assert registry.log_model(run, folder, "digits", "newest") == "models:/digits/2"
+    # The name begins anew at version 1, which is another run's.
+    client.delete_registered_model("digits")
+    other = runs.start_run("e", "other", {})
+    assert registry.log_model(other, save(temporary.parent / "other", 7), "digits") == "models:/digits/1"
+    assert registry.log_model(run, folder, "digits", "newest") == "models:/digits/2"
+    assert client.get_model_version_by_alias("digits", "newest").run_id == run.id
+    logged = registry.log_model(run, folder)
+    client.delete_logged_model(logged.removeprefix("models:/"))
+    assert registry.log_model(run, folder) != logged
