@@ -264,10 +264,13 @@ class Tracker:
     def _kept_before(self) -> list[_Item]:
         """The items that earlier jobs on the output kept, in order, without those that this job logs again itself."""
         folder, found = storage.join(self._output, FOLDER), []
-        for uri in storage.list_files(folder, (".json",)) if storage.exists(folder) else []:
-            item = _Item(
-                int(storage.name(uri).partition(".")[0]), **json.loads(storage.read_bytes(uri)), kept=True
-            )
+        files = storage.list_files(folder, (".json",)) if storage.exists(folder) else []
+        for uri, content in storage.read_many(files).items():
+            try:
+                item = _Item(int(storage.name(uri).partition(".")[0]), **json.loads(content), kept=True)
+            except (ValueError, TypeError):
+                self._say(f"{uri} is damaged: MLflow does not get it")
+                continue
             if item.kind in ("model", "end"):
                 storage.remove(uri)
             else:

@@ -173,8 +173,12 @@ class RunChannel:
 def read_quarantine(output: str) -> dict[str, str]:
     """The undecodable images that a run found before it was resumed: reason by path."""
     uri = storage.join(output, QUARANTINE)
-    lines = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
-    return {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
+    known = {}
+    for line in storage.read_many([uri]).get(uri, b"").decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged; the run finds that image again
+            entry = json.loads(line)
+            known[entry["path"]] = entry["reason"]
+    return known
 
 
 def open_channel(bad: dict[str, str]) -> Any:

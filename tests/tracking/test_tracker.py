@@ -307,3 +307,14 @@ def test_many_processes_may_use_a_new_database_first(tmp_path: Path) -> None:
     client = client_library.MlflowClient(uri)
     (experiment,) = client.search_experiments(filter_string="name = 'shared'")
     assert len(client.search_runs([experiment.experiment_id])) == 4
+
+
+def test_a_damaged_kept_item_does_not_hold_up_the_others(run: runs.Run, output: str) -> None:
+    for number, content in enumerate(('{"kind": "poi', '{"kind": "points"}', "[]"), start=1):
+        storage.write_atomic(f"{output}/{FOLDER}/{number:06d}.json", content.encode())
+    storage.write_atomic(f"{output}/{FOLDER}/notes.json", b"{}")
+    said: list[str] = []
+    with open_tracker(run, output, said, seconds=30) as tracker:
+        tracker.log_points(points(1))
+    assert [line.partition(" is damaged: ")[2] for line in said] == ["MLflow does not get it"] * 4
+    assert curve(run, "loss") == expected(1)
