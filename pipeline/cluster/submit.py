@@ -23,7 +23,7 @@ from pipeline.cluster.job_server import connect, read_log
 from pipeline.cluster.packing import pack
 from pipeline.cluster.session import PACKAGE, checkout
 from pipeline.config import load_yaml
-from pipeline.errors import InputError, JobFailed
+from pipeline.errors import InputError, JobFailed, Outage
 from pipeline.ranges import Positive, check_ranges
 from pipeline.redact import one_line, printable, redact
 
@@ -85,7 +85,11 @@ def submit(config: SubmitConfig, flags: list[str]) -> dict[str, Any]:
     print(f"submitted as {job_id}", file=sys.stderr)
     if config.wait:
         return _follow(client, job_id)
-    return {"output": "", "id": job_id, "status": client.get_job_info(job_id).status.value}
+    try:
+        status = client.get_job_info(job_id).status.value
+    except (RuntimeError, OSError):  # the server fails now, but it has the job
+        status = "PENDING"
+    return {"output": "", "id": job_id, "status": status}
 
 
 def _check_flags(flags: list[str]) -> None:
@@ -135,7 +139,7 @@ def _submit(client: Any, config: SubmitConfig, flags: list[str]) -> str:
                     entrypoint=entrypoint, submission_id=config.id or None, runtime_env=runtime_env
                 )
                 return submitted
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 # Another process may have submitted a job with the same id first.
                 job = _find(client, config.id) if config.id else None
                 if job is None:
@@ -165,10 +169,10 @@ def _environment(names: tuple[str, ...]) -> dict[str, str]:
 def _find(client: Any, job_id: str) -> Any | None:
     try:
         return client.get_job_info(job_id)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if "404" in str(error):
             return None
-        raise
+        raise Outage(f"the job server does not answer: {one_line(error)}") from None
 
 
 def _follow(client: Any, job_id: str) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 
 from pipeline.cluster import submit
 from pipeline.cluster.job_server import connect
 from pipeline.cluster.submit import SubmitConfig
-from pipeline.errors import InputError, JobFailed
+from pipeline.errors import InputError, JobFailed, Outage
 from tests.cluster.test_job_server import ray_like, server
 
 CONFIG = "a file that says --data runs/digits"
@@ -171,3 +173,39 @@ def test_only_variables_that_others_may_read_are_forwarded(monkeypatch: pytest.M
         with pytest.raises(InputError, match=complaint) as caught:
             submit._environment((name,))
         assert "planted" not in str(caught.value)
+
+
+class FailingClient:
+    """A job server that takes jobs, and answers every question with 503."""
+
+    submitted = 0
+
+    def submit_job(self, **_: object) -> str:
+        self.submitted += 1
+        return "a"
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        raise RuntimeError("Request failed with status code 503: no healthy upstream")
+
+
+def test_a_job_is_submitted_even_if_the_server_then_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FailingClient()
+    monkeypatch.setattr(submit, "connect", lambda address, verify: client)
+    config = SubmitConfig("prepare")
+    assert submit.submit(config, []) == {"output": "", "id": "a", "status": "PENDING"}
+    # Whether an id was used before can't be told, so nothing is submitted.
+    with pytest.raises(Outage, match=r"the job server does not answer: .*503"):
+        submit.submit(replace(config, id="a"), [])
+    assert client.submitted == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("status code 500"), requests.ConnectionError("reset")])
+def test_a_server_that_fails_at_the_submission_gets_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> str:
+        raise error
+
+    monkeypatch.setattr(submit, "connect", lambda address, verify: SimpleNamespace(submit_job=fail))
+    with pytest.raises(InputError, match="the cluster refuses the job: "):
+        submit.submit(SubmitConfig("prepare"), [])
