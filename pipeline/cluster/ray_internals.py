@@ -165,6 +165,21 @@ def kill_without_asking() -> None:
     node.kill_all_processes = at_once
 
 
+def pass_over_deleted_checkpoints() -> None:
+    """Lets Ray Train's controller, in its own process, go on if it deletes a checkpoint that is gone already.
+
+    It would end the run, for example because a user made room, or by an object store's rule on old files.
+    """
+    manager = importlib.import_module("ray.train.v2._internal.execution.checkpoint.checkpoint_manager")
+    delete = manager.delete_fs_path
+
+    def delete_if_there(**place: Any) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            delete(**place)
+
+    manager.delete_fs_path = delete_if_there
+
+
 def __getattr__(name: str) -> Any:
     if name not in INTERNALS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

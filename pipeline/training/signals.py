@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 
 import ray
 
-from pipeline.cluster.ray_internals import ControllerCallback, PreemptingState, ResizingState, RunningState
+from pipeline.cluster.ray_internals import (
+    ControllerCallback,
+    PreemptingState,
+    ResizingState,
+    RunningState,
+    pass_over_deleted_checkpoints,
+)
 from pipeline.cluster.room import TRAIN_WORKERS, has_workers
 from pipeline.errors import Interrupted
 
@@ -85,6 +91,9 @@ class SaveBeforeShutdown(ControllerCallback):
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass_over_deleted_checkpoints()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(previous_state, RunningState) and isinstance(

@@ -91,6 +91,19 @@ def test_stops_with_validated_unvalidated_and_pending_checkpoints_leave_no_trace
     assert set(sorted(bits, key=lambda step: bits[step])[:2]) <= set(kept)
 
 
+def test_a_checkpoint_that_a_user_deletes_does_not_end_the_run(home: Path, straight: Undisturbed) -> None:
+    """Ray Train would delete it later, when two newer ones are written."""
+    output = str(home / "deleted")
+
+    def delete() -> None:
+        storage.remove_folder(checkpoint.complete(f"{output}/checkpoints")[-1])
+
+    config = settings(home, output, log_every=1)
+    trained = train(config, on_point=at(7, delete), hooks=Hooks(watch=Slow(0.3)))
+    assert_same(newest(output)[0], straight.end)
+    assert sorted(curve(trained, "loss")) == list(range(1, 19))
+
+
 @pytest.mark.parametrize(
     ("where", "said"),
     [("step-", "the checkpoint of step 2 can't be written"), ("", "the storage of the checkpoints")],
