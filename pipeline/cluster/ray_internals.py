@@ -170,7 +170,7 @@ def pass_over_deleted_checkpoints() -> None:
 
     It would end the run, for example because a user made room, or by an object store's rule on old files.
     """
-    manager = importlib.import_module("ray.train.v2._internal.execution.checkpoint.checkpoint_manager")
+    manager: Any = importlib.import_module("ray.train.v2._internal.execution.checkpoint.checkpoint_manager")
     delete = manager.delete_fs_path
 
     def delete_if_there(**place: Any) -> None:

@@ -137,6 +137,8 @@ def test_ray_trains_controller_has_the_hook_and_the_states() -> None:
     """tests/system/test_training_faults.py shows that the controller calls it."""
     hook = ray_internals.ControllerCallback.after_controller_state_update
     assert list(inspect.signature(hook).parameters) == ["self", "previous_state", "current_state"]
+    start = ray_internals.ControllerCallback.after_controller_start
+    assert list(inspect.signature(start).parameters) == ["self", "train_run_context"]
     assert issubclass(SaveBeforeShutdown, ray_internals.ControllerCallback)
     states = [getattr(ray_internals, name) for name in ("RunningState", "ResizingState", "PreemptingState")]
     assert len({state.__name__ for state in states}) == 3
