@@ -283,6 +283,54 @@ RENAMED = {
     "leg": "incarnation",
     "manifold_neighbours": "precision_recall_neighbours",
 }
+# Settings under their names in improved-diffusion, denoising-diffusion-pytorch and diffusers. A hint for an unknown name
+# tells them; a name that is merely spelled alike would mislead.
+ELSEWHERE = {
+    "checkpointing_steps": "checkpoint_every",
+    "cfg_scale": "guidance",
+    "dataloader_num_workers": "readers",
+    "dataset_name": "data",
+    "ddim_sampling_eta": "eta",
+    "ddpm_beta_schedule": "schedule",
+    "device": "gpu",
+    "diffusion_steps": "timesteps",
+    "dim": "model_channels",
+    "dim_mults": "channel_multipliers",
+    "ema_rate": "ema_decays",
+    "epochs": "steps",
+    "fp16": "precision",
+    "gradient_accumulation_steps": "microbatch",
+    "learn_sigma": "variance",
+    "log_interval": "log_every",
+    "logdir": "output",
+    "lr": "learning_rate",
+    "lr_anneal_steps": "steps",
+    "max_grad_norm": "clip_norm",
+    "max_train_steps": "steps",
+    "num_epochs": "steps",
+    "num_gpus": "workers",
+    "num_inference_steps": "sampling_steps",
+    "num_processes": "workers",
+    "num_samples": "count",
+    "num_train_epochs": "steps",
+    "num_train_timesteps": "timesteps",
+    "num_workers": "readers",
+    "out": "output",
+    "outdir": "output",
+    "resolution": "image_size",
+    "results_folder": "output",
+    "resume_checkpoint": "resume",
+    "resume_from_checkpoint": "resume",
+    "save_and_sample_every": "checkpoint_every",
+    "save_interval": "checkpoint_every",
+    "schedule_sampler": "timestep_sampler",
+    "timestep_respacing": "sampling_steps",
+    "train_data_dir": "data",
+    "train_lr": "learning_rate",
+    "train_num_steps": "steps",
+    "use_ddim": "sampler",
+    "use_fp16": "precision",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -341,13 +389,22 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config", root
         raise InputError(f"{where}: {error}") from None
 
 
+def nearest_name(key: str, cls: type) -> str:
+    """The dotted name of the setting that an unknown name or flag most likely means; "" if none is likely."""
+    leaves = {name.rpartition(".")[2]: name for name in leaf_fields(cls)}
+    wanted = key.lstrip("-").replace("-", "_").rpartition(".")[2]
+    if ELSEWHERE.get(wanted) in leaves:
+        return leaves[ELSEWHERE[wanted]]
+    near = difflib.get_close_matches(wanted, leaves, n=1, cutoff=0.7)
+    return leaves[near[0]] if near else ""
+
+
 def nearest_setting(key: str, cls: type) -> str:
     """A question that suggests a setting with a similar name, and its place; "" if none is similar."""
-    leaves = {name.rpartition(".")[2]: name for name in leaf_fields(cls)}
-    near = difflib.get_close_matches(key.replace("-", "_").rpartition(".")[2], leaves, n=1, cutoff=0.7)
-    if not near:
+    name = nearest_name(key, cls)
+    if not name:
         return ""
-    section, _, leaf = leaves[near[0]].rpartition(".")
+    section, _, leaf = name.rpartition(".")
     place = f"{section}.{leaf}, written {section}: {{{leaf}: …}}" if section else f"{leaf}, at the top level"
     return f"did you mean {place}?"
 
@@ -364,7 +421,22 @@ def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1, with numbers such as 1e-3, which have an exponent but no point, as in JSON and YAML 1.2."""
+    """YAML 1.1, with numbers such as 1e-3, which have an exponent but no point, as in JSON and YAML 1.2.
+
+    A name that is given twice is refused, because only the last value would count.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The node of a mapping, with every name once."""
+        node = super().compose_mapping_node(anchor)
+        names = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.composer.ComposerError(
+                    None, None, f"{key.value!r} is given a second time", key.start_mark
+                )
+            names.add(key.value)
+        return node
 
 
 _Yaml.add_implicit_resolver(
@@ -387,7 +459,7 @@ def load_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     try:
         values = yaml.load(Path(path).read_text(), _Yaml)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
         raise InputError(f"{flag} {path}: {reason}") from None
     if not isinstance(values, dict):
         raise InputError(f"{flag} {path}: expected settings as 'name: value' lines")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, 
 from pipeline.cluster.session import cluster_address, connect_later, connect_now, disconnect
 from pipeline.commands import attempts
 from pipeline.commands.help import HELP
-from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml
+from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml, nearest_name
 from pipeline.display import quieten, reader_may_leave, redirected, status
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.output import to_json
@@ -55,7 +56,7 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
     def refuse(event: ParseErrorEvent) -> None:
-        raise InputError(f"{_mistake(event, cls)} (see {program(job)} --help)")
+        raise InputError(f"{_mistake(event, cls, arguments)} (see {program(job)} --help)")
 
     with on_parse_error(refuse), reader_may_leave():
         config = tyro.cli(
@@ -67,32 +68,48 @@ def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
             registry=HELP,
             **extra,
         )
+    for name in _required(cls):
+        # Such as --output "$RUNS" where RUNS is not set. It would mean the working directory.
+        if getattr(config, name) == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty (see {program(job)} --help)")
     check_ranges(config)
     return config
 
 
-def _mistake(event: ParseErrorEvent, cls: type) -> str:
-    """Says in one line what is wrong with a command line, from tyro's event."""
+def _mistake(event: ParseErrorEvent, cls: type, arguments: list[str]) -> str:
+    """Says in one line what is wrong with the command line `arguments`, from tyro's event."""
     unknown: list[str] = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
     if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
         if reason := REMOVED.get(flag.removeprefix("--").replace("-", "_")):
             return f"{flag} is gone, since {reason}: leave it out"
-        near = difflib.get_close_matches(flag.replace("_", "-"), _flags(cls), n=1, cutoff=0.7)
-        return f"no flag {flag}" + (f": did you mean {near[0]}?" if near else "")
+        near = nearest_name(flag, cls)
+        return f"no flag {flag}" + (f": did you mean {_flag(near)}?" if near else "")
     if unknown:
+        switches = {_flag(name) for name, hint in leaf_fields(cls).items() if hint is bool}
+        for word, value in itertools.pairwise(arguments):
+            if value == unknown[0] and word.replace("_", "-") in switches:
+                return f"{word} takes no value: give it alone, or leave it out"
         return f"{unknown[0]!r} is not a flag: flags begin with --"
     if isinstance(event, MissingArgs):
         return "required and not given: " + ", ".join(_name(part.arg) for part in event.missing_arguments)
     argument = getattr(event, "argument", None)
     flag = _name(argument) if argument else "the flags"
+    kind = str(argument.lowered.metavar) if argument else ""
     if isinstance(event, InvalidChoice):
-        near = difflib.get_close_matches(event.value, event.choices, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{flag} {event.value}: give one of {', '.join(event.choices)}{hint}"
+        close = difflib.get_close_matches(event.value, event.choices, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return (
+            f"{flag} {event.value}: give one of {', '.join(event.choices)}{hint}{_commas(kind, event.value)}"
+        )
     if isinstance(event, BadValue):
-        return f"{flag}: a value is missing" if event.offending_value is None else f"{flag} takes no value"
-    expected = f" expects {argument.lowered.metavar}" if argument else ""
-    return f"{flag}{expected}: {one_line(getattr(event, 'message', type(event).__name__))}"
+        return f"{flag} takes no value" if event.offending_value else f"{flag}: a value is missing: {kind}"
+    message = one_line(getattr(event, "message", type(event).__name__))
+    return f"{flag}{' expects ' * bool(kind)}{kind}: {message}{_commas(kind, message)}"
+
+
+def _commas(kind: str, value: str) -> str:
+    """A hint for who wrote several values with commas."""
+    return "; write spaces between values, no commas" if " " in kind and "," in value else ""
 
 
 def _name(argument: Any) -> str:
@@ -102,9 +119,18 @@ def _name(argument: Any) -> str:
     )
 
 
-def _flags(cls: type) -> list[str]:
-    """All flags of a configuration, as the user types them."""
-    return [f"--{name.rpartition('.')[2].replace('_', '-')}" for name in leaf_fields(cls)]
+def _flag(name: str) -> str:
+    """A setting's flag, as the user types it, from its dotted name."""
+    return f"--{name.rpartition('.')[2].replace('_', '-')}"
+
+
+def _required(cls: Any) -> set[str]:
+    """The settings that have no default."""
+    return {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
 
 
 def main(
@@ -283,12 +309,7 @@ def _take_switch(arguments: list[str], name: str) -> tuple[list[str], bool]:
 
 def _with_defaults(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Converts `values` to `cls`. A required field that is missing must still be given as a flag."""
-    required = {
-        f.name
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    missing = required - set(values)
+    missing = _required(cls) - set(values)
     config = from_dict(cls, values | dict.fromkeys(missing, ""), where)
     for name in missing:
         object.__setattr__(config, name, tyro.MISSING)

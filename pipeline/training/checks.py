@@ -77,6 +77,7 @@ def check_settings(config: TrainConfig) -> None:
     if config.cache_dir and not storage.is_local(config.cache_dir):
         raise InputError(f"--cache-dir {config.cache_dir} must be a folder on the nodes' own disks")
     check_loss(config.diffusion)
+    make_betas(resolve(config.diffusion))
 
 
 def check_length(config: TrainConfig, rows: int) -> None:
@@ -110,7 +111,6 @@ def check_fit(config: TrainConfig, data: Splits) -> ModelSpec:
     """
     check_length(config, data["train"].rows)
     spec = make_spec(config, data["train"])
-    make_betas(spec.diffusion)
     check_model(spec.model, spec.image)
     if config.validate_every:
         _check_validation(config, spec, data["validation"].rows)

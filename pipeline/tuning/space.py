@@ -5,13 +5,12 @@ of the space. Values for which it has no type (lists, flags that are chosen toge
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import optuna
 from optuna.distributions import (
@@ -22,7 +21,16 @@ from optuna.distributions import (
 )
 
 from pipeline import storage
-from pipeline.config import RENAMED, ImageConfig, TrainConfig, from_dict, leaf_fields, load_yaml, to_dict
+from pipeline.config import (
+    RENAMED,
+    ImageConfig,
+    TrainConfig,
+    from_dict,
+    leaf_fields,
+    load_yaml,
+    nearest_name,
+    to_dict,
+)
 from pipeline.errors import InputError
 from pipeline.ranges import check_ranges
 from pipeline.redact import one_line
@@ -170,6 +178,10 @@ def parse_space(values: dict[str, Any], where: str = "--space") -> Space:
         if isinstance(value, dict):
             entries[flag] = _range(flag, value, where)
         elif isinstance(value, list):
+            if get_origin(leaf_fields(TrainConfig)[flag]) is tuple and not all(
+                isinstance(x, list) for x in value
+            ):
+                raise InputError(f"{where}: {flag}: one value is a list itself: write [{json.dumps(value)}]")
             items = [_checked(flag, item, where) for item in value]
             if len(items) == 1:
                 fixed[flag] = items[0]
@@ -198,9 +210,10 @@ def resolve_flag(name: str, where: str = "--space") -> str:
     wanted = RENAMED.get(wanted, wanted)
     found = [flag for flag in leaf_fields(TrainConfig) if wanted in (flag, flag.rpartition(".")[2])]
     if not found:
-        leaves = [flag.rpartition(".")[2] for flag in leaf_fields(TrainConfig)]
-        near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves, n=1, cutoff=0.7)
-        hint = f"did you mean {near[0]}?" if near else "see its --help"
+        near = nearest_name(wanted, TrainConfig).rpartition(".")[2]
+        hint = f"did you mean {near}?" if near else "see its --help"
+        if any(flag.startswith(f"{wanted}.") for flag in leaf_fields(TrainConfig)):
+            hint = f"write its flags as {wanted}.NAME, each on a line of its own"
         raise InputError(f"{where}: {name!r} is not a flag of the train job: {hint}")
     if found[0] in RESERVED:
         raise InputError(f"{where}: {name!r} is set by the search itself (see jobs/tune.py --help)")

@@ -1,14 +1,16 @@
 """A mistake on the command line gets one line, which suggests the nearest valid spelling."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from pipeline.cluster.submit import SubmitConfig
 from pipeline.commands import cli
-from pipeline.config import TrainConfig
+from pipeline.config import ELSEWHERE, TrainConfig, leaf_fields, load_yaml, nearest_name
 from pipeline.data.shards import PrepareConfig
 from pipeline.errors import InputError
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.generation.config import GenerateConfig
 
 GIVEN = ["--data", "d", "--output", "o"]
@@ -25,6 +27,15 @@ GIVEN = ["--data", "d", "--output", "o"]
             "no flag --learning_rte: did you mean --learning-rate?",
         ),
         (TrainConfig, ["--bogus", "1"], "no flag --bogus (see"),
+        (TrainConfig, [*GIVEN, "--lr", "1e-4"], "no flag --lr: did you mean --learning-rate?"),
+        (TrainConfig, [*GIVEN, "--ema_rate=0.9"], "no flag --ema_rate: did you mean --ema-decays?"),
+        (GenerateConfig, ["--num_samples", "9"], "no flag --num_samples: did you mean --count?"),
+        (TrainConfig, [*GIVEN, "--class-conditional", "True"], "--class-conditional takes no value"),
+        (TrainConfig, [*GIVEN, "--gpu"], "--gpu: a value is missing: {None,True,False}"),
+        (TrainConfig, [*GIVEN, "--channel-multipliers", "1,2"], "write spaces between values, no commas"),
+        (TrainConfig, [*GIVEN, "--validate-metrics", "bits,cas"], "write spaces between values, no commas"),
+        (TrainConfig, ["--data", "d", "--output", ""], "--output is empty"),
+        (TrainConfig, ["--data=", "--output", "o"], "--data is empty"),
         (TrainConfig, ["--output", "o"], "required and not given: --data"),
         (TrainConfig, [], "required and not given: --data, --output"),
         (TrainConfig, [*GIVEN, "stray"], "'stray' is not a flag: flags begin with --"),
@@ -52,6 +63,37 @@ def test_a_mistake_is_told_in_one_line(cls: type, words: list[str], says: str) -
     assert says in str(caught.value)
     assert "\n" not in str(caught.value) and "│" not in str(caught.value)
     assert str(caught.value).endswith("(see ray-ddpm train --help)")
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig, EvaluateConfig, PrepareConfig])
+def test_the_names_of_other_projects_lead_to_settings(cls: type) -> None:
+    leaves = {name.rpartition(".")[2]: name for name in leaf_fields(cls)}
+    for name, ours in ELSEWHERE.items():
+        assert name not in leaves, name
+        assert ours not in leaves or nearest_name(f"--{name.replace('_', '-')}", cls) == leaves[ours]
+    known = {name.rpartition(".")[2] for cls in (TrainConfig, GenerateConfig) for name in leaf_fields(cls)}
+    assert set(ELSEWHERE.values()) <= known
+
+
+def test_a_setting_of_a_file_may_not_be_empty_where_it_is_required(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: d\noutput: ''\n")
+    with pytest.raises(InputError, match="--output is empty"):
+        cli.parse(TrainConfig, ["--config", str(file)], "train", "")
+    assert cli.parse(TrainConfig, ["--config", str(file), "--output", "o"], "train", "").output == "o"
+
+
+def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: d\nsteps: 5\nsteps: 6\n")
+    with pytest.raises(InputError, match=r"c\.yaml: 'steps' is given a second time at line 3"):
+        cli.parse(TrainConfig, ["--config", str(file)], "train", "")
+    file.write_text("model: {res_blocks: 1}\noptimizer: &o {learning_rate: 1.0e-3, learning_rate: 1.0e-4}\n")
+    with pytest.raises(InputError, match="'learning_rate' is given a second time at line 2"):
+        load_yaml(str(file), "--space")
+    file.write_text("data: d\n output: o\n")
+    with pytest.raises(InputError, match="not allowed here at line 2"):
+        load_yaml(str(file))
 
 
 def test_a_result_is_strict_json(capfd: pytest.CaptureFixture[str]) -> None:

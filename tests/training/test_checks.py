@@ -29,6 +29,11 @@ def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tra
     )
 
 
+def test_a_wrong_schedule_is_refused_before_the_data_is_opened(config: TrainConfig) -> None:
+    with pytest.raises(InputError, match=r"liner.*linear"):
+        check(replace(config, data="nowhere", diffusion=DiffusionConfig(schedule="liner")))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -136,6 +136,12 @@ def test_a_choice_becomes_the_training_run_that_it_names() -> None:
     ("values", "named"),
     [
         ({"shedule": ["linear"]}, "'shedule' is not a flag of the train job: did you mean schedule?"),
+        (
+            {"diffusion": {"timesteps": [5, 9]}},
+            "write its flags as diffusion.NAME, each on a line of its own",
+        ),
+        ({"channel_multipliers": [1, 2]}, "one value is a list itself: write [[1, 2]]"),
+        ({"lr": [0.1, 0.2]}, "'lr' is not a flag of the train job: did you mean learning_rate?"),
         ({"steps": [10, 20]}, "'steps'"),
         ({"diffusion.variance": ["fixed"]}, "fixed_large"),
         ({"timesteps": [100, "many"]}, "'many'"),
