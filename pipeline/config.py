@@ -331,6 +331,15 @@ ELSEWHERE = {
     "use_ddim": "sampler",
     "use_fp16": "precision",
 }
+# The same for values.
+VALUES_ELSEWHERE = {
+    "ddpm": "ancestral",
+    "dpm++": "dpm_solver",
+    "fid": "frechet",
+    "kid": "kernel",
+    "mse": "simple",
+    "no": "fp32",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -22,7 +22,15 @@ from tyro._errors import BadValue, InvalidChoice, MissingArgs, ParseErrorEvent, 
 from pipeline.cluster.session import cluster_address, connect_later, connect_now, disconnect
 from pipeline.commands import attempts
 from pipeline.commands.help import HELP
-from pipeline.config import REMOVED, RENAMED, from_dict, leaf_fields, load_yaml, nearest_name
+from pipeline.config import (
+    REMOVED,
+    RENAMED,
+    VALUES_ELSEWHERE,
+    from_dict,
+    leaf_fields,
+    load_yaml,
+    nearest_name,
+)
 from pipeline.display import quieten, reader_may_leave, redirected, status
 from pipeline.errors import InputError, Interrupted, JobFailed
 from pipeline.output import to_json
@@ -82,8 +90,9 @@ def _mistake(event: ParseErrorEvent, cls: type, arguments: list[str]) -> str:
     if flag := next((word.partition("=")[0] for word in unknown if word.startswith("-")), None):
         if reason := REMOVED.get(flag.removeprefix("--").replace("-", "_")):
             return f"{flag} is gone, since {reason}: leave it out"
-        near = nearest_name(flag, cls)
-        return f"no flag {flag}" + (f": did you mean {_flag(near)}?" if near else "")
+        if near := nearest_name(flag, cls):
+            return f"no flag {flag}: did you mean {_flag(near)}?"
+        return f"no flag {flag}" + ": flags of JOB follow a lone --" * ("job" in leaf_fields(cls))
     if unknown:
         switches = {_flag(name) for name, hint in leaf_fields(cls).items() if hint is bool}
         for word, value in itertools.pairwise(arguments):
@@ -96,7 +105,12 @@ def _mistake(event: ParseErrorEvent, cls: type, arguments: list[str]) -> str:
     flag = _name(argument) if argument else "the flags"
     kind = str(argument.lowered.metavar) if argument else ""
     if isinstance(event, InvalidChoice):
-        close = difflib.get_close_matches(event.value, event.choices, n=1)
+        elsewhere = VALUES_ELSEWHERE.get(event.value.lower(), "")
+        close = (
+            [elsewhere]
+            if elsewhere in event.choices
+            else difflib.get_close_matches(event.value, event.choices, n=1)
+        )
         hint = f" (did you mean {close[0]}?)" if close else ""
         return (
             f"{flag} {event.value}: give one of {', '.join(event.choices)}{hint}{_commas(kind, event.value)}"

@@ -41,6 +41,7 @@ def execute(config: DemoConfig) -> dict[str, Any]:
     if not storage.is_local(config.output):
         raise InputError(f"--output {config.output}: the demo needs a local folder")
     root = Path(storage.absolute(config.output))
+    storage.check_writable(str(root))
     if root.exists() and any(root.iterdir()):
         raise InputError(f"--output {config.output} is not empty: remove it, or choose another folder")
     data, samples, pictures = root / "digits", root / "samples", root / "pictures"

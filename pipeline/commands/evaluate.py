@@ -6,10 +6,10 @@ Example: ray-ddpm evaluate --model models:/photos@newest --data data/photos --sa
 from typing import Any
 
 from pipeline.commands import cli
-from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.config import EvaluateConfig, check
 
 
-def execute(config: EvaluateConfig) -> dict[str, Any]:
+def execute(config: EvaluateConfig, checked: None = None) -> dict[str, Any]:
     """Resolves the model once and measures it over the cluster. The results also go to its MLflow run."""
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.tracking import registry
@@ -29,5 +29,6 @@ def main(arguments: list[str]) -> int:
         EvaluateConfig,
         execute,
         arguments,
+        check=check,
         workers=lambda config: "pipeline.evaluation.features",
     )

@@ -6,10 +6,21 @@ Example: ray-ddpm generate --model models:/photos@newest --output samples --coun
 from typing import Any
 
 from pipeline.commands import cli
-from pipeline.generation.config import GenerateConfig
+from pipeline.errors import InputError
+from pipeline.generation.config import GenerateConfig, check_settings
 
 
-def execute(config: GenerateConfig) -> dict[str, Any]:
+def check(config: GenerateConfig) -> None:
+    """Checks the settings before Ray is needed. With --verify the output names the model."""
+    needed = {"--model": config.model or config.verify, "--output": config.output}
+    if missing := [flag for flag, given in needed.items() if not given]:
+        raise InputError(
+            f"required and not given: {', '.join(missing)} (see {cli.program('generate')} --help)"
+        )
+    check_settings(config)
+
+
+def execute(config: GenerateConfig, checked: None = None) -> dict[str, Any]:
     """Resolves the model once, and generates the missing samples."""
     from pipeline.generation.job import generate, model_to_use
     from pipeline.tracking import registry
@@ -26,5 +37,6 @@ def main(arguments: list[str]) -> int:
         GenerateConfig,
         execute,
         arguments,
+        check=check,
         workers=lambda config: "pipeline.generation.sampler",
     )

@@ -39,7 +39,8 @@ class EvaluateConfig:
         "memorisation",
     )
     """What to measure. All but bits need --samples; knn and cas need labels, memorisation two splits. sfid and
-    inception_score need --features FILE with the Inception network (inception-2015-12-05.pt)."""
+    inception_score need --features FILE with the Inception network (inception-2015-12-05.pt); with it, frechet is FID.
+    manifold is the former name of precision_recall."""
     split: str = "validation"
     """Held-out split: bits/dim is measured on it, and its real images are measured as the samples are."""
     reference_split: str = "train"

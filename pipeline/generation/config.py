@@ -86,15 +86,14 @@ class GenerateConfig:
         return self.precision == "bf16" or (self.precision == "auto" and self.gpu)
 
 
-def check(config: GenerateConfig, spec: ModelSpec) -> None:
-    """Checks that the settings fit each other and the model.
+def check_settings(config: GenerateConfig) -> None:
+    """Checks that the settings fit each other.
 
     Raises:
         InputError: they do not fit; the message says what to change.
     """
-    from pipeline.diffusion.process import make_process  # parsing flags needs no torch
-
     check_ranges(config)
+    _check_actors(config)
     if config.rows_per_file % config.batch_size:
         below = config.rows_per_file // config.batch_size * config.batch_size
         near = f"{below} or {below + config.batch_size}" if below else f"{config.batch_size}"
@@ -106,6 +105,17 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
             f"--count {config.count} --format png: more than {MOST_PNGS:,} single files, which file systems and readers "
             "are slow with: use --format parquet or webdataset"
         )
+
+
+def check(config: GenerateConfig, spec: ModelSpec) -> None:
+    """Checks that the settings fit each other and the model.
+
+    Raises:
+        InputError: they do not fit; the message says what to change.
+    """
+    from pipeline.diffusion.process import make_process  # parsing flags needs no torch
+
+    check_settings(config)
     T = spec.diffusion.timesteps
     if config.sampling_steps > T:
         raise InputError(
@@ -117,7 +127,6 @@ def check(config: GenerateConfig, spec: ModelSpec) -> None:
             f"--least-alpha-bar {config.least_alpha_bar:g} leaves {usable} of the model's {T} steps, fewer than "
             "--sampling-steps: lower it"
         )
-    _check_actors(config)
     _check_labels(config, spec)
 
 

@@ -119,14 +119,23 @@ def pack_model(model: str | Path | Packed) -> Packed:
         weights = storage.read_bytes(storage.join(where, WEIGHTS))
         config = _config_in(weights) or storage.read_bytes(storage.join(where, CONFIG))
     except (FileNotFoundError, NotADirectoryError) as error:
-        name, inside = storage.name(str(error.filename or error)), storage.join(where, "model")
-        hint = f"; the output of a training has its model in {inside}" if _is_model(inside) else ""
+        name, near = storage.name(str(error.filename or error)), _model_near(where)
+        hint = f"; the output of a training has its model in {near}" if near else ""
         raise InputError(f"{where} is not an exported model: no {name} in it{hint}") from None
     except Exception as error:
         if not (isinstance(error, OSError) or storage.is_storage_error(error)):
             raise
         raise InputError(f"{where}: can't be read: {one_line(error)}") from None
     return Packed(config, weights, where)
+
+
+def _model_near(where: str) -> str:
+    """The model in a training's output, of which `where` is a part: the output, its checkpoints, one of them, a file of
+    the model. "" if there is none."""
+    above = where.rstrip("/").rpartition("/")[0]
+    folders = (where, above, above.rpartition("/")[0])
+    places = [above, *(storage.join(folder, "model") for folder in folders if folder)]
+    return next((place for place in places if place and _is_model(place)), "")
 
 
 def _is_model(where: str) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.cluster.submit import SubmitConfig
 from pipeline.commands import cli
+from pipeline.commands.__main__ import main
 from pipeline.config import ELSEWHERE, TrainConfig, leaf_fields, load_yaml, nearest_name
 from pipeline.data.shards import PrepareConfig
 from pipeline.errors import InputError
@@ -53,6 +54,9 @@ GIVEN = ["--data", "d", "--output", "o"]
             ["--model", "m", "--output", "o", "--label-weights", "a"],
             "--label-weights expects",
         ),
+        (GenerateConfig, ["--sampler", "DDPM"], "(did you mean ancestral?)"),
+        (EvaluateConfig, [*GIVEN, "--metrics", "bits", "fid"], "(did you mean frechet?)"),
+        (SubmitConfig, ["train", "--data", "d"], "no flag --data: flags of JOB follow a lone --"),
         (SubmitConfig, [], "required and not given: JOB"),
         (SubmitConfig, ["trian"], "JOB trian: give one of prepare, train, "),
     ],
@@ -94,6 +98,32 @@ def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path: Path) -> None:
     file.write_text("data: d\n output: o\n")
     with pytest.raises(InputError, match="not allowed here at line 2"):
         load_yaml(str(file))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate"], "generate: required and not given: --model, --output (see ray-ddpm generate --help)"),
+        (["generate", "--output", "o"], "not given: --model (see"),
+        (
+            ["generate", "--model", "m", "--output", "o", "--rows-per-file", "100"],
+            "multiple of --batch-size 64: give 64 or 128",
+        ),
+        (
+            ["evaluate", "--model", "m", "--data", "d", "--metrics", "frechet"],
+            "--metrics frechet needs --samples",
+        ),
+    ],
+)
+def test_settings_that_need_no_data_are_refused_before_ray_starts(
+    words: list[str], says: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[str]()
+    monkeypatch.setattr(cli, "connect_later", lambda *given, **more: None)
+    monkeypatch.setattr(cli, "connect_now", lambda: started.append("Ray"))
+    assert main(words) == 2
+    assert says in capfd.readouterr().err
+    assert not started
 
 
 def test_a_result_is_strict_json(capfd: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ CASES = {
         ("generate", "--model", "models:/nobody@newest", "--output", "s"),
         "models:/nobody@newest",
     ),
+    "a file for the demo's folder": (("demo", "--output", "file"), "is a file, not a folder"),
     "unknown source": (("prepare", "--source", "floppy", "--output", "d"), "floppy"),
     "no config file": (("train", "--config", "none.yaml"), "none.yaml"),
     "nothing answers": (("submit", "train", "--address", "http://127.0.0.1:9"), "127.0.0.1:9"),

@@ -170,10 +170,15 @@ def refused(*arguments: object) -> None:
     raise PermissionError(13, "Access Denied")
 
 
-def test_the_output_of_a_training_is_answered_with_the_place_of_its_model(place: str) -> None:
+@pytest.mark.parametrize(
+    "part", ["", "checkpoints", "checkpoints/step-000000020-1", "model/model.safetensors"]
+)
+def test_a_part_of_the_output_of_a_training_is_answered_with_the_place_of_its_model(
+    place: str, part: str
+) -> None:
     save_model(storage.join(place, "model"), randomised(SPEC).state_dict(), SPEC)
     with pytest.raises(InputError, match=rf"has its model in {re.escape(storage.join(place, 'model'))}$"):
-        load_model(place)
+        load_model(storage.join(place, part))
 
 
 def test_a_model_that_is_not_there_and_one_that_cannot_be_read_are_told_apart(
