@@ -191,6 +191,10 @@ def resolve_model(model: str) -> tuple[Packed, str]:
     Raises:
         InputError: there is no such model, it can't be read, or MLflow does not answer.
     """
+    if re.fullmatch(r"models:/(?!m-)[^/@]+", model):  # models:/m-… is an id that MLflow itself gives
+        raise InputError(
+            f"--model {model}: which version? Give {model}@newest, {model}@ALIAS or {model}/VERSION"
+        )
     if model.startswith("models:/"):
         return _download(model)
     if not storage.exists(model):

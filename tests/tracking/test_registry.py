@@ -113,6 +113,7 @@ def test_a_version_without_figures_or_a_picture_claims_none(temporary: Path) -> 
         ("nowhere", r"--model nowhere: no such folder; give an exported model folder, models:/NAME/VERSION or"),
         ("memory://nowhere/at-all", "no such folder"),
         (".", r"--model \. is not an exported model: no model\.safetensors in it"),
+        ("models:/nobody", r"which version\? Give models:/nobody@newest"),
         ("models:/nobody/1", r"MLflow at \S+ .*not found"),
         ("models:/nobody/latest", r"MLflow at \S+ "),
         ("models:/nobody@newest", r"MLflow at \S+ .*not found"),
