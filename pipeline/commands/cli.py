@@ -95,7 +95,8 @@ def _mistake(event: ParseErrorEvent, cls: type, arguments: list[str]) -> str:
         return f"no flag {flag}" + ": flags of JOB follow a lone --" * ("job" in leaf_fields(cls))
     if unknown:
         switches = {_flag(name) for name, hint in leaf_fields(cls).items() if hint is bool}
-        for word, value in itertools.pairwise(arguments):
+        words = [part for word in arguments for part in word.split("=", 1)]
+        for word, value in itertools.pairwise(words):
             if value == unknown[0] and word.replace("_", "-") in switches:
                 return f"{word} takes no value: give it alone, or leave it out"
         return f"{unknown[0]!r} is not a flag: flags begin with --"
@@ -116,7 +117,8 @@ def _mistake(event: ParseErrorEvent, cls: type, arguments: list[str]) -> str:
             f"{flag} {event.value}: give one of {', '.join(event.choices)}{hint}{_commas(kind, event.value)}"
         )
     if isinstance(event, BadValue):
-        return f"{flag} takes no value" if event.offending_value else f"{flag}: a value is missing: {kind}"
+        missing = event.offending_value is None
+        return f"{flag}: a value is missing: {kind}" if missing else f"{flag} takes no value"
     message = one_line(getattr(event, "message", type(event).__name__))
     return f"{flag}{' expects ' * bool(kind)}{kind}: {message}{_commas(kind, message)}"
 

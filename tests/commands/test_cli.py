@@ -32,6 +32,7 @@ GIVEN = ["--data", "d", "--output", "o"]
         (TrainConfig, [*GIVEN, "--ema_rate=0.9"], "no flag --ema_rate: did you mean --ema-decays?"),
         (GenerateConfig, ["--num_samples", "9"], "no flag --num_samples: did you mean --count?"),
         (TrainConfig, [*GIVEN, "--class-conditional", "True"], "--class-conditional takes no value"),
+        (TrainConfig, [*GIVEN, "--class-conditional=True"], "--class-conditional takes no value"),
         (TrainConfig, [*GIVEN, "--gpu"], "--gpu: a value is missing: {None,True,False}"),
         (TrainConfig, [*GIVEN, "--channel-multipliers", "1,2"], "write spaces between values, no commas"),
         (TrainConfig, [*GIVEN, "--validate-metrics", "bits,cas"], "write spaces between values, no commas"),
