@@ -67,7 +67,12 @@ def open_client() -> mlflow.MlflowClient:
     mlflow.set_tracking_uri(uri)
     if uri.startswith("sqlite:///"):
         _use_first(uri)
-    return mlflow.MlflowClient()
+    try:
+        return mlflow.MlflowClient()
+    except ModuleNotFoundError as error:  # the driver of a database
+        raise InputError(
+            f"MLflow at {redact(uri)}: needs a package that is not installed: {error.name}"
+        ) from None
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 
 from pipeline import storage
 from pipeline.config import DiffusionConfig, ImageConfig, ModelConfig, ModelSpec, TrainConfig
+from pipeline.errors import InputError
 from pipeline.tracking import runs
 from pipeline.training import identity
 from tests.data.weather import LOST, Weather
@@ -88,3 +89,17 @@ def test_an_opening_whose_answers_get_lost_leaves_one_run(mlflow: Weather) -> No
     client = runs.open_client()
     found = client.search_runs(["0"], "tags.asked = 'once'")
     assert [each.info.run_id for each in found] == [run.id]
+
+
+def test_a_database_whose_driver_is_not_installed_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent() -> None:
+        raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:secret@127.0.0.1:9/x")
+    monkeypatch.setattr(runs.mlflow, "set_tracking_uri", lambda uri: None)
+    monkeypatch.setattr(runs.mlflow, "MlflowClient", absent)
+    with pytest.raises(InputError, match="needs a package that is not installed: psycopg") as told:
+        runs.open_client()
+    assert "secret" not in str(told.value)
