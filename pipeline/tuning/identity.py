@@ -25,11 +25,8 @@ SETTINGS = (
 PATIENCE = 60.0
 
 
-def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.Run, bool]:
+def open_search(config: TuneConfig, space: Space, splits: Splits) -> runs.Run:
     """Opens the parent run of a search: the same run for all resumes and after a move; a copy gets a new run.
-
-    Returns:
-        the run, and True if it is new.
 
     Raises:
         InputError: a resume changes settings that the metrics depend on, or MLflow does not answer.
@@ -45,7 +42,7 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.
             _leave_runs(output)
         elif run := runs.reopen_later(before["run_id"], config.metrics):
             write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
-            return run, False
+            return run
     elif ledger.read_all(output):
         raise InputError(
             f"--output {output} holds trials, but {SEARCH_FILE}, which says of which search, is lost: restore it, or "
@@ -55,7 +52,7 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> tuple[runs.
     tags = {"ray_ddpm.search": output, **runs.origin("tune")}
     run = runs.open_run(config.experiment, name, tags, PATIENCE)
     write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
-    return run, True
+    return run
 
 
 def _is_copy(output: str, claim: dict[str, Any]) -> bool:

@@ -95,7 +95,7 @@ def search(
     config = replace(config, data=storage.absolute(config.data), output=storage.absolute(config.output))
     space, splits = checked or check_search(config)
     with locked(config.output) as lost:
-        run, _ = open_search(config, space, splits)
+        run = open_search(config, space, splits)
         _say(f"MLflow run of the search: {address.how_to_open(run.id)}")
         if not config.space:
             image = splits["train"].image

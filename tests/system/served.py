@@ -32,6 +32,14 @@ SMALL = [
 ]  # fmt: skip
 BIN = Path(sys.executable).parent
 START_SECONDS = 120.0
+# `ray start` on a node that forks its workers. To start each as Python costs seconds of both cores.
+FORKING = """
+import sys
+from ray.scripts.scripts import main
+from pipeline.cluster.forking import forked_workers
+with forked_workers("pipeline.training.worker"):
+    main()
+"""
 
 
 @dataclass
@@ -58,7 +66,6 @@ class Served:
     head: subprocess.Popen[bytes]
     ray_start: Callable[..., subprocess.Popen[bytes]]
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    _started: int = 0
 
     @property
     def user(self) -> dict[str, str]:
@@ -108,35 +115,20 @@ class Served:
         listing = requests.get(f"{self.s3}/{BUCKET}?list-type=2&prefix={prefix}", timeout=30).text
         return re.findall("<Key>(.*?)</Key>", listing)
 
-    def node_running(self, title: str) -> subprocess.Popen[bytes] | None:
-        """Return the node with a worker process of this title, or None."""
-        for node in self.nodes:
-            for process in family(node):
-                with contextlib.suppress(psutil.Error):
-                    if title in " ".join(process.cmdline()):
-                        return node
-        return None
-
     def add_node(self, cpus: int = 2) -> None:
         """Start a node and wait until it has joined."""
-        name = f"node{self._started}"
-        self._started += 1
+        name = f"node{len(self.nodes)}"
         self.nodes.append(self.ray_start(name, f"--address={self.address}", f"--num-cpus={cpus}"))
         wait_for(name, self._all_joined, needed=[self.head, *self.nodes])
 
     def _all_joined(self) -> bool:
-        """Return whether as many nodes are alive as were started and not killed."""
+        """Return whether as many nodes are alive as were started."""
         bearer = {"Authorization": f"Bearer {self.token}"}
         with contextlib.suppress(requests.RequestException):
             answer = requests.get(f"{self.jobs}/nodes?view=summary", headers=bearer, timeout=10)
             up = [one for one in answer.json()["data"]["summary"] if one["raylet"].get("state") == "ALIVE"]
             return len(up) == len(self.nodes) + 1
         return False
-
-    def kill_node(self, node: subprocess.Popen[bytes]) -> None:
-        """Send SIGKILL to every process of a node, as if its machine lost power."""
-        kill(node)
-        self.nodes.remove(node)
 
 
 def user_environment() -> dict[str, str]:
@@ -218,7 +210,7 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         with (home / f"{name}.log").open("wb") as log:
             started.append(
                 subprocess.Popen(
-                    [str(BIN / str(words[0])), *map(str, words[1:])],
+                    list(map(str, words)),
                     cwd=home,
                     env=environment,
                     stdout=log,
@@ -230,8 +222,10 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
 
     def ray_start(name: str, *words: object) -> subprocess.Popen[bytes]:
         agent, metrics = free_ports(2)
+        # The first node starts its workers as a user's does.
+        command = [BIN / "ray"] if name in ("head", "node0") else [sys.executable, "-c", FORKING]
         return start(
-            name, inside, "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
+            name, inside, *command, "start", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
             "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}",
             f"--metrics-export-port={metrics}", f"--object-store-memory={200 * 2**20}",
             # A folder per node, as on separate machines. In a shared one nodes would unpack files over each other.
@@ -240,11 +234,11 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
 
     try:
         start(
-            "mlflow", base, "mlflow", "server", f"--host={LOOPBACK}", f"--port={mlflow}", "--workers=1",
+            "mlflow", base, BIN / "mlflow", "server", f"--host={LOOPBACK}", f"--port={mlflow}", "--workers=1",
             f"--backend-store-uri=sqlite:///{home}/mlflow.db", "--serve-artifacts",
             f"--artifacts-destination={home}/artifacts",
         )  # fmt: skip
-        start("s3", base, "moto_server", "-H", LOOPBACK, "-p", s3)
+        start("s3", base, BIN / "moto_server", "-H", LOOPBACK, "-p", s3)
         # Start one after the other, since Ray gives each node 30 s to start whatever else the machine does.
         wait_for("MLflow", lambda: answers(f"{servers['MLFLOW_TRACKING_URI']}/health"))
         head = ray_start(

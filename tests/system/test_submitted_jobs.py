@@ -83,7 +83,7 @@ def test_what_is_no_text_is_followed_to_its_end(served: Served) -> None:
     assert lines[-3:] == ["\ufffd\ufffd 1", "2", '{"output": "/x"}']
 
 
-def test_training_outlives_a_node_and_goes_on_after_its_driver_in_one_run_with_one_curve(
+def test_training_goes_on_after_its_driver_in_one_run_with_one_curve(
     served: Served, trained: Trained
 ) -> None:
     result = trained.result

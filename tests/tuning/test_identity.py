@@ -36,8 +36,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuneConfig:
 
 def begin(config: TuneConfig, data: Splits) -> tuple[str, dict[str, str]]:
     """Open a search with a finished, a running and an interrupted trial. Return the run ids of search and trials."""
-    parent, is_new = open_search(config, SPACE, data)
-    assert is_new
+    parent = open_search(config, SPACE, data)
     children = {}
     for number, status in enumerate(("finished", "running", "interrupted")):
         child = runs.open_run("e", f"trial {number}", {}, 10, parent.id)
@@ -59,19 +58,17 @@ def test_a_moved_search_keeps_its_runs_and_a_copy_gets_others(config: TuneConfig
     shutil.copytree(config.output, copy.output)
     later = runs.open_run("e", "trial 3", {}, 10, parent)  # a trial that started after the copy was made
 
-    run, is_new = open_search(copy, SPACE, data)
-    assert is_new and run.id != parent
+    run = open_search(copy, SPACE, data)
+    assert run.id not in (parent, *children.values())
     records = ledger.read_all(copy.output)
     assert [(one.run_id, one.opening) for one in records] == [(children["finished"], "o"), ("", ""), ("", "")]
     for run_id in (parent, later.id, *children.values()):
         assert status_of(run_id) == ("RUNNING", "active")
-    again, is_new = open_search(copy, SPACE, data)
-    assert (again.id, is_new) == (run.id, False)
+    assert open_search(copy, SPACE, data).id == run.id
 
     moved = replace(config, output=f"{config.output}-moved")
     shutil.move(config.output, moved.output)
-    found, is_new = open_search(moved, SPACE, data)
-    assert (found.id, is_new) == (parent, False)
+    assert open_search(moved, SPACE, data).id == parent
     assert [one.run_id for one in ledger.read_all(moved.output)] == list(children.values())
 
 
@@ -103,11 +100,11 @@ def test_what_a_figure_depends_on_can_not_change(
     for name in ("first", "other"):
         Path(name).write_text(name)
     config = replace(config, objective="both", features="first")
-    open_search(config, SPACE, data)
+    run = open_search(config, SPACE, data)
     shutil.copyfile("first", "same")
-    assert not open_search(replace(config, features="same"), SPACE, data)[1]
+    assert open_search(replace(config, features="same"), SPACE, data).id == run.id
     if not says:
-        assert not open_search(replace(config, **changes), SPACE, data)[1]
+        assert open_search(replace(config, **changes), SPACE, data).id == run.id
         return
     with pytest.raises(InputError, match=f"was begun with {says}"):
         open_search(replace(config, **changes), SPACE, data)
