@@ -1,5 +1,6 @@
 """Decides what the label of an image means, for jobs/prepare.py and for training on raw files alike."""
 
+import re
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.redact import printable
 MOST_UNNAMED_CLASSES = 100_000
 UNPUBLISHED = "-1"  # data sets write this where a label is withheld
 _MOST_DIGITS = 18  # always fit an int64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 60  # characters of a wrong label that errors show
 
 
@@ -28,7 +30,8 @@ def label_text(value: Any, names: tuple[str, ...] = ()) -> str | None:
         value = value.item()
     if isinstance(value, (bytes, str)):
         text = value.decode(errors="replace") if isinstance(value, bytes) else value
-        return text.strip() or None
+        # A lone surrogate, such as a byte of a table that is not UTF-8, can't be stored.
+        return (printable(text) if _SURROGATE.search(text) else text).strip() or None
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]
     # This covers booleans too, and whole numbers stored as floats or decimals.

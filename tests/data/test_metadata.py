@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.data.index import open_splits
+from pipeline.data.shards import PrepareConfig, prepare
 from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
 from pipeline.errors import InputError
 from tests.data.common import encode, picture
@@ -185,6 +187,37 @@ def test_what_cells_mean(cells: list[str], expected: list[str | None], tmp_path:
         tmp_path / "metadata.csv", ["file_name", "label"], [list(r) for r in zip(names, cells, strict=True)]
     )
     assert labels(tmp_path) == dict(zip(names, expected, strict=True))
+
+
+def test_an_index_that_pandas_wrote_names_no_files(tmp_path: Path) -> None:
+    put(tmp_path, "0.png", "1.png")
+    rows = [[0, "0.png", "cat", ""], [1, "1.png", "dog", ""]]
+    write_csv(tmp_path / "metadata.csv", ["", "file_name", "label", ""], rows)
+    found, items = opened(tmp_path)
+    assert {item.path: item.label for item in items} == {"0.png": "cat", "1.png": "dog"}
+    assert not found.listing.ignored and not found.listing.bad
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_labels_that_are_not_unicode_are_escaped(kind: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("0.png", "1.png"):
+        put(data, name)
+    label = "caf\udce9" if kind == "csv" else "\ud83d"  # Latin-1 in the file; half of an emoji
+    shown = "caf\\xe9" if kind == "csv" else "\\ud83d"
+    TABLES[kind](data / f"metadata.{kind}", ["file_name", "label"], [["0.png", label], ["1.png", "tea"]])
+    assert labels(data) == {"0.png": shown, "1.png": "tea"}
+    output = str(tmp_path / "out")
+    manifest = prepare(PrepareConfig(output, input=str(data), image_size=8))
+    assert manifest.image["classes"] == [shown, "tea"]
+    assert open_splits(str(data), 8)["train"].image.classes == (shown, "tea")
+
+
+def test_a_number_of_thousands_of_digits_is_no_class(tmp_path: Path) -> None:
+    put(tmp_path, "0.png", "1.png")
+    write_csv(tmp_path / "metadata.csv", ["file_name", "label"], [["0.png", "9" * 5000], ["1.png", 1]])
+    found, items = opened(tmp_path)
+    assert [item.label for item in items] == ["1"] and "not a class number" in found.listing.bad["0.png"]
 
 
 def test_labels_that_can_be_no_classes_are_bad_one_by_one(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ EDM = "dataset.json"
 FILE_NAME = "file_name"
 _NOTHING = ("", "nan", "NaN", "null", "NULL")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_WHOLE = re.compile(r"[+-]?\d+")
+_WHOLE = re.compile(r"[+-]?\d{1,4000}")  # Python converts no longer text to an int
 _EDM_BEGINS = re.compile(rb'\s*\{\s*"labels"\s*:\s*(\[\s*\[|null)')
 
 
@@ -62,7 +62,8 @@ def read_table(base: str, data: bytes, image: str, label: str, where: str) -> Ta
     """
 
     def wanted(columns: list[str]) -> list[str]:
-        files = [c for c in columns if c in (FILE_NAME, image) or c.endswith(f"_{FILE_NAME}")]
+        # pandas writes its index as a column without a name.
+        files = [c for c in columns if c and (c in (FILE_NAME, image) or c.endswith(f"_{FILE_NAME}"))]
         if not files:
             raise NoMetadata(f"has no column {FILE_NAME}; it has {', '.join(columns[:20]) or 'none'}")
         return list(dict.fromkeys(files + [label] * (label in columns)))
