@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.tar_files import IMAGES, A, B, C, Members, labels, read
+from tests.data.reading import opened
+from tests.data.tar_files import IMAGES, A, B, C, Members, labels, read, tar_of
 
 
 @pytest.mark.parametrize(
@@ -97,13 +98,20 @@ def test_an_image_whose_label_cannot_be_read_is_not_used_beside_others(
     items = read(tmp_path, members)
     assert [(i.data, i.label) for i in items] == [(b"", None), (B, "1"), (C, None)]
     assert items[0].reason == f"its label can't be read: {reason}"
-    # Another member may hold the label. If the other images' .json holds no label, the unreadable one doesn't either.
+    # Another member may hold the label. If the other images' .json holds no label, one that is not JSON doesn't either.
     assert labels(tmp_path, [*members, ("0.cls", b"3")]) == ["3", "1", None]
-    assert labels(tmp_path, [*members[:3], ("1.json", b'{"caption": "x"}'), ("2.png", C)]) == [
-        None,
-        None,
-        None,
-    ]
+    items = read(tmp_path, [*members[:3], ("1.json", b'{"caption": "x"}'), ("2.png", C)])
+    assert [item.label for item in items] == [None] * 3
+    assert [bool(item.reason) for item in items] == ["not JSON" not in reason, False, False]
+
+
+def test_labels_are_left_alone_if_none_are_wanted(tmp_path: Path) -> None:
+    members = [("0.png", A), ("0.cls", b"1"), ("1.png", B), ("1.json", b'{"label": [0, 1]}')]
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    found, items = opened(tmp_path, label_column="none")
+    assert [(item.label, item.reason) for item in items] == [(None, "")] * 2
+    (part,) = found.listing.parts
+    assert [item.label for small in part.cut(1) for item in small.read()] == [None] * 2
 
 
 def test_labels_that_contradict_each_other(tmp_path: Path) -> None:

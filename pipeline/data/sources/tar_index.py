@@ -71,7 +71,7 @@ def stored_bytes(file: IO[bytes], image: TarImage) -> bytes:
     return file.read(image.stored)
 
 
-def index_tar(file: IO[bytes], size: int) -> list[TarImage]:
+def index_tar(file: IO[bytes], size: int, labelled: bool = True) -> list[TarImage]:
     """All images of a tar in order, with the damage between them.
 
     Reads the headers, the labels, and the first bytes of members whose names don't tell what they are. Names are made
@@ -80,6 +80,7 @@ def index_tar(file: IO[bytes], size: int) -> list[TarImage]:
     Args:
         file: open for reading and seeking.
         size: size of the tar in bytes.
+        labelled: read labels.
     """
     found = list(walk(file, size))
     resolve = _resolver(found)
@@ -94,7 +95,7 @@ def index_tar(file: IO[bytes], size: int) -> list[TarImage]:
             continue
         suffix = stem_and_suffix(name)[1]
         image = TarImage(_path(member.name), target.offset, target.size, None, reason, target.pieces)
-        if suffix in tar_labels.SUFFIXES:
+        if labelled and suffix in tar_labels.SUFFIXES:
             labels.add(name, _label(file, image, suffix))
         if member.missing or member.kind in _UNREADABLE or _is_image(file, image, suffix):
             images.append((_checked(image), name, labels.images[name]))

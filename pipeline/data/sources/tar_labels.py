@@ -5,7 +5,7 @@ that shares its name up to an earlier dot, the longest first: a.input.jpg takes 
 
 A .cls member holds a class number or a name; an empty one, or -1, means no label. A .json member holds the label as
 `label`, else as `class` or `cls`. If both exist, .cls comes first. An image whose label can't be read is not used.
-Unreadable JSON is ignored if no image of the tar has a label and other JSON could be read.
+Unreadable JSON is ignored if no member of the tar holds a label and other JSON could be read.
 """
 
 import codecs
@@ -27,10 +27,15 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Label(NamedTuple):
-    """The label that a member holds, or the reason why it can't be read; neither if it holds none."""
+    """The label that a member holds, or the reason why it can't be used; neither if it holds none.
+
+    Attributes:
+        unfit: True if it could be read but is no class.
+    """
 
     text: str | None = None
     problem: str = ""
+    unfit: bool = False
 
 
 def stem_and_suffix(name: str) -> tuple[str, str]:
@@ -51,7 +56,7 @@ def parse_label(suffix: str, content: bytes) -> Label:
         return Label(problem=_NO_JSON)
     some = [value[key] for key in _KEYS if value.get(key) is not None] if isinstance(value, dict) else []
     text, problem = class_text(some[0] if some else None)
-    return Label(_published(text), problem)
+    return Label(_published(text), problem, bool(problem))
 
 
 def _published(text: str | None) -> str | None:
@@ -77,7 +82,7 @@ class Labels:
     def finder(self) -> Callable[[str, int], Label]:
         """Returns a function from an image's name and its index among images of that name (from 0) to its label."""
         labels = [(suffix, label) for (_, suffix), some in self._found.items() for label in some]
-        some_have = any(label.text is not None for _, label in labels)
+        some_have = any(label.text is not None or label.unfit for _, label in labels)
         some_read = any(suffix == ".json" and label.problem != _NO_JSON for suffix, label in labels)
         ignored = ".json" if some_read and not some_have else ""
 

@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.data.sources.fetch import THREADS, fault_of_file
+from pipeline.data.sources.label_columns import NO_LABELS
 from pipeline.data.sources.loose import outweigh_images
 from pipeline.data.sources.parts import Item, Part, Request, SourceListing
 from pipeline.data.sources.splits import splits_of_files
@@ -58,15 +59,17 @@ class TarPart(Part):
 
     Attributes:
         members: the images; empty = all images in the tar, which must be indexed first.
+        labelled: read labels.
     """
 
     members: tuple[TarImage, ...] = ()
+    labelled: bool = True
 
     def read(self, rows: Sequence[int] | None = None) -> Iterator[Item]:
         try:
             if not self.members:
                 with _on_disk(self.uri) as (file, size):
-                    found = _some(index_tar(file, size), rows)
+                    found = _some(index_tar(file, size, self.labelled), rows)
                     for image in found:
                         yield self._item(image, stored_bytes(file, image))
                 return
@@ -88,7 +91,7 @@ class TarPart(Part):
                 except _FileFault:
                     yield self
                     return
-                members = tuple(index_tar(file, size))
+                members = tuple(index_tar(file, size, self.labelled))
                 stack.enter_context(_lent(self.uri, file))
             for first in range(0, len(members), images):
                 yield replace(self, members=members[first : first + images])
@@ -120,7 +123,8 @@ def list_tars(tree: Tree, request: Request) -> SourceListing:
         bad |= {name: reason for name, reason in zip(tars, faults, strict=True) if reason}
     used = [name for name in tars if name not in bad]
     splits = splits_of_files(used)
-    parts = tuple(TarPart(tree.root, (name,), split=splits[name]) for name in used)
+    labelled = request.label_column != NO_LABELS
+    parts = tuple(TarPart(tree.root, (name,), labelled=labelled, split=splits[name]) for name in used)
     return SourceListing(parts, frozenset(used), classes=None, ignored=ignored, bad=bad)
 
 
