@@ -82,7 +82,12 @@ def fit(data: Encoded, size: int, channels: int, background: Colour = (255, 255,
     image = _open(_unpacked(data, size), size, channels, background)
     width, height = image.size
     scale = size / min(width, height)
-    return _resize(image, (round(width * scale), round(height * scale)), (0, 0, width, height))
+    scaled = round(width * scale), round(height * scale)
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise DecodeError(
+            f"{width}x{height} pixels, {scaled[0]}x{scaled[1]} when resized: more than {MAX_PIXELS}"
+        )
+    return _resize(image, scaled, (0, 0, width, height))
 
 
 def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:

@@ -91,6 +91,8 @@ def test_crops_lie_where_they_are_asked_for() -> None:
 def test_fit_keeps_the_longer_side() -> None:
     assert fit(encode(picture(3, 60, 20)), 10, 3).shape == (10, 30, 3)
     assert fit(encode(picture(3, 20, 60)), 10, 1).shape == (30, 10, 1)
+    with pytest.raises(DecodeError, match="20000x1 pixels, 2000000x100 when resized: more than 64000000"):
+        fit(encode(picture(3, 20_000, 1)), 100, 3)
 
 
 def test_resizing_is_antialiased() -> None:
