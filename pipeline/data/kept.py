@@ -77,12 +77,10 @@ def record_uri(output: str, key: str) -> str:
 
 
 def read_records(output: str) -> dict[str, Decoded]:
-    """The parts that earlier runs decoded, by key. Parts with a missing file or a damaged record are left out."""
-    folder = storage.join(output, PARTS)
-    if not storage.exists(folder):
-        return {}
-    there = {storage.name(file): file for file in storage.list_files(folder)}
-    files = [file for name, file in there.items() if name.endswith(".json") and len(name) == 45]
+    """The parts that earlier runs decoded, by key. Parts with a missing or cut file or a damaged record are left out."""
+    there = storage.sizes(storage.join(output, PARTS))
+    sizes = {storage.name(file): size for file, size in there.items()}
+    files = [file for file in there if file.endswith(".json") and len(storage.name(file)) == 45]
     records = dict[str, Decoded]()
     for file, data in storage.read_many(files).items():
         try:
@@ -90,7 +88,7 @@ def read_records(output: str) -> dict[str, Decoded]:
             record.chunks = [_chunk(**chunk) for chunk in record.chunks]  # type: ignore[arg-type]
         except (TypeError, ValueError):
             continue
-        if all(storage.name(chunk.file) in there for chunk in record.chunks):
+        if all(sizes.get(storage.name(chunk.file)) == chunk.ends[-1] for chunk in record.chunks):
             records[storage.name(file)[:40]] = record
     return records
 

@@ -61,12 +61,17 @@ def damage_records(output: Path) -> None:
         file.write_bytes(file.read_bytes()[:9])
 
 
+def cut_decoded(output: Path) -> None:
+    for file in (*output.glob("parts/*.shard"), *output.glob("parts/*-000.arrow")):
+        file.write_bytes(file.read_bytes()[:-3])
+
+
 def move(output: Path) -> None:
     shutil.move(output, output.with_name("moved"))
 
 
 @pytest.mark.parametrize("grown", [False, True])
-@pytest.mark.parametrize("harm", [lose_shard, lose_decoded, damage_records, move])
+@pytest.mark.parametrize("harm", [lose_shard, lose_decoded, damage_records, cut_decoded, move])
 def test_an_output_in_which_files_are_missing_damaged_or_moved_is_made_whole(
     harm: Callable[[Path], None], grown: bool, tmp_path: Path
 ) -> None:
