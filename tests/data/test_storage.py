@@ -19,6 +19,7 @@ from pipeline.data.sources.parquet import read_row_group
 from pipeline.errors import InputError
 from pipeline.patience import arrow_fs
 from tests.data.common import encoded, tar_bytes
+from tests.data.reading import opened
 from tests.data.weather import Weather
 from tests.jobs.common import ROOT
 
@@ -199,6 +200,19 @@ def test_what_is_not_there_by_its_name_may_be_a_pattern(root: str) -> None:
     for nothing in ("a[34]/*", "c"):
         with pytest.raises(InputError, match="no such file or folder"):
             storage.list_files(f"{root}/{nothing}")
+
+
+def test_keys_that_no_folder_could_hold(bucket: str) -> None:
+    """An empty object marks a folder. A key with // behind the folder can't be named, so it is bad and says why."""
+    image = encoded(1)[0]
+    fs, folder = storage.open_fs(bucket)
+    name, _, prefix = folder.partition("/")
+    for key, data in (("", b""), ("a/", b""), ("a/0.png", image), ("a//1.png", image), ("/2.png", image)):
+        fs.call_s3("put_object", Bucket=name, Key=f"{prefix}/{key}", Body=data)
+    found, items = opened(bucket)
+    assert {item.path: item.reason for item in items} == {"a/0.png": "", "a//1.png": ""}
+    assert not found.listing.ignored
+    assert list(found.listing.bad) == ["/2.png"] and "//" in found.listing.bad["/2.png"]
 
 
 def test_data_in_a_folder_of_an_odd_name(root: str) -> None:

@@ -98,13 +98,17 @@ def open_tree(uri: str) -> Tree:
     root = pattern[0] if pattern else posixpath.dirname(path) if path in details else path.rstrip("/")
     tree = Tree(str(fs.unstrip_protocol(root)), {}, whole=not pattern and path not in details)
     for name, info in sorted(details.items()):
-        _sort_in_remote(tree, name[len(root) :].lstrip("/"), info)
+        _sort_in_remote(tree, name[len(root) :].removeprefix("/"), info)
     return tree
 
 
 def _sort_in_remote(tree: Tree, name: str, info: dict[str, Any]) -> None:
+    if (not name or name.endswith("/")) and not info["size"]:
+        return  # stores have no folders; some programs mark one by an empty object
     if is_hidden(name):
         tree.ignored[name] = HIDDEN
+    elif name.startswith("/"):
+        tree.bad[name] = "its key has // behind the folder that was given: copy it to a key without"
     else:
         tree.files[name] = File(int(info["size"] or 0), version_of(info))
 
