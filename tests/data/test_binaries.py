@@ -124,6 +124,7 @@ FAULTS: dict[str, tuple[bytes | None, bytes | None, str]] = {
     "fewer labels": (None, idx(np.zeros(3, np.uint8)), "3 labels for the 4 images"),
     "more labels": (None, idx(np.zeros(5, np.uint8)), "5 labels for the 4 images"),
     "other labels": (None, idx(np.zeros(4, ">i4"), 12), "not an IDX file of 8-bit labels"),
+    "labels' header cut": (None, idx(np.zeros(4, np.uint8))[:6], "cut short"),
     "labels cut": (None, idx(np.zeros(4, np.uint8))[:-1], "3 labels or more, 4 expected"),
     "labels long": (None, idx(np.zeros(4, np.uint8)) + b"x", "5 labels or more, 4 expected"),
     "no labels": (None, b"", "not an IDX file of 8-bit labels"),

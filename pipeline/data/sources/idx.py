@@ -148,7 +148,10 @@ def _read_labels(tree: Tree, name: str, images: str, count: int) -> bytes:
     data = _content(uri, packed, 8 + count + 1)
     magic, said = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
     if len(data) < 8 or magic != _LABELS:
-        raise InputError(f"{uri}: not an IDX file of 8-bit labels (it begins with {magic}, not {_LABELS})")
+        raise InputError(
+            f"{uri}: not an IDX file of 8-bit labels "
+            f"({'cut short' if len(data) < 8 else f'it begins with {magic}, not {_LABELS}'})"
+        )
     if said != count:
         raise InputError(
             f"{uri}: holds {said} labels for the {count} images of {printable(posixpath.basename(images))}"
