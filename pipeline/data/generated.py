@@ -25,10 +25,12 @@ def read_manifest(uri: str, flag: str) -> dict[str, Any] | None:
     """
     try:
         manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-        return dict(manifest) if manifest["format"] == SAMPLES_FORMAT else None
+        # Raw data may hold a file of this name too.
+        ours = isinstance(manifest, dict) and manifest.get("format") == SAMPLES_FORMAT
+        return dict(manifest) if ours else None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{flag} {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
 
 

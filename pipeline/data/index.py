@@ -171,8 +171,8 @@ def open_splits(
     uri = storage.absolute(uri)
     if not storage.exists(uri, pattern=True):
         raise InputError(f"--data {uri}: no such folder")
-    if storage.exists(storage.join(uri, MANIFEST)):
-        return _open_prepared(uri, image_size)
+    if manifest := _manifest(uri):
+        return _open_prepared(uri, manifest, image_size)
     if storage.exists(storage.join(uri, UNFINISHED)):
         raise InputError(f"--data {uri}: jobs/prepare.py has not finished it: run it again to continue")
     kept = storage.join(output, SCAN) if output else ""
@@ -181,17 +181,23 @@ def open_splits(
     return splits
 
 
-def _open_prepared(uri: str, image_size: int) -> Splits:
+def _manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest of prepared or generated data; None if there is none, or a file of this name is part of raw data."""
+    if not storage.exists(place := storage.join(uri, MANIFEST)):
+        return None
     try:
-        manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        found = json.loads(storage.read_bytes(place))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--data {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
+    return found if isinstance(found, dict) and found.get("format") in (FORMAT, SAMPLES_FORMAT) else None
+
+
+def _open_prepared(uri: str, manifest: dict[str, Any], image_size: int) -> Splits:
+    try:
         check_readable(manifest.get("versions"), f"--data {uri}")
         if manifest["format"] == SAMPLES_FORMAT:
             files_of(uri, manifest, "--data")
             return _open_source(storage.join(uri, SAMPLES), image_size, AS_FOUND, ())
-        if manifest["format"] != FORMAT:
-            raise InputError(
-                f"--data {uri}: {MANIFEST} was not written by jobs/prepare.py or jobs/generate.py"
-            )
         stored = manifest["image"]
         image = ImageConfig(image_size or stored["size"], stored["channels"], tuple(stored["classes"]))
         indexes = {
@@ -212,7 +218,7 @@ def _open_prepared(uri: str, image_size: int) -> Splits:
             if split["rows"]
         }
         return Splits(uri, indexes)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"--data {uri}: damaged {MANIFEST} ({type(error).__name__}: {error})") from None
 
 

@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.cluster.pool import in_process
 from pipeline.config import Source
 from pipeline.data import shards
+from pipeline.data.generated import read_manifest
 from pipeline.data.index import open_splits
 from pipeline.data.shards import Manifest, PrepareConfig, prepare
 from pipeline.errors import InputError
@@ -208,6 +209,16 @@ def test_a_folder_called_as_the_home_folder_is(tmp_path: Path, monkeypatch: pyte
     run("~", tmp_path / "out")
     found = Counter(json.loads((tmp_path / "out/manifest.json").read_text())["image"]["classes"])
     assert found == {"cat": 1, "dog": 1, "owl": 1}
+
+
+@pytest.mark.parametrize("content", ['["0.png"]', "null", '{"name": "pets"}', '{"format": "coco"}'])
+def test_a_manifest_of_others_is_a_file_like_any_other(content: str, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", IMAGES[:10])
+    (source / "manifest.json").write_text(content)
+    run(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "ignored.jsonl").read_text())["path"] == "manifest.json"
+    assert sum(index.rows for index in open_splits(str(source)).indexes.values()) == 10
+    assert read_manifest(str(source), "--samples") is None
 
 
 def test_an_output_with_data_of_others_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
