@@ -9,6 +9,14 @@ from pipeline import __version__, storage
 from pipeline.errors import InputError
 from pipeline.versions import OF_0_1_0, TRAINING, VERSIONS, check_same
 
+# The files by which jobs claim an output, and what it then holds.
+CLAIMS = {
+    "run.json": "a training run",
+    "search.json": "a search",
+    "settings.json": "generated samples",
+    "parts/settings.json": "prepared data",
+}
+
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON. Numbers that are not finite become null, because JSON can't express them."""
@@ -44,7 +52,7 @@ def read_claim(output: str, name: str) -> dict[str, Any] | None:
         content = json.loads(data)
     except ValueError as error:
         raise InputError(f"{uri} is damaged: {error}: restore it, or choose another folder") from None
-    if not isinstance(content, dict):
+    if not (isinstance(content, dict) and isinstance(content.get("fixed", {}), dict)):
         raise InputError(f"{uri} is damaged: restore it, or choose another folder")
     # Release 0.1.0 wrote some settings at the top level, and no versions.
     return content if "fixed" in content else {"fixed": content, "versions": OF_0_1_0, **content}
@@ -77,6 +85,20 @@ def check_claim(
                 f"--output {output} was begun with {key} = {then}{(hints or {}).get(key, '')}, now it is {now}: keep it, "
                 "or choose another folder"
             )
+
+
+def check_unclaimed(output: str, name: str) -> None:
+    """Refuses to begin in a folder that another job has begun in, because each would take the other's files for its own.
+
+    Args:
+        name: name of the file by which this job claims an output, one of `CLAIMS`.
+
+    Raises:
+        InputError: the folder holds another job's output.
+    """
+    for other, what in CLAIMS.items():
+        if other != name and "release" in (((read_claim(output, other) or {}).get("versions")) or {}):
+            raise InputError(f"--output {output} holds {what}: choose another folder")
 
 
 def write_claim(output: str, name: str, fixed: dict[str, Any], **beside: Any) -> None:

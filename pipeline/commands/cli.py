@@ -40,6 +40,12 @@ from pipeline.tracking import address
 
 T = TypeVar("T")
 
+# Messages of Python, in words that need no Python.
+PLAIN = {
+    "invalid literal for int() with base 10: ": "no whole number: ",
+    "could not convert string to float: ": "no number: ",
+}
+
 
 def parse(cls: type[T], arguments: list[str], job: str, about: str) -> T:
     """Parses flags into a frozen dataclass. Flags override the settings of `--config FILE.yaml`.
@@ -120,6 +126,8 @@ def _mistake(event: ParseErrorEvent, cls: type, arguments: list[str]) -> str:
         missing = event.offending_value is None
         return f"{flag}: a value is missing: {kind}" if missing else f"{flag} takes no value"
     message = one_line(getattr(event, "message", type(event).__name__))
+    for pythons, plain in PLAIN.items():
+        message = message.replace(pythons, plain)
     return f"{flag}{' expects ' * bool(kind)}{kind}: {message}{_commas(kind, message)}"
 
 

@@ -33,7 +33,7 @@ from pipeline.data.sources.splits import VALIDATION_FRACTION
 from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.lock import locked
-from pipeline.output import check_apart, check_claim, is_inside, read_claim, write_claim
+from pipeline.output import check_apart, check_claim, check_unclaimed, is_inside, read_claim, write_claim
 from pipeline.ranges import Natural, Positive, Range, Share, check_ranges, help_groups
 from pipeline.versions import PREPARING
 
@@ -116,6 +116,7 @@ def _prepare(config: PrepareConfig, opened: Opened, output: str) -> Manifest:
             raise InputError(
                 f"--output {output} holds data that this job did not write: choose another folder"
             )
+        check_unclaimed(output, UNFINISHED)
         write_claim(output, UNFINISHED, settings)
     records = _decode(config, opened, image, output)
     first, labels = labels_of(records)

@@ -19,7 +19,7 @@ from pipeline.data.sources.parts import IMAGE_FOLDER_TABLE
 from pipeline.errors import InputError, Outage
 from pipeline.generation.chunks import Chunk, file_name, parse_name
 from pipeline.generation.writers import SUFFIX
-from pipeline.output import check_claim, read_claim, write_claim
+from pipeline.output import check_claim, check_unclaimed, read_claim, write_claim
 from pipeline.versions import SAMPLING
 
 SETTINGS = "settings.json"
@@ -107,12 +107,13 @@ def claim(output: str, wanted: dict[str, Any], model: dict[str, str]) -> None:
         hints = {"model_fingerprint": f" ({before.get('model')})"}
         check_claim(output, before, wanted, hints=hints, of=SAMPLING)
     else:
-        _check_unclaimed(output, digest(wanted))
+        _check_new(output, digest(wanted))
         write_claim(output, SETTINGS, wanted, **model)
 
 
-def _check_unclaimed(output: str, settings: str) -> None:
+def _check_new(output: str, settings: str) -> None:
     """Checks that an output without readable settings is new, or was begun with these settings."""
+    check_unclaimed(output, SETTINGS)
     records = list(storage.sizes(storage.join(output, RECORDS)))
     if any(_other_settings(data, settings) for data in storage.read_many(records[:1]).values()):
         raise InputError(

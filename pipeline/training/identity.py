@@ -15,7 +15,7 @@ from pipeline.config import (
 )
 from pipeline.data.index import DatasetIndex
 from pipeline.errors import InputError
-from pipeline.output import check_claim, read_claim, write_claim
+from pipeline.output import check_claim, check_unclaimed, read_claim, write_claim
 from pipeline.tracking import RUN_FILE, runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
 from pipeline.training.checkpoint_manager import CHECKPOINTS
@@ -63,6 +63,8 @@ def open_run(
             f"--output {output} holds checkpoints, but {RUN_FILE}, which says of which run, is lost: restore it, or "
             "choose another folder"
         )
+    else:
+        check_unclaimed(output, RUN_FILE)
     tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output, **runs.origin("train")}
     name = config.run_name or run_name(config, spec)
     run = run or runs.open_run(config.experiment, name, tags, config.tracking_patience)

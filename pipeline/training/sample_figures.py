@@ -4,7 +4,7 @@ The run's output keeps the classifier and the features of the real images, so on
 """
 
 import io
-import zipfile
+import math
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,8 @@ def sample_figures(
         net, held_out = fit(spec.image, images, labels, seed=config.seed, steps=CLASSIFIER_STEPS), splits[1]
         ids = choose(held_out.rows, HELD_OUT_IMAGES, config.seed, Choice.CLASSIFIER_TEST)
         shown = (part.to(images.device) for part in read_images(held_out, ids))
-        figures["classification_accuracy_score"] = accuracy(net, *shown)
+        if math.isfinite(score := accuracy(net, *shown)):  # else no held-out image has a label
+            figures["classification_accuracy_score"] = score
     return figures | {"validation_samples": len(images)}
 
 
@@ -120,8 +121,11 @@ def _reference(
             if str(file["of"]) == config.validation_features:
                 moments = Moments(int(file["count"]), file["mean"], file["m2"])
                 return FeatureSet(moments, file["features"], file["labels"], file["thumbnails"])
-    except (FileNotFoundError, ValueError, KeyError, zipfile.BadZipFile):
+    except FileNotFoundError:
         pass
+    except Exception as error:  # zipfile and NumPy raise anything on damaged files
+        if storage.is_storage_error(error):
+            raise
     (real,) = measure([train], extractor, keep=REAL_IMAGES, most=REAL_IMAGES, seed=config.seed, pool=pool)
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {**vars(real), **vars(real.moments), "of": np.array(config.validation_features)}

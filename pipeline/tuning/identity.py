@@ -9,7 +9,7 @@ from pipeline import storage
 from pipeline.data.index import Splits
 from pipeline.errors import InputError
 from pipeline.evaluation.config import FRECHET
-from pipeline.output import check_claim, read_claim, write_claim
+from pipeline.output import check_claim, check_unclaimed, read_claim, write_claim
 from pipeline.tracking import runs
 from pipeline.tracking.tracker import FOLDER as UNDELIVERED
 from pipeline.tuning import ledger
@@ -48,6 +48,8 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> runs.Run:
             f"--output {output} holds trials, but {SEARCH_FILE}, which says of which search, is lost: restore it, or "
             "choose another folder"
         )
+    else:
+        check_unclaimed(output, SEARCH_FILE)
     name = f"search {storage.name(storage.title(config.data))} by {' and '.join(config.metrics)}"
     tags = {"ray_ddpm.search": output, **runs.origin("tune")}
     run = runs.open_run(config.experiment, name, tags, PATIENCE)

@@ -42,6 +42,8 @@ GIVEN = ["--data", "d", "--output", "o"]
         (TrainConfig, [], "required and not given: --data, --output"),
         (TrainConfig, [*GIVEN, "stray"], "'stray' is not a flag: flags begin with --"),
         (TrainConfig, [*GIVEN, "--steps"], "--steps: a value is missing"),
+        (TrainConfig, [*GIVEN, "--steps", "1e4"], "--steps expects INT: no whole number: '1e4'"),
+        (TrainConfig, [*GIVEN, "--learning-rate", "x"], "--learning-rate expects FLOAT: no number: 'x'"),
         (TrainConfig, [*GIVEN, "--steps", "x"], "--steps expects INT: "),
         (TrainConfig, [*GIVEN, "--variance", "fixed_smal"], "did you mean fixed_small?"),
         (
