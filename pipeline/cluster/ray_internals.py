@@ -9,6 +9,7 @@ imported, after `session.connect` has set it.
 import contextlib
 import importlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,6 +142,30 @@ def small_nodes() -> Iterator[None]:
     finally:
         for name, method in real.items():
             setattr(node, name, method)
+
+
+@contextlib.contextmanager
+def patient_start(seconds: float) -> Iterator[None]:
+    """Inside this context `ray.init` waits so long for the node that it starts. Ray fixes half a minute, and a machine
+    on which several jobs start at once may need more."""
+    services: Any = importlib.import_module("ray._private.services")
+    get_node = services.get_node
+
+    def get_node_patiently(*where: Any) -> Any:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return get_node(*where)
+            except RuntimeError:  # the node has not registered yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = get_node_patiently
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 def kill_without_asking() -> None:

@@ -47,6 +47,7 @@ _SETTINGS = {
 
 # Part of the message that `ray.init` raises, as a bare Exception, if Ray does not start in time.
 START_TIMEOUT = "timed out during startup"
+START_SECONDS = 120.0
 # Variables for a Ray that a job starts for itself. Its node gets no preemption notices, and nobody reads its figures.
 _OWN_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -93,7 +94,12 @@ def connect(
     from ray.data import DataContext
 
     from pipeline.cluster.pace import set_pace
-    from pipeline.cluster.ray_internals import kill_without_asking, silence_published_errors, small_nodes
+    from pipeline.cluster.ray_internals import (
+        kill_without_asking,
+        patient_start,
+        silence_published_errors,
+        small_nodes,
+    )
 
     if not ray.is_initialized():
         address = cluster_address()
@@ -112,6 +118,7 @@ def connect(
                 contextlib.nullcontext() if verbose else _muted(),
                 contextlib.nullcontext() if address else forked_workers(preload, server),
                 contextlib.nullcontext() if address or verbose else small_nodes(),
+                contextlib.nullcontext() if address else patient_start(START_SECONDS),
                 _deaf_to_sigterm(),
             ):
                 ray.init(**options)
@@ -128,7 +135,7 @@ def connect(
             if address or START_TIMEOUT not in str(error):
                 raise
             raise Outage(
-                "Ray did not start on this machine within half a minute: it is too busy or short of memory; "
+                f"Ray did not start on this machine in {START_SECONDS:g} s: it is too busy or short of memory; "
                 "run the same command again later"
             ) from None
         if not address:

@@ -163,6 +163,33 @@ def test_a_job_says_so_in_one_line(variable: str, value: str, complaint: str, tm
     assert len(lines) == 1
 
 
+@pytest.mark.slow
+def test_a_ray_that_takes_longer_than_rays_own_limit_is_waited_for() -> None:
+    """The node registers late. Ray's clock runs fast here, so that its half a minute ends before."""
+    program = """
+import time, types
+from ray._private import node, services
+from pipeline.cluster.session import connect
+
+node.time = types.SimpleNamespace(time=time.time, sleep=time.sleep, monotonic=lambda: 30 * time.monotonic())
+get_node, late = services.get_node, []
+
+def get_node_late(*where):
+    found = get_node(*where)
+    late.append(time.monotonic())
+    if time.monotonic() < late[0] + 3:
+        raise RuntimeError("not registered yet")
+    return found
+
+services.get_node = get_node_late
+connect()
+print("joined", len(late) > 1)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "joined True\n"), done.stderr
+
+
 def test_a_ray_that_does_not_start_in_time_is_told_in_one_line() -> None:
     """A process of its own is needed, since this one may already have a Ray."""
     program = """

@@ -107,7 +107,7 @@ def jobs() -> Iterator[list[subprocess.Popen[str]]]:
 @pytest.fixture(scope="module")
 def reference(digits: Path) -> Undisturbed:
     """The result of a run that nothing disturbs."""
-    words = ("--data", digits, "--output", "", "--steps", STEPS, *FLAGS)
+    words = ("--data", digits, "--output", "unused", "--steps", STEPS, *FLAGS)
     return undisturbed(cli.parse(TrainConfig, list(map(str, words)), "train", ""))
 
 
