@@ -3,14 +3,12 @@
 This module imports neither torch nor Ray.
 """
 
-import contextlib
-import ctypes
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline import memory
 from pipeline.config import ImageConfig
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.order import crop_place
@@ -20,7 +18,6 @@ ROWS_PER_BLOCK = 512, 4096
 # Enough to keep training while storage stalls for a few steps. More would be decoded during a run's first steps.
 BATCHES_AHEAD = 8
 CENTRE = (0.5, 0.5)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT_BYTES = 2**30
 
 
@@ -35,7 +32,7 @@ class Decode:
 
     def __init__(self, image: ImageConfig, seed: int, random_crop: bool) -> None:
         self._image, self._seed, self._random_crop = image, seed, random_crop
-        _keep_freed_memory()
+        memory.keep_up_to(_KEPT_BYTES)
 
     def __call__(self, blocks: pa.Table) -> Iterator[pa.Table]:
         yield from (as_row(self.decoded(table)) for table in tables_of(blocks))
@@ -79,19 +76,6 @@ def tables_of(rows: pa.Table) -> Iterator[pa.Table]:
     """The tables back from rows that `as_row` made."""
     for row in range(rows.num_rows):
         yield pa.table({name: rows[name][row].values for name in rows.column_names})
-
-
-@lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Makes malloc keep the memory of decoded images for the next ones, as long as the process lives.
-
-    By default glibc returns large blocks to the system. Each 4 KiB of the next image then costs a page fault, a fifth
-    of the time of decoding 256x256 pixels. The memory kept is bounded by what one read needs.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def pixel_bytes(image: ImageConfig) -> int:
