@@ -13,6 +13,8 @@ import pytest
 from pipeline.training import checkpoint
 from tests.jobs.common import command, environment, run_job
 
+pytestmark = pytest.mark.system
+
 SECONDS = 180
 SMALL = (
     "--batch-size", 30, "--model-channels", 32, "--channel-multipliers", 1, "--attention-resolutions", 4,
@@ -56,7 +58,6 @@ def end_by_sigterm(
         process.wait()
 
 
-@pytest.mark.slow
 def test_a_training_saves_and_can_be_resumed(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "digits").symlink_to(digits)
 
@@ -81,7 +82,6 @@ def test_a_training_saves_and_can_be_resumed(digits: Path, tmp_path: Path) -> No
     assert checkpoint.read(saved()[0])[0].step == step + 1
 
 
-@pytest.mark.slow
 def test_a_job_that_is_starting_ends_with_the_signals_code(digits: Path, tmp_path: Path) -> None:
     """The signal comes while Ray's processes start."""
 
