@@ -41,8 +41,8 @@ class GenerateConfig:
     eta: Share = 0.0
     """Noise of the ddim sampler: 0 = deterministic, 1 = as much as ancestral sampling."""
     least_alpha_bar: Share = 0.0
-    """Start sampling at the noisiest step with at least this alpha_bar; 0 = at T. Helps ddim and dpm_solver on a cosine
-    schedule."""
+    """Start sampling at the noisiest step with at least this alpha_bar; 0 = at T. On a cosine
+    schedule it helps ddim and dpm_solver with colour images."""
     batch_size: Annotated[int, Range(ge=1, le=65_536)] = 64
     """Samples per forward pass."""
     seed: Seed = 0
