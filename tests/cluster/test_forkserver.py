@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from pipeline.cluster import forking
+from pipeline.cluster import forking, forkserver
 from pipeline.commands.cli import training_workers
 from pipeline.config import TrainConfig
 from tests.jobs.common import ROOT
@@ -227,6 +227,22 @@ def test_a_server_that_a_driver_starts_early_serves_the_raylet_and_ends_with_it(
             assert not is_alive(raylet)
         finally:
             driver.kill()
+
+
+def test_a_call_of_a_raylet_that_has_died_becomes_no_server(tmp_path: Path) -> None:
+    context = json.dumps({"env_vars": {}, "py_executable": sys.executable})
+    call = [
+        "setup_worker.py",
+        "--language=PYTHON",
+        f"--serialized-runtime-env-context={context}",
+        "worker.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", forkserver.__file__, str(tmp_path), "json", *call],
+        env=os.environ | {"RAY_RAYLET_PID": "1"},
+        timeout=30,
+    )
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("preload", ["no.such.module", "ray.data"])
