@@ -71,9 +71,8 @@ def _become_or_ask_server(folder: Path, preload: str, command: list[str], variab
 
     raylet = os.getppid()
     if os.environ.get(RAYLET, str(raylet)) != str(raylet):
-        os._exit(
-            1
-        )  # the raylet is dead; a server would watch the process that adopted this one, and never end
+        # The raylet is dead. A server would watch the process that adopted this one, and never end.
+        os._exit(1)
     environment = {**os.environ, **variables}
     address = str(folder / _key([raylet, sorted(environment.items())]))
     words = [part for part in command[1:] if not part.startswith((CONTEXT, "--language="))]
