@@ -97,7 +97,8 @@ def check_unclaimed(output: str, name: str) -> None:
         InputError: the folder holds another job's output.
     """
     for other, what in CLAIMS.items():
-        if other != name and "release" in (((read_claim(output, other) or {}).get("versions")) or {}):
+        claim = None if other == name else read_claim(output, other)
+        if claim and "release" in (claim.get("versions") or {}):  # else a file of another program
             raise InputError(f"--output {output} holds {what}: choose another folder")
 
 

@@ -146,8 +146,10 @@ def small_nodes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patient_start(seconds: float) -> Iterator[None]:
-    """Inside this context `ray.init` waits so long for the node that it starts. Ray fixes half a minute, and a machine
-    on which several jobs start at once may need more."""
+    """Inside this context `ray.init` waits up to `seconds` for the node that it starts.
+
+    Ray itself waits for half a minute and has no setting. A machine on which several jobs start at once may need more.
+    """
     services: Any = importlib.import_module("ray._private.services")
     get_node = services.get_node
 

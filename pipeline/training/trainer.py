@@ -103,7 +103,11 @@ def train(
     output = storage.absolute(config.output)
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(Display("train", config.steps, "steps"))
-        patient = partial(patiently, seconds=config.storage_patience, say=display.note)
+
+        def written(write: Callable[[], Any], what: str) -> Any:
+            with storage.reporting(what, "; go on with --resume"):
+                return patiently(write, what, seconds=config.storage_patience, say=display.note)
+
         # A search chooses for all its trials, and makes sure that one fits.
         if tracker and config.gpu is not None:
             gpu = config.gpu
@@ -134,15 +138,13 @@ def train(
             spec = replace(spec, provenance={**spec.provenance, "steps": step})
             place = storage.join(output, "model")
             display.phase(f"writing the model to {place}")
-            with storage.reporting(f"{place} can't be written", "; go on with --resume"):
-                exported = patient(lambda: save_model(place, weights, spec), f"{place} can't be written")
+            exported = written(lambda: save_model(place, weights, spec), f"{place} can't be written")
             if mine:
                 gpus = config.gpus_per_worker * gpu
-                with storage.reporting(f"{SAMPLES} can't be written to {output}", "; go on with --resume"):
-                    patient(
-                        lambda: draw_exported(output, config.seed, gpus),
-                        f"{SAMPLES} can't be written to {output}",
-                    )
+                written(
+                    lambda: draw_exported(output, config.seed, gpus),
+                    f"{SAMPLES} can't be written to {output}",
+                )
                 tracker.log_file(SAMPLES)
                 display.phase("logging the model in MLflow")
                 tracker.log_model(exported, config.register, config.alias)
