@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -20,7 +21,7 @@ from pipeline.cluster.session import is_own_ray
 from pipeline.errors import InputError
 
 POLL_SECONDS = 1.0
-# Seconds before the first message. A worker's place is known only some time after Ray has assigned it.
+# Seconds before the first message. The place of an actor without a placement group is known when its process starts.
 PATIENCE_SECONDS = 10.0
 REPEAT_SECONDS = 60.0
 TRAIN_WORKERS = "RayTrainWorker"  # Ray Train's class
@@ -47,7 +48,7 @@ class Need:
 def announced(need: Need, say: Callable[[str], object]) -> Iterator[None]:
     """Reports what the work inside this context waits for: at first, on each change and every minute.
 
-    It reports nothing while the work has workers.
+    It reports nothing while the work has workers or their places.
 
     Args:
         say: called with each line.
@@ -236,7 +237,7 @@ def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> N
     said, when, since = "", 0.0, 0.0
     while not done.wait(POLL_SECONDS):
         try:
-            line = "" if has_workers(need.actor) else shortage(need)
+            line = "" if has_workers(need.actor) or has_places(need.each) else shortage(need)
         except Exception:  # a node or Ray is shutting down; the next round asks again
             continue
         now = time.monotonic()
@@ -258,16 +259,37 @@ def has_workers(actor: str) -> bool:
     )
 
 
+def has_places(each: dict[str, float]) -> bool:
+    """True if a placement group of this job holds such a worker's resources, whose process starts some time later."""
+    return any(
+        all(bundle.unit_resources.get(name, 0.0) >= amount for name, amount in each.items())
+        for group in _own_groups().values()
+        if group.state == group.CREATED and not _orphaned(group)
+        for bundle in group.bundles
+    )
+
+
 def release_orphans() -> None:
     """Releases the placement groups of this job's dead actors.
 
     Ray Train's controller reserves its workers' places. If it is killed, Ray keeps the reservation until the job ends.
     Ray Train's own remedy needs the dashboard, which a job's own Ray lacks, and fails if two Rays run on one machine.
     """
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id()).binary()
-    for number, group in placement_groups().items():
-        if group.creator_job_id == job and group.creator_actor_dead:
+    for number, group in _own_groups().items():
+        if _orphaned(group):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
+
+
+def _orphaned(group: Any) -> bool:
+    """True if an actor made the group and is dead. Ray calls the actor dead too where the driver made the group."""
+    made_by_actor = group.creator_actor_id != ray.ActorID.nil().binary()
+    return bool(made_by_actor and group.creator_actor_dead)
+
+
+def _own_groups() -> dict[str, Any]:
+    """The placement groups of this job, by id in hex."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id()).binary()
+    return {number: group for number, group in placement_groups().items() if group.creator_job_id == job}
 
 
 def _nodes() -> list[dict[str, float]]:

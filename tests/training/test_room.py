@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.cluster import autoscaler, room
 from pipeline.cluster.pool import ActorPool
-from pipeline.cluster.ray_internals import state
-from pipeline.cluster.room import Cluster, Need, announced, settle, shortage, wants_gpu
+from pipeline.cluster.ray_internals import placement_groups, state
+from pipeline.cluster.room import Cluster, Need, announced, release_orphans, settle, shortage, wants_gpu
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.training.checks import check_settings
@@ -147,6 +148,55 @@ def test_a_wait_is_said_once_then_now_and_then_and_when_it_changes(
         time.sleep(1)
     assert [line for _, line in said] == ["one", "one", "two"]
     assert said[0][0] >= 1 and said[1][0] - said[0][0] >= 3
+
+
+def test_a_job_that_holds_its_places_waits_for_none(cluster: None, cpus: int, quick: None) -> None:
+    """Its workers' processes may start long after Ray reserved their places, as on a loaded node."""
+    said, mine = list[str](), need(cpus, CPU=1)
+    small = placement_group([{"memory": 1024}])  # such a group holds a trial
+    ray.get(small.ready())
+    group = placement_group([{"CPU": 1}] * cpus)
+    ray.get(group.ready())
+    try:
+        assert shortage(mine)
+        with announced(mine, said.append):
+            time.sleep(2)
+        assert not said
+        remove_placement_group(group)
+        with held(cpus), announced(mine, said.append):
+            time.sleep(2)
+        assert said == [f"waiting for {cpus} CPUs, the cluster has 0 free"]
+    finally:
+        remove_placement_group(small)
+        remove_placement_group(group)
+
+
+@ray.remote(num_cpus=0)
+class Controller:
+    """Reserves a place, as Ray Train's controller does."""
+
+    def reserve(self) -> str:
+        self.group = placement_group([{"CPU": 1}])
+        ray.get(self.group.ready())
+        return self.group.id.hex()
+
+
+def test_only_the_places_of_dead_actors_are_released(cpus: int) -> None:
+    """The driver of a search makes its trials' groups. One trial's failure must not end the others."""
+    drivers, controller = placement_group([{"memory": 1024}]), Controller.remote()  # type: ignore[attr-defined]
+    ray.get(drivers.ready())
+    reserved = ray.get(controller.reserve.remote())
+    try:
+        release_orphans()
+        assert {drivers.id.hex(), reserved} <= set(placement_groups())
+        ray.kill(controller)
+        deadline = time.monotonic() + 30
+        while not placement_groups()[reserved].creator_actor_dead and time.monotonic() < deadline:
+            time.sleep(0.1)
+        release_orphans()
+        assert drivers.id.hex() in placement_groups() and reserved not in placement_groups()
+    finally:
+        remove_placement_group(drivers)
 
 
 @dataclass(frozen=True)
