@@ -31,11 +31,12 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
-def read_claim(output: str, name: str) -> dict[str, Any] | None:
+def read_claim(output: str, name: str, beside: tuple[str, ...] = ()) -> dict[str, Any] | None:
     """The settings that an output was begun with; None if the output is new.
 
     Args:
         name: name of the file that holds them.
+        beside: texts that must be there, of those that `write_claim` kept beside the settings.
 
     Returns:
         `fixed`, the settings; `versions`; and whatever `write_claim` kept beside them.
@@ -52,7 +53,8 @@ def read_claim(output: str, name: str) -> dict[str, Any] | None:
         content = json.loads(data)
     except ValueError as error:
         raise InputError(f"{uri} is damaged: {error}: restore it, or choose another folder") from None
-    if not (isinstance(content, dict) and isinstance(content.get("fixed", {}), dict)):
+    whole = isinstance(content, dict) and isinstance(content.get("fixed", {}), dict)
+    if not (whole and all(isinstance(content.get(key), str) for key in beside)):
         raise InputError(f"{uri} is damaged: restore it, or choose another folder")
     # Release 0.1.0 wrote some settings at the top level, and no versions.
     return content if "fixed" in content else {"fixed": content, "versions": OF_0_1_0, **content}

@@ -18,6 +18,7 @@ from pipeline.training.identity import open_run
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.identity import SEARCH_FILE, open_search
 from pipeline.tuning.space import parse_space
+from pipeline.versions import VERSIONS
 
 
 def test_every_claim_is_known() -> None:
@@ -39,6 +40,24 @@ def test_files_of_these_names_that_no_job_wrote_keep_nobody_out(tmp_path: Path) 
     (tmp_path / "settings.json").write_text(json.dumps({"editor.tabSize": 4}))
     (tmp_path / "run.json").write_text(json.dumps({"versions": None, "fixed": {}}))
     check_unclaimed(str(tmp_path), SEARCH_FILE)
+
+
+def test_a_claim_without_what_its_job_needs_is_damaged(digits: Path, tmp_path: Path) -> None:
+    """Valid JSON with wrong content, as a tool that "repairs" files leaves."""
+    output, data = str(tmp_path), open_splits(str(digits))
+    config = TrainConfig(str(digits), output, steps=2, batch_size=8, resume=True)
+    search = TuneConfig(str(digits), output, resume=True)
+    for content in ({}, {"fixed": {}}, {"run_id": 7}, {"fixed": {}, "versions": {}, "run_id": None}, []):
+        (tmp_path / RUN_FILE).write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"run\.json is damaged: restore it"):
+            open_run(config, check(config)[1], data["train"], output)
+        (tmp_path / RUN_FILE).rename(tmp_path / SEARCH_FILE)
+        with pytest.raises(InputError, match=r"search\.json is damaged: restore it"):
+            open_search(search, parse_space({"batch_size": [8, 16]}), data)
+        (tmp_path / SEARCH_FILE).unlink()
+    (tmp_path / RUN_FILE).write_text(json.dumps({"fixed": {"image": 3}, "run_id": "r", "versions": VERSIONS}))
+    with pytest.raises(InputError, match=r"run\.json: expected a mapping, got int"):
+        open_run(config, check(config)[1], data["train"], output)
 
 
 def test_each_job_looks(digits: Path, prepared_here: None, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
 CONSUMER_TABLES = 8
 # A reading process that dies repeats at most one span of steps: 1/SPANS of the run, or SPAN_BLOCKS blocks if more.
-SPANS, SPAN_BLOCKS = 1000, 64
+# A start puts each span into the object store, which takes about a millisecond of CPU time.
+SPANS, SPAN_BLOCKS = 200, 64
 CLOSING_SECONDS = 30.0
 
 

@@ -49,8 +49,16 @@ def as_written(config: GenerateConfig, spec: ModelSpec) -> tuple[GenerateConfig,
         )
     fixed, names = claim["fixed"], spec.image.classes
     made: dict[str, Any] = {field.name: fixed[field.name] for field in fields(config) if field.name in fixed}
-    made |= {"labels": tuple(names[label] if label < len(names) else str(label) for label in fixed["labels"])}
-    made |= {"label_weights": tuple(fixed["label_weights"]), "gpu": fixed["device"] == "gpu"}
+    try:
+        made |= {
+            "labels": tuple(names[label] if label < len(names) else str(label) for label in fixed["labels"])
+        }
+        made |= {"label_weights": tuple(fixed["label_weights"]), "gpu": fixed["device"] == "gpu"}
+    except (KeyError, TypeError):
+        raise InputError(
+            f"--output {config.output}: {ledger.SETTINGS} is damaged: restore it, or run the command that made the "
+            "dataset without --verify"
+        ) from None
     made |= {"count": manifest["count"]}
     defaults = GenerateConfig()
     for key, value in made.items():

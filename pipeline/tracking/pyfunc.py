@@ -50,6 +50,8 @@ def _whole_numbers(model_input, column, end):  # type: ignore[no-untyped-def]
     """A column as int64 [N]; None if there is no such column."""
     if column not in model_input:
         return None
+    if not end:
+        raise ValueError(f"input: the model has no classes: leave column {column!r} out")
     try:
         values = np.asarray(model_input[column].astype("int64"))
         exact = (values == np.asarray(model_input[column], np.float64)).all()

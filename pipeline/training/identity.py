@@ -39,7 +39,7 @@ def open_run(
             for a new run.
     """
     settings, fixed = to_dict(replace(config, resume=False)), _fixed(config, spec, index)
-    before = read_claim(output, RUN_FILE)
+    before = read_claim(output, RUN_FILE, beside=("run_id",))
     if before is not None:
         try:
             _check_same_run(before, config, fixed, index, output)
@@ -120,7 +120,7 @@ def _check_same_run(
         )
     # An older release may have written the claim. Fields that it did not have get their defaults.
     for name, cls in (("image", ImageConfig), ("model", ModelConfig), ("diffusion", DiffusionConfig)):
-        before["fixed"][name] = to_dict(from_dict(cls, before["fixed"][name], RUN_FILE))
+        before["fixed"][name] = to_dict(from_dict(cls, before["fixed"].get(name, {}), RUN_FILE))
     _check_order(before, index, config)
     check_claim(output, before, fixed)
 

@@ -32,7 +32,7 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> runs.Run:
         InputError: a resume changes settings that the metrics depend on, or MLflow does not answer.
     """
     output, fixed = config.output, _fixed(config, space, splits)
-    if before := read_claim(output, SEARCH_FILE):
+    if before := read_claim(output, SEARCH_FILE, beside=("run_id",)):
         gone = before["fixed"].get("scheduler") not in get_args(Scheduler)
         hints = {"scheduler": ", which no longer exists" if gone else ""}
         # Older releases did not write these settings.

@@ -56,6 +56,16 @@ def test_a_sound_dataset_is_verified_without_a_flag_and_nothing_is_written(
     assert everything(dataset) == before
 
 
+def test_settings_that_are_no_settings_of_samples_get_one_line(model: Path, dataset: Path) -> None:
+    settings = dataset / "settings.json"
+    content = json.loads(settings.read_text())
+    for key in ("labels", "label_weights", "device"):
+        fixed = {name: value for name, value in content["fixed"].items() if name != key}
+        settings.write_text(json.dumps(content | {"fixed": fixed}))
+        with pytest.raises(InputError, match=r"settings\.json is damaged: restore it"):
+            checked(dataset, model)
+
+
 def test_flags_that_say_otherwise_than_the_dataset_are_refused(model: Path, dataset: Path) -> None:
     for changes, flag in (({"seed": 9}, "--seed 3, not 9"), ({"count": 21}, "--count 20, not 21")):
         with pytest.raises(InputError, match=f"made with {flag}: leave the flag out"):

@@ -20,6 +20,7 @@ import torch
 
 from pipeline.models.sampling import sample_images
 from pipeline.tracking import registry, runs
+from pipeline.tracking.pyfunc import _whole_numbers
 from tests.evaluation.common import small_model
 from tests.jobs.common import database
 from tests.system.served import free_ports
@@ -92,6 +93,11 @@ def test_rows_that_ask_for_no_image_get_one_line(
     with pytest.raises(Exception, match=reason) as error:
         loaded.predict(rows)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_model_without_classes_takes_no_labels() -> None:
+    with pytest.raises(ValueError, match="the model has no classes: leave column 'label' out"):
+        _whole_numbers(pd.DataFrame({"label": [0]}), "label", 0)
 
 
 def test_a_parameter_that_is_none_is_refused(loaded: mlflow.pyfunc.PyFuncModel) -> None:
