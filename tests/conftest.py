@@ -30,8 +30,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Nodes die without notice here, so training needs no process that watches for preemption notices. Submitted jobs
 # do have that process: their nodes get none of these variables (tests/system/served.py).
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-# The tests compile too few programs for precompiled headers to pay.
-os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 # Without a GPU Triton interprets its kernels (tests/gpu). Triton reads this variable on import.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
