@@ -52,7 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place(item: pytest.Item) -> int:
-    return 2 if item.get_closest_marker("system") else 1 if item.get_closest_marker("cluster") else 0
+    if not item.get_closest_marker("system"):
+        return 1 if item.get_closest_marker("cluster") else 0
+    # Users of one cluster come one after the other, so that it can end after the last (tests/system/conftest.py).
+    fixtures = getattr(item, "fixturenames", ())
+    if "machines" in fixtures:
+        return 2 if item.get_closest_marker("before_kills") else 3
+    return 4 if "served" in fixtures else 5
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,7 @@ class Site:
         while not condition():
             assert job is None or job.poll() is None, f"the job ended before {what}: exit code {job.poll()}"
             assert time.monotonic() < end, f"waited in vain for {what}"
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def runs(self, output: str) -> list[mlflow.entities.Run]:
         client = mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
@@ -89,7 +89,6 @@ class Site:
 def site(digits: Path, machines: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
     home = tmp_path_factory.mktemp("faults")
     (home / "digits").symlink_to(digits)
-    machines.resize(3)
     return Site(home, machines)
 
 
@@ -104,7 +103,7 @@ def jobs() -> Iterator[list[subprocess.Popen[str]]]:
             job.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reference(digits: Path) -> Undisturbed:
     """The result of a run that nothing disturbs."""
     words = ("--data", digits, "--output", "unused", "--steps", STEPS, *FLAGS)
@@ -133,10 +132,38 @@ def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
+@pytest.mark.before_kills
+def test_elastic_training_follows_its_nodes_and_sigterm_saves(
+    site: Site, reference: Undisturbed, jobs: list[subprocess.Popen[str]]
+) -> None:
+    output = "elastic"
+    site.cluster.resize(1)
+
+    def workers() -> list[float]:
+        return [count for _, count in site.curve(output, "workers")] if site.runs(output) else []
+
+    jobs.append(site.start(output, 100_000, "--workers", 2, "--min-workers", 1))
+    site.wait("steps of one worker", lambda: 1.0 in workers(), jobs[0])
+    joined = site.cluster.add_node(1)
+    site.wait("steps of two workers", lambda: 2.0 in workers(), jobs[0])
+    site.cluster.kill_node(joined)
+    site.wait("steps of one worker again", lambda: workers()[-1] == 1.0, jobs[0])
+    jobs[0].send_signal(signal.SIGTERM)
+    assert jobs[0].wait(timeout=SECONDS) == 128 + signal.SIGTERM
+    stopped = site.step(output)
+    assert f"stopped at step {stopped} of 100000, which is saved" in site.log(output)
+    assert site.runs(output)[0].info.status == "KILLED"
+    epochs = stopped * BATCH // ROWS + 1
+    jobs.append(site.start(output, epochs * ROWS // BATCH, "--workers", 1, "--resume"))
+    assert jobs[1].wait(timeout=SECONDS) == 0, site.log(output)
+    assert_whole(site, output, reference, epochs)
+
+
 def test_a_killed_worker_node_and_driver_and_a_cut_checkpoint_leave_no_trace(
     site: Site, reference: Undisturbed, jobs: list[subprocess.Popen[str]]
 ) -> None:
     output = "killed"
+    site.cluster.resize(3)
     jobs.append(site.start(output, STEPS, "--workers", 2))
     site.wait("the first checkpoint", lambda: site.step(output) >= 6, jobs[0])
     assert site.cluster.kill_workers("RayTrainWorker", 1)
@@ -188,29 +215,3 @@ def test_every_fault_may_follow_every_other_before_the_run_has_recovered(
     break_a(second)
     assert jobs[-1].wait(timeout=SECONDS) == 0, site.log(output)
     assert_whole(site, output, reference)
-
-
-def test_elastic_training_follows_its_nodes_and_sigterm_saves(
-    site: Site, reference: Undisturbed, jobs: list[subprocess.Popen[str]]
-) -> None:
-    output = "elastic"
-    site.cluster.resize(1)
-
-    def workers() -> list[float]:
-        return [count for _, count in site.curve(output, "workers")] if site.runs(output) else []
-
-    jobs.append(site.start(output, 100_000, "--workers", 2, "--min-workers", 1))
-    site.wait("steps of one worker", lambda: 1.0 in workers(), jobs[0])
-    joined = site.cluster.add_node(1)
-    site.wait("steps of two workers", lambda: 2.0 in workers(), jobs[0])
-    site.cluster.kill_node(joined)
-    site.wait("steps of one worker again", lambda: workers()[-1] == 1.0, jobs[0])
-    jobs[0].send_signal(signal.SIGTERM)
-    assert jobs[0].wait(timeout=SECONDS) == 128 + signal.SIGTERM
-    stopped = site.step(output)
-    assert f"stopped at step {stopped} of 100000, which is saved" in site.log(output)
-    assert site.runs(output)[0].info.status == "KILLED"
-    epochs = stopped * BATCH // ROWS + 1
-    jobs.append(site.start(output, epochs * ROWS // BATCH, "--workers", 1, "--resume"))
-    assert jobs[1].wait(timeout=SECONDS) == 0, site.log(output)
-    assert_whole(site, output, reference, epochs)
