@@ -1,4 +1,7 @@
-"""A cluster of only a head, whose autoscaler adds nodes with declared, not real, GPUs. All of it is on loopback."""
+"""A cluster of only a head, whose autoscaler adds nodes with declared, not real, GPUs. All of it is on loopback.
+
+The head starts its workers as Python. The nodes fork theirs.
+"""
 
 import contextlib
 import importlib.abc
@@ -18,7 +21,7 @@ import psutil
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 
-from tests.jobs.common import command, database
+from tests.jobs.common import ROOT, command, database
 from tests.system.served import BIN, LOOPBACK, family, free_ports, kill, user_environment, wait_for
 
 HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as Ray's fake node provider names it
@@ -87,9 +90,11 @@ class Growing:
 def fall_back_to_cpu() -> None:
     """Make a worker process compute on the CPU instead of a GPU that it was given but that doesn't exist.
 
-    A process with a GPU also writes a file to `places`. Nothing is imported here: modules are changed on import.
+    A process with a GPU also writes a file to `places`. A module that isn't imported yet is changed on import.
     """
-    sys.meta_path.insert(0, _AfterImport())
+    hook = _AfterImport()
+    sys.meta_path.insert(0, hook)
+    hook.change_imported()
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -99,6 +104,11 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             "ray.air._internal.device_manager.nvidia_gpu": _train_on_cpu,
             "pipeline.generation.sampler": _sample_on_cpu,
         }
+
+    def change_imported(self) -> None:
+        """Change the modules that a forked worker has from its server."""
+        for name in self._changes.keys() & sys.modules.keys():
+            self._changes.pop(name)(sys.modules[name])
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name not in self._changes:
@@ -171,7 +181,7 @@ def growing_cluster() -> Iterator[Growing]:
         # The provider is given by class, since Ray's wheel lacks the file of defaults for its name.
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "tests.system.growing_nodes.ForkingProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -189,6 +199,7 @@ def growing_cluster() -> Iterator[Growing]:
         PLACES: str(places),
     }
     head = base | {
+        "PYTHONPATH": str(ROOT),  # for ForkingProvider
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD,
