@@ -48,15 +48,19 @@ class Undisturbed:
 
 
 def undisturbed(
-    config: TrainConfig, save: Callable[[checkpoint.Saved], None] = lambda saved: None
+    config: TrainConfig,
+    save: Callable[[checkpoint.Saved], None] = lambda saved: None,
+    start: checkpoint.Saved | None = None,
 ) -> Undisturbed:
-    """Run one worker's loop in this process on the images of `config.data`."""
+    """Run one worker's loop in this process on the images of `config.data`, from the checkpoint `start` if given."""
     index, cpu = open_splits(config.data)["train"], torch.device("cpu")
     plan = index.plan(config.seed, config.batch_size)
     images, labels = read_images(index, np.arange(index.rows))
     spec = make_spec(config, index)
     state = new_state(config, spec, cpu)
-    recorder, stream = Recorder(state, save), planned(plan, images, labels, range(config.steps))
+    if start:
+        checkpoint.restore(state, start)
+    recorder, stream = Recorder(state, save), planned(plan, images, labels, range(state.step, config.steps))
     loop.train(config, spec, state, state.model, stream, Meter(config, 1, cpu), recorder)
     return Undisturbed(spec, recorder.losses, checkpoint.capture(state))
 
