@@ -73,7 +73,7 @@ def spilled_bytes() -> int:
 def connect(
     verbose: bool = False,
     environment: dict[str, str] | None = None,
-    preload: str = "ray.data",
+    preload: str = "pipeline.training.worker",
     server: Path | None = None,
 ) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts Ray on this machine for this process.
