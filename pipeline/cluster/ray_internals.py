@@ -207,6 +207,32 @@ def pass_over_deleted_checkpoints() -> None:
     manager.delete_fs_path = delete_if_there
 
 
+def wait_for_places(forget: float, pause: float) -> None:
+    """Lets Ray Train's elastic controller, in its own process, pause while it waits for places.
+
+    It would look for places without a pause, which takes a core, and would keep its own for three minutes after it died,
+    so that a resume finds none.
+
+    Args:
+        forget: seconds after which others get the places of a controller that died.
+        pause: seconds between two looks.
+    """
+    policies = "ray.train.v2._internal.execution.scaling_policy"
+    client: Any = importlib.import_module(f"{policies}.autoscaling_coordinator_client")
+    client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = forget
+    elastic: Any = importlib.import_module(f"{policies}.elastic")
+    policy = elastic.ElasticScalingPolicy
+    decide = policy.make_decision_for_non_running_worker_group
+
+    def decide_and_pause(self: Any) -> Any:
+        decision = decide(self)
+        if isinstance(decision, elastic.NoopDecision):
+            time.sleep(pause)
+        return decision
+
+    policy.make_decision_for_non_running_worker_group = decide_and_pause
+
+
 def __getattr__(name: str) -> Any:
     if name not in INTERNALS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

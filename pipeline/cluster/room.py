@@ -24,6 +24,8 @@ POLL_SECONDS = 1.0
 # Seconds before the first message. The place of an actor without a placement group is known when its process starts.
 PATIENCE_SECONDS = 10.0
 REPEAT_SECONDS = 60.0
+# Seconds without a place, although there is room, before the first message says so.
+UNPLACED_SECONDS = 30.0
 TRAIN_WORKERS = "RayTrainWorker"  # Ray Train's class
 
 
@@ -215,14 +217,20 @@ def shortage(need: Need) -> str:
             there = _sums(nodes, need)
             # The resources suffice in total, but are spread over too many nodes.
             if all(there[name] >= need.count * amount for name, amount in need.each.items()):
-                each = _words(need.each)
-                wanted = (
-                    f"a process of {each}" if need.count == 1 else f"{need.count} processes of {each} each"
-                )
-                return f"waiting for room for {wanted}, there is room for {room}"
+                return f"waiting for room for {_processes(need)}, there is room for {room}"
             has = _words(there) if len(there) > 1 else f"{next(iter(there.values())):g}"
             return f"waiting for {_wanted(need)}, the cluster has {has}{what}"
     return ""
+
+
+def _unplaced(need: Need) -> str:
+    """A line for a need that there is room for, but that Ray has not placed."""
+    return f"waiting for Ray to place {_processes(need)}: it may keep the room for a job that was killed a short time ago"
+
+
+def _processes(need: Need) -> str:
+    each = _words(need.each)
+    return f"a process of {each}" if need.count == 1 else f"{need.count} processes of {each} each"
 
 
 def _unbringable(need: Need, nodes: list[dict[str, float]]) -> str:
@@ -234,13 +242,16 @@ def _unbringable(need: Need, nodes: list[dict[str, float]]) -> str:
 
 
 def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> None:
-    said, when, since = "", 0.0, 0.0
+    said, when, since, placed = "", 0.0, 0.0, time.monotonic()
     while not done.wait(POLL_SECONDS):
+        now = time.monotonic()
         try:
-            line = "" if has_workers(need.actor) or has_places(need.each) else shortage(need)
+            if has_workers(need.actor) or has_places(need.each):
+                line, placed = "", now
+            else:
+                line = shortage(need) or (_unplaced(need) if now - placed >= UNPLACED_SECONDS else "")
         except Exception:  # a node or Ray is shutting down; the next round asks again
             continue
-        now = time.monotonic()
         since = (since or now) if line else 0.0
         if not line:
             said = ""

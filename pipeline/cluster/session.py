@@ -37,6 +37,9 @@ _QUIET = {
 _SETTINGS = {
     # Seconds between two checks for dead and finished workers.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Seconds after which others get the places that Ray Data reserved for a driver that was killed. It repeats its
+    # request every ten seconds, and would keep them for three minutes.
+    "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "60",
     # Ray Train sets this for its own workers. Set here too, all workers have the same environment and are forked from
     # one process (forkserver.py).
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",

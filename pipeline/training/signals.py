@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import ray
 
+from pipeline.cluster.autoscaler import FORGET_SECONDS
 from pipeline.cluster.ray_internals import (
     ControllerCallback,
     PreemptingState,
     ResizingState,
     RunningState,
     pass_over_deleted_checkpoints,
+    wait_for_places,
 )
 from pipeline.cluster.room import TRAIN_WORKERS, has_workers
 from pipeline.errors import Interrupted
@@ -94,6 +96,7 @@ class SaveBeforeShutdown(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         pass_over_deleted_checkpoints()
+        wait_for_places(FORGET_SECONDS, POLL_SECONDS)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(previous_state, RunningState) and isinstance(

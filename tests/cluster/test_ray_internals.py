@@ -14,6 +14,7 @@ import ray
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.data import DataContext
 from ray.experimental.internal_kv import _internal_kv_get
+from ray.train import ScalingConfig
 
 from pipeline.cluster import autoscaler, ray_internals
 from pipeline.cluster.pace import STEP_SECONDS, InFlightLimit, PacedExecution, set_in_flight, set_pace
@@ -21,6 +22,8 @@ from pipeline.cluster.ray_internals import INTERNALS, JOB_CLIENT_LOGGERS
 from pipeline.cluster.session import is_own_ray, spilled_bytes
 from pipeline.training.signals import SaveBeforeShutdown
 from pipeline.tuning.search import SECRETS
+
+POLICIES, CLIENT = "ray.train.v2._internal.execution.scaling_policy", "autoscaling_coordinator_client"
 
 
 @pytest.mark.parametrize("name", INTERNALS)
@@ -179,3 +182,47 @@ print(*(" ".join(process.cmdline()) for process in psutil.Process().children(rec
     found = {name for name in ("monitor.py", "log_monitor.py", "dashboard.py") if f"/{name} " in done.stdout}
     assert "raylet" in done.stdout
     assert found == ({"monitor.py", "log_monitor.py", "dashboard.py"} if verbose else set())
+
+
+def test_an_elastic_controller_that_waits_pauses_and_is_soon_forgotten(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, elastic = (importlib.import_module(f"{POLICIES}.{name}") for name in (CLIENT, "elastic"))
+    policy, decision = elastic.ElasticScalingPolicy, elastic.NoopDecision()
+    # These are changed below, and restored after the test.
+    monkeypatch.setattr(
+        client, "AUTOSCALING_REQUESTS_EXPIRE_TIME_S", client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S
+    )
+    monkeypatch.setattr(policy, "make_decision_for_non_running_worker_group", lambda self: decision)
+    ray_internals.wait_for_places(60, 0.2)
+    scaling = ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 1})
+    waiting, began = policy(scaling), time.monotonic()
+    assert [waiting.make_decision_for_non_running_worker_group() for _ in range(5)] == [decision] * 5
+    assert time.monotonic() - began >= 1
+    decision = elastic.ResizeDecision(1, {})
+    began = time.monotonic()
+    assert waiting.make_decision_for_non_running_worker_group() is decision
+    assert time.monotonic() - began < 0.2
+
+    coordinator, mine = (
+        ray_internals.get_or_create_autoscaling_coordinator(),
+        client.TrainAutoscalingCoordinatorClient("me"),
+    )
+    try:
+        mine.send_resource_request(scaling, 1)
+        expires = ray.get(
+            coordinator.__ray_call__.remote(
+                lambda self: self._ongoing_reqs["me"].expiration_time - time.time()
+            )
+        )
+        assert 30 < expires <= 60
+    finally:
+        mine.cancel_resource_request()
+
+
+def test_ray_data_soon_forgets_a_killed_drivers_places(cluster: None) -> None:
+    """The variable is read when Ray Data first runs something, which is after `connect` set it."""
+    name = "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"
+    assert os.environ[name] == str(int(autoscaler.FORGET_SECONDS))
+    module = importlib.import_module("ray.data._internal.cluster_autoscaler.rate_based_cluster_autoscaler")
+    assert module.RateBasedClusterAutoscaler.AUTOSCALING_REQUEST_EXPIRE_TIME_S == autoscaler.FORGET_SECONDS

@@ -150,6 +150,17 @@ def test_a_wait_is_said_once_then_now_and_then_and_when_it_changes(
     assert said[0][0] >= 1 and said[1][0] - said[0][0] >= 3
 
 
+def test_a_job_without_a_place_that_is_there_says_so(
+    cpus: int, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, mine = list[str](), need(1, CPU=1)
+    assert not shortage(mine)
+    monkeypatch.setattr(room, "UNPLACED_SECONDS", 0.5)
+    with announced(mine, said.append):
+        time.sleep(3)
+    assert len(said) == 1 and said[0].startswith("waiting for Ray to place a process of 1 CPU: ")
+
+
 def test_a_job_that_holds_its_places_waits_for_none(cluster: None, cpus: int, quick: None) -> None:
     """Its workers' processes may start long after Ray reserved their places, as on a loaded node."""
     said, mine = list[str](), need(cpus, CPU=1)
