@@ -13,8 +13,9 @@ from pipeline.config import ImageConfig
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.order import crop_place
 
-BLOCK_BYTES = 16 * 2**20
-ROWS_PER_BLOCK = 512, 4096
+# Ray takes some 30 ms of CPU time for each block, whatever its size, so blocks are large.
+BLOCK_BYTES = 32 * 2**20
+ROWS_PER_BLOCK, BATCHES_PER_BLOCK = (512, 4096), 32
 # Enough to keep training while storage stalls for a few steps. More would be decoded during a run's first steps.
 BATCHES_AHEAD = 8
 CENTRE = (0.5, 0.5)
@@ -94,12 +95,12 @@ def pixels_of(table: pa.Table, image: ImageConfig) -> np.ndarray:
 
 
 def block_rows(image: ImageConfig, image_bytes: int, local_batch: int) -> int:
-    """Rows to read and decode together: a few batches, and at most about `BLOCK_BYTES`.
+    """Most rows to read and decode together: some batches, and at most about `BLOCK_BYTES`.
 
     Args:
         image_bytes: mean size of an encoded image, in bytes.
         local_batch: rows of one rank in one batch.
     """
     least, most = ROWS_PER_BLOCK
-    rows = min(most, max(least, BATCHES_AHEAD * local_batch))
+    rows = min(most, max(least, BATCHES_PER_BLOCK * local_batch))
     return max(1, min(rows, BLOCK_BYTES // max(pixel_bytes(image), image_bytes)))

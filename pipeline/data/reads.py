@@ -17,6 +17,9 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Array, Plan, Rows, batch_rows
 
 BLOCKS_AHEAD = 2  # blocks whose groups are read while one block is handed over
+FIRST_ROWS = (
+    256  # rows in the first block, or one batch; each block after it has twice as many, up to the most
+)
 THREADS = 16
 _Image = tuple[bytes, int, str]  # encoded image, label, path
 
@@ -37,10 +40,14 @@ class RankRows:
     def tables(self, start: int, stop: int, rows: int) -> Iterator[pa.Table]:
         """The rows of steps [start, stop) in order, still encoded, up to `rows` rows in a table.
 
+        The first tables are smaller, so that the first batch need not wait for a large one. Equal arguments give equal
+        tables: if the process dies, Ray Data asks another one for the tables that are missing.
+
         Returns:
             the columns of `read_rows`, and id and epoch (int64).
         """
         each = self._last - self._first
+        self._rows = max(FIRST_ROWS, each)
         # Many steps are planned at once, because each plan also costs the rows that are open at both of its ends.
         steps = max(self._plan.steps_open, -(-rows // each))
         for begin in range(start, stop, steps):
@@ -67,11 +74,13 @@ class RankRows:
                 if number not in self._open:
                     self._open[number] = self._pool.submit(self._read, number, needed(number, begin))
 
-        for begin in range(0, count, rows):
-            stop = min(begin + rows, count)
-            open_from(begin, stop)
-            for ahead in range(1, BLOCKS_AHEAD + 1):
-                open_from(begin + ahead * rows, min(begin + (ahead + 1) * rows, count))
+        begin = 0
+        while begin < count:
+            size = min(self._rows, rows)
+            self._rows = 2 * size
+            stop = min(begin + size, count)
+            for ahead in range(BLOCKS_AHEAD + 1):
+                open_from(begin + ahead * size, min(begin + (ahead + 1) * size, count))
             numbers, images = owner[begin:stop].tolist(), list[_Image]()
             found = {number: self._open[number].result() for number in set(numbers)}
             for place, number, wanted in zip(
@@ -92,6 +101,7 @@ class RankRows:
                     "epoch": epoch[begin:stop],
                 }
             )
+            begin = stop
 
     def _read(self, number: int, rows: Array) -> dict[int, _Image]:
         table = read_rows(self._index.groups[number % len(self._plan.group_rows)], rows)

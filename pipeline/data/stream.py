@@ -28,8 +28,8 @@ from pipeline.data.reads import Read
 if TYPE_CHECKING:
     from pipeline.data.batch import Batch
 
-IN_FLIGHT_BYTES = 16 * BLOCK_BYTES
-CONSUMER_TABLES = 8
+IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
+CONSUMER_TABLES = 4
 # A reading process that dies repeats at most one span of steps: 1/SPANS of the run, or SPAN_BLOCKS blocks if more.
 # A start puts each span into the object store, which takes about a millisecond of CPU time.
 SPANS, SPAN_BLOCKS = 200, 64

@@ -71,6 +71,23 @@ def test_what_was_seen_is_neither_read_nor_decoded(
         assert sum(read) == len(left)
 
 
+def test_tables_grow_and_depend_on_the_steps_alone(
+    index: DatasetIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a reading process dies, another one must make the same tables, of which the first may have arrived already."""
+    monkeypatch.setattr(reads, "FIRST_ROWS", 2)
+    plan = Plan(index.group_rows, seed=3, batch_size=6, lanes=3)
+
+    def tables(reader: RankRows, start: int, stop: int) -> list[list[int]]:
+        return [table["id"].to_pylist() for table in reader.tables(start, stop, 30)]
+
+    reader = RankRows(index, plan, 0, 6, 80)
+    before, again = tables(reader, 0, 40), tables(reader, 40, 80)
+    assert [len(table) for table in before][:4] == [6, 12, 24, 30]
+    assert sum(len(table) for table in before + again) == 80 * 6
+    assert tables(RankRows(index, plan, 0, 6, 80), 40, 80) == again
+
+
 def test_a_group_that_is_open_for_long_is_read_again_rather_than_planned_without_end(
     index: DatasetIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,24 @@ def test_a_stream_that_is_closed_before_its_first_batch_leaves_nothing_behind(
     assert not left
 
 
+@pytest.mark.parametrize("kind", ["Read", "Decode"])
+def test_a_process_of_the_stream_that_dies_changes_nothing(index: DatasetIndex, kind: str) -> None:
+    """It dies at different moments: while the first batches are taken, and far into the run."""
+    plan, steps = plan_of(index), 1500
+    rows = batch_rows(plan, 0, steps)
+    expected = (plan.first_id[rows.group] + rows.row).tolist()
+    kill_at = {5, 900}
+    with closing(stream_of(index).batches(0, steps)) as batches:
+        for step, batch in enumerate(batches):
+            assert batch.ids.tolist() == expected[step]
+            if step in kill_at:
+                victims = [one for one in family() if f"MapBatches({kind}" in " ".join(one.cmdline())]
+                assert victims
+                for victim in victims:
+                    victim.kill()
+    assert step == steps - 1
+
+
 def test_bad_images_count_for_nothing_and_are_named(cluster: None, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", IMAGES[:60])
     (folder / "cat" / "bad.png").write_bytes(b"\x89PNG not really")
