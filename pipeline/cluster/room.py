@@ -24,7 +24,7 @@ POLL_SECONDS = 1.0
 # Seconds before the first message. The place of an actor without a placement group is known when its process starts.
 PATIENCE_SECONDS = 10.0
 REPEAT_SECONDS = 60.0
-# Seconds without a place, although there is room, before the first message says so.
+# Seconds after the start without a place, although there is room, before the first message says so.
 UNPLACED_SECONDS = 30.0
 TRAIN_WORKERS = "RayTrainWorker"  # Ray Train's class
 
@@ -224,7 +224,7 @@ def shortage(need: Need) -> str:
 
 
 def _unplaced(need: Need) -> str:
-    """A line for a need that there is room for, but that Ray has not placed."""
+    """A line for a need that Ray has not placed yet, although there is room for it."""
     return f"waiting for Ray to place {_processes(need)}: it may keep the room for a job that was killed a short time ago"
 
 
@@ -242,14 +242,14 @@ def _unbringable(need: Need, nodes: list[dict[str, float]]) -> str:
 
 
 def _watch(need: Need, say: Callable[[str], object], done: threading.Event) -> None:
-    said, when, since, placed = "", 0.0, 0.0, time.monotonic()
+    said, when, since, placed, began = "", 0.0, 0.0, False, time.monotonic()
     while not done.wait(POLL_SECONDS):
         now = time.monotonic()
         try:
             if has_workers(need.actor) or has_places(need.each):
-                line, placed = "", now
-            else:
-                line = shortage(need) or (_unplaced(need) if now - placed >= UNPLACED_SECONDS else "")
+                line, placed = "", True
+            elif not (line := shortage(need)) and not placed and now - began >= UNPLACED_SECONDS:
+                line = _unplaced(need)
         except Exception:  # a node or Ray is shutting down; the next round asks again
             continue
         since = (since or now) if line else 0.0

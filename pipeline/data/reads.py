@@ -17,9 +17,8 @@ from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Array, Plan, Rows, batch_rows
 
 BLOCKS_AHEAD = 2  # blocks whose groups are read while one block is handed over
-FIRST_ROWS = (
-    256  # rows in the first block, or one batch; each block after it has twice as many, up to the most
-)
+# Rows in the first block, if a batch has no more. Each block after it has twice as many, up to the most.
+FIRST_ROWS = 256
 THREADS = 16
 _Image = tuple[bytes, int, str]  # encoded image, label, path
 
