@@ -21,7 +21,6 @@ from tests.jobs.common import Outcome, database, outcome_of
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Many nodes share this machine and nobody reads their metrics, whose collection would take a tenth of it.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
-os.environ.setdefault("RAY_enable_metrics_collection", "0")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
 # Below this number of files Ray ignores the interval and looks for new logs ten times a second.
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "1")

@@ -55,7 +55,6 @@ START_SECONDS = 120.0
 _OWN_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_enable_metrics_collection": "0",
 }
 
 
