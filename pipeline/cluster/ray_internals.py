@@ -210,8 +210,8 @@ def pass_over_deleted_checkpoints() -> None:
 def wait_for_places(forget: float, pause: float) -> None:
     """Lets Ray Train's elastic controller, in its own process, pause while it waits for places.
 
-    It would look for places without a pause, which takes a core, and would keep its own for three minutes after it died,
-    so that a resume finds none.
+    Ray's controller looks for places without a pause, which takes a core. Ray also keeps the places of a dead controller
+    for three minutes, so a resume finds none.
 
     Args:
         forget: seconds after which others get the places of a controller that died.

@@ -46,16 +46,16 @@ class RankRows:
             the columns of `read_rows`, and id and epoch (int64).
         """
         each = self._last - self._first
-        self._rows = max(FIRST_ROWS, each)
+        sizes = _growing(max(FIRST_ROWS, each), rows)
         # Many steps are planned at once, because each plan also costs the rows that are open at both of its ends.
         steps = max(self._plan.steps_open, -(-rows // each))
         for begin in range(start, stop, steps):
             end = min(begin + steps, stop)
             ahead = min(end + self._plan.steps_open, self._end)
             planned = batch_rows(self._plan, begin, max(end, ahead), self._first, self._last)
-            yield from self._tables(planned, (end - begin) * each, rows)
+            yield from self._tables(planned, (end - begin) * each, sizes)
 
-    def _tables(self, planned: Rows, count: int, rows: int) -> Iterator[pa.Table]:
+    def _tables(self, planned: Rows, count: int, sizes: Iterator[int]) -> Iterator[pa.Table]:
         epoch, group, row = planned.epoch.ravel(), planned.group.ravel(), planned.row.ravel()
         owner = epoch * len(self._plan.group_rows) + group
         order = np.argsort(owner, kind="stable")
@@ -75,8 +75,7 @@ class RankRows:
 
         begin = 0
         while begin < count:
-            size = min(self._rows, rows)
-            self._rows = 2 * size
+            size = next(sizes)
             stop = min(begin + size, count)
             for ahead in range(BLOCKS_AHEAD + 1):
                 open_from(begin + ahead * size, min(begin + (ahead + 1) * size, count))
@@ -106,6 +105,13 @@ class RankRows:
         table = read_rows(self._index.groups[number % len(self._plan.group_rows)], rows)
         columns = (table[name].to_pylist() for name in ("bytes", "label", "path"))
         return dict(zip(rows.tolist(), zip(*columns, strict=True), strict=True))
+
+
+def _growing(first: int, most: int) -> Iterator[int]:
+    """Sizes that double from `first` to `most`, and stay there."""
+    while True:
+        yield min(first, most)
+        first = min(2 * first, most)
 
 
 def _binary(data: Sequence[bytes]) -> pa.Array:
