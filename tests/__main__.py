@@ -1,10 +1,13 @@
-"""Run every test except the soak tests, in two processes side by side that take about equally long.
+"""Run every test except the soak tests, in three processes side by side.
 
-`python -m tests` shows the first process's output as it comes, and the second's once both have ended. After
-MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is ended.
+One runs the tests that start clusters and jobs, one those on the local Ray, and one those without Ray.
+
+`python -m tests` shows the first process's output as it comes, and the others' once all have ended. After MOST_SECONDS,
+or on SIGTERM, each process prints the stacks of its threads and is ended.
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -25,31 +28,42 @@ def with_system_tests() -> list[str]:
 
 
 def run() -> int:
-    """Run both processes and return the larger of their exit codes."""
+    """Run all processes and return the largest of their exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
-    with tempfile.TemporaryFile() as log:
-        first = subprocess.Popen([*PYTEST, "-m", "system and not soak", *with_system_tests()])
-        rest = ["-m", "not system and not soak", "-p", "no:cacheprovider"]
-        second = subprocess.Popen([*PYTEST, *rest], stdout=log, stderr=log)
-        started, deadline = (first, second), time.monotonic() + MOST_SECONDS
+    # Each of some hundred processes would compile the modules again if this were set.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    started = list[tuple[subprocess.Popen[bytes], IO[bytes] | None]]()
+    with contextlib.ExitStack() as stack:
+        for tests in (
+            ["-m", "system and not soak", *with_system_tests()],
+            ["-m", "cluster and not system and not soak", "-p", "no:cacheprovider"],
+            ["-m", "not cluster and not system and not soak", "-p", "no:cacheprovider"],
+        ):
+            log = stack.enter_context(tempfile.TemporaryFile()) if started else None
+            process = subprocess.Popen([*PYTEST, *tests], stdout=log, stderr=log, env=environment)
+            started.append((process, log))
+        processes, deadline = [process for process, _ in started], time.monotonic() + MOST_SECONDS
+        ended = False
         try:
-            for process in started:
+            for process in processes:
                 process.wait(deadline - time.monotonic())
         except (subprocess.TimeoutExpired, TimeoutError, KeyboardInterrupt) as why:
-            _end(started, ask=not isinstance(why, KeyboardInterrupt))  # Ctrl-C reaches them too
+            _end(processes, ask=not isinstance(why, KeyboardInterrupt))  # Ctrl-C reaches them too
+            ended = True
+        for _, log in started:
             _show(log)
+        if ended:
             print(f"tests: ended before they were done (at most {MOST_SECONDS} s)", file=sys.stderr)
             return 1
-        _show(log)
-        return max(abs(process.returncode) for process in started)
+        return max(abs(process.returncode) for process in processes)
 
 
 def _terminated(number: int, frame: object) -> None:
     raise TimeoutError
 
 
-def _end(started: tuple[subprocess.Popen[bytes], ...], ask: bool) -> None:
-    """End both. If `ask`, each first prints its threads' stacks (tests/conftest.py) and ends what it started."""
+def _end(started: list[subprocess.Popen[bytes]], ask: bool) -> None:
+    """End all. If `ask`, each first prints its threads' stacks (tests/conftest.py) and ends what it started."""
     for process in started:
         if ask and process.poll() is None:
             process.send_signal(signal.SIGUSR1)
@@ -61,10 +75,11 @@ def _end(started: tuple[subprocess.Popen[bytes], ...], ask: bool) -> None:
         process.kill()
 
 
-def _show(log: IO[bytes]) -> None:
-    log.seek(0)
-    sys.stdout.buffer.write(log.read())
-    sys.stdout.flush()
+def _show(log: IO[bytes] | None) -> None:
+    if log:
+        log.seek(0)
+        sys.stdout.buffer.write(log.read())
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ beside the job's own imports and beside Ray's start, and the raylet's first call
 
 A server serves one raylet, and only calls with the same environment, because libraries read the environment when they are
 imported. So a forked worker equals a started one. The worker's runtime environment counts as well. A worker whose runtime
-environment has more than variables (a package, a container) gets its own Python. The server ends with its raylet, and
-the workers end with the server. This needs Linux; on other systems every worker is a new Python.
+environment has more than variables and a working directory (a package, a container) gets its own Python. The server
+ends with its raylet, and the workers end with the server. This needs Linux; elsewhere every worker is a new Python.
 
 This file is the program, so it imports only the standard library, and only when needed. The driver's side is forking.py.
 """
@@ -39,32 +39,46 @@ def main() -> None:
     context = _context(command)
     if context is not None:
         with contextlib.suppress(OSError):
-            if _become_or_ask_server(Path(folder), preload, command, context):
+            if _become_or_ask_server(Path(folder), preload, command, *context):
                 return
     if Path(command[0]).name == "agent.py":
         os.nice(10)  # the agent only collects figures of the node, and the first step does not wait for it
     os.execv(sys.executable, [sys.executable, *command])
 
 
-def _context(command: list[str]) -> dict[str, str] | None:
-    """The variables of the worker's runtime environment; None if the process needs its own Python."""
+def _context(command: list[str]) -> tuple[dict[str, str], str] | None:
+    """The variables and the working directory of the worker's runtime environment; None if it needs its own Python."""
     if Path(command[0]).name != SETUP or "--language=PYTHON" not in command:
         return None
     found = [part.removeprefix(CONTEXT) for part in command if part.startswith(CONTEXT)]
     context = json.loads(found[0]) if found else {}
-    own = context.get("command_prefix") or context.get("override_worker_entrypoint")
-    if own or context.get("py_executable") != sys.executable:
+    directory = ""
+    match context.get("command_prefix") or []:
+        case []:
+            pass
+        case ["cd", quoted, "&&"]:
+            import shlex
+
+            directory = shlex.split(quoted)[0]
+        case _:
+            return None
+    if context.get("override_worker_entrypoint") or context.get("py_executable") != sys.executable:
         return None
     variables: dict[str, str] = context["env_vars"]
-    return None if any("$" in value for value in variables.values()) else variables  # Ray expands them
+    if any("$" in value for value in variables.values()):  # Ray expands them
+        return None
+    return variables, directory
 
 
-def _become_or_ask_server(folder: Path, preload: str, command: list[str], variables: dict[str, str]) -> bool:
+def _become_or_ask_server(
+    folder: Path, preload: str, command: list[str], variables: dict[str, str], directory: str
+) -> bool:
     """Asks the server to fork the worker, and returns True if it did. Does not return if this process becomes the server.
 
     Args:
         command: the worker's command line, without Python.
-        variables: the worker's runtime environment.
+        variables: variables of the worker's runtime environment.
+        directory: the worker's working directory; "" = the raylet's.
     """
     import fcntl
     import socket
@@ -74,7 +88,10 @@ def _become_or_ask_server(folder: Path, preload: str, command: list[str], variab
         # The raylet is dead. A server would watch the process that adopted this one, and never end.
         os._exit(1)
     environment = {**os.environ, **variables}
-    address = str(folder / _key([raylet, sorted(environment.items())]))
+    if directory:  # as a shell's `cd` leaves them
+        environment |= {"PWD": directory, "OLDPWD": str(Path.cwd())}
+        environment.pop("_", None)
+    address = str(folder / _key([raylet, directory, sorted(environment.items())]))
     words = [part for part in command[1:] if not part.startswith((CONTEXT, "--language="))]
     request = json.dumps([raylet, words])
     with socket.socket(socket.AF_UNIX) as client, Path(f"{address}.lock").open("w") as lock:
@@ -89,6 +106,8 @@ def _become_or_ask_server(folder: Path, preload: str, command: list[str], variab
             server.bind(address)
             server.listen(64)
             os.set_inheritable(server.fileno(), True)
+            if directory:
+                os.chdir(directory)
             serve = server_command(server.fileno(), raylet, preload, str(Path(words[0]).parent), request)
             os.execve(sys.executable, serve, environment)
         socket.send_fds(client, [request.encode() + b"\0"], [0, 1, 2])
@@ -203,14 +222,18 @@ def _take(request: list[Any]) -> list[str]:
 
 def _imported(preload: str) -> bool:
     """Imports the modules. Returns False if one is missing; a worker that needs it reports that itself."""
+    import gc
     import importlib
 
+    gc.disable()  # it would take a sixth of the imports' time; `serve` freezes what they leave
     try:
         with importlib.import_module("pipeline.cluster.ray_internals").no_random_ids():
             for module in preload.split(","):
                 importlib.import_module(module)
     except ImportError:
         return False
+    finally:
+        gc.enable()
     return True
 
 

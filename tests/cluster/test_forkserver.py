@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,22 @@ def test_variables_of_a_runtime_environment_reach_the_libraries_as_they_are_impo
     assert is_forked(*ray.get(one.pids.remote()))
     assert about["environment"]["A"] == "1"
     assert "/somewhere" in about["sys.path"]
+
+
+def test_a_working_directory_is_entered_before_the_imports(cluster: None, tmp_path: Path) -> None:
+    """Ray copies it to the node, and puts the copy first into the worker's search path."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "only_here.py").write_text("")
+    packed = f"file://{shutil.make_archive(str(folder), 'zip', tmp_path, 'here')}"
+    forked = Worker.options(runtime_env={"working_dir": packed}).remote()
+    started = Worker.options(
+        runtime_env={"working_dir": packed, "py_executable": f"{sys.executable} -u"}
+    ).remote()
+    about, expected = ray.get([forked.about.remote(), started.about.remote()])
+    assert is_forked(*ray.get(forked.pids.remote()))
+    assert about == expected
+    assert (Path(about["folder"]) / "only_here.py").exists() and str(about["folder"]) in about["sys.path"]
 
 
 def test_variables_that_ray_expands_are_left_to_it(cluster: None) -> None:

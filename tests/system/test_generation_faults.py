@@ -89,7 +89,7 @@ class Driver:
         while len(finished(self.output)) < wanted:
             assert time.monotonic() < deadline, self.log.read_text()
             assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -70,7 +70,7 @@ class Site:
         while not condition():
             assert job is None or job.poll() is None, f"the job ended before {what}: exit code {job.poll()}"
             assert time.monotonic() < end, f"waited in vain for {what}"
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def runs(self, output: str) -> list[mlflow.entities.Run]:
         client = mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
