@@ -13,7 +13,9 @@ CIFAR = ModelSpec(ModelConfig(128, (1, 2, 2, 2)), ImageConfig(32, 3), DiffusionC
 """The UNet of Ho et al. 2020 for CIFAR-10, with scale-shift: 38.3 M parameters."""
 IMAGENET_64 = ModelSpec(ModelConfig(128, (1, 2, 3, 4), 3, (16, 8)), ImageConfig(64, 3), DiffusionConfig())
 """The UNet of improved-diffusion for ImageNet at 64x64: 121 M parameters."""
-NETWORKS = {"unet": UNET, "cifar": CIFAR, "imagenet_64": IMAGENET_64}
+DIGITS = ModelSpec(ModelConfig(32, (1, 2), attention_resolutions=(4,)), ImageConfig(8, 1), DiffusionConfig())
+"""The UNet of `make demo` without its classes: 1.08 M parameters."""
+NETWORKS = {"digits": DIGITS, "unet": UNET, "cifar": CIFAR, "imagenet_64": IMAGENET_64}
 
 
 def in_memory(config: TrainConfig, image: ImageConfig) -> Iterator[Batch]:

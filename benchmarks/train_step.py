@@ -1,6 +1,6 @@
 """Compares our training step with the same step around diffusers' UNet2DModel: ratios and a roofline from one run.
 
-    python -m benchmarks.train_step [--network unet|cifar|imagenet_64] [--compile ours|both] [--threads N] [--smoke]
+    python -m benchmarks.train_step [--network NAME] [--compile ours|both] [--threads N] [--smoke]
 
 The networks are those of `benchmarks.networks`. diffusers' UNet2DModel with that configuration has the same weights as
 ours. Batches have 32 images on a CPU, 128 on a GPU (64 for images of 64x64). Each step draws timesteps and noise, runs
@@ -15,11 +15,15 @@ and only one process works at a time. `images_per_second` uses the clock (median
 `share_of_convolution_peak` divides the FLOP/s of the UNet's convolutions and products (counted on diffusers' graph,
 forward and backward) by those of a 3x3 convolution of 128 channels at 32x32, in our best precision. `mfu` divides them by
 those of a large matrix product. `sample_…` is images/s by DDIM, with our sampler and with diffusers' DDIMPipeline.
+
+On a CPU `convolutions` is the share of a call's time that its convolutions and matrix products take, by torch's profiler.
+Both sides share these kernels, so `limits` are the ratios that a step would reach in which nothing else took any time.
 """
 
 import argparse
 import json
 import multiprocessing
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +46,9 @@ from pipeline.models.unet import build
 from pipeline.training import flops, network
 from pipeline.training.state import new_state
 from pipeline.training.step import Prepared, backward, make_backward, train_step
+
+# Operations of torch that multiply matrices. Attention's kernels are not among them, since the two sides differ there.
+PRODUCTS = re.compile("conv|addmm|::mm$|bmm")
 
 
 class Plan(NamedTuple):
@@ -137,6 +144,14 @@ def sampler(side: str, plan: Plan, device: torch.device, precision: Precision) -
     return run
 
 
+def share_of_convolutions(run: Callable[[], int]) -> float:
+    """The share of a call's time on the CPU that convolutions and matrix products take, forward and backward."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    return float(sum(time for name, time in times.items() if PRODUCTS.search(name)) / sum(times.values()))
+
+
 def contenders(side: str, plan: Plan, device: torch.device) -> dict[str, Callable[[], int]]:
     """The functions to time of one side, by name: training steps and samples."""
 
@@ -155,7 +170,10 @@ def contenders(side: str, plan: Plan, device: torch.device) -> dict[str, Callabl
 
 
 def serve(calls: Connection, side: str, plan: Plan) -> None:
-    """The process of one side. Runs each function that it is called for, and answers with clock and CPU seconds."""
+    """The process of one side. Runs each function that it is called for, and answers with clock and CPU seconds.
+
+    After an empty name it answers with the share of convolutions in each function, and ends.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if side == "ours" or device.type == "cuda":
         network.prepare_device(plan.config(plan.precisions[-1]), device)
@@ -166,6 +184,8 @@ def serve(calls: Connection, side: str, plan: Plan) -> None:
         clock, cpu = time.perf_counter(), time.process_time()
         count = jobs[name]()
         calls.send(((time.perf_counter() - clock) / count, (time.process_time() - cpu) / count))
+    on_cpu = device.type == "cpu"
+    calls.send({name: share_of_convolutions(run) for name, run in jobs.items()} if on_cpu else {})
 
 
 def flops_per_image(spec: ModelSpec) -> float:
@@ -196,8 +216,8 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> Iterator[float
 
 def take_turns(
     plan: Plan, rounds: int, warm_ups: int, peaks: Iterator[float]
-) -> tuple[dict[str, float], dict[str, float], float]:
-    """Images per second and per CPU second of every contender, and the median FLOP/s of the convolution.
+) -> tuple[dict[str, float], dict[str, float], float, dict[str, float]]:
+    """Images per second and per CPU second of every contender, FLOP/s of the convolution (median), and its shares.
 
     Args:
         rounds: timed rounds.
@@ -218,11 +238,19 @@ def take_turns(
             seconds = sides[side].recv()
             if turn >= warm_ups:
                 times.setdefault(f"{side}_{name}", []).append(seconds)
-    for calls in sides.values():
+    shares = dict[str, float]()
+    for side, calls in sides.items():
         calls.send("")
+        shares |= {f"{side}_{name}": share for name, share in calls.recv().items()}
     clock = {name: plan.batch / statistics.median(c for c, _ in values) for name, values in times.items()}
     cpu = {name: plan.batch / min(c for _, c in values) for name, values in times.items()}
-    return clock, cpu, statistics.median(peak[warm_ups:])
+    return clock, cpu, statistics.median(peak[warm_ups:]), shares
+
+
+def limits(rate: dict[str, float], shares: dict[str, float]) -> dict[str, float]:
+    """What `ratios` would be if nothing but our convolutions and products took time."""
+    bare = {name: value / shares[name] if name.startswith("ours_") else value for name, value in rate.items()}
+    return ratios(bare)
 
 
 def ratios(rate: dict[str, float]) -> dict[str, float]:
@@ -257,7 +285,7 @@ def main(smoke: bool, name: str, compiled: str, threads: int, rounds: int) -> di
     sides = {"": (), "ours": ("ours",), "both": ("ours", "diffusers")}[compiled]
     plan = Plan(spec, batch, threads, ["fp32", "bf16"] if bf16 else ["fp32"], sides, 2 if smoke else 5)
     peaks = convolution_peak(device, torch.bfloat16 if bf16 else torch.float32)
-    clock, cpu, peak = take_turns(plan, rounds, warm_ups, peaks)
+    clock, cpu, peak, shares = take_turns(plan, rounds, warm_ups, peaks)
     best = max(v for n, v in clock.items() if n.startswith("ours_") and "_sample_" not in n)
     each = flops_per_image(spec)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads"
@@ -270,6 +298,8 @@ def main(smoke: bool, name: str, compiled: str, threads: int, rounds: int) -> di
     if device.type == "cpu":
         result["images_per_cpu_second"] = {name: round(value, 2) for name, value in cpu.items()}
         result["ratios_by_cpu_time"] = ratios(cpu)
+        result["convolutions"] = {name: round(share, 3) for name, share in shares.items()}
+        result["limits"] = limits(clock, shares)
     return result | {
         "gflop_per_image": round(each / 1e9, 2),
         "convolution_peak_tflops": round(peak / 1e12, 3),
