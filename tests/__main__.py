@@ -1,9 +1,7 @@
-"""Run every test except the soak tests, in three processes side by side.
+"""Run every test except the soak tests, in four processes, of which two run at a time.
 
-One runs the tests that start clusters and jobs, one those on the local Ray, and one those without Ray.
-
-`python -m tests` shows the first process's output as it comes, and the others' once all have ended. After MOST_SECONDS,
-or on SIGTERM, each process prints the stacks of its threads and is ended.
+More at a time take longer: the suite is bound by the processors. `python -m tests` shows each process's output at its
+end. After MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is ended.
 """
 
 import contextlib
@@ -13,10 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-PYTEST = [sys.executable, "-m", "pytest"]
+# Without pytest's cache, which processes side by side would overwrite.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m"]
+AT_A_TIME = 2
 MOST_SECONDS = 70 * 60
 SECONDS_TO_CLEAR_UP = 60
 
@@ -27,35 +28,41 @@ def with_system_tests() -> list[str]:
     return [str(file) for file in files if "mark.system" in file.read_text()]
 
 
+def groups() -> Iterator[list[str]]:
+    """Yield the arguments of each process. A small group comes last, so that both processors have work to the end."""
+    yield ["cluster and not system and not soak"]
+    yield ["(machines or served) and not soak", *with_system_tests()]
+    yield ["system and not (machines or served or soak)", *with_system_tests()]
+    yield ["not (cluster or system or soak)"]
+
+
 def run() -> int:
     """Run all processes and return the largest of their exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
     # Each of some hundred processes would compile the modules again if this were set.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    started = list[tuple[subprocess.Popen[bytes], IO[bytes] | None]]()
-    with contextlib.ExitStack() as stack:
-        for tests in (
-            ["-m", "system and not soak", *with_system_tests()],
-            ["-m", "cluster and not system and not soak", "-p", "no:cacheprovider"],
-            ["-m", "not cluster and not system and not soak", "-p", "no:cacheprovider"],
-        ):
-            log = stack.enter_context(tempfile.TemporaryFile()) if started else None
-            process = subprocess.Popen([*PYTEST, *tests], stdout=log, stderr=log, env=environment)
-            started.append((process, log))
-        processes, deadline = [process for process, _ in started], time.monotonic() + MOST_SECONDS
-        ended = False
-        try:
-            for process in processes:
-                process.wait(deadline - time.monotonic())
-        except (subprocess.TimeoutExpired, TimeoutError, KeyboardInterrupt) as why:
-            _end(processes, ask=not isinstance(why, KeyboardInterrupt))  # Ctrl-C reaches them too
-            ended = True
-        for _, log in started:
+    waiting, running = list(groups()), dict[subprocess.Popen[bytes], IO[bytes]]()
+    deadline, code = time.monotonic() + MOST_SECONDS, 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < AT_A_TIME:
+                log = tempfile.TemporaryFile()  # noqa: SIM115  (_show closes it)
+                command = [*PYTEST, *waiting.pop(0)]
+                print(f"tests: running {command[len(PYTEST)]!r}", flush=True)
+                running[subprocess.Popen(command, stdout=log, stderr=log, env=environment)] = log
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(1)
+            for process in [process for process in running if process.poll() is not None]:
+                code = max(code, abs(process.returncode))
+                _show(running.pop(process))
+    except (TimeoutError, KeyboardInterrupt) as why:
+        _end(list(running), ask=not isinstance(why, KeyboardInterrupt))  # Ctrl-C reaches them too
+        for log in running.values():
             _show(log)
-        if ended:
-            print(f"tests: ended before they were done (at most {MOST_SECONDS} s)", file=sys.stderr)
-            return 1
-        return max(abs(process.returncode) for process in processes)
+        print(f"tests: ended before they were done (at most {MOST_SECONDS} s)", file=sys.stderr)
+        return 1
+    return code
 
 
 def _terminated(number: int, frame: object) -> None:
@@ -75,8 +82,8 @@ def _end(started: list[subprocess.Popen[bytes]], ask: bool) -> None:
         process.kill()
 
 
-def _show(log: IO[bytes] | None) -> None:
-    if log:
+def _show(log: IO[bytes]) -> None:
+    with log:
         log.seek(0)
         sys.stdout.buffer.write(log.read())
         sys.stdout.flush()

@@ -45,8 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if "cluster" in fixtures and not item.get_closest_marker("system"):
             item.add_marker("cluster")
-        if "served" in fixtures:
-            item.add_marker("served")
+        for name in ("machines", "served"):
+            if name in fixtures:
+                item.add_marker(name)
     items.sort(key=_place)
 
 

@@ -250,7 +250,7 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
     for step in range(1, 25):
         state.step = step
         taken.append(manager.save(lambda: checkpoint.capture(state), step, {}, needed=step == 24))
-        assert sum(isinstance(thing, checkpoint.Saved) for thing in gc.get_objects()) <= 1
+        assert sum(type(thing) is checkpoint.Saved for thing in gc.get_objects()) <= 1
         if step == 8:
             gate.set()
     manager.flush()
@@ -260,7 +260,7 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
     assert not any(taken[1:7])  # while the first checkpoint is being written
     assert not any(taken[4::5])
     assert checkpoint.read_model(written[0])[1] == 24
-    assert sum(isinstance(thing, checkpoint.Saved) for thing in gc.get_objects()) == 0
+    assert sum(type(thing) is checkpoint.Saved for thing in gc.get_objects()) == 0
     pool.shutdown()
 
 
