@@ -220,7 +220,9 @@ class Silent:
 
 
 @pytest.mark.slow
-def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_copy_at_most_is_held_for_a_slow_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """As in Ray Train, one thread calls the upload functions with a delay, and they stay referenced afterwards.
 
     Every fifth report is dropped.
@@ -236,6 +238,7 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(tmp_path: Path, monkeypatch
         return step % 5 != 0
 
     gate = threading.Event()
+    request.addfinalizer(gate.set)  # Python waits for the pool at its end
 
     def slowly(do: Callable[[], Any], what: str) -> Any:
         gate.wait()
