@@ -24,7 +24,7 @@ def on_disk(folder: Path, count: int, image: ImageConfig) -> str:
     generator = np.random.default_rng(0)
     for i in range(count):
         small = generator.integers(0, 256, (8, 8, image.channels), dtype=np.uint8)
-        Image.fromarray(small).resize((image.size, image.size)).save(source / f"{i}.png")
+        Image.fromarray(small.squeeze()).resize((image.size, image.size)).save(source / f"{i}.png")
     data = str(folder / "data")
     prepare(
         PrepareConfig(
