@@ -16,8 +16,8 @@ and only one process works at a time. `images_per_second` uses the clock (median
 forward and backward) by those of a 3x3 convolution of 128 channels at 32x32, in our best precision. `mfu` divides them by
 those of a large matrix product. `sample_…` is images/s by DDIM, with our sampler and with diffusers' DDIMPipeline.
 
-On a CPU `convolutions` is the share of a call's time that its convolutions and matrix products take, by torch's profiler.
-Both sides share these kernels, so `limits` are the ratios that a step would reach in which nothing else took any time.
+On a CPU `products` is the share of a call's time that its convolutions, matrix products and attention take, by torch's
+profiler. `limits` are the ratios that our calls would reach if nothing else in them took any time.
 """
 
 import argparse
@@ -47,8 +47,8 @@ from pipeline.training import flops, network
 from pipeline.training.state import new_state
 from pipeline.training.step import Prepared, backward, make_backward, train_step
 
-# Operations of torch that multiply matrices. Attention's kernels are not among them, since the two sides differ there.
-PRODUCTS = re.compile("conv|addmm|::mm$|bmm")
+# Operations of torch that multiply matrices.
+PRODUCTS = re.compile("conv|addmm|::mm$|bmm|scaled_dot_product")
 
 
 class Plan(NamedTuple):
@@ -144,8 +144,8 @@ def sampler(side: str, plan: Plan, device: torch.device, precision: Precision) -
     return run
 
 
-def share_of_convolutions(run: Callable[[], int]) -> float:
-    """The share of a call's time on the CPU that convolutions and matrix products take, forward and backward."""
+def share_of_products(run: Callable[[], int]) -> float:
+    """The share of a call's time on the CPU that operations take which multiply matrices, forward and backward."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         run()
     times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
@@ -172,7 +172,7 @@ def contenders(side: str, plan: Plan, device: torch.device) -> dict[str, Callabl
 def serve(calls: Connection, side: str, plan: Plan) -> None:
     """The process of one side. Runs each function that it is called for, and answers with clock and CPU seconds.
 
-    After an empty name it answers with the share of convolutions in each function, and ends.
+    After an empty name it answers with the share of products in each function, and ends.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if side == "ours" or device.type == "cuda":
@@ -185,7 +185,7 @@ def serve(calls: Connection, side: str, plan: Plan) -> None:
         count = jobs[name]()
         calls.send(((time.perf_counter() - clock) / count, (time.process_time() - cpu) / count))
     on_cpu = device.type == "cpu"
-    calls.send({name: share_of_convolutions(run) for name, run in jobs.items()} if on_cpu else {})
+    calls.send({name: share_of_products(run) for name, run in jobs.items()} if on_cpu else {})
 
 
 def flops_per_image(spec: ModelSpec) -> float:
@@ -217,7 +217,7 @@ def convolution_peak(device: torch.device, dtype: torch.dtype) -> Iterator[float
 def take_turns(
     plan: Plan, rounds: int, warm_ups: int, peaks: Iterator[float]
 ) -> tuple[dict[str, float], dict[str, float], float, dict[str, float]]:
-    """Images per second and per CPU second of every contender, FLOP/s of the convolution (median), and its shares.
+    """Images per second and per CPU second of every contender, the median FLOP/s of the convolution, shares of products.
 
     Args:
         rounds: timed rounds.
@@ -248,7 +248,7 @@ def take_turns(
 
 
 def limits(rate: dict[str, float], shares: dict[str, float]) -> dict[str, float]:
-    """What `ratios` would be if nothing but our convolutions and products took time."""
+    """What `ratios` would be if nothing but the products of our calls took any time."""
     bare = {name: value / shares[name] if name.startswith("ours_") else value for name, value in rate.items()}
     return ratios(bare)
 
@@ -298,7 +298,7 @@ def main(smoke: bool, name: str, compiled: str, threads: int, rounds: int) -> di
     if device.type == "cpu":
         result["images_per_cpu_second"] = {name: round(value, 2) for name, value in cpu.items()}
         result["ratios_by_cpu_time"] = ratios(cpu)
-        result["convolutions"] = {name: round(share, 3) for name, share in shares.items()}
+        result["products"] = {name: round(share, 3) for name, share in shares.items()}
         result["limits"] = limits(clock, shares)
     return result | {
         "gflop_per_image": round(each / 1e9, 2),

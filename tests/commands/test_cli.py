@@ -1,7 +1,9 @@
 """A mistake on the command line gets one line, which suggests the nearest valid spelling."""
 
+import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,3 +141,18 @@ def test_a_result_is_strict_json(capfd: pytest.CaptureFixture[str]) -> None:
 
     found = json.loads(capfd.readouterr().out, parse_constant=refuse)
     assert found == {"metrics": {"a": None, "b": [None, 1.5], "c": None}, "count": 3}
+
+
+def test_a_job_searches_for_garbage_rarely_and_its_caller_as_before(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Imports make so many objects that Python would search hundreds of times."""
+    before, seen = gc.get_threshold(), list[int]()
+
+    def execute(config: TrainConfig) -> dict[str, Any]:
+        seen.append(gc.get_threshold()[0])
+        raise InputError("no")
+
+    assert cli.main("train", "", TrainConfig, execute, ["--data", "d", "--output", "o"], ray="never") == 2
+    assert seen == [cli.COLLECT_AFTER]
+    assert gc.get_threshold() == before
