@@ -1,6 +1,6 @@
 """Run every test except the soak tests, in four processes, of which two run at a time.
 
-More at a time take longer: the suite is bound by the processors. `python -m tests` shows each process's output at its
+The suite is bound by the processors, so more at a time only make each test slower. `python -m tests` shows each process's output at its
 end. After MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is ended.
 """
 
@@ -29,11 +29,11 @@ def with_system_tests() -> list[str]:
 
 
 def groups() -> Iterator[list[str]]:
-    """Yield the arguments of each process. A small group comes last, so that both processors have work to the end."""
-    yield ["cluster and not system and not soak"]
-    yield ["(machines or served) and not soak", *with_system_tests()]
-    yield ["system and not (machines or served or soak)", *with_system_tests()]
+    """Yield the arguments of each process. The longest come first, so that both processors have work to the end."""
     yield ["not (cluster or system or soak)"]
+    yield ["(machines or served) and not soak", *with_system_tests()]
+    yield ["cluster and not system and not soak"]
+    yield ["system and not (machines or served or soak)", *with_system_tests()]
 
 
 def run() -> int:
