@@ -1,7 +1,8 @@
 """Run every test except the soak tests, in four processes, of which two run at a time.
 
-The suite is bound by the processors, so more at a time only make each test slower. `python -m tests` shows each process's output at its
-end. After MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is ended.
+The suite is bound by the processors, so more at a time only make each test slower. `python -m tests` shows each
+process's output at its end. After MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is
+ended.
 """
 
 import contextlib
