@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -29,12 +28,15 @@ def with_system_tests() -> list[str]:
     return [str(file) for file in files if "mark.system" in file.read_text()]
 
 
-def groups() -> Iterator[list[str]]:
-    """Yield the arguments of each process. The longest come first, so that both processors have work to the end."""
-    yield ["not (cluster or system or soak)"]
-    yield ["(machines or served) and not soak", *with_system_tests()]
-    yield ["cluster and not system and not soak"]
-    yield ["system and not (machines or served or soak)", *with_system_tests()]
+def groups() -> list[tuple[str, list[str]]]:
+    """Return markers and files of each process. The longest come first, so that both processors work to the end."""
+    system = with_system_tests()
+    return [
+        ("not (cluster or system or soak)", []),
+        ("(machines or served) and not soak", system),
+        ("cluster and not (system or soak)", []),
+        ("system and not (machines or served or soak)", system),
+    ]
 
 
 def run() -> int:
@@ -42,14 +44,15 @@ def run() -> int:
     signal.signal(signal.SIGTERM, _terminated)
     # Each of some hundred processes would compile the modules again if this were set.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    waiting, running = list(groups()), dict[subprocess.Popen[bytes], IO[bytes]]()
+    waiting, running = groups(), dict[subprocess.Popen[bytes], IO[bytes]]()
     deadline, code = time.monotonic() + MOST_SECONDS, 0
     try:
         while waiting or running:
             while waiting and len(running) < AT_A_TIME:
+                markers, files = waiting.pop(0)
+                print(f"tests: running {markers!r}", flush=True)
                 log = tempfile.TemporaryFile()  # noqa: SIM115  (_show closes it)
-                command = [*PYTEST, *waiting.pop(0)]
-                print(f"tests: running {command[len(PYTEST)]!r}", flush=True)
+                command = [*PYTEST, markers, *files]
                 running[subprocess.Popen(command, stdout=log, stderr=log, env=environment)] = log
             if time.monotonic() > deadline:
                 raise TimeoutError

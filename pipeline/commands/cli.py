@@ -199,7 +199,7 @@ def main(
         return 2
     given = arguments
     arguments, verbose = _take_switch(arguments, "--verbose")
-    collections = gc.get_threshold()
+    thresholds = gc.get_threshold()
     gc.set_threshold(COLLECT_AFTER)
     heard = list[int]()
     former = _interrupt_at_sigterm(heard)
@@ -245,7 +245,7 @@ def main(
         return 1
     finally:
         status.clear()
-        gc.set_threshold(*collections)
+        gc.set_threshold(*thresholds)
         if former is not None:
             signal.signal(signal.SIGTERM, former)
     return 0
