@@ -227,8 +227,9 @@ def _imported(preload: str) -> bool:
 
     gc.disable()  # it would take a sixth of the imports' time; `serve` freezes what they leave
     try:
-        with importlib.import_module("pipeline.cluster.ray_internals").no_random_ids():
-            for module in preload.split(","):
+        ray_internals = importlib.import_module("pipeline.cluster.ray_internals")
+        with ray_internals.no_random_ids():
+            for module in (*preload.split(","), *ray_internals.WORKER_IMPORTS):
                 importlib.import_module(module)
     except ImportError:
         return False

@@ -253,7 +253,7 @@ def main(
 
 def training_workers(config: Any) -> str:
     """Modules that workers of a training run. DDP imports torch._dynamo, which takes two seconds."""
-    return "pipeline.training.worker" + ",torch._dynamo" * (config.workers > 1)
+    return "pipeline.training.worker,pipeline.training.signals,ray.tune" + ",torch._dynamo" * (config.workers > 1)
 
 
 def open_tracking() -> None:

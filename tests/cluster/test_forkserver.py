@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from pipeline.cluster import forking, forkserver
+from pipeline.cluster.ray_internals import WORKER_IMPORTS
 from pipeline.commands.cli import training_workers
 from pipeline.config import TrainConfig
 from tests.jobs.common import ROOT
@@ -63,8 +64,9 @@ class Worker:
             "main": sys.modules["__main__"].__name__,
         }
 
-    def imported(self) -> set[str]:
-        return set(sys.modules)
+    def imported(self) -> list[str]:
+        """Return the names of all modules, in the order in which they were imported."""
+        return list(sys.modules)
 
     def drawn(self) -> tuple[Any, ...]:
         """Return one draw of every generator of ids or random numbers in a worker."""
@@ -106,6 +108,13 @@ def test_a_forked_worker_sees_what_a_started_one_sees(cluster: None) -> None:
     assert "torch" not in ray.get(started.imported.remote())
 
 
+def test_a_forked_worker_has_no_module_of_ray_left_to_import(cluster: None) -> None:
+    """Those that Ray imports for a first answer would take each worker up to half a second of a busy core."""
+    modules = ray.get(Worker.remote().imported.remote())
+    late = modules[modules.index(WORKER_IMPORTS[-1]) + 1 :]
+    assert not [module for module in late if module.startswith(("ray.", "pydantic.", "starlette."))]
+
+
 def test_no_two_forked_workers_draw_the_same(cluster: None) -> None:
     workers = [Worker.remote() for _ in range(3)]
     for draws in zip(*ray.get([worker.drawn.remote() for worker in workers]), strict=True):
@@ -131,7 +140,8 @@ def preloaded() -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(preloaded()))
 def test_what_the_jobs_workers_import_leaves_a_process_that_may_be_forked(module: str) -> None:
-    assert forks_after(f"with ray_internals.no_random_ids():\n    import {module}")
+    modules = ",".join((module, *WORKER_IMPORTS))
+    assert forks_after(f"with ray_internals.no_random_ids():\n    import {modules}")
 
 
 def test_a_process_that_has_drawn_an_id_is_not_forked() -> None:
