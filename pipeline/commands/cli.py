@@ -253,7 +253,8 @@ def main(
 
 def training_workers(config: Any) -> str:
     """Modules that workers of a training run. DDP imports torch._dynamo, which takes two seconds."""
-    return "pipeline.training.worker,pipeline.training.signals,ray.tune" + ",torch._dynamo" * (config.workers > 1)
+    modules = "pipeline.training.worker,pipeline.training.signals,ray.tune"
+    return modules + ",torch._dynamo" * (config.workers > 1)
 
 
 def open_tracking() -> None:
