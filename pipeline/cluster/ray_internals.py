@@ -129,6 +129,26 @@ def placement_groups() -> dict[str, Any]:
     return {group.placement_group_id.hex(): group for group in found if group.state != messages.REMOVED}
 
 
+@contextlib.contextmanager
+def no_cleaner_without_dashboard() -> Iterator[None]:
+    """Trainings that start inside this context have no `PlacementGroupCleaner` if Ray has no dashboard.
+
+    Ray Train's cleaner asks the dashboard whether the controller lives. Without a dashboard it looks for its address for
+    40 s, and a training that ends meanwhile waits up to 12 s for it.
+    """
+    constants = importlib.import_module("ray._private.ray_constants")
+    trainer: Any = importlib.import_module("ray.train.v2.api.data_parallel_trainer")
+    callback = importlib.import_module("ray.train.v2._internal.execution.callback").ControllerCallback
+    gcs = importlib.import_module("ray.experimental.internal_kv").internal_kv_get_gcs_client()
+    real = trainer.PlacementGroupCleanerCallback
+    if not gcs.internal_kv_get(constants.DASHBOARD_ADDRESS.encode(), constants.KV_NAMESPACE_DASHBOARD):
+        trainer.PlacementGroupCleanerCallback = callback
+    try:
+        yield
+    finally:
+        trainer.PlacementGroupCleanerCallback = real
+
+
 def silence_published_errors() -> None:
     """Keeps Ray's driver from printing every error that a node publishes, with a traceback and at any log level.
 

@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.cluster.ray_internals import no_cleaner_without_dashboard
 from pipeline.cluster.room import TRAIN_WORKERS, Need, announced, choose_gpu, release_orphans
 from pipeline.config import ModelSpec, TrainConfig
 from pipeline.data.index import Splits
@@ -222,7 +223,7 @@ def _train(job: _Job) -> tuple[dict[str, Tensor], int, dict[str, float]]:
         with ChannelReader(channel, job.output, job.display, job.tracker, job.on_point) as reader:
             job.display.phase(f"starting {config.workers} worker{'s' * (config.workers > 1)}")
             try:
-                with announced(room_needed(config, bool(config.gpu)), note):
+                with announced(room_needed(config, bool(config.gpu)), note), no_cleaner_without_dashboard():
                     result, signal_number = run_until_signal(trainer.fit, channel, note)
             except (ray.exceptions.RayError, ray.train.TrainingFailedError):
                 release_orphans()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -15,6 +16,7 @@ from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.data import DataContext
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipeline.cluster import autoscaler, ray_internals
 from pipeline.cluster.pace import STEP_SECONDS, InFlightLimit, PacedExecution, set_in_flight, set_pace
@@ -184,6 +186,26 @@ print(*(" ".join(process.cmdline()) for process in psutil.Process().children(rec
     found = {name for name in ("monitor.py", "log_monitor.py", "dashboard.py") if f"/{name} " in done.stdout}
     assert "raylet" in done.stdout
     assert found == ({"monitor.py", "log_monitor.py", "dashboard.py"} if verbose else set())
+
+
+def test_a_training_on_a_ray_without_a_dashboard_starts_no_cleaner(cluster: None) -> None:
+    """The cleaner would look for the dashboard, and the training would wait for the cleaner at its end."""
+    module: Any = importlib.import_module("ray.train.v2.api.data_parallel_trainer")
+    gcs, real = ray_internals.internal_kv_get_gcs_client(), module.PlacementGroupCleanerCallback
+    assert real.__name__ == "PlacementGroupCleanerCallback"
+    with ray_internals.no_cleaner_without_dashboard():
+        assert not hasattr(module.PlacementGroupCleanerCallback(), "_stop_cleaner")
+        DataParallelTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=1)).fit()
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    made = [actor["ActorClassName"] for actor in ray_internals.state.actor_table(None, job, None).values()]
+    assert "TrainController" in made and "PlacementGroupCleaner" not in made
+    try:
+        gcs.internal_kv_put(b"dashboard", b"127.0.0.1:1", True, b"dashboard")
+        with ray_internals.no_cleaner_without_dashboard():
+            assert module.PlacementGroupCleanerCallback is real
+    finally:
+        gcs.internal_kv_del(b"dashboard", False, b"dashboard")
+    assert module.PlacementGroupCleanerCallback is real
 
 
 def test_an_elastic_controller_that_waits_pauses_and_is_soon_forgotten(

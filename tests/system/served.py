@@ -222,8 +222,8 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
 
     def ray_start(name: str, *words: object) -> subprocess.Popen[bytes]:
         agent, metrics = free_ports(2)
-        # The first node starts its workers as a user's does.
-        command = [BIN / "ray"] if name in ("head", "node0") else [sys.executable, "-c", FORKING]
+        # The head starts its workers as a user's does.
+        command = [BIN / "ray"] if name == "head" else [sys.executable, "-c", FORKING]
         return start(
             name, inside, *command, "start", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
             "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}",
