@@ -133,13 +133,23 @@ def cluster(s3: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real handwritten digits as prepared shards: 1620 for training, 177 held out. Tests must not change them."""
+    return _digits(tmp_path_factory.mktemp("digits"), held_out=0.098)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 540 for training, for runs whose steps should be short."""
+    return _digits(tmp_path_factory.mktemp("few-digits"), held_out=0.71484375)
+
+
+def _digits(folder: Path, held_out: float) -> Path:
     from pipeline.data import shards
 
-    folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
         _prepare_here(patch)
-        # This fraction of the 1797 leaves 18 batches of 90 for training.
-        shards.prepare(shards.PrepareConfig(output=str(folder), source="digits", validation_fraction=0.098))
+        shards.prepare(
+            shards.PrepareConfig(output=str(folder), source="digits", validation_fraction=held_out)
+        )
     return folder
 
 

@@ -41,8 +41,6 @@ def main() -> None:
         with contextlib.suppress(OSError):
             if _become_or_ask_server(Path(folder), preload, command, *context):
                 return
-    if Path(command[0]).name == "agent.py":
-        os.nice(10)  # the agent only collects figures of the node, and the first step does not wait for it
     os.execv(sys.executable, [sys.executable, *command])
 
 

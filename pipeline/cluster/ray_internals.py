@@ -9,6 +9,8 @@ imported, after `session.connect` has set it.
 import contextlib
 import importlib
 import os
+import random
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -69,6 +71,10 @@ WORKER_IMPORTS = (
     "ray.autoscaler.sdk",
     "ray.autoscaler.v2.utils",
 )
+# Ports of a node's two agents, in Ray's parameters of a node.
+AGENT_PORTS = (
+    "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port"
+)  # fmt: skip
 # Loggers of Ray's job client. They repeat in several lines an error that we report in one.
 JOB_CLIENT_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.authentication"
@@ -182,9 +188,11 @@ def patient_start(seconds: float) -> Iterator[None]:
     """Inside this context `ray.init` waits up to `seconds` for the node that it starts.
 
     Ray itself waits for half a minute and has no setting. A machine on which several jobs start at once may need more.
+    And the raylet ends if its two agents have not told it their ports within 15 seconds. Here it gives them ports.
     """
     services: Any = importlib.import_module("ray._private.services")
-    get_node = services.get_node
+    node = importlib.import_module("ray._private.node").Node
+    get_node, start, start_process = services.get_node, node.__init__, services.start_ray_process
 
     def get_node_patiently(*where: Any) -> Any:
         end = time.monotonic() + seconds
@@ -196,11 +204,31 @@ def patient_start(seconds: float) -> Iterator[None]:
                     raise
                 time.sleep(0.1)
 
-    services.get_node = get_node_patiently
+    ports = dict(zip(AGENT_PORTS, _free_ports(), strict=False))
+
+    def start_with_ports(self: Any, ray_params: Any, *rest: Any, **named: Any) -> None:
+        vars(ray_params).update(ports)
+        start(self, ray_params, *rest, **named)
+
+    def start_process_with_port(command: list[str], process_type: str, *rest: Any, **named: Any) -> Any:
+        if process_type == "raylet":  # Ray itself gives the raylet all but this port
+            command = [*command, f"--dashboard_agent_listen_port={ports['dashboard_agent_listen_port']}"]
+        return start_process(command, process_type, *rest, **named)
+
+    services.get_node, services.start_ray_process = get_node_patiently, start_process_with_port
+    node.__init__ = start_with_ports
     try:
         yield
     finally:
-        services.get_node = get_node
+        services.get_node, services.start_ray_process, node.__init__ = get_node, start_process, start
+
+
+def _free_ports() -> Iterator[int]:
+    """Ports that nobody uses. The system does not assign any of them, and Ray's workers use those below."""
+    for port in random.sample(range(20_000, 32_000), 12_000):
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("", port))
+            yield port
 
 
 def kill_without_asking() -> None:

@@ -55,6 +55,8 @@ START_SECONDS = 120.0
 _OWN_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # Milliseconds after which a node ends that can't reach its agent for runtime environments. Default: 30 s.
+    "RAY_agent_register_timeout_ms": "120000",
 }
 
 

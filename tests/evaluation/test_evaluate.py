@@ -270,7 +270,7 @@ def test_samples_teach_a_classifier_as_far_as_they_show_their_class(
     for name, given in (("true", labels), ("random", np.random.default_rng(0).permutation(labels))):
         samples = write_samples(tmp_path / name, pixels, given)
         config = EvaluateConfig(
-            model="", data=str(digits), samples=str(samples), metrics=("cas",), classifier_steps=150
+            model="", data=str(digits), samples=str(samples), metrics=("cas",), classifier_steps=100
         )
         scores.append(evaluate(config, "").metrics)
     true, random = scores

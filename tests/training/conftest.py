@@ -11,10 +11,10 @@ from tests.training.runs import Undisturbed, undisturbed
 
 
 @pytest.fixture(scope="module")
-def home(cluster: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(cluster: None, few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with prepared digits and MLflow's database. It is the working directory."""
     folder = tmp_path_factory.mktemp("trainer")
-    (folder / "digits").symlink_to(digits)
+    (folder / "digits").symlink_to(few_digits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", database(folder))
         patch.chdir(folder)

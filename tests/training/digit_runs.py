@@ -11,7 +11,7 @@ from pipeline.tracking import runs
 from pipeline.training import checkpoint
 from pipeline.training.trainer import Trained
 
-ROWS, BATCH = 1620, 90  # 18 steps are an epoch
+ROWS, BATCH = 540, 30  # 18 steps are an epoch of `few_digits`
 
 
 def settings(home: Path, output: str, **changes: Any) -> TrainConfig:

@@ -17,7 +17,8 @@ from pipeline.training.checks import check, check_fit
 from pipeline.training.identity import open_run
 from pipeline.training.run_channel import QUARANTINE
 from tests.jobs.common import database
-from tests.training.digit_runs import ROWS
+
+ROWS = 1620  # images to train on
 
 
 @pytest.fixture

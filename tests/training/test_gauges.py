@@ -18,7 +18,10 @@ def test_a_runs_figures_are_scraped_from_its_node(cluster: None) -> None:
     found, end = dict[str, float](), time.monotonic() + 4 * REPORT_SECONDS
     while len(found) < len(GAUGES) and time.monotonic() < end:
         time.sleep(0.5)
-        lines = requests.get(address, timeout=5).text.splitlines()
+        try:
+            lines = requests.get(address, timeout=5).text.splitlines()
+        except requests.ConnectionError:  # Ray's agent is still starting
+            continue
         ours = [line for line in lines if line.startswith("ray_ddpm_") and 'run="run-7"' in line]
         found = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in ours}
     assert found.pop("ray_ddpm_checkpoint_time_seconds") > time.time() - 100

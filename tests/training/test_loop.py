@@ -104,14 +104,15 @@ def epochs_digest(epochs: int, rows: int = 37) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world_size", "microbatch", "device"), [(2, 2, "cpu"), (4, 0, "cpu"), (3, 2, "cuda")]
+    ("world_size", "microbatch", "device", "steps"),
+    [(2, 2, "cpu", 20), (4, 0, "cpu", 50), (3, 2, "cuda", 20)],
 )
-def test_fifty_steps_of_several_workers_are_those_of_one(
-    world_size: int, microbatch: int, device: str, tmp_path: Path
+def test_the_steps_of_several_workers_are_those_of_one(
+    world_size: int, microbatch: int, device: str, steps: int, tmp_path: Path
 ) -> None:
-    changes = {"steps": 50, "microbatch": microbatch, "diffusion": dict(SAMPLER)}
+    changes = {"steps": steps, "microbatch": microbatch, "diffusion": dict(SAMPLER)}
     several = several_workers(world_size, tmp_path, changes, device=device)
-    config, spec = problem(steps=50, diffusion=dict(SAMPLER))
+    config, spec = problem(steps=steps, diffusion=dict(SAMPLER))
     meter = Meter(config, 1, CPU)
     one, losses = run(config, spec, meter=meter)
     assert (several["weights"] - flat(one)).norm() < 1e-4 * flat(one).norm()

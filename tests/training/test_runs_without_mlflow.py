@@ -13,7 +13,7 @@ from pipeline.tracking import registry, runs
 from pipeline.training.trainer import train
 from pipeline.training.worker import Hooks
 from tests.data.weather import Weather
-from tests.training.digit_runs import assert_same, curve, newest, settings
+from tests.training.digit_runs import BATCH, assert_same, curve, newest, settings
 from tests.training.runs import Undisturbed
 from tests.training.test_runs_in_bad_weather import Slow, at
 
@@ -60,7 +60,7 @@ def test_a_run_ends_at_a_signal_resumes_and_finishes_while_mlflow_is_away(
     assert curve(trained, "loss").keys() == set(range(1, 19))  # `curve` asserts one point per step
     client = runs.open_client()
     assert client.get_run(run_id).info.status == "FINISHED"
-    assert client.get_run(run_id).data.params["batch_size"] == "90"
+    assert client.get_run(run_id).data.params["batch_size"] == str(BATCH)
     assert "samples.png" in {file.path for file in client.list_artifacts(run_id)}
     assert not list((home / "away" / "undelivered").glob("*"))
     assert load_model(registry.resolve_model("models:/away/1")[0])[1].provenance["steps"] == 18

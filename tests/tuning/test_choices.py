@@ -8,7 +8,8 @@ import yaml
 
 from pipeline.data.index import Splits, open_splits
 from pipeline.errors import InputError
-from pipeline.tuning.choices import MOST_COMBINATIONS, check_choices
+from pipeline.tuning import choices
+from pipeline.tuning.choices import check_choices
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.proposals import Proposals
 from pipeline.tuning.search import check_search
@@ -73,8 +74,12 @@ def test_values_that_go_with_some_others_can_be_searched(data: Splits) -> None:
 
 
 @pytest.mark.slow
-def test_a_value_of_a_space_too_large_to_try_all_of_it_is_named(data: Splits) -> None:
-    decays = [[k / 1000] for k in range(MOST_COMBINATIONS // 20)]
+def test_a_value_of_a_space_too_large_to_try_all_of_it_is_named(
+    data: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choices, "MOST_COMBINATIONS", 700)
+    monkeypatch.setattr(choices, "TRIED", 70)
+    decays = [[k / 1000] for k in range(10)]
     values = {"ema_decays": decays, "readers": list(range(1, 41)), "batch_size": [64, 128]}
     check_choices(CONFIG, parse_space(values), data)
     with pytest.raises(InputError, match="batch_size 100000: no trial could be run with it"):
