@@ -26,6 +26,8 @@ os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "1")
 # No usage statistics: the tests' nodes shouldn't be counted, and Ray Data then starts no process for it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# After this long others get the room that Ray Data reserved for a driver that was killed.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
 # Nodes die without notice here, so training needs no process that watches for preemption notices. Submitted jobs
 # do have that process: their nodes get none of these variables (tests/system/served.py).
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -180,9 +180,12 @@ from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler as 
 assert Autoscaler.AUTOSCALING_REQUEST_EXPIRE_TIME_S == {autoscaler.FORGET_SECONDS:.0f}
 print(*(" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)), sep="\\n")
 """
+    environment = dict(os.environ)
+    del environment["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"]  # tests/conftest.py
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300
-    )
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=True, timeout=300, env=environment,
+    )  # fmt: skip
     found = {name for name in ("monitor.py", "log_monitor.py", "dashboard.py") if f"/{name} " in done.stdout}
     assert "raylet" in done.stdout
     assert found == ({"monitor.py", "log_monitor.py", "dashboard.py"} if verbose else set())

@@ -28,6 +28,7 @@ from pipeline.models.export import load_model, model_fingerprint, save_model
 from pipeline.models.sampling import sample_images
 from pipeline.rng import Purpose, normal
 from pipeline.tracking import registry, runs
+from tests.jobs.common import database
 from tests.models.test_unet import SMALL, randomised
 
 FACTS = {"data": "hf://datasets/ylecun/mnist", "data_fingerprint": "f" * 64, "steps": 3, "batch_size": 8}
@@ -37,7 +38,7 @@ NAMES = ("cat | <b>", "dog\n---\nlicense: evil")
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "model", randomised(SPEC).state_dict(), SPEC)
     return tmp_path

@@ -115,6 +115,7 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     assert bits.mean() < 6
 
 
+@pytest.mark.soak
 def test_the_measurement_runs_on_mnist_padded_to_32x32(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,12 +17,13 @@ from pipeline.generation.config import GenerateConfig
 from pipeline.models.export import load_model, model_fingerprint, save_model
 from pipeline.tracking import registry, runs
 from tests.evaluation.common import small_model
+from tests.jobs.common import database
 
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for this process's temporary files. MLflow gets a database of its own."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "temporary"
     folder.mkdir()

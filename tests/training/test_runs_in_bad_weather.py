@@ -106,7 +106,10 @@ def test_a_checkpoint_that_a_user_deletes_does_not_end_the_run(home: Path, strai
 
 @pytest.mark.parametrize(
     ("where", "said"),
-    [("step-", "the checkpoint of step 2 can't be written"), ("", "the storage of the checkpoints")],
+    [
+        pytest.param("step-", "the checkpoint of step 2 can't be written", marks=pytest.mark.soak),
+        ("", "the storage of the checkpoints"),
+    ],
 )
 def test_a_storage_that_is_away_for_a_while_loses_nothing(
     home: Path,
