@@ -146,6 +146,14 @@ def test_what_the_jobs_workers_import_leaves_a_process_that_may_be_forked() -> N
     assert forks_after(f"with ray_internals.no_random_ids():\n    import {modules}")
 
 
+def test_the_switch_leaves_each_worker_a_python_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    python = sys.executable
+    monkeypatch.setenv(forking.SWITCH, "0")
+    assert forking.start_server("json", {}) is None
+    with forking.forked_workers("json"):
+        assert sys.executable == python
+
+
 def test_a_process_that_has_drawn_an_id_is_not_forked() -> None:
     """Importing `ray.data` draws an id unless that is prevented."""
     assert not forks_after("import ray.data")
