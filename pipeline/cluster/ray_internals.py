@@ -9,7 +9,6 @@ imported, after `session.connect` has set it.
 import contextlib
 import importlib
 import os
-import random
 import socket
 import time
 from collections.abc import Iterator
@@ -224,8 +223,13 @@ def patient_start(seconds: float) -> Iterator[None]:
 
 
 def _free_ports() -> Iterator[int]:
-    """Ports that nobody uses. The system does not assign any of them, and Ray's workers use those below."""
-    for port in random.sample(range(20_000, 32_000), 12_000):
+    """Ports that nobody uses. The system does not assign any of them, and Ray's workers use those below.
+
+    Jobs that start at once look at different ones first.
+    """
+    first = len(AGENT_PORTS) * os.getpid()
+    for number in range(12_000):
+        port = 20_000 + (first + number) % 12_000
         with contextlib.suppress(OSError), socket.socket() as one:
             one.bind(("", port))
             yield port
