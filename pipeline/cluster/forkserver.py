@@ -227,8 +227,11 @@ def _imported(preload: str) -> bool:
     try:
         ray_internals = importlib.import_module("pipeline.cluster.ray_internals")
         with ray_internals.no_random_ids():
-            for module in (*preload.split(","), *ray_internals.WORKER_IMPORTS):
+            for module in preload.split(","):
                 importlib.import_module(module)
+            for module in ray_internals.WORKER_IMPORTS:
+                with contextlib.suppress(ImportError):  # another Ray's workers may not need it
+                    importlib.import_module(module)
     except ImportError:
         return False
     finally:
