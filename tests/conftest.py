@@ -133,7 +133,7 @@ def cluster(s3: str) -> Iterator[None]:
     from pipeline.cluster.session import connect
     from tests.data.common import leave_ray
 
-    connect(preload="pipeline.training.worker,pipeline.training.signals,ray.tune")
+    connect(preload="pipeline.training.worker")
     yield
     leave_ray()
 

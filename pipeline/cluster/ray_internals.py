@@ -57,9 +57,10 @@ INTERNALS = {
     # Variables that Ray Tune copies from the driver into every trial's settings, which any user of the cluster can read.
     "ENV_VARS_TO_PROPAGATE": "ray.tune.execution.class_cache",
 }
-# What Ray's workers import after their start, for their first answer or when they run Ray Data. A fork server imports it
-# once, which saves each worker a tenth to three tenths of a second of a core.
+# What Ray's workers import after their start, for their first answer or when they run Ray Train or Ray Data. A fork
+# server imports it once, which saves each worker a tenth to three tenths of a second of a core.
 WORKER_IMPORTS = (
+    "ray.tune",
     "pydantic.v1.fields",
     "starlette.datastructures",
     "ray.dag.compiled_dag_node",
@@ -81,6 +82,19 @@ JOB_CLIENT_LOGGERS = (
 
 
 @contextlib.contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Gives attributes of one of Ray's modules or classes other values inside this context."""
+    real = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in real.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def no_random_ids() -> Iterator[None]:
     """Keeps modules that are imported inside this context from using the random ids of Ray's core.
 
@@ -95,11 +109,8 @@ def no_random_ids() -> Iterator[None]:
         def from_random() -> Any:
             return real(os.urandom(real.size()))
 
-    actor.ActorClassID = FromSystem  # type: ignore[attr-defined]
-    try:
+    with _replaced(actor, ActorClassID=FromSystem):
         yield
-    finally:
-        actor.ActorClassID = real  # type: ignore[attr-defined]
 
 
 def set_longest_wait(seconds: float) -> None:
@@ -142,16 +153,13 @@ def no_cleaner_without_dashboard() -> Iterator[None]:
     40 s, and a training that ends meanwhile waits up to 12 s for it.
     """
     constants = importlib.import_module("ray._private.ray_constants")
-    trainer: Any = importlib.import_module("ray.train.v2.api.data_parallel_trainer")
-    callback = importlib.import_module("ray.train.v2._internal.execution.callback").ControllerCallback
-    gcs = importlib.import_module("ray.experimental.internal_kv").internal_kv_get_gcs_client()
-    real = trainer.PlacementGroupCleanerCallback
-    if not gcs.internal_kv_get(constants.DASHBOARD_ADDRESS.encode(), constants.KV_NAMESPACE_DASHBOARD):
-        trainer.PlacementGroupCleanerCallback = callback
-    try:
+    trainer = importlib.import_module("ray.train.v2.api.data_parallel_trainer")
+    gcs = __getattr__("internal_kv_get_gcs_client")()
+    if gcs.internal_kv_get(constants.DASHBOARD_ADDRESS.encode(), constants.KV_NAMESPACE_DASHBOARD):
         yield
-    finally:
-        trainer.PlacementGroupCleanerCallback = real
+        return
+    with _replaced(trainer, PlacementGroupCleanerCallback=__getattr__("ControllerCallback")):
+        yield
 
 
 def silence_published_errors() -> None:
@@ -172,14 +180,13 @@ def small_nodes() -> Iterator[None]:
     about three seconds of CPU time during the start.
     """
     node = importlib.import_module("ray._private.node").Node
-    real = {name: getattr(node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
-    for name in real:
-        setattr(node, name, lambda self, **_: setattr(self, "_webui_url", ""))
-    try:
+
+    def start_nothing(self: Any, **_: Any) -> None:
+        self._webui_url = ""
+
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    with _replaced(node, **dict.fromkeys(names, start_nothing)):
         yield
-    finally:
-        for name, method in real.items():
-            setattr(node, name, method)
 
 
 @contextlib.contextmanager
@@ -187,7 +194,8 @@ def patient_start(seconds: float) -> Iterator[None]:
     """Inside this context `ray.init` waits up to `seconds` for the node that it starts.
 
     Ray itself waits for half a minute and has no setting. A machine on which several jobs start at once may need more.
-    And the raylet ends if its two agents have not told it their ports within 15 seconds. Here it gives them ports.
+    The raylet also ends if its two agents have not told it their ports within 15 seconds. So both get their ports here,
+    and the raylet waits for neither agent.
     """
     services: Any = importlib.import_module("ray._private.services")
     node = importlib.import_module("ray._private.node").Node
@@ -214,12 +222,11 @@ def patient_start(seconds: float) -> Iterator[None]:
             command = [*command, f"--dashboard_agent_listen_port={ports['dashboard_agent_listen_port']}"]
         return start_process(command, process_type, *rest, **named)
 
-    services.get_node, services.start_ray_process = get_node_patiently, start_process_with_port
-    node.__init__ = start_with_ports
-    try:
+    with (
+        _replaced(services, get_node=get_node_patiently, start_ray_process=start_process_with_port),
+        _replaced(node, __init__=start_with_ports),
+    ):
         yield
-    finally:
-        services.get_node, services.start_ray_process, node.__init__ = get_node, start_process, start
 
 
 def _free_ports() -> Iterator[int]:
@@ -227,9 +234,9 @@ def _free_ports() -> Iterator[int]:
 
     Jobs that start at once look at different ones first.
     """
-    first = len(AGENT_PORTS) * os.getpid()
-    for number in range(12_000):
-        port = 20_000 + (first + number) % 12_000
+    ports, first = range(20_000, 32_000), len(AGENT_PORTS) * os.getpid()
+    for number in range(first, first + len(ports)):
+        port = ports[number % len(ports)]
         with contextlib.suppress(OSError), socket.socket() as one:
             one.bind(("", port))
             yield port

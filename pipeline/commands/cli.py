@@ -252,9 +252,8 @@ def main(
 
 
 def training_workers(config: Any) -> str:
-    """Modules that workers of a training run. Ray Train imports ray.tune, and DDP torch._dynamo, in two seconds."""
-    modules = "pipeline.training.worker,pipeline.training.signals,ray.tune"
-    return modules + ",torch._dynamo" * (config.workers > 1)
+    """Modules that workers of a training run. DDP imports torch._dynamo, which takes two seconds."""
+    return "pipeline.training.worker" + ",torch._dynamo" * (config.workers > 1)
 
 
 def open_tracking() -> None:

@@ -16,7 +16,7 @@ from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.data import DataContext
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api import data_parallel_trainer
 
 from pipeline.cluster import autoscaler, ray_internals
 from pipeline.cluster.pace import STEP_SECONDS, InFlightLimit, PacedExecution, set_in_flight, set_pace
@@ -193,12 +193,12 @@ print(*(" ".join(process.cmdline()) for process in psutil.Process().children(rec
 
 def test_a_training_on_a_ray_without_a_dashboard_starts_no_cleaner(cluster: None) -> None:
     """The cleaner would look for the dashboard, and the training would wait for the cleaner at its end."""
-    module: Any = importlib.import_module("ray.train.v2.api.data_parallel_trainer")
+    module: Any = data_parallel_trainer
     gcs, real = ray_internals.internal_kv_get_gcs_client(), module.PlacementGroupCleanerCallback
     assert real.__name__ == "PlacementGroupCleanerCallback"
     with ray_internals.no_cleaner_without_dashboard():
         assert not hasattr(module.PlacementGroupCleanerCallback(), "_stop_cleaner")
-        DataParallelTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=1)).fit()
+        module.DataParallelTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=1)).fit()
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     made = [actor["ActorClassName"] for actor in ray_internals.state.actor_table(None, job, None).values()]
     assert "TrainController" in made and "PlacementGroupCleaner" not in made
