@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 # Without pytest's cache, which processes side by side would overwrite.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m"]
 AT_A_TIME = 2
@@ -83,6 +85,10 @@ def _end(started: list[subprocess.Popen[bytes]], ask: bool) -> None:
     for process in started:
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(SECONDS_TO_CLEAR_UP)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has not ended, so neither has what it started
+            for one in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
         process.kill()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.weather import Weather
-from tests.jobs.common import Outcome, database, outcome_of
+from tests.jobs.common import OF_TRAINING, Outcome, database, outcome_of
 
 # One thread per process: two tests, or a test and its jobs, share two cores, and no computation here needs more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +32,7 @@ os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
 # Nodes die without notice here, so training needs no process that watches for preemption notices. Submitted jobs
 # do have that process: their nodes get none of these variables (tests/system/served.py).
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.update(OF_TRAINING)
 # Without a GPU Triton interprets its kernels (tests/gpu). Triton reads this variable on import.
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

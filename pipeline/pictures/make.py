@@ -14,7 +14,7 @@ from pipeline.data.groups import read_rows
 from pipeline.data.images import DecodeError, decode
 from pipeline.data.index import DatasetIndex
 from pipeline.diffusion.losses import vlb_term
-from pipeline.diffusion.process import make_process, q_sample, snr
+from pipeline.diffusion.process import make_process, q_sample, snr, spaced_timesteps
 from pipeline.diffusion.samplers import sample
 from pipeline.diffusion.schedules import SCHEDULES
 from pipeline.display import Display
@@ -26,6 +26,8 @@ from pipeline.redact import printable
 from pipeline.rng import Purpose, normal
 
 STRIP_COLUMNS, MOST_COLUMNS = 9, 16
+# Most steps of the reverse process in its picture, which shows nine of them.
+STRIP_STEPS = 100
 BOUND_POINTS = 64
 ROWS_AT_A_TIME = 64
 
@@ -54,7 +56,9 @@ def draw_samples(
 def process_strip(
     model: UNet, spec: ModelSpec, index: DatasetIndex, path: Path, *, examples: int = 3, seed: int = 0
 ) -> Path:
-    """Draws the forward process on real images above the model's reverse process, both through all T steps.
+    """Draws the forward process on real images above the model's reverse process, from t = 0 to T and back.
+
+    The reverse process is ancestral sampling in T steps, or in 100 evenly spaced ones if T is larger.
 
     Args:
         index: dataset of the real images.
@@ -72,7 +76,9 @@ def process_strip(
     process = make_process(spec.diffusion)
     ids, shape = torch.arange(len(x_0)), tuple(x_0.shape[1:])
     T = spec.diffusion.timesteps
-    steps = sorted({int(step) for step in np.linspace(0, T, min(STRIP_COLUMNS, T + 1)).round()})
+    count = min(T, STRIP_STEPS)
+    visited = [0, *(t + 1 for t in spaced_timesteps(T, count))]
+    steps = [visited[round(place)] for place in np.linspace(0, count, min(STRIP_COLUMNS, count + 1))]
     noise = normal(seed, 0, ids, Purpose.SAMPLING, shape)
     forward = [
         x_0 if t == 0 else q_sample(process, x_0, torch.full((len(x_0),), t - 1), noise) for t in steps
@@ -81,18 +87,17 @@ def process_strip(
 
     def keep(step: int, x: Tensor) -> None:
         display.update(step + 1, "")
-        if (t := T - 1 - step) in steps:
-            reverse[t] = x
+        reverse[visited[count - 1 - step]] = x
 
     labels = ids % len(spec.image.classes) if spec.model.class_conditional else None
-    with Display(f"plot: {path.name}", T, "steps") as display:
+    with Display(f"plot: {path.name}", count, "steps") as display:
         sample(
             process,
             model,
             noise,
             lambda step: normal(seed, step + 1, ids, Purpose.SAMPLING, shape),
             "ancestral",
-            T,
+            count,
             labels=labels,
             on_step=keep,
         )

@@ -43,18 +43,28 @@ def is_picture(path: Path) -> bool:
         return len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
+@pytest.mark.parametrize("most", [100, 7])
 def test_the_strip_goes_from_data_to_noise_and_from_noise_to_a_sample(
-    train: DatasetIndex, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+    train: DatasetIndex,
+    tmp_path: Path,
+    drawn: dict[str, tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
 ) -> None:
+    """With T = 20, in all steps and in 7 of them."""
+    monkeypatch.setattr(make, "STRIP_STEPS", most)
     path = make.process_strip(*small_model(), train, tmp_path / "process.png", examples=2, seed=4)
     assert is_picture(path)
     forward, times, reverse, back, _ = drawn["save_process_strip"]
     assert (times[0], times[-1], back) == (0, 20, times[::-1])
+    assert times == ([0, 2, 5, 8, 10, 12, 15, 18, 20] if most == 100 else [0, 2, 5, 8, 11, 14, 17, 20])
     real, _ = make.real_images(train, small_model()[1], 2)
     np.testing.assert_array_equal(forward[0], make.as_pixels(real))
     # Both noisy ends are the same x_T, except for the little that is left of the image.
     assert np.abs(forward[-1].astype(int) - reverse[0]).max() <= 3
-    sample = sample_images(*small_model(), torch.arange(2), labels=torch.arange(2), seed=4)
+    sample = sample_images(
+        *small_model(), torch.arange(2), sampling_steps=min(most, 20), labels=torch.arange(2), seed=4
+    )
     np.testing.assert_array_equal(reverse[-1], make.as_pixels(sample))
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+# Variables that every driver sets and Ray Train passes on to its workers (pipeline/cluster/session.py). Nodes that have
+# them from the start need one fork server for all workers of a job.
+OF_TRAINING = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
 
 
 @dataclass(frozen=True)

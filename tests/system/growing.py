@@ -1,7 +1,4 @@
-"""A cluster of only a head, whose autoscaler adds nodes with declared, not real, GPUs. All of it is on loopback.
-
-The head starts its workers as Python. The nodes fork theirs.
-"""
+"""A cluster of only a head, whose autoscaler adds nodes with declared, not real, GPUs. All of it is on loopback."""
 
 import contextlib
 import importlib.abc
@@ -21,8 +18,8 @@ import psutil
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 
-from tests.jobs.common import ROOT, command, database
-from tests.system.served import BIN, LOOPBACK, family, free_ports, kill, user_environment, wait_for
+from tests.jobs.common import OF_TRAINING, ROOT, command, database
+from tests.system.served import FORKING, LOOPBACK, family, free_ports, kill, user_environment, wait_for
 
 HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as Ray's fake node provider names it
 MOST_NODES = 4
@@ -209,10 +206,11 @@ def growing_cluster() -> Iterator[Growing]:
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",
         "RAY_prestart_worker_first_driver": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        **OF_TRAINING,
     }
     words = [
-        str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
-        f"--port={gcs}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false",
+        sys.executable, "-c", FORKING, "start", "--head", "--block", "--disable-usage-stats",
+        f"--node-ip-address={LOOPBACK}", f"--port={gcs}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false",
         f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
         f"--metrics-export-port={metrics}", "--min-worker-port=0", "--max-worker-port=0",
         f"--object-store-memory={STORE_BYTES}", f"--temp-dir={home}/ray",

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from tests.jobs.common import Outcome, command, outcome
+from tests.jobs.common import OF_TRAINING, Outcome, command, outcome
 
 LOOPBACK = "127.0.0.1"
 BUCKET = "ray-ddpm"
@@ -204,6 +204,7 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",
         "RAY_prestart_worker_first_driver": "0",
+        **OF_TRAINING,
     }  # fmt: skip
 
     def start(name: str, environment: dict[str, str], *words: object) -> subprocess.Popen[bytes]:

@@ -18,12 +18,14 @@ from pipeline.config import TrainConfig
 from pipeline.training import checkpoint
 from tests.jobs.common import command, environment
 from tests.system.cluster import LocalCluster
+from tests.training.digit_runs import ROWS
 from tests.training.runs import Undisturbed, undisturbed
 from tests.training.test_loop import epochs_digest
 
 pytestmark = pytest.mark.system
 
-ROWS, BATCH, STEPS, SECONDS = 1620, 90, 108, 300  # six epochs
+BATCH, STEPS, SECONDS = 60, 108, 300
+EPOCHS = STEPS * BATCH // ROWS
 FLAGS = (
     "--batch-size", BATCH, "--log-every", 6, "--checkpoint-every", 6,
     "--model-channels", 32, "--channel-multipliers", 1, "--res-blocks", 1, "--attention-resolutions", 4,
@@ -86,9 +88,9 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(digits: Path, machines: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+def site(few_digits: Path, machines: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
     home = tmp_path_factory.mktemp("faults")
-    (home / "digits").symlink_to(digits)
+    (home / "digits").symlink_to(few_digits)
     return Site(home, machines)
 
 
@@ -104,13 +106,13 @@ def jobs() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 @pytest.fixture(scope="session")
-def reference(digits: Path) -> Undisturbed:
+def reference(few_digits: Path) -> Undisturbed:
     """The result of a run that nothing disturbs."""
-    words = ("--data", digits, "--output", "unused", "--steps", STEPS, *FLAGS)
+    words = ("--data", few_digits, "--output", "unused", "--steps", STEPS, *FLAGS)
     return undisturbed(cli.parse(TrainConfig, list(map(str, words)), "train", ""))
 
 
-def assert_whole(site: Site, output: str, reference: Undisturbed, epochs: int = 6) -> None:
+def assert_whole(site: Site, output: str, reference: Undisturbed, epochs: int = EPOCHS) -> None:
     """Check that there is one MLflow run with the reference's curve, and that each epoch had each sample once."""
     steps = epochs * ROWS // BATCH
     mine, theirs = dict(site.curve(output, "loss")), reference.losses
