@@ -282,7 +282,7 @@ def consume(index: DatasetIndex, images: int) -> int:
 
 @pytest.mark.system
 def test_memory_does_not_grow_with_the_data(cluster: None, tmp_path: Path) -> None:
-    small, large = large_images(tmp_path / "small", 600), large_images(tmp_path / "large", 6000)
+    small, large = large_images(tmp_path / "small", 400), large_images(tmp_path / "large", 4000)
     images = large.rows // 24 * 24
     assert images > 9 * small.rows
     # Each run reads equally many images, since a longer run has a higher peak. The small data is read before and
