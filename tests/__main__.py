@@ -1,8 +1,8 @@
-"""Run every test except the soak tests, in four processes, of which three run at a time.
+"""Run every test except the soak tests, in four processes, of which two run at a time.
 
-Two leave a fifth of two processors idle, because tests also wait. More only make each test slower. `python -m tests`
-shows each process's output at its end. After MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads
-and is ended.
+The suite is bound by the processors, so more at a time only make each test slower. `python -m tests` shows each
+process's output at its end. After MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is
+ended.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import psutil
 
 # Without pytest's cache, which processes side by side would overwrite.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m"]
-AT_A_TIME = 3
+AT_A_TIME = 2
 MOST_SECONDS = 70 * 60
 SECONDS_TO_CLEAR_UP = 60
 

@@ -132,14 +132,14 @@ def answer(status: Any, wanted: Counter[Shape], since: int) -> Answer:
 def _answers(bundles: Sequence[Bundle]) -> Generator[Answer, None, None]:
     """Yields the autoscaler's answer every second, and repeats the request until the iterator is closed."""
     wanted = Counter(frozenset(bundle.items()) for bundle in bundles)
-    coordinator = get_or_create_autoscaling_coordinator()
     name, since, sent = f"ray-ddpm-{ray.get_runtime_context().get_job_id()}", 0, -math.inf
     try:
         while True:
             said: Answer = "unheard"
             with contextlib.suppress(ray.exceptions.RayError):  # the next round asks again
                 if time.monotonic() - sent >= REPEAT_SECONDS:
-                    asked = coordinator.request_resources.remote(
+                    # Each time anew, because the actor dies with the node of its first user.
+                    asked = get_or_create_autoscaling_coordinator().request_resources.remote(
                         requester_id=name, resources=list(bundles), expire_after_s=FORGET_SECONDS
                     )
                     ray.get(asked, timeout=CALL_SECONDS)
@@ -153,7 +153,8 @@ def _answers(bundles: Sequence[Bundle]) -> Generator[Answer, None, None]:
             time.sleep(POLL_SECONDS)
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(coordinator.cancel_request.remote(requester_id=name), timeout=CALL_SECONDS)
+            cancelled = get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=name)
+            ray.get(cancelled, timeout=CALL_SECONDS)
 
 
 def _status() -> Any:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Most blocks of a dataset. Ray Data keeps some kilobytes in the driver for every block.
 MOST_BLOCKS = 4096
+# Most executions in a row that fail with a node before any task is done.
+MOST_FAILURES = 3
 
 
 class Work(Protocol):
@@ -65,7 +67,7 @@ class ActorPool:
     job: str = ""
 
     def __call__(self, work: Work, tasks: Sequence[Any], title: str = "") -> Iterator[Any]:
-        """Does the tasks as soon as an actor fits. Ray Data restarts a killed actor and repeats its task.
+        """Does the tasks as soon as an actor fits. A killed actor is restarted, and its task repeated.
 
         Args:
             title: title of the progress display; "" = no display.
@@ -101,20 +103,47 @@ class ActorPool:
         )
 
     def _rows(self, work: Work, tasks: Sequence[Any], gpu: bool) -> Iterator[dict[str, Any]]:
+        """Does the tasks in one execution of Ray Data, or in several if executions fail because a node died.
+
+        Ray Data has one actor in a cluster that knows where all others are. It only runs on the node of its first user.
+        If that node dies, all running executions fail. An execution that starts later makes a new such actor.
+        """
+        import ray.data
+
+        left, failed = dict.fromkeys(range(len(tasks))), 0
+        # In a list, because Ray would replace a bare reference by its value, which a restarted actor can't find.
+        shared = [ray.put((work, tasks))]
+        while left:
+            try:
+                for row in self._dataset(shared, list(left), gpu).iter_rows():
+                    del left[row["id"]]
+                    failed = 0
+                    yield row
+            except ray.exceptions.ActorUnschedulableError:
+                failed += 1
+                if failed > MOST_FAILURES:
+                    raise
+
+    def _dataset(self, shared: list[Any], numbers: list[int], gpu: bool) -> Any:
+        """The dataset of the results of some tasks.
+
+        Args:
+            shared: reference to the work and all tasks.
+            numbers: places of the tasks in the list of all tasks.
+        """
         import ray.data
 
         from pipeline.cluster.room import Need, most_places
 
-        wanted = min(self.most or len(tasks), len(tasks))
+        wanted = min(self.most or len(numbers), len(numbers))
         each = self._need(gpu) if gpu else Need(1, {"CPU": 1.0}, "", "")
         units = wanted if self.most and not self.least else most_places(each, wanted)
-        least, most = self.size(units, len(tasks))
+        least, most = self.size(units, len(numbers))
         # Not `ray.data.range`: each of its tasks needs a whole CPU, and the actors may leave none.
-        numbers = [{"id": number} for number in range(len(tasks))]
-        dataset = ray.data.from_items(numbers, override_num_blocks=min(len(tasks), MOST_BLOCKS)).map(
+        rows = [{"id": number} for number in numbers]
+        dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map(
             _Actor,
-            # In a list, because Ray would replace a bare reference by its value, which a restarted actor can't find.
-            fn_constructor_args=([ray.put((work, tasks))], "cuda" if gpu else "cpu"),
+            fn_constructor_args=(shared, "cuda" if gpu else "cpu"),
             # Two tasks in flight, so the next one is ready when one is done, and none waits long at the end.
             compute=ray.data.ActorPoolStrategy(
                 min_size=least,
@@ -126,7 +155,7 @@ class ActorPool:
             num_gpus=1 if gpu else 0,
         )
         dataset.context.execution_options.preserve_order = self.ordered
-        yield from dataset.iter_rows()
+        return dataset
 
     def size(self, units: int, tasks: int) -> tuple[int, int]:
         """The fewest and the most actors.
@@ -159,6 +188,6 @@ class _Actor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             result = b"" if self._error else pickle.dumps(self._do(self._tasks[row["id"]]))
-            return {"result": result, "error": self._error}
+            return row | {"result": result, "error": self._error}
         except InputError as error:
-            return {"result": b"", "error": pickle.dumps(error)}
+            return row | {"result": b"", "error": pickle.dumps(error)}
