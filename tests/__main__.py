@@ -5,7 +5,6 @@ process's output at its end. After MOST_SECONDS, or on SIGTERM, each process pri
 ended.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-import psutil
+from tests.system.served import kill
 
 # Without pytest's cache, which processes side by side would overwrite.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m"]
@@ -83,13 +82,10 @@ def _end(started: list[subprocess.Popen[bytes]], ask: bool) -> None:
             time.sleep(1)
             process.send_signal(signal.SIGINT)
     for process in started:
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        try:
             process.wait(SECONDS_TO_CLEAR_UP)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has not ended, so neither has what it started
-            for one in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-        process.kill()
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            kill(process)
 
 
 def _show(log: IO[bytes]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Most blocks of a dataset. Ray Data keeps some kilobytes in the driver for every block.
 MOST_BLOCKS = 4096
-# Most executions in a row that fail with a node before any task is done.
+# Most executions in a row that may fail because a node died, without any task done.
 MOST_FAILURES = 3
 
 
@@ -108,7 +108,7 @@ class ActorPool:
         Ray Data has one actor in a cluster that knows where all others are. It only runs on the node of its first user.
         If that node dies, all running executions fail. An execution that starts later makes a new such actor.
         """
-        import ray.data
+        import ray
 
         left, failed = dict.fromkeys(range(len(tasks))), 0
         # In a list, because Ray would replace a bare reference by its value, which a restarted actor can't find.

@@ -70,12 +70,20 @@ def test_the_state_knows_nodes_actors_and_whose_ray_it_is(cluster: None) -> None
     assert not ray.get(ray.remote(num_cpus=0)(is_own_ray).remote())
 
 
+def requested() -> list[dict[str, float]]:
+    """Return the sum of all requests to the autoscaler.
+
+    Version 1 of the autoscaler reads requests here. Every Ray has this channel, with or without an autoscaler.
+    """
+    found: list[dict[str, float]] = json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
+    return found
+
+
 def test_a_request_is_in_the_sum_of_all_and_a_cluster_without_an_autoscaler_is_known(cluster: None) -> None:
     """tests/system/test_growing.py shows what an autoscaler does with the request."""
 
     def asked() -> list[tuple[dict[str, float], int]]:
-        # Version 1 of the autoscaler reads requests here. Every Ray has this channel, with or without an autoscaler.
-        found = json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
+        found = requested()
         return [(one, found.count(one)) for one in found[:1]]
 
     assert autoscaler.growth() == "none"

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cluster.session import _SETTINGS
+
 ROOT = Path(__file__).parents[2]
-# Variables that every driver sets and Ray Train passes on to its workers (pipeline/cluster/session.py). Nodes that have
-# them from the start need one fork server for all workers of a job.
-OF_TRAINING = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+# Variables that every driver sets and Ray Train passes on to its workers. If a node has them from its start, one fork
+# server on it serves all workers of a job.
+OF_TRAINING = {
+    name: _SETTINGS[name]
+    for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC")
+}
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that was started here, and its descendants."""
     for one in family(process):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()

@@ -1,7 +1,6 @@
 """Actors of Ray Data that all jobs of a cluster share die with the node of their first user, and the jobs go on."""
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +10,11 @@ from typing import Any
 import pytest
 import ray
 from ray import cloudpickle
-from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster import autoscaler
 from pipeline.cluster.pool import ActorPool
+from tests.cluster.test_ray_internals import requested
 from tests.data.common import leave_ray
 from tests.system.cluster import LocalCluster
 from tests.system.served import wait_for
@@ -86,12 +84,8 @@ def test_a_job_that_waits_for_nodes_asks_again(joined: LocalCluster, monkeypatch
     node = joined.nodes[0]
     pin_shared_actors(node)
 
-    def is_asked(cpus: float) -> bool:
-        # Version 1 of the autoscaler reads requests here. Every Ray has this channel, with or without an autoscaler.
-        return {"CPU": cpus} in json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
-
     with contextlib.closing(autoscaler._answers([{"CPU": 64.0}])) as answers:
-        wait_for("the request", lambda: bool(next(answers)) and is_asked(64.0))
+        wait_for("the request", lambda: bool(next(answers)) and {"CPU": 64.0} in requested())
         joined.kill_node(node)
         wait_for(
             "the node's death",
@@ -103,4 +97,5 @@ def test_a_job_that_waits_for_nodes_asks_again(joined: LocalCluster, monkeypatch
                 requester_id="other", resources=[{"CPU": 32.0}], expire_after_s=60.0
             )
         )
-        wait_for("both requests", lambda: bool(next(answers)) and is_asked(64.0) and is_asked(32.0), 60)
+        both = [{"CPU": 32.0}, {"CPU": 64.0}]
+        wait_for("both requests", lambda: bool(next(answers)) and all(one in requested() for one in both), 60)
