@@ -20,7 +20,7 @@ from pipeline.display import Display
 from pipeline.errors import InputError
 from pipeline.generation import arithmetic, card, ledger, npz
 from pipeline.generation.chunks import Chunk, file_name, gaps, parse_name
-from pipeline.generation.config import GenerateConfig, check, identity
+from pipeline.generation.config import GenerateConfig, check, identity, label_numbers
 from pipeline.generation.ledger import ChunkRecord
 from pipeline.generation.sampler import Renderer, Setup, places_of, uris_of
 from pipeline.generation.writers import SUFFIX
@@ -60,15 +60,21 @@ def as_written(config: GenerateConfig, spec: ModelSpec) -> tuple[GenerateConfig,
             "dataset without --verify"
         ) from None
     made |= {"count": manifest["count"]}
-    defaults = GenerateConfig()
+    defaults, asked = GenerateConfig(), config
+    if spec.model.class_conditional:  # a class may be given by name or by number
+        asked = replace(config, labels=tuple(names[number] for number in label_numbers(config, spec)))
     for key, value in made.items():
-        given = getattr(config, key)
-        if given not in (getattr(defaults, key), value) and key not in ("labels", "sampling_steps"):
+        given = getattr(asked, key)
+        if given not in (getattr(defaults, key), value):
             flag = "--" + key.replace("_", "-")
             raise InputError(
-                f"--output {config.output}: made with {flag} {value}, not {given}: leave the flag out"
+                f"--output {config.output}: made with {flag} {_shown(value)}, not {_shown(given)}: leave the flag out"
             )
     return replace(config, **made), manifest
+
+
+def _shown(value: Any) -> str:
+    return (" ".join(map(str, value)) or "()") if isinstance(value, tuple) else str(value)
 
 
 def verify(

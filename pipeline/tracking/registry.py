@@ -50,7 +50,8 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
     """Logs an exported model folder (path or URI) as a pyfunc, and registers it if `name` is given.
 
     A model that the run has already logged is not logged again, nor registered again under the same name, unless
-    somebody has deleted it since.
+    somebody has deleted it since. An alias that points to a newer version stays, so a resume of an older run that has
+    nothing left to do does not take it back.
 
     Returns:
         `models:/NAME/VERSION` if it was registered, else `models:/ID` of the logged model.
@@ -72,7 +73,7 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
             version = str(mlflow.register_model(uri, name).version)
         client.set_tag(run.id, tag, version)
     _describe(run, read_spec(str(folder)), name, version)
-    if alias:
+    if alias and int(client.get_registered_model(name).aliases.get(alias, 0)) < int(version):
         client.set_registered_model_alias(name, alias, version)
     return f"models:/{name}/{version}"
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,6 +179,17 @@ def open_run(
     """
     opening = opening or uuid.uuid4().hex
     return wait_for_mlflow(lambda: start_run(experiment, name, tags, parent, opening), seconds)
+
+
+@contextlib.contextmanager
+def failed_with(run: Run) -> Iterator[None]:
+    """Ends a new run as FAILED if the block that makes it an output's run fails, since nothing would continue it."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(*_ERRORS):
+            end_run(run, "FAILED", reason=one_line(error))
+        raise
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:

@@ -1,6 +1,7 @@
 """The run that an output folder holds: one MLflow run, with settings that a resume can't change."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pipeline import __version__, storage
@@ -65,18 +66,23 @@ def open_run(
         )
     else:
         check_unclaimed(output, RUN_FILE)
-    tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output, **runs.origin("train")}
-    name = config.run_name or run_name(config, spec)
-    run = run or runs.open_run(config.experiment, name, tags, config.tracking_patience)
-    write_claim(
+    claim = partial(
+        write_claim,
         output,
         RUN_FILE,
         fixed,
-        run_id=run.id,
         config=settings,
         data_order=index.order,
         data_settings=index.settings,
     )
+    if run:
+        claim(run_id=run.id)
+        return run
+    tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output, **runs.origin("train")}
+    name = config.run_name or run_name(config, spec)
+    run = runs.open_run(config.experiment, name, tags, config.tracking_patience)
+    with runs.failed_with(run):
+        claim(run_id=run.id)
     return run
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,10 +68,23 @@ def test_settings_that_are_no_settings_of_samples_get_one_line(model: Path, data
 
 
 def test_flags_that_say_otherwise_than_the_dataset_are_refused(model: Path, dataset: Path) -> None:
-    for changes, flag in (({"seed": 9}, "--seed 3, not 9"), ({"count": 21}, "--count 20, not 21")):
-        with pytest.raises(InputError, match=f"made with {flag}: leave the flag out"):
+    for changes, flag in (
+        ({"seed": 9}, "--seed 3, not 9"),
+        ({"count": 21}, "--count 20, not 21"),
+        ({"labels": ("a", "1")}, "--labels (), not a b"),
+        ({"sampling_steps": 7}, "--sampling-steps 4, not 7"),
+    ):
+        with pytest.raises(InputError, match=f"made with {re.escape(flag)}: leave the flag out"):
             checked(dataset, model, **changes)
-    checked(dataset, model, seed=3, count=20, guidance=1.5)
+    checked(dataset, model, seed=3, count=20, guidance=1.5, sampling_steps=4)
+
+
+def test_classes_may_be_given_by_name_or_number(model: Path, tmp_path: Path) -> None:
+    make(config(tmp_path / "set", count=8, labels=("a", "2")), model)
+    for labels in ((), ("a", "c"), ("0", "c")):
+        checked(tmp_path / "set", model, labels=labels)
+    with pytest.raises(InputError, match="made with --labels a c, not c a: leave the flag out"):
+        checked(tmp_path / "set", model, labels=("c", "a"))
 
 
 def test_a_folder_that_was_mistyped_is_neither_made_nor_claimed(model: Path, tmp_path: Path) -> None:

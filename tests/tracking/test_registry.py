@@ -43,6 +43,8 @@ def test_a_model_is_logged_from_any_storage_and_comes_back_by_all_its_names(temp
     near = save(temporary.parent / "model", 7)
     assert registry.log_model(run, near, "digits", "newest") == "models:/digits/2"
     assert registry.log_model(run, near).startswith("models:/m-")
+    # A resume of the older run, which has nothing left to do, does not take the alias back.
+    assert registry.log_model(run, far, "digits", "newest") == "models:/digits/1"
     for name, pinned, folder in (
         ("models:/digits/1", "models:/digits/1", far),
         ("models:/digits@newest", "models:/digits/2", near),

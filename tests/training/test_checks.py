@@ -1,5 +1,6 @@
 """Settings refused before a run claims its output, and runs that may start over in a claimed output."""
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,23 @@ def test_a_run_without_a_step_begins_anew_with_other_settings(config: TrainConfi
     runs.open_client().delete_run(second.id)
     third = begin(replace(config, resume=True))  # as a retried job passes it anyway
     assert third.id not in (first.id, second.id)
+
+
+def test_a_run_whose_output_cannot_be_written_is_not_left_running(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(uri: str, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_atomic", full)
+        with pytest.raises(InputError, match=r"run\.json can't be written: No space left on device"):
+            begin(config)
+    (experiment,) = runs.open_client().search_experiments(filter_string=f"name = '{config.experiment}'")
+    (run,) = runs.open_client().search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
+    assert "No space left on device" in run.data.tags["ray_ddpm.reason"]
+    assert status(begin(config)) == "RUNNING"
 
 
 def a_checkpoint(config: TrainConfig, run: runs.Run) -> None:
