@@ -14,7 +14,7 @@ from pipeline.data.order import Plan, batch_rows, cut
 
 IMAGE = ImageConfig(size=8, channels=1, classes=("even", "odd"))
 MODEL = ModelConfig(
-    model_channels=32,
+    model_channels=16,
     channel_multipliers=(1, 2),
     res_blocks=1,
     attention_resolutions=(4,),
@@ -23,7 +23,7 @@ MODEL = ModelConfig(
 
 
 def problem(**changes: object) -> tuple[TrainConfig, ModelSpec]:
-    diffusion = DiffusionConfig(schedule="cosine", timesteps=20, **changes.pop("diffusion", {}))  # type: ignore[arg-type]
+    diffusion = DiffusionConfig(**{"schedule": "cosine", "timesteps": 20} | changes.pop("diffusion", {}))  # type: ignore[operator]
     # fp32 on every machine, since bf16 would magnify differences in the order of sums.
     options = {
         "precision": "fp32",
@@ -66,9 +66,11 @@ def planned(
 def start_ranks(rank: Callable[..., None], arguments: tuple[object, ...], count: int) -> None:
     """Run the ranks of a process group, each `rank(number, *arguments)` in a process of its own, to their end.
 
-    They are forked from a process that has imported the tests' modules, which takes a spawned one many seconds.
+    They are forked from a process that has imported the tests' modules, and torch._dynamo, which DDP imports. Each
+    spawned one would take many seconds for that.
     """
-    multiprocessing.set_forkserver_preload(["tests.training.test_loop", "tests.training.test_agreement"])
+    modules = [f"tests.training.test_{name}" for name in ("loop", "agreement", "checkpoints_in_bad_weather")]
+    multiprocessing.set_forkserver_preload(["torch._dynamo", *modules])
     mp.start_processes(rank, arguments, count, start_method="forkserver")
 
 

@@ -21,7 +21,7 @@ from pipeline.training import checkpoint, checkpoint_manager
 from pipeline.training.checkpoint_manager import SNAPSHOT, UNVALIDATED, Checkpoint, mend, newest_whole, sweep
 from pipeline.training.state import new_state
 from tests.data.weather import FAULTS, Weather
-from tests.training.common import problem
+from tests.training.common import problem, start_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -279,9 +279,7 @@ def test_one_copy_at_most_is_held_for_a_slow_storage(
 @pytest.mark.slow
 def test_the_bytes_of_a_checkpoint_reach_another_worker(tmp_path: Path) -> None:
     """Two processes exchange them over gloo."""
-    import torch.multiprocessing as mp
-
-    mp.spawn(_broadcast, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+    start_ranks(_broadcast, (str(tmp_path / "rendezvous"),), 2)
 
 
 def _broadcast(rank: int, place: str) -> None:

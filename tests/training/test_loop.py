@@ -104,20 +104,22 @@ def epochs_digest(epochs: int, rows: int = 37) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world_size", "microbatch", "device", "steps"),
-    [(2, 2, "cpu", 20), (4, 0, "cpu", 50), (3, 2, "cuda", 20)],
+    ("world_size", "microbatch", "device"), [(2, 2, "cpu"), (4, 0, "cpu"), (3, 2, "cuda")]
 )
 def test_the_steps_of_several_workers_are_those_of_one(
-    world_size: int, microbatch: int, device: str, steps: int, tmp_path: Path
+    world_size: int, microbatch: int, device: str, tmp_path: Path
 ) -> None:
-    changes = {"steps": steps, "microbatch": microbatch, "diffusion": dict(SAMPLER)}
+    # With so few timesteps the sampler has left its uniform start after ten steps.
+    diffusion: dict[str, object] = {**SAMPLER, "timesteps": 5}
+    changes: dict[str, object] = {"microbatch": microbatch, "diffusion": diffusion}
     several = several_workers(world_size, tmp_path, changes, device=device)
-    config, spec = problem(steps=steps, diffusion=dict(SAMPLER))
+    config, spec = problem(diffusion=diffusion)
     meter = Meter(config, 1, CPU)
     one, losses = run(config, spec, meter=meter)
     assert (several["weights"] - flat(one)).norm() < 1e-4 * flat(one).norm()
     assert several["losses"] == pytest.approx(losses, rel=1e-4)
     assert torch.equal(several["sampler"]["count"], one.timestep_sampler["count"])
+    assert one.timestep_sampler["probability"].unique().numel() > 1
     assert several["seen"] == meter.state()["seen"]
 
 
@@ -136,8 +138,8 @@ def test_another_number_of_workers_goes_on_with_the_same_run(tmp_path: Path) -> 
 
 
 def test_microbatches_accumulate_to_the_same_step() -> None:
-    whole, _ = run(*problem())
-    pieces, _ = run(*problem(microbatch=3))
+    whole, _ = run(*problem(steps=10))
+    pieces, _ = run(*problem(steps=10, microbatch=3))
     assert (flat(whole) - flat(pieces)).norm() < 1e-4 * flat(whole).norm()
 
 
@@ -161,8 +163,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(sampler: str, tmp_path: 
 
 
 def test_training_lowers_the_loss() -> None:
-    _, losses = run(*problem(steps=100))
-    assert losses[100] < 0.8 * losses[5]
+    _, losses = run(*problem(steps=60))
+    assert losses[60] < 0.8 * losses[5]
 
 
 class _Poisoned:
