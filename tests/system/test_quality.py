@@ -57,10 +57,10 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     pixels = (digits.images[order] * (255 / 16)).round().clip(0, 255).astype(np.uint8)
     images, labels = torch.from_numpy(pixels)[:, None], torch.from_numpy(digits.target[order])
     real, real_labels = images[HELD_OUT:], labels[HELD_OUT:]
-    model = ModelConfig(32, (1, 2), res_blocks=1, attention_resolutions=(4,), class_conditional=True)
+    model = ModelConfig(16, (1, 2), res_blocks=1, attention_resolutions=(4,), class_conditional=True)
     spec = ModelSpec(model, IMAGE, DiffusionConfig(schedule="cosine", timesteps=400))
-    optimizer = OptimizerConfig(learning_rate=2e-3, ema_decays=(0.99,))
-    config = TrainConfig("", "", steps=300, batch_size=48, model=model, optimizer=optimizer)
+    optimizer = OptimizerConfig(learning_rate=4e-3, ema_decays=(0.98,))
+    config = TrainConfig("", "", steps=250, batch_size=48, model=model, optimizer=optimizer)
     cpu = torch.device("cpu")
     state = new_state(config, spec, cpu)
     stream = batches(config, real, real_labels)
@@ -73,7 +73,7 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
     ids = torch.arange(HELD_OUT)
     wanted = ids % 10
     samples = sample_images(
-        net, spec, ids, sampler="dpm_solver", sampling_steps=20, guidance=1.5, labels=wanted
+        net, spec, ids, sampler="dpm_solver", sampling_steps=10, guidance=2.5, labels=wanted
     )
 
     def flat(x: Tensor) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
         knn_label_accuracy(flat(real), real_labels.numpy(), flat(x), y.numpy())
         for x, y in ((samples, wanted), (images[:HELD_OUT], labels[:HELD_OUT]))
     )
-    classifier = fit(IMAGE, real, real_labels, steps=200)
+    classifier = fit(IMAGE, real, real_labels, steps=100)
     moments = {
         name: moments_of(classifier.features(x).numpy())
         for name, x in {
@@ -109,7 +109,8 @@ def test_digits_are_sampled_as_the_class_that_was_asked_for() -> None:
         f"(real {distance['real']:.2f}, noise {distance['noise']:.0f}), {bits.mean():.2f} bits/dim"
     )
     assert yardstick > 0.95
-    assert accuracy > 0.93
+    # Seeds 0 to 2 of the training gave 0.979, 0.988 and 0.979.
+    assert accuracy > 0.95
     assert distance["samples"] < 0.3 * distance["noise"]
     # Pixels cost 8 bits without any model.
     assert bits.mean() < 6
