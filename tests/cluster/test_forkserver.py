@@ -29,7 +29,7 @@ import ray
 from pipeline.cluster.session import connect
 from tests.cluster.test_forkserver import Worker
 
-connect()
+connect(preload="ray.data")
 worker = Worker.remote()
 print(*ray.get(worker.pids.remote()), flush=True)
 time.sleep(300)
@@ -86,9 +86,10 @@ class Worker:
         )  # fmt: skip
 
 
-def own_python() -> Any:
+def own_python(environment: dict[str, Any] | None = None) -> Any:
     """Start a worker with another program than the fork server's, which Ray therefore has to start itself."""
-    return Worker.options(runtime_env={"py_executable": f"{sys.executable} -u"}).remote()
+    program = {"py_executable": f"{sys.executable} -u"}
+    return Worker.options(runtime_env={**(environment or {}), **program}).remote()
 
 
 def command_of(pid: int) -> str:
@@ -159,27 +160,24 @@ def test_a_process_that_has_drawn_an_id_is_not_forked() -> None:
     assert not forks_after("import ray.data")
 
 
-def test_variables_of_a_runtime_environment_reach_the_libraries_as_they_are_imported(cluster: None) -> None:
-    one = Worker.options(runtime_env={"env_vars": {"PYTHONPATH": "/somewhere", "A": "1"}}).remote()
-    about = ray.get(one.about.remote())
-    assert is_forked(*ray.get(one.pids.remote()))
-    assert about["environment"]["A"] == "1"
-    assert "/somewhere" in about["sys.path"]
-
-
-def test_a_working_directory_is_entered_before_the_imports(cluster: None, tmp_path: Path) -> None:
-    """Ray copies it to the node, and puts the copy first into the worker's search path."""
-    folder = tmp_path / "here"
+@pytest.fixture(scope="module")
+def place(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A runtime environment with variables and a working directory. Its tests share one server of workers."""
+    folder = tmp_path_factory.mktemp("place") / "here"
     folder.mkdir()
     (folder / "only_here.py").write_text("")
-    packed = f"file://{shutil.make_archive(str(folder), 'zip', tmp_path, 'here')}"
-    forked = Worker.options(runtime_env={"working_dir": packed}).remote()
-    started = Worker.options(
-        runtime_env={"working_dir": packed, "py_executable": f"{sys.executable} -u"}
-    ).remote()
+    packed = f"file://{shutil.make_archive(str(folder), 'zip', folder.parent, 'here')}"
+    return {"env_vars": {"PYTHONPATH": "/somewhere", "A": "1"}, "working_dir": packed}
+
+
+def test_variables_and_a_working_directory_are_there_before_the_imports(place: dict[str, Any]) -> None:
+    """Ray copies the directory to the node, and puts the copy first into the worker's search path."""
+    forked, started = Worker.options(runtime_env=place).remote(), own_python(place)
     about, expected = ray.get([forked.about.remote(), started.about.remote()])
     assert is_forked(*ray.get(forked.pids.remote()))
     assert about == expected
+    assert about["environment"]["A"] == "1"
+    assert "/somewhere" in about["sys.path"]
     assert (Path(about["folder"]) / "only_here.py").exists() and str(about["folder"]) in about["sys.path"]
 
 
@@ -206,12 +204,11 @@ def test_a_temporary_folder_that_is_no_good_is_not_used(
     assert not list(folder.iterdir())
 
 
-def test_another_server_takes_the_place_of_one_that_was_killed(cluster: None) -> None:
-    environment = {"env_vars": {"SERVER": "its own"}}
-    first, server = ray.get(Worker.options(runtime_env=environment).remote().pids.remote())
+def test_another_server_takes_the_place_of_one_that_was_killed(place: dict[str, Any]) -> None:
+    first, server = ray.get(Worker.options(runtime_env=place).remote().pids.remote())
     os.kill(server, signal.SIGKILL)
     psutil.wait_procs([psutil.Process(server)], timeout=10)
-    second, other = ray.get(Worker.options(runtime_env=environment).remote().pids.remote(), timeout=60)
+    second, other = ray.get(Worker.options(runtime_env=place).remote().pids.remote(), timeout=60)
     assert is_forked(second, other)
     assert second != first
     assert other != server
@@ -233,7 +230,7 @@ import ray
 from pipeline.cluster.session import connect_later, connect_now, disconnect
 from tests.cluster.test_forkserver import Worker, own_python
 
-connect_later(False, {"A": "1"}, "pipeline.training.worker")
+connect_later(False, {"A": "1"}, "ray.data")
 connect_now()
 forked, other, started = Worker.remote(), Worker.remote(), own_python()
 pids = [ray.get(worker.pids.remote()) for worker in (forked, other)]
