@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.2"
 
 @dataclass
 class LocalCluster:
-    """A head without CPUs, and worker nodes.
+    """A head, and worker nodes.
 
     Attributes:
         cluster: Ray's own test cluster.
@@ -98,12 +98,18 @@ def is_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def local_cluster(*cpus: float) -> Iterator[LocalCluster]:
-    """Yield a cluster with one node for each of `cpus`. All its processes are ended afterwards."""
+def local_cluster(*cpus: float, head_cpus: float = 0, preload: str = PRELOAD) -> Iterator[LocalCluster]:
+    """Yield a cluster with one node for each of `cpus` beside its head. All its processes are ended afterwards.
+
+    Args:
+        head_cpus: CPUs of the head.
+        preload: modules that the head's workers need, separated by commas.
+    """
     head = {
-        "num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "node_ip_address": LOOPBACK
+        "num_cpus": head_cpus, "object_store_memory": STORE_BYTES, "include_dashboard": False,
+        "node_ip_address": LOOPBACK,
     }  # fmt: skip
-    with forked_workers(PRELOAD):
+    with forked_workers(preload):
         cluster = Cluster(initialize_head=True, head_node_args=head)
     local = LocalCluster(cluster)
     try:

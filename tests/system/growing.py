@@ -18,7 +18,8 @@ import psutil
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 
-from tests.jobs.common import OF_TRAINING, ROOT, command, database
+from tests.jobs.common import OF_TRAINING, ROOT, database
+from tests.jobs.forked import ForkedJob
 from tests.system.served import FORKING, LOOPBACK, family, free_ports, kill, user_environment, wait_for
 
 HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as Ray's fake node provider names it
@@ -63,17 +64,12 @@ class Growing:
         constraints = self.status().cluster_resource_state.cluster_resource_constraints
         return [entry for one in constraints for entry in one.resource_requests]
 
-    def start(self, home: Path, job: str, *flags: object) -> subprocess.Popen[str]:
+    def start(self, home: Path, job: str, *flags: object) -> ForkedJob:
         """Start a job that joins the cluster, in a process of its own."""
         home.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            command(job, *flags),
-            cwd=home,
-            env=self.environment | {"MLFLOW_TRACKING_URI": database(home)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        variables = self.environment | {"MLFLOW_TRACKING_URI": database(home)}
+        files = {"stdout": home / "stdout", "stderr": home / "stderr"}
+        return ForkedJob(job, *flags, cwd=home, environment=variables, **files)
 
     def placed(self) -> list[dict[str, Any]]:
         """Return job, node and GPUs of every process that was given GPUs since the last call."""

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from pipeline.generation.config import GenerateConfig
 from pipeline.models.export import save_model
 from pipeline.models.unet import build
 from tests.generation.common import config, digests, make, manifest
-from tests.jobs.common import command, environment, run_job
+from tests.jobs.forked import ForkedJob, start_forked
 from tests.system.cluster import LocalCluster
 
 pytestmark = pytest.mark.system
@@ -73,14 +72,8 @@ class Driver:
     """A driver process on the cluster that works on an output."""
 
     def __init__(self, machines: LocalCluster, asked: list[object], output: Path, home: Path) -> None:
-        self.output, self.log = output, home / "driver.log"
-        self.process = subprocess.Popen(
-            command("generate", *asked),
-            env=environment(home, RAY_ADDRESS=machines.address),
-            stdout=subprocess.DEVNULL,
-            stderr=self.log.open("a"),
-            start_new_session=True,
-        )
+        self.output, self.log = output, home / "generate.stderr"
+        self.process = start_forked("generate", *asked, home=home, RAY_ADDRESS=machines.address)
 
     def wait_for_files(self, more: int) -> None:
         """Wait until this many more files are finished."""
@@ -101,8 +94,7 @@ class Driver:
             os.kill(self.process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
 
 
@@ -176,9 +168,9 @@ def test_kills_of_an_actor_a_node_the_driver_and_all_at_once_leave_the_undisturb
     machines.resize(0)
     machines.resize(2)
 
-    last = run_job(
-        "generate", *flags(model, output), home=tmp_path, timeout=SECONDS, RAY_ADDRESS=machines.address
-    )
+    last = start_forked(
+        "generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=machines.address
+    ).outcome(SECONDS)
     assert last.code == 0, last.stderr
     assert last.result["count"] == COUNT
     assert len(kept) >= 8
@@ -215,9 +207,9 @@ def test_any_row_of_twenty_faults_leaves_the_undisturbed_dataset(
                 driver.kill()
                 driver = drive(output)
     driver.kill()
-    last = run_job(
-        "generate", *flags(model, output), home=tmp_path, timeout=SECONDS, RAY_ADDRESS=machines.address
-    )
+    last = start_forked(
+        "generate", *flags(model, output), home=tmp_path, RAY_ADDRESS=machines.address
+    ).outcome(SECONDS)
     assert last.code == 0, last.stderr
     assert digests(output) == digests(undisturbed)
     assert manifest(output)["sha256"] == manifest(undisturbed)["sha256"]
@@ -227,21 +219,16 @@ def test_a_driver_that_plans_a_hundred_million_samples_stays_small(
     machines: LocalCluster, model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "samples"
-    driver = subprocess.Popen(
-        command(
-            "generate", "--model", model, "--output", output, "--count", 100_000_000, "--batch-size", 256,
-            "--rows-per-file", 256, "--sampler", "ddim", "--sampling-steps", 1, "--max-blank-fraction", 1,
-        ),
-        env=environment(tmp_path, RAY_ADDRESS=machines.address),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    driver = start_forked(
+        "generate", "--model", model, "--output", output, "--count", 100_000_000, "--batch-size", 256,
+        "--rows-per-file", 256, "--sampler", "ddim", "--sampling-steps", 1, "--max-blank-fraction", 1,
+        home=tmp_path, RAY_ADDRESS=machines.address,
     )  # fmt: skip
     try:
         early = memory(driver, output, files=4)["VmRSS"]
         later = memory(driver, output, files=16)
     finally:
-        os.killpg(driver.pid, signal.SIGKILL)
+        driver.kill()
         driver.wait()
         # Its actors may still write for a moment.
         shutil.rmtree(output, ignore_errors=True)
@@ -249,7 +236,7 @@ def test_a_driver_that_plans_a_hundred_million_samples_stays_small(
     assert later["VmRSS"] - early < 20
 
 
-def memory(driver: subprocess.Popen[bytes], output: Path, files: int) -> dict[str, float]:
+def memory(driver: ForkedJob, output: Path, files: int) -> dict[str, float]:
     """Wait for this many finished files, and return the driver's Vm* entries of /proc/PID/status in MiB."""
     deadline = time.monotonic() + SECONDS
     while len(list(output.glob("notes/*.json"))) < files:

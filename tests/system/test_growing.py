@@ -1,8 +1,6 @@
 """Each job asks the autoscaler for the nodes that it needs, and withdraws the request at its end."""
 
 import signal
-import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.generation.common import save
-from tests.jobs.common import Outcome, outcome_of
 from tests.system.growing import IDLE_SECONDS, MOST_NODES, Growing, growing_cluster
 from tests.system.served import SMALL, wait_for
 
 pytestmark = pytest.mark.system
+SECONDS = 400
 SPACE = """
 batch_size: 32
 model.model_channels: 32
@@ -31,15 +29,6 @@ def growing() -> Iterator[Growing]:
         yield cluster
 
 
-def end(job: subprocess.Popen[str], seconds: float = 400) -> Outcome:
-    """Return the outcome of a job, which is killed after `seconds`."""
-    timer = threading.Timer(seconds, job.kill)
-    timer.start()
-    stdout, stderr = job.communicate()
-    timer.cancel()
-    return outcome_of(job.returncode, stdout, stderr)
-
-
 def is_quiet(cluster: Growing) -> bool:
     return not cluster.requested() and not cluster.gpu_nodes()
 
@@ -48,11 +37,9 @@ def test_jobs_grow_the_cluster_from_its_head_alone(growing: Growing, digits: Pat
     assert growing.gpu_nodes() == set()
     data = ("--data", digits)
     # The job needs more than any node can have.
-    large = end(
-        growing.start(
-            tmp_path / "large", "train", *data, "--output", "large", "--gpu", "True", "--cpus-per-worker", 4
-        )
-    )
+    large = growing.start(
+        tmp_path / "large", "train", *data, "--output", "large", "--gpu", "True", "--cpus-per-worker", 4
+    ).outcome(SECONDS)
     assert large.code == 2
     assert large.stderr.splitlines()[-1] == (
         "train: --workers 1 --cpus-per-worker 4 --gpu: no node of the cluster has 4 CPUs and 1 GPU, "
@@ -76,7 +63,7 @@ def test_jobs_grow_the_cluster_from_its_head_alone(growing: Growing, digits: Pat
             "--rows-per-file", 4, "--sampler", "ddim", "--sampling-steps", 2, "--gpu", "--actors", 1,
         ),
     }  # fmt: skip
-    done = {name: end(job) for name, job in jobs.items()}
+    done = {name: job.outcome(SECONDS) for name, job in jobs.items()}
     for name, job in done.items():
         assert job.code == 0, f"{name}: {job.stderr}"
     assert done["generate"].result["count"] == 8
@@ -109,7 +96,7 @@ def test_a_job_that_is_ended_while_it_waits_withdraws_its_request(
     )
     wait_for("the request", lambda: bool(growing.requested()), needed=[growing.head])
     job.send_signal(signal.SIGTERM)
-    ended = end(job)
+    ended = job.outcome(SECONDS)
     assert ended.code == 128 + signal.SIGTERM
     assert ended.stderr.splitlines()[-1] == "train: ended by SIGTERM"
     time.sleep(1)

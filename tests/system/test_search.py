@@ -1,13 +1,12 @@
 """Whole searches, through Ray Tune, Optuna, Ray Train and MLflow, on a cluster of one node with two CPUs."""
 
-import contextlib
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
-import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from ray import cloudpickle
 
 from pipeline.cluster.session import connect
 from pipeline.commands import cli
@@ -30,7 +30,8 @@ from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.search import search
 from tests.data.common import leave_ray
-from tests.jobs.common import command, database, environment
+from tests.jobs.common import database, environment
+from tests.jobs.forked import ForkedJob
 from tests.system.cluster import LocalCluster, local_cluster
 from tests.tuning.gaussian import GaussianTrial, known_bound
 from tests.tuning.test_proposals import FLAGS, VALUES
@@ -40,7 +41,9 @@ pytestmark = pytest.mark.system
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with local_cluster(2) as running:
+    """Its head has the CPUs: another node would have agents of its own, and a fork server for each search."""
+    # A trial needs the second module, and would import it for two seconds.
+    with local_cluster(head_cpus=2, preload="pipeline.training.worker,pipeline.tuning.trial") as running:
         yield running
 
 
@@ -52,8 +55,10 @@ def home(tmp_path_factory: pytest.TempPathFactory, digits: Path, cluster: LocalC
         patch.setenv("MLFLOW_TRACKING_URI", database(home))
         patch.setenv("RAY_ADDRESS", cluster.address)
         connect(environment=address.environment())
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # trials need not import this module
         (home / "digits").symlink_to(digits)
         yield home
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
         leave_ray()
 
 
@@ -75,18 +80,13 @@ def records(config: TuneConfig) -> dict[str, Record]:
     return {record.name: record for record in ledger.read_all(config.output)}
 
 
-def started(name: str, config: TuneConfig, home: Path, cluster: LocalCluster) -> subprocess.Popen[bytes]:
-    """Start the search as a job in a process group of its own. Its stderr goes to NAME.log."""
+def started(name: str, config: TuneConfig, home: Path, cluster: LocalCluster) -> ForkedJob:
+    """Start the search as a job. Its stderr goes to NAME.log."""
     settings = home / f"{name}-config.yaml"
     settings.write_text(yaml.safe_dump(to_dict(config)))
-    return subprocess.Popen(
-        command("tune", "--config", settings),
-        cwd=home,
-        env=environment(home, RAY_ADDRESS=cluster.address),
-        stdout=subprocess.DEVNULL,
-        stderr=(home / f"{name}.log").open("w"),
-        start_new_session=True,
-    )
+    variables = environment(home, RAY_ADDRESS=cluster.address)
+    files = {"stdout": home / f"{name}.stdout", "stderr": home / f"{name}.log"}
+    return ForkedJob("tune", "--config", settings, cwd=home, environment=variables, **files)
 
 
 def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, cluster: LocalCluster) -> None:
@@ -124,8 +124,7 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
 
         wait_for(in_between, 600, "finished and half-finished trial")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        job.kill()
         job.wait()
     before = records(first)
     assert any(not record.over for record in before.values())
@@ -201,8 +200,7 @@ def test_a_search_that_is_told_to_end_leaves_no_run_running(home: Path, cluster:
         job.send_signal(signal.SIGTERM)
         assert job.wait(120) == 128 + signal.SIGTERM
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        job.kill()
         job.wait()
     assert (
         (home / "told.log")

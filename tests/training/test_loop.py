@@ -109,7 +109,7 @@ def epochs_digest(epochs: int, rows: int = 37) -> str:
 def test_the_steps_of_several_workers_are_those_of_one(
     world_size: int, microbatch: int, device: str, tmp_path: Path
 ) -> None:
-    # With so few timesteps the sampler has left its uniform start after ten steps.
+    # With so few timesteps the sampler leaves its uniform start early, which the end of this test checks.
     diffusion: dict[str, object] = {**SAMPLER, "timesteps": 5}
     changes: dict[str, object] = {"microbatch": microbatch, "diffusion": diffusion}
     several = several_workers(world_size, tmp_path, changes, device=device)
