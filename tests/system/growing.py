@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,13 @@ class Growing:
         environment: the environment of a driver that joins the cluster.
         places: folder with a file for each process that was given a GPU, which says where it ran.
         head: the head's process.
+        jobs: all jobs that `start` has started.
     """
 
     environment: dict[str, str]
     places: Path
     head: subprocess.Popen[bytes]
+    jobs: list[ForkedJob] = field(default_factory=list)
 
     def status(self) -> Any:
         """Return the head's view of the cluster, Ray's GetClusterStatusReply."""
@@ -69,7 +71,8 @@ class Growing:
         home.mkdir(exist_ok=True)
         variables = self.environment | {"MLFLOW_TRACKING_URI": database(home)}
         files = {"stdout": home / "stdout", "stderr": home / "stderr"}
-        return ForkedJob(job, *flags, cwd=home, environment=variables, **files)
+        self.jobs.append(ForkedJob(job, *flags, cwd=home, environment=variables, **files))
+        return self.jobs[-1]
 
     def placed(self) -> list[dict[str, Any]]:
         """Return job, node and GPUs of every process that was given GPUs since the last call."""
@@ -220,7 +223,12 @@ def growing_cluster() -> Iterator[Growing]:
         hook = {"worker_process_setup_hook": "tests.system.growing.fall_back_to_cpu"}
         settings = json.dumps({"runtime_env": hook})
         driver = {"RAY_ADDRESS": f"{LOOPBACK}:{gcs}", "RAY_JOB_CONFIG_JSON_ENV_VAR": settings}
-        yield Growing(base | driver, places, process)
+        cluster = Growing(base | driver, places, process)
+        try:
+            yield cluster
+        finally:
+            for job in cluster.jobs:
+                job.kill()
     except BaseException:
         print((home / "head.log").read_text()[-2000:])
         raise
