@@ -6,38 +6,30 @@ ended.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import IO
 
 from tests.system.served import kill
 
 # Without pytest's cache, which processes side by side would overwrite.
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+SYSTEM, TRAINING = ["tests/system"], ["tests/cluster", "tests/training"]
+# Each process's part of the command line. No two processes import the same test modules, whose imports take up to half
+# a minute, or start the same cluster. The longest come first, so that both processors work to the end.
+GROUPS = [
+    ["-m", "(machines or served) and not soak", *SYSTEM],
+    ["-m", "not soak", *(f"--ignore={folder}" for folder in (*SYSTEM, *TRAINING))],
+    ["-m", "not soak", *TRAINING],
+    ["-m", "not (machines or served or soak)", *SYSTEM],
+]
 AT_A_TIME = 2
 MOST_SECONDS = 70 * 60
 SECONDS_TO_CLEAR_UP = 60
-
-
-def groups() -> list[tuple[str, list[str]]]:
-    """Return markers and files of each process. The longest come first, so that both processors work to the end.
-
-    No two processes import the same test modules, whose imports take up to half a minute, nor start the same cluster.
-    """
-    here = Path(__file__).parent
-    system, training = [str(here / "system")], [str(here / name) for name in ("cluster", "training")]
-    rest = [str(file) for file in sorted(here.iterdir()) if file.is_dir() or file.name.startswith("test_")]
-    rest = [file for file in rest if file not in (*system, *training) and not file.endswith("__")]
-    return [
-        ("(machines or served) and not soak", system),
-        ("not soak", rest),
-        ("not soak", training),
-        ("not (machines or served or soak)", system),
-    ]
 
 
 def run() -> int:
@@ -45,16 +37,15 @@ def run() -> int:
     signal.signal(signal.SIGTERM, _terminated)
     # Each of some hundred processes would compile the modules again if this were set.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    waiting, running = groups(), dict[subprocess.Popen[bytes], IO[bytes]]()
+    waiting, running = list(GROUPS), dict[subprocess.Popen[bytes], IO[bytes]]()
     deadline, code = time.monotonic() + MOST_SECONDS, 0
     try:
         while waiting or running:
             while waiting and len(running) < AT_A_TIME:
-                markers, files = waiting.pop(0)
-                print(f"tests: running {markers!r} of {len(files)} files and folders", flush=True)
+                words = waiting.pop(0)
+                print(f"tests: running pytest {shlex.join(words)}", flush=True)
                 log = tempfile.TemporaryFile()  # noqa: SIM115  (_show closes it)
-                command = [*PYTEST, markers, *files]
-                running[subprocess.Popen(command, stdout=log, stderr=log, env=environment)] = log
+                running[subprocess.Popen([*PYTEST, *words], stdout=log, stderr=log, env=environment)] = log
             if time.monotonic() > deadline:
                 raise TimeoutError
             time.sleep(1)

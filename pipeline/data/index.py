@@ -87,7 +87,7 @@ class DatasetIndex:
             batch_rows(plan, step, step + 1)
             for step in np.linspace(0, self.rows // size, LOOKED_AT, dtype=int).tolist()
         ]
-        seen = [labels[plan.first_id[rows.group] + rows.row] for rows in batches]
+        seen = [labels[plan.ids(rows)] for rows in batches]
         held = float(np.mean([len(np.unique(some[some >= 0])) for some in seen]))
         if held >= POORLY * random:
             return ""

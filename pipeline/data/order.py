@@ -65,6 +65,11 @@ class Plan:
         """Sample id of each group's first row, int64 [groups]."""
         return np.cumsum(self.group_rows) - self.group_rows
 
+    def ids(self, rows: "Rows") -> Array:
+        """Sample ids of rows, int64 [steps, places in the batch]."""
+        ids: Array = self.first_id[rows.group] + rows.row
+        return ids
+
     @cached_property
     def buffer(self) -> int:
         """Rows by which a lane's groups reach into the next: the mean group, or some groups where they are small."""

@@ -50,8 +50,8 @@ def log_model(run: runs.Run, folder: str | Path, name: str = "", alias: str = ""
     """Logs an exported model folder (path or URI) as a pyfunc, and registers it if `name` is given.
 
     A model that the run has already logged is not logged again, nor registered again under the same name, unless
-    somebody has deleted it since. An alias that points to a newer version stays, so a resume of an older run that has
-    nothing left to do does not take it back.
+    somebody has deleted it since. An alias that points to a newer version stays, because a resume of an older run
+    calls this function again.
 
     Returns:
         `models:/NAME/VERSION` if it was registered, else `models:/ID` of the logged model.

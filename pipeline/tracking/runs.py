@@ -182,8 +182,11 @@ def open_run(
 
 
 @contextlib.contextmanager
-def failed_with(run: Run) -> Iterator[None]:
-    """Ends a new run as FAILED if the block that makes it an output's run fails, since nothing would continue it."""
+def failed_on_error(run: Run) -> Iterator[None]:
+    """Ends a new run as FAILED if the block fails.
+
+    The block writes the run's id to the output. Without it no resume would find the run.
+    """
     try:
         yield
     except BaseException as error:

@@ -81,7 +81,7 @@ def open_run(
     tags = {"ray_ddpm.version": __version__, "ray_ddpm.output": output, **runs.origin("train")}
     name = config.run_name or run_name(config, spec)
     run = runs.open_run(config.experiment, name, tags, config.tracking_patience)
-    with runs.failed_with(run):
+    with runs.failed_on_error(run):
         claim(run_id=run.id)
     return run
 

@@ -53,7 +53,7 @@ def open_search(config: TuneConfig, space: Space, splits: Splits) -> runs.Run:
     name = f"search {storage.name(storage.title(config.data))} by {' and '.join(config.metrics)}"
     tags = {"ray_ddpm.search": output, **runs.origin("tune")}
     run = runs.open_run(config.experiment, name, tags, PATIENCE)
-    with runs.failed_with(run):
+    with runs.failed_on_error(run):
         write_claim(output, SEARCH_FILE, fixed, run_id=run.id, place=output)
     return run
 

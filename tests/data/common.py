@@ -1,11 +1,13 @@
 """Small sources of every kind, made of the same random images."""
 
+import contextlib
 import gzip
 import io
+import sys
 import tarfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,18 @@ def write_idx(root: Path, pixels: np.ndarray, labels: np.ndarray) -> Path:
         gzip.compress(header + labels.astype(np.uint8).tobytes())
     )
     return root
+
+
+@contextlib.contextmanager
+def sent_by_value(module: str) -> Iterator[None]:
+    """Send a test module's classes to Ray's workers by value. Each worker would import the module, for seconds."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[module])
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[module])
 
 
 def leave_ray() -> None:

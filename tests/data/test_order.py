@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from pipeline.data.order import OPEN_BYTES, Array, Plan, Rows, batch_rows, cut, lanes_for, rows_per_group
+from pipeline.data.order import OPEN_BYTES, Plan, Rows, batch_rows, cut, lanes_for, rows_per_group
 
 WORLDS = (1, 2, 3, 4, 7, 16, 256)
 PLAN = Plan(np.array([10, 7, 10, 10, 3, 10, 1]), seed=3, batch_size=8, lanes=4)
@@ -19,10 +19,6 @@ SIZES = {
     "uneven": _MIXED.integers(1, 100, 40).tolist(),
     "a tenth held out": _MIXED.binomial(64, 0.9, 30).tolist(),
 }
-
-
-def ids(plan: Plan, rows: Rows) -> Array:
-    return plan.first_id[rows.group] + rows.row
 
 
 def same(one: Rows, other: Rows) -> bool:
@@ -43,7 +39,7 @@ def test_every_epoch_holds_every_sample_once_for_any_number_of_ranks(
     steps = -(-3 * plan.rows // batch_size) + 2
     everything = batch_rows(plan, 0, steps)
     for epoch in range(3):
-        seen = ids(plan, everything)[everything.epoch == epoch]
+        seen = plan.ids(everything)[everything.epoch == epoch]
         assert np.array_equal(np.sort(seen), np.arange(plan.rows))
     # The plan is the same from any step on and for any number of ranks, and each rank's share of a batch is constant.
     for world_size in [n for n in WORLDS if n <= batch_size]:
@@ -71,11 +67,11 @@ def test_epochs_follow_each_other_without_a_seam() -> None:
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:
-    seen = ids(PLAN, rows := batch_rows(PLAN, 0, 13))
+    seen = PLAN.ids(rows := batch_rows(PLAN, 0, 13))
     first, second = seen[rows.epoch == 0], seen[rows.epoch == 1]
     assert first[: len(second)].tolist() != second.tolist()
     other = Plan(PLAN.group_rows, 4, 8, 4)
-    assert ids(other, batch_rows(other, 0, 5)).tolist() != seen[:5].tolist()
+    assert other.ids(batch_rows(other, 0, 5)).tolist() != seen[:5].tolist()
 
 
 def bytes_read_over_used(plan: Plan, world_size: int) -> float:
@@ -133,9 +129,9 @@ def test_a_batch_of_sorted_data_holds_nearly_as_many_classes_as_a_random_one(gro
     classes = np.repeat(np.arange(1000), 1280)
     plan = Plan(np.full(len(classes) // group, group), 0, 256, 256, whole=False)
     for step in (0, 1, 500, 4000, 4999, 5001):
-        assert len(np.unique(classes[ids(plan, batch_rows(plan, step, step + 1))])) > 0.9 * 226
+        assert len(np.unique(classes[plan.ids(batch_rows(plan, step, step + 1))])) > 0.9 * 226
     # Consecutive batches hold different classes.
-    assert len(np.unique(classes[ids(plan, batch_rows(plan, 1000, 1004))])) > 0.75 * 641
+    assert len(np.unique(classes[plan.ids(batch_rows(plan, 1000, 1004))])) > 0.75 * 641
 
 
 def test_lanes_are_as_many_as_memory_allows_and_divide_the_batch() -> None:

@@ -15,7 +15,6 @@ from pipeline.data.images import encode_png
 from pipeline.data.index import DatasetIndex
 from pipeline.data.order import Plan, batch_rows
 from pipeline.data.reads import RankRows
-from tests.data.test_order import ids
 
 ROWS, GROUPS = 8, 6
 
@@ -95,7 +94,7 @@ def test_a_group_that_is_open_for_long_is_read_again_rather_than_planned_without
     expected = batch_rows(plan, 0, 40)
     monkeypatch.setattr(Plan, "steps_open", 1)
     tables = list(RankRows(index, plan, 0, 6, 40).tables(0, 40, 4))
-    assert [i for t in tables for i in t["id"].to_pylist()] == ids(plan, expected).ravel().tolist()
+    assert [i for t in tables for i in t["id"].to_pylist()] == plan.ids(expected).ravel().tolist()
     assert [decode_png(d) for t in tables for d in t["bytes"].to_pylist()] == [
         i for t in tables for i in t["id"].to_pylist()
     ]

@@ -70,10 +70,7 @@ def check_order(index: DatasetIndex, batches: list[Batch], start: int, stop: int
     """Check that the batches are those of the plan's steps, in its order, with each image's pixels and label."""
     plan = plan_of(index)
     rows = batch_rows(plan, start, stop)
-    assert (
-        torch.cat([b.ids for b in batches]).tolist()
-        == (plan.first_id[rows.group] + rows.row).ravel().tolist()
-    )
+    assert torch.cat([b.ids for b in batches]).tolist() == plan.ids(rows).ravel().tolist()
     assert torch.cat([b.epochs for b in batches]).tolist() == rows.epoch.ravel().tolist()
     by_pixels = {decode(d, 12, 3).tobytes(): label_of(i) for i, d in enumerate(IMAGES)}
     pixels_of = dict[int, bytes]()
@@ -187,11 +184,11 @@ def test_a_stream_that_is_closed_before_its_first_batch_leaves_nothing_behind(
 def test_a_process_of_the_stream_that_dies_changes_nothing(index: DatasetIndex) -> None:
     """Each kind dies at different moments: while the first batches are taken, and far into the run.
 
-    Some 400 steps are in flight, so the readers that died first work again when those far into the run die.
+    Some 400 steps are in flight. So the processes that replace the first dead ones work when the later ones die.
     """
     plan, steps = plan_of(index), 1500
     rows = batch_rows(plan, 0, steps)
-    expected = (plan.first_id[rows.group] + rows.row).tolist()
+    expected = plan.ids(rows).tolist()
     kills = {5: "Read", 50: "Decode", 500: "Decode", 900: "Read"}
     with closing(stream_of(index).batches(0, steps)) as batches:
         for step, batch in enumerate(batches):

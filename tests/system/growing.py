@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Growing:
     environment: dict[str, str]
     places: Path
     head: subprocess.Popen[bytes]
-    jobs: list[ForkedJob] = field(default_factory=list)
+    jobs: list[ForkedJob]
 
     def status(self) -> Any:
         """Return the head's view of the cluster, Ray's GetClusterStatusReply."""
@@ -71,7 +71,7 @@ class Growing:
         home.mkdir(exist_ok=True)
         variables = self.environment | {"MLFLOW_TRACKING_URI": database(home)}
         files = {"stdout": home / "stdout", "stderr": home / "stderr"}
-        self.jobs.append(ForkedJob(job, *flags, cwd=home, environment=variables, **files))
+        self.jobs.append(ForkedJob(job, *flags, cwd=home, variables=variables, **files))
         return self.jobs[-1]
 
     def placed(self) -> list[dict[str, Any]]:
@@ -217,22 +217,20 @@ def growing_cluster() -> Iterator[Growing]:
     ]  # fmt: skip
     with (home / "head.log").open("wb") as log:
         process = subprocess.Popen(words, cwd=home, env=head, stdout=log, stderr=subprocess.STDOUT)
+    jobs = list[ForkedJob]()
     try:
         wait_for("Ray's head", lambda: b"--block" in (home / "head.log").read_bytes(), needed=[process])
         # The jobs' worker processes get the hook the way a submitted job's processes get their runtime environment.
         hook = {"worker_process_setup_hook": "tests.system.growing.fall_back_to_cpu"}
         settings = json.dumps({"runtime_env": hook})
         driver = {"RAY_ADDRESS": f"{LOOPBACK}:{gcs}", "RAY_JOB_CONFIG_JSON_ENV_VAR": settings}
-        cluster = Growing(base | driver, places, process)
-        try:
-            yield cluster
-        finally:
-            for job in cluster.jobs:
-                job.kill()
+        yield Growing(base | driver, places, process, jobs)
     except BaseException:
         print((home / "head.log").read_text()[-2000:])
         raise
     finally:
+        for job in jobs:
+            job.kill()
         below = family(process)
         kill(process)
         for one in below:  # nodes are children of its autoscaler and outlive it

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
-from ray import cloudpickle
 
 from pipeline.cluster.session import connect
 from pipeline.commands import cli
@@ -29,7 +27,7 @@ from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record, Rung
 from pipeline.tuning.search import search
-from tests.data.common import leave_ray
+from tests.data.common import leave_ray, sent_by_value
 from tests.jobs.common import database, environment
 from tests.jobs.forked import ForkedJob
 from tests.system.cluster import LocalCluster, local_cluster
@@ -55,10 +53,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, digits: Path, cluster: LocalC
         patch.setenv("MLFLOW_TRACKING_URI", database(home))
         patch.setenv("RAY_ADDRESS", cluster.address)
         connect(environment=address.environment())
-        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # trials need not import this module
         (home / "digits").symlink_to(digits)
-        yield home
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        with sent_by_value(__name__):
+            yield home
         leave_ray()
 
 
@@ -86,7 +83,7 @@ def started(name: str, config: TuneConfig, home: Path, cluster: LocalCluster) ->
     settings.write_text(yaml.safe_dump(to_dict(config)))
     variables = environment(home, RAY_ADDRESS=cluster.address)
     files = {"stdout": home / f"{name}.stdout", "stderr": home / f"{name}.log"}
-    return ForkedJob("tune", "--config", settings, cwd=home, environment=variables, **files)
+    return ForkedJob("tune", "--config", settings, cwd=home, variables=variables, **files)
 
 
 def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, cluster: LocalCluster) -> None:
@@ -125,7 +122,6 @@ def test_a_killed_search_is_moved_and_goes_on_with_more_trials(home: Path, clust
         wait_for(in_between, 600, "finished and half-finished trial")
     finally:
         job.kill()
-        job.wait()
     before = records(first)
     assert any(not record.over for record in before.values())
     moved = replace(first, output=str(home / "moved"), trials=9)  # one more than the space has choices
@@ -201,7 +197,6 @@ def test_a_search_that_is_told_to_end_leaves_no_run_running(home: Path, cluster:
         assert job.wait(120) == 128 + signal.SIGTERM
     finally:
         job.kill()
-        job.wait()
     assert (
         (home / "told.log")
         .read_text()

@@ -1,7 +1,6 @@
 """Actors of Ray Data that all jobs of a cluster share die with the node of their first user, and the jobs go on."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,13 +8,12 @@ from typing import Any
 
 import pytest
 import ray
-from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster import autoscaler
 from pipeline.cluster.pool import ActorPool
 from tests.cluster.test_ray_internals import requested
-from tests.data.common import leave_ray
+from tests.data.common import leave_ray, sent_by_value
 from tests.system.cluster import LocalCluster
 from tests.system.served import wait_for
 
@@ -38,8 +36,8 @@ def joined(machines: LocalCluster) -> Iterator[LocalCluster]:
     machines.resize(2)
     leave_ray()
     ray.init(address=machines.address, log_to_driver=False)
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors need not import this module
-    yield machines
+    with sent_by_value(__name__):
+        yield machines
     leave_ray()
 
 

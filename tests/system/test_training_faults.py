@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.commands import cli
 from pipeline.config import TrainConfig
 from pipeline.data.index import open_splits
-from pipeline.data.order import batch_rows, cut
+from pipeline.data.order import batch_rows
 from pipeline.training import checkpoint
 from pipeline.training.meter import samples_digest
 from tests.jobs.common import environment
@@ -50,7 +50,7 @@ class Site:
         everything = ("--data", "digits", "--output", output, "--steps", steps, *FLAGS, *flags)
         variables = environment(self.home, RAY_ADDRESS=self.cluster.address)
         log = self.home / f"{output}.log"
-        return ForkedJob("train", *everything, cwd=self.home, environment=variables, stdout=log, stderr=log)
+        return ForkedJob("train", *everything, cwd=self.home, variables=variables, stdout=log, stderr=log)
 
     def log(self, output: str) -> str:
         return (self.home / f"{output}.log").read_text()
@@ -96,9 +96,7 @@ def jobs() -> Iterator[list[ForkedJob]]:
     started: list[ForkedJob] = []
     yield started
     for job in started:
-        if job.poll() is None:
-            job.kill()
-            job.wait()
+        job.kill()
 
 
 @pytest.fixture(scope="session")
@@ -161,9 +159,9 @@ def test_elastic_training_follows_its_nodes_and_sigterm_saves(
     assert_curve(site, output, stopped, reference)
     # That a resume continues from such a checkpoint is shown below, with a driver that was killed.
     plan = open_splits(str(site.home / "digits"))["train"].plan(TrainConfig.seed, BATCH)
-    rows = batch_rows(plan, 0, stopped, *cut(BATCH, 0, 1))
-    epochs, ids = rows.epoch.flatten(), (plan.first_id[rows.group] + rows.row).flatten()
-    seen = {"samples": stopped * BATCH, "digest": f"{samples_digest(epochs, ids):016x}", "undecodable": 0}
+    rows = batch_rows(plan, 0, stopped)
+    digest = samples_digest(rows.epoch.ravel(), plan.ids(rows).ravel())
+    seen = {"samples": stopped * BATCH, "digest": f"{digest:016x}", "undecodable": 0}
     assert checkpoint.read(site.checkpoints(output)[0])[1]["seen"] == seen
 
 
@@ -208,7 +206,6 @@ def test_every_fault_may_follow_every_other_before_the_run_has_recovered(
     def break_a(kind: str) -> None:
         if kind == "driver":
             jobs[-1].kill()
-            jobs[-1].wait()
             jobs.append(site.start(output, STEPS, *flags))
         elif kind == "node":
             site.cluster.kill_node(site.cluster.nodes[0])

@@ -58,7 +58,7 @@ def planned(
 ) -> Iterator[Batch]:
     """Yield the rank's batches of the steps `wanted`. `images` and `labels` are a whole dataset in order of ids."""
     rows = batch_rows(plan, wanted.start, wanted.stop, *cut(plan.batch_size, rank, world_size))
-    for ids, epochs in zip(plan.first_id[rows.group] + rows.row, rows.epoch, strict=True):
+    for ids, epochs in zip(plan.ids(rows), rows.epoch, strict=True):
         chosen = torch.from_numpy(ids)
         yield Batch(images[chosen], labels[chosen], chosen, torch.from_numpy(epochs), torch.ones(len(ids)))
 

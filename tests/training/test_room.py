@@ -1,7 +1,6 @@
 """A job waits for free resources and says which. A job that can never get them is refused."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray import cloudpickle
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.cluster import autoscaler, room
@@ -25,6 +23,7 @@ from pipeline.training.validation import SpareResources
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.search import _concurrent, _room
 from pipeline.tuning.space import load_space, parse_space
+from tests.data.common import sent_by_value
 from tests.training.digit_runs import settings
 
 
@@ -224,9 +223,7 @@ class Same:
 def test_a_pool_waits_for_room_and_says_so(
     cpus: int, quick: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Otherwise each actor would import this module, for five seconds.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with held(cpus) as release:
+    with sent_by_value(__name__), held(cpus) as release:
         threading.Timer(5, release).start()
         assert list(ActorPool(gpu=False)(Same(), range(3), "numbers")) == [0, 1, 2]  # type: ignore[arg-type]
     assert capfd.readouterr().err.count("waiting") == 1
