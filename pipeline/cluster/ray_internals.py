@@ -8,6 +8,7 @@ imported, after `session.connect` has set it.
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import socket
 import time
@@ -71,6 +72,11 @@ WORKER_IMPORTS = (
     "ray.autoscaler.sdk",
     "ray.autoscaler.v2.utils",
 )
+# What Ray's dashboard and a node's agent need beside Ray (ray/dashboard/optional_deps.py).
+DASHBOARD_LIBRARIES = (
+    "aiohttp", "aiohttp_cors", "grpc", "opencensus", "opentelemetry.exporter.prometheus", "opentelemetry.proto",
+    "prometheus_client", "pydantic",
+)  # fmt: skip
 # Ports of a node's two agents, in Ray's parameters of a node.
 AGENT_PORTS = (
     "metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port"
@@ -177,15 +183,24 @@ def small_nodes() -> Iterator[None]:
     """Nodes that start inside this context have no autoscaler monitor, no log monitor and no dashboard server.
 
     A Ray for one job on one machine does not need them, and `ray.init` has no option to leave them out. They would take
-    about three seconds of CPU time during the start.
+    about three seconds of CPU time during the start. Before the start Ray imports the dashboard's libraries, to see
+    whether they are installed; here it only looks for them, which saves 0.4 s.
     """
     node = importlib.import_module("ray._private.node").Node
+    utils = importlib.import_module("ray._private.utils")
+    error = utils.get_dashboard_dependency_error
+    installed = False
+    with contextlib.suppress(ModuleNotFoundError):  # a module whose package is missing
+        installed = all(map(importlib.util.find_spec, DASHBOARD_LIBRARIES))
 
     def start_nothing(self: Any, **_: Any) -> None:
         self._webui_url = ""
 
     names = ("start_monitor", "start_log_monitor", "start_api_server")
-    with _replaced(node, **dict.fromkeys(names, start_nothing)):
+    with (
+        _replaced(node, **dict.fromkeys(names, start_nothing)),
+        _replaced(utils, get_dashboard_dependency_error=(lambda: None) if installed else error),
+    ):
         yield
 
 

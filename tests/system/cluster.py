@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from pipeline.cluster.forking import forked_workers
+from pipeline.cluster.ray_internals import small_nodes
+from tests.jobs.forked import descendants, forked_workers, template_address
 
 PRELOAD = "pipeline.training.worker"
 # Small object stores, since many nodes share one machine.
@@ -38,7 +39,7 @@ class LocalCluster:
 
     def add_node(self, cpus: float = 2) -> Any:
         """Start a node, let it join, and return it."""
-        with forked_workers(PRELOAD):
+        with forked_workers(PRELOAD, template_address()), small_nodes():
             node = self.cluster.add_node(
                 num_cpus=cpus, object_store_memory=STORE_BYTES, node_ip_address=LOOPBACK
             )
@@ -86,7 +87,7 @@ class LocalCluster:
         for info in [info for infos in node.all_processes.values() for info in infos]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 services.append(psutil.Process(info.process.pid))
-                workers += services[-1].children(recursive=True)
+                workers += descendants(services[-1])
         return services + workers
 
 
@@ -109,7 +110,7 @@ def local_cluster(*cpus: float, head_cpus: float = 0, preload: str = PRELOAD) ->
         "num_cpus": head_cpus, "object_store_memory": STORE_BYTES, "include_dashboard": False,
         "node_ip_address": LOOPBACK,
     }  # fmt: skip
-    with forked_workers(preload):
+    with forked_workers(preload, template_address()), small_nodes():
         cluster = Cluster(initialize_head=True, head_node_args=head)
     local = LocalCluster(cluster)
     try:

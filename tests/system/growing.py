@@ -19,8 +19,8 @@ from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 
 from tests.jobs.common import OF_TRAINING, ROOT, database
-from tests.jobs.forked import ForkedJob
-from tests.system.served import FORKING, LOOPBACK, family, free_ports, kill, user_environment, wait_for
+from tests.jobs.forked import ForkedJob, starting_node, template_address
+from tests.system.served import LOOPBACK, family, free_ports, kill, user_environment, wait_for
 
 HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as Ray's fake node provider names it
 MOST_NODES = 4
@@ -31,6 +31,7 @@ NO_COMMANDS = (
     "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files",
 )  # fmt: skip
 PLACES = "RAY_DDPM_TEST_PLACES"
+TEMPLATE = "RAY_DDPM_TEST_TEMPLATE"
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ def growing_cluster() -> Iterator[Growing]:
     }
     head = base | {
         "PYTHONPATH": str(ROOT),  # for ForkingProvider
+        TEMPLATE: template_address(),
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD,
@@ -208,7 +210,7 @@ def growing_cluster() -> Iterator[Growing]:
         **OF_TRAINING,
     }
     words = [
-        sys.executable, "-c", FORKING, "start", "--head", "--block", "--disable-usage-stats",
+        *starting_node(template_address(), "start"), "--head", "--block", "--disable-usage-stats",
         f"--node-ip-address={LOOPBACK}", f"--port={gcs}", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false",
         f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
         f"--metrics-export-port={metrics}", "--min-worker-port=0", "--max-worker-port=0",

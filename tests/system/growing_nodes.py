@@ -7,9 +7,9 @@ from typing import Any
 
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
-from pipeline.cluster.forking import forked_workers
+from tests.jobs.forked import forked_workers
 from tests.system.cluster import PRELOAD
-from tests.system.growing import PLACES
+from tests.system.growing import PLACES, TEMPLATE
 
 
 class ForkingProvider(FakeMultiNodeProvider):
@@ -18,5 +18,5 @@ class ForkingProvider(FakeMultiNodeProvider):
     def create_node_with_resources_and_labels(self, *arguments: Any, **options: Any) -> Any:
         # Below the cluster's own folder, which is removed at its end.
         folder = tempfile.mkdtemp(prefix="fork-", dir=Path(os.environ[PLACES]).parent)
-        with forked_workers(PRELOAD, Path(folder)):
+        with forked_workers(PRELOAD, os.environ[TEMPLATE], Path(folder)):
             return super().create_node_with_resources_and_labels(*arguments, **options)

@@ -21,6 +21,7 @@ import psutil
 import requests
 
 from tests.jobs.common import OF_TRAINING, Outcome, command, outcome
+from tests.jobs.forked import descendants, starting_node, template_address
 
 LOOPBACK = "127.0.0.1"
 BUCKET = "ray-ddpm"
@@ -32,14 +33,6 @@ SMALL = [
 ]  # fmt: skip
 BIN = Path(sys.executable).parent
 START_SECONDS = 120.0
-# `ray start` on a node that forks its workers. To start each as Python costs seconds of both cores.
-FORKING = """
-import sys
-from ray.scripts.scripts import main
-from pipeline.cluster.forking import forked_workers
-with forked_workers("pipeline.training.worker"):
-    main()
-"""
 
 
 @dataclass
@@ -149,7 +142,7 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return a process that was started here, and its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
-        return [parent, *parent.children(recursive=True)]
+        return [parent, *descendants(parent)]
     return []
 
 
@@ -224,12 +217,11 @@ def served_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Served]:
 
     def ray_start(name: str, *words: object) -> subprocess.Popen[bytes]:
         agent, metrics = free_ports(2)
-        # The head starts its workers as a user's does.
-        command = [BIN / "ray"] if name == "head" else [sys.executable, "-c", FORKING]
         return start(
-            name, inside, *command, "start", "--block", "--disable-usage-stats", f"--node-ip-address={LOOPBACK}",
-            "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}",
-            f"--metrics-export-port={metrics}", f"--object-store-memory={200 * 2**20}",
+            name, inside, *starting_node(template_address(), "start"), "--block", "--disable-usage-stats",
+            f"--node-ip-address={LOOPBACK}", "--min-worker-port=0", "--max-worker-port=0",
+            f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+            f"--object-store-memory={200 * 2**20}",
             # A folder per node, as on separate machines. In a shared one nodes would unpack files over each other.
             f"--temp-dir={home}/{name}", *words,
         )  # fmt: skip
