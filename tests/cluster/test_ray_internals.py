@@ -176,17 +176,22 @@ def test_ray_tune_copies_the_variables_in_this_set_into_trials() -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("verbose", [False, True])
-def test_a_ray_of_a_jobs_own_runs_no_process_that_it_has_no_use_for(verbose: bool) -> None:
+def test_a_ray_of_a_jobs_own_runs_no_process_that_it_has_no_use_for() -> None:
+    """One with --verbose has the processes that show what its nodes do."""
     program = f"""
+import json
 import psutil
-from pipeline.cluster.session import connect
-connect(verbose={verbose})
-import ray
-assert ray.data.range(3).count() == 3
-from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler as Autoscaler
-assert Autoscaler.AUTOSCALING_REQUEST_EXPIRE_TIME_S == {autoscaler.FORGET_SECONDS:.0f}
-print(*(" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)), sep="\\n")
+from pipeline.cluster.session import connect, disconnect
+found = []
+for verbose in (True, False):
+    connect(verbose=verbose, preload="ray.data")
+    import ray
+    assert ray.data.range(3).count() == 3
+    from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler as Autoscaler
+    assert Autoscaler.AUTOSCALING_REQUEST_EXPIRE_TIME_S == {autoscaler.FORGET_SECONDS:.0f}
+    found.append([" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)])
+    disconnect()
+print(json.dumps(found))
 """
     environment = dict(os.environ)
     del environment["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"]  # tests/conftest.py
@@ -194,9 +199,10 @@ print(*(" ".join(process.cmdline()) for process in psutil.Process().children(rec
         [sys.executable, "-c", program],
         capture_output=True, text=True, check=True, timeout=300, env=environment,
     )  # fmt: skip
-    found = {name for name in ("monitor.py", "log_monitor.py", "dashboard.py") if f"/{name} " in done.stdout}
-    assert "raylet" in done.stdout
-    assert found == ({"monitor.py", "log_monitor.py", "dashboard.py"} if verbose else set())
+    extra = ("monitor.py", "log_monitor.py", "dashboard.py")
+    for lines, expected in zip(json.loads(done.stdout.splitlines()[-1]), (set(extra), set()), strict=True):
+        assert any("raylet" in line for line in lines)
+        assert {name for name in extra if any(f"/{name} " in line for line in lines)} == expected
 
 
 def test_a_training_on_a_ray_without_a_dashboard_starts_no_cleaner(cluster: None) -> None:

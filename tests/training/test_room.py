@@ -235,9 +235,10 @@ def test_a_pool_waits_for_room_and_says_so(
 def test_a_training_waits_for_room_and_says_so(
     home: Path, cpus: int, quick: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """One worker takes all CPUs: several would import what DDP needs, for seconds."""
     with held(cpus) as release:
         threading.Timer(12, release).start()
-        train(settings(home, str(home / "waits"), steps=2, workers=cpus))
+        train(settings(home, str(home / "waits"), steps=2, cpus_per_worker=cpus))
     out = capfd.readouterr().err
     assert out.count("waiting") == 1
     assert f"train: waiting for {cpus} CPU" in out and ", the cluster has 0 free\n" in out

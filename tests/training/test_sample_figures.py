@@ -24,23 +24,29 @@ STEPS = 40
 METRICS = ("bits", "frechet", "kernel", "precision_recall", "cas")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output in which what is made of real images stays from test to test."""
+    return tmp_path_factory.mktemp("figures")
+
+
 @pytest.fixture
-def measure(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def measure(digits: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(figures, "CLASSIFIER_STEPS", STEPS)
     splits = open_splits(str(digits))
     model, spec = small_model()
 
-    def run(net: UNet = model, **changes: Any) -> dict[str, float]:
+    def run(net: UNet = model, output: Path = folder, **changes: Any) -> dict[str, float]:
         given = {"validate_metrics": METRICS, "validation_samples": 40} | changes
-        config = settings(digits.parent, str(tmp_path), **given)
+        config = settings(digits.parent, str(output), **given)
         pair = splits["train"], splits["validation"]
-        return figures.sample_figures(config, spec, pair, str(tmp_path), net, in_process)
+        return figures.sample_figures(config, spec, pair, str(output), net, in_process)
 
     return run
 
 
 def test_they_are_those_of_an_evaluation_of_the_same_samples(
-    measure: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measure: Any, digits: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn, draw = list[tuple[Tensor, Tensor]](), figures._draw
 
@@ -57,7 +63,7 @@ def test_they_are_those_of_an_evaluation_of_the_same_samples(
     monkeypatch.setattr(evaluation, "ActorPool", lambda *_, **__: in_process)
     config = EvaluateConfig(
         model="", data=str(digits), samples=str(samples), metrics=("frechet", "kernel", "precision_recall", "cas"),
-        features=str(tmp_path / "validation" / "classifier"), classifier_steps=STEPS,
+        features=str(folder / "validation" / "classifier"), classifier_steps=STEPS,
     )  # fmt: skip
     expected = evaluation.evaluate(config, "").metrics
     assert found.keys() - {"validation_samples"} <= expected.keys()
@@ -68,14 +74,14 @@ def test_they_are_those_of_an_evaluation_of_the_same_samples(
 def test_what_is_made_of_real_images_is_made_once(
     measure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = measure()
+    first = measure(output=tmp_path)
     reference = tmp_path / "validation" / "reference.npz"
     with monkeypatch.context() as patch:
         for module, name in ((figures, "measure"), (classifier, "train_classifier")):
             patch.setattr(module, name, lambda *_, **__: pytest.fail("made again"))
-        assert measure() == first
+        assert measure(output=tmp_path) == first
     reference.write_bytes(reference.read_bytes()[:1000])
-    assert measure() == first
+    assert measure(output=tmp_path) == first
 
 
 def test_better_samples_have_better_figures(

@@ -27,10 +27,12 @@ from pipeline.tracking import RUN_FILE, registry, runs
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import checkpoint, trainer
 from pipeline.training.trainer import train
+from pipeline.training.worker import Hooks
 from tests.jobs.common import ROOT
 from tests.training.digit_runs import BATCH, ROWS, assert_same, curve, newest, settings
 from tests.training.runs import Undisturbed
 from tests.training.test_loop import epochs_digest
+from tests.training.test_runs_in_bad_weather import Slow
 
 
 class Reports(ray.train.UserCallback):
@@ -66,8 +68,10 @@ def test_a_run_whose_driver_was_killed_before_it_logged_its_settings_has_them_af
     assert mine.data.params["batch_size"] == str(BATCH)
     assert [entry.dataset.name for entry in mine.inputs.dataset_inputs] == ["digits"]
     assert "config.yaml" in [file.path for file in client.list_artifacts(run_id)]
-    # A resume with other settings changes none of it.
-    train(dataclasses.replace(config, resume=True, steps=4))
+    # A resume with other settings changes none of it. It logs before it starts Ray Train.
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer, "_train", die)
+        train(dataclasses.replace(config, resume=True, steps=4))
     again = client.get_run(run_id)
     assert (again.data.params, len(again.inputs.dataset_inputs)) == (mine.data.params, 1)
 
@@ -150,7 +154,8 @@ def test_one_driver_at_a_time_trains_an_output_and_one_that_lost_its_lease_stops
 
     monkeypatch.setattr("pipeline.lock.RENEW_SECONDS", 0.5)
     with pytest.raises(LeaseLost, match="taken over by another driver"):
-        train(dataclasses.replace(config, steps=100_000), on_point=disturb)
+        # Slow steps, since it writes checkpoints until it notices.
+        train(dataclasses.replace(config, steps=100_000), on_point=disturb, hooks=Hooks(watch=Slow(0.1)))
     assert len(refusals) == 1
     for thread in threading.enumerate():
         if thread.name == "train":
