@@ -6,6 +6,7 @@ torch or Ray: a configuration can be read, checked and written anywhere.
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -358,11 +359,11 @@ def from_dict(cls: type[_T], values: dict[str, Any], where: str = "config", root
     Raises:
         InputError: a key that `cls` does not have, or a value of the wrong type.
     """
-    from typing import get_args, get_origin, get_type_hints
+    from typing import get_args, get_origin
 
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected a mapping, got {type(values).__name__}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     values = {name if name in hints else RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -420,13 +421,19 @@ def nearest_setting(key: str, cls: type) -> str:
 
 def leaf_fields(cls: Any, prefix: str = "") -> dict[str, Any]:
     """The type of every setting of a configuration by dotted name, those of nested configurations included."""
-    from typing import get_type_hints
-
     leaves: dict[str, Any] = {}
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         nested = dataclasses.is_dataclass(hint)
         leaves |= leaf_fields(hint, f"{prefix}{name}.") if nested else {f"{prefix}{name}": hint}
     return leaves
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The type of every field of a dataclass by name, which Python works out anew at each call."""
+    from typing import get_type_hints
+
+    return get_type_hints(cls)
 
 
 class _Yaml(yaml.SafeLoader):

@@ -8,6 +8,7 @@ It is called after flags and `--config` are read, by the jobs' own checks, and f
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,14 +92,20 @@ def check_ranges(config: Any) -> None:
     Raises:
         InputError: names the flag, the value and the range.
     """
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        value, span = getattr(config, name), range_of(hint)
+    for name, span in _ranges(type(config)).items():  # type: ignore[arg-type]
+        value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             check_ranges(value)
         elif span is not None and value is not None:
             for one in value if isinstance(value, (tuple, list)) else (value,):
                 if refusal := span.refusal(one):
                     raise InputError(f"--{name.replace('_', '-')} {one}: {refusal}")
+
+
+@functools.cache
+def _ranges(cls: type) -> dict[str, Range | None]:
+    """The range of every field of a dataclass by name; None if it has none."""
+    return {name: range_of(hint) for name, hint in get_type_hints(cls, include_extras=True).items()}
 
 
 def range_of(hint: Any) -> Range | None:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import matplotlib as mpl
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 BORDER = 1
 LEAST_TILE_PIXELS = 32
@@ -107,6 +109,7 @@ def save_process_strip(
     figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.1 * rows + 0.8), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+        axis.set(xticks=[], yticks=[])
     halves = (
         (0, forward, forward_steps, "q(x_t | x_0)"),
         (examples, reverse, reverse_steps, "p(x_{t-1} | x_t)"),
@@ -117,7 +120,7 @@ def save_process_strip(
                 axis = axes[top + row][column]
                 axis.imshow(frame[row].squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 if row == 0:
-                    axis.set_title(f"t = {step}", fontsize=8)
+                    axis.set_title(f"t = {step}", fontsize=8, y=1.0)
                 if column == 0:
                     axis.text(-0.15, 0.5, f"${name}$", rotation=90, va="center", transform=axis.transAxes)
     _finish(figure, path)
@@ -178,5 +181,7 @@ def save_nearest(
 
 def _finish(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout(h_pad=0.2)
-    figure.savefig(path, dpi=110)
+    figure.set_dpi(110)
+    # savefig would draw everything twice after a layout. The file is the same.
+    cast(FigureCanvasAgg, figure.canvas).print_png(path)
     plt.close(figure)

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import numpy as np
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator
 
 from pipeline import storage
 from pipeline.diffusion.process import make_process
@@ -194,6 +193,8 @@ def importance(config: TuneConfig, space: Space, records: list[Record], metric: 
         for each setting its `share` of the total importance, and as `chance` the largest share in `SHUFFLES` shuffles
         of the ranks; empty if there are too few trials.
     """
+    from optuna.importance import PedAnovaImportanceEvaluator  # imports scikit-learn
+
     best = [one for one in ledger.ranked(records, metric) if one.parameters.keys() >= space.entries.keys()]
     entries = {
         name: entry

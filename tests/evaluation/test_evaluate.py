@@ -58,7 +58,7 @@ def test_a_perfect_generator_equals_the_real_yardstick_and_noise_is_far_from_it(
     output = tmp_path / "out"
     config = EvaluateConfig(
         model="", data=str(digits), samples=str(real_copies), output=str(output),
-        max_images=20, classifier_steps=200, actors=1,
+        max_images=20, classifier_steps=80, actors=1,
     )  # fmt: skip
     metrics = evaluate(config, str(model_folder)).metrics
     names = ("frechet_distance", "kernel_distance", "precision", "recall", "knn_label_accuracy")
@@ -267,11 +267,14 @@ def test_samples_teach_a_classifier_as_far_as_they_show_their_class(
     """Training images as samples teach as much as real images. With random labels they teach nothing."""
     images, labels = (part.numpy() for part in read_images(train, np.arange(600)))
     pixels, scores = images.transpose(0, 2, 3, 1), list[dict[str, float]]()
+    # Given, so that none is trained for features.
+    save_classifier(str(tmp_path / "classifier"), Classifier(DIGITS), DIGITS, 0.5)
     for name, given in (("true", labels), ("random", np.random.default_rng(0).permutation(labels))):
         samples = write_samples(tmp_path / name, pixels, given)
         config = EvaluateConfig(
-            model="", data=str(digits), samples=str(samples), metrics=("cas",), classifier_steps=100
-        )
+            model="", data=str(digits), samples=str(samples), metrics=("cas",), classifier_steps=50,
+            features=str(tmp_path / "classifier"),
+        )  # fmt: skip
         scores.append(evaluate(config, "").metrics)
     true, random = scores
     assert true["classification_accuracy_score"] > 0.85

@@ -60,6 +60,10 @@ CASES = {
         ("generate", "--model", "models:/nobody@newest", "--output", "s"),
         "models:/nobody@newest",
     ),
+    "registered model to export that does not exist": (
+        ("export", "--model", "models:/nobody@newest", "--output", "e"),
+        "models:/nobody@newest",
+    ),
     "a file for the demo's folder": (("demo", "--output", "file"), "is a file, not a folder"),
     "unknown source": (("prepare", "--source", "floppy", "--output", "d"), "floppy"),
     "no config file": (("train", "--config", "none.yaml"), "none.yaml"),
@@ -67,9 +71,9 @@ CASES = {
 }
 
 
-# One case each from the parser of flags, the pipeline after Ray's start, and MLflow. A process of its own shows
-# whatever these print beside the line.
-AS_PROCESSES = ("unknown flag", "missing data folder", "registered model that does not exist")
+# One case each from the parser of flags, the pipeline after Ray's start, and MLflow, of a job that starts no Ray. A
+# process of its own shows whatever these print beside the line.
+AS_PROCESSES = ("unknown flag", "missing data folder", "registered model to export that does not exist")
 
 
 def check(case: str, outcome: Outcome, home: Path) -> None:
