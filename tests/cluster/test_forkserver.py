@@ -171,6 +171,7 @@ def test_it_can_be_switched_off(switch: str, forks: bool, monkeypatch: pytest.Mo
 EARLY = """
 import json
 import os
+import sys
 import ray
 from pipeline.cluster.session import connect_later, connect_now, disconnect
 from tests.cluster.asked import Worker, own_python
@@ -181,7 +182,8 @@ forked, other, started = Worker.remote(), Worker.remote(), own_python()
 pids = [ray.get(worker.pids.remote()) for worker in (forked, other)]
 about = [ray.get(worker.about.remote()) for worker in (forked, started)]
 raylet = ray.get(started.pids.remote())[1]
-print(json.dumps([os.getpid(), pids, *about, raylet], default=str), flush=True)
+heavy = [name for name in ("aiohttp", "opentelemetry.exporter") if name in sys.modules]
+print(json.dumps([os.getpid(), pids, *about, raylet, heavy], default=str), flush=True)
 os.kill(raylet, 9)
 input()
 """
@@ -189,15 +191,19 @@ input()
 
 @pytest.mark.system
 def test_a_server_that_a_driver_starts_early_serves_the_raylet_and_ends_with_it() -> None:
-    """Its workers equal started ones. All of them end when the raylet is killed, and the driver goes on."""
+    """Its workers equal started ones. All of them end when the raylet is killed, and the driver goes on.
+
+    The driver has not imported what only the raylet's agent needs.
+    """
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", EARLY], text=True, **streams) as driver:
         try:
             assert driver.stdout
-            pid, pids, forked, started, raylet = json.loads(driver.stdout.readline())
+            pid, pids, forked, started, raylet, heavy = json.loads(driver.stdout.readline())
             (server,) = {parent for _, parent in pids}
             assert psutil.Process(server).ppid() == pid
             assert forked == started
+            assert heavy == []
             deadline = time.monotonic() + 60
             while any(is_alive(one) for one in (server, *(worker for worker, _ in pids))):
                 assert time.monotonic() < deadline

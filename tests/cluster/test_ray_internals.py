@@ -1,13 +1,16 @@
 """Each private name of Ray still does its work on the installed Ray. A failure means that an upgrade moved it."""
 
+import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,6 +176,18 @@ def test_ray_tune_copies_the_variables_in_this_set_into_trials() -> None:
     assert ray_internals.ENV_VARS_TO_PROPAGATE is module.ENV_VARS_TO_PROPAGATE
     assert isinstance(module.ENV_VARS_TO_PROPAGATE, set)
     assert all(f'"{name}"' in inspect.getsource(module) for name in SECRETS)
+
+
+def test_the_dashboards_libraries_are_those_that_ray_imports() -> None:
+    found = importlib.util.find_spec("ray.dashboard.optional_deps")
+    assert found and found.origin
+    nodes = list(ast.walk(ast.parse(Path(found.origin).read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name if name.startswith("opentelemetry.") else name.partition(".")[0] for name in names} == {
+        "opentelemetry",
+        *ray_internals.DASHBOARD_LIBRARIES,
+    }
 
 
 @pytest.mark.system
