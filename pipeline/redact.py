@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import InputError
@@ -82,13 +83,17 @@ def secret_values() -> dict[str, str]:
     """Values of the secret environment variables, by name. Paths and plain words under other names do not count."""
     return {
         name: value
-        for name, value in os.environ.items()
-        if len(value) >= _SHORTEST_SECRET
-        and (
-            name in SECRET_VARIABLES
-            or (_SECRET_NAME.search(name) and not value.isalpha() and not value.startswith(("/", "~", ".")))
-        )
+        for name in os.environ
+        if _may_be_secret(name)
+        and len(value := os.environ[name]) >= _SHORTEST_SECRET
+        and (name in SECRET_VARIABLES or not (value.isalpha() or value.startswith(("/", "~", "."))))
     }
+
+
+@lru_cache(maxsize=1024)
+def _may_be_secret(name: str) -> bool:
+    """True if a variable's name says that its value is secret. Each damaged image asks this about every variable."""
+    return name in SECRET_VARIABLES or bool(_SECRET_NAME.search(name))
 
 
 def find_secret(text: str) -> str:

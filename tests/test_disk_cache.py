@@ -19,7 +19,8 @@ from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import open_source
 from tests.data.common import encoded, tar_bytes, write_parquet
 from tests.data.weather import Weather
-from tests.jobs.common import ROOT, run_job
+from tests.jobs.common import ROOT
+from tests.jobs.forked import start_forked
 
 Use = Callable[[float], None]
 
@@ -210,6 +211,6 @@ def test_a_training_fills_it(bucket: str, tmp_path: Path) -> None:
         "--data", bucket, "--output", tmp_path / "run", "--steps", 2, "--batch-size", 8, "--cache-dir", "cache",
         "--model-channels", 8, "--channel-multipliers", 1, "--head-channels", 4, "--attention-resolutions",
     )  # fmt: skip
-    done = run_job("train", *flags, home=tmp_path)
+    done = start_forked("train", *flags, home=tmp_path).outcome(timeout=300)
     assert done.code == 0, done.stderr
     assert len(files(tmp_path)) > 2

@@ -17,7 +17,7 @@ from pipeline.redact import printable
 from tests.data.common import encoded, write_folder, write_parquet, write_tars
 
 IMAGES = encoded(40)
-ROUNDS = 20
+ROUNDS = 12
 
 
 def write_zip(folder: Path, images: list[bytes]) -> Path:

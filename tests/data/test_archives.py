@@ -19,7 +19,6 @@ from pipeline.data.sources.zips import ZipPart, is_zip
 from pipeline.errors import InputError
 from tests.data.common import encode, encoded, picture
 from tests.data.reading import PNG, labels, opened, put, splits
-from tests.data.s3 import s3_server
 
 IMAGES = encoded(12)
 
@@ -197,26 +196,27 @@ def test_parts_are_mixed_and_know_where_their_images_were(tmp_path: Path) -> Non
         assert isinstance(before, ZipPart) and set(part.members) <= set(before.members)
 
 
-def test_a_remote_archive_is_read_in_stretches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_remote_archive_is_read_in_stretches(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     members = {f"{c}/{i:03d}.png": PNG + bytes([i]) * 20_000 for c in ("cat", "dog") for i in range(40)}
     path = pack(tmp_path / "a.zip", {**members, "x/unknown": PNG, "notes.txt": b"words"}, zipfile.ZIP_STORED)
-    with s3_server("archives") as uri:
-        fs, bucket = storage.open_fs(uri)
-        fs.put_file(str(path), f"{bucket}/z/a.zip")
-        found, items = opened(f"{uri}/z", 10)
-        assert {i.path.removeprefix("a.zip/"): i.data for i in items} == {**members, "x/unknown": PNG}
-        assert found.listing.ignored == {"a.zip/notes.txt": "not an image"}
-        part, asked = found.listing.parts[0], list[int]()
-        stretch = zip_members.read_stretch
+    fs, place = storage.open_fs(bucket)
+    fs.put_file(str(path), f"{place}/z/a.zip")
+    found, items = opened(f"{bucket}/z", 10)
+    assert {i.path.removeprefix("a.zip/"): i.data for i in items} == {**members, "x/unknown": PNG}
+    assert found.listing.ignored == {"a.zip/notes.txt": "not an image"}
+    part, asked = found.listing.parts[0], list[int]()
+    stretch = zip_members.read_stretch
 
-        def counting(uri: str, start: int, stop: int) -> bytes:
-            asked.append(stop - start)
-            return stretch(uri, start, stop)
+    def counting(uri: str, start: int, stop: int) -> bytes:
+        asked.append(stop - start)
+        return stretch(uri, start, stop)
 
-        monkeypatch.setattr(zip_members, "read_stretch", counting)
-        whole = list(part.read())
-        assert len(asked) == len(whole) and sum(asked) < len(whole) * 22_000
-        asked.clear()
-        assert list(part.read([1])) == [whole[1]] and len(asked) == 1
-        fs.rm_file(f"{bucket}/z/a.zip")
-        assert {item.reason for item in part.read()} == {"can't be read: it no longer exists"}
+    monkeypatch.setattr(zip_members, "read_stretch", counting)
+    whole = list(part.read())
+    assert len(asked) == len(whole) and sum(asked) < len(whole) * 22_000
+    asked.clear()
+    assert list(part.read([1])) == [whole[1]] and len(asked) == 1
+    fs.rm_file(f"{place}/z/a.zip")
+    assert {item.reason for item in part.read()} == {"can't be read: it no longer exists"}

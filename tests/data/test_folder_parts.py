@@ -13,7 +13,6 @@ from pipeline.data.sources.parts import Request
 from pipeline.data.sources.registry import open_source
 from tests.data.common import encoded, label_of, write_folder
 from tests.data.reading import opened, put
-from tests.data.s3 import s3_server
 
 
 @pytest.mark.parametrize("count", [1, 19, 20, 21, 150, 1000])
@@ -72,27 +71,26 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_a_remote_folder_is_read_several_files_at_a_time_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    with s3_server("folders") as uri:
-        fs, path = storage.open_fs(uri)
-        names = [f"d/{c}/{n}.png" for c in ("cat", "d o%41g#[*") for n in range(30)] + ["d/metadata.txt"]
-        for i, name in enumerate(names):
-            fs.pipe_file(f"{path}/{name}", f"{i}".encode())
-        found, items = opened(f"{uri}/d", 100)
-        assert {item.path: item.data for item in items} == {
-            n[2:]: f"{i}".encode() for i, n in enumerate(names[:-1])
-        }
-        assert Counter(item.label for item in items) == {"cat": 30, "d o%41g#[*": 30}
-        (part,) = found.listing.parts
-        assert [i.path for i in part.read([5, 1, 5])] == [items[n].path for n in (5, 1, 5)]
-        first = next(iter(part.read()))
-        assert first == items[0]
-        fs.rm_file(f"{path}/d/{part.names[3]}")
-        assert [i.reason for i in part.read(range(5))] == [
-            "",
-            "",
-            "",
-            "can't be read: it no longer exists",
-            "",
-        ]
+def test_a_remote_folder_is_read_several_files_at_a_time_in_order(bucket: str) -> None:
+    fs, path = storage.open_fs(bucket)
+    names = [f"d/{c}/{n}.png" for c in ("cat", "d o%41g#[*") for n in range(30)] + ["d/metadata.txt"]
+    for i, name in enumerate(names):
+        fs.pipe_file(f"{path}/{name}", f"{i}".encode())
+    found, items = opened(f"{bucket}/d", 100)
+    assert {item.path: item.data for item in items} == {
+        n[2:]: f"{i}".encode() for i, n in enumerate(names[:-1])
+    }
+    assert Counter(item.label for item in items) == {"cat": 30, "d o%41g#[*": 30}
+    (part,) = found.listing.parts
+    assert [i.path for i in part.read([5, 1, 5])] == [items[n].path for n in (5, 1, 5)]
+    first = next(iter(part.read()))
+    assert first == items[0]
+    fs.rm_file(f"{path}/d/{part.names[3]}")
+    assert [i.reason for i in part.read(range(5))] == [
+        "",
+        "",
+        "",
+        "can't be read: it no longer exists",
+        "",
+    ]
     assert fetch.THREADS < 32

@@ -1,4 +1,4 @@
-"""Thousands of damaged files cause no hang, no crash and no loss of an intact image."""
+"""Some three thousand damaged files cause no hang, no crash and no loss of an intact image."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from tests.jobs.common import ROOT
 
-KINDS = {"PNG,JPEG,GIF,TIFF,WEBP": 1000, "tar": 400, "parquet": 400}
+KINDS = {"PNG,JPEG,GIF,TIFF,WEBP": 500, "tar": 200, "parquet": 200}
 
 
 @pytest.mark.slow

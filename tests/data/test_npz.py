@@ -17,7 +17,6 @@ from pipeline.data.sources.registry import open_source
 from pipeline.data.sources.tree import open_tree
 from pipeline.errors import InputError
 from tests.data.reading import labels, opened, put, splits
-from tests.data.s3 import s3_server
 
 RNG = np.random.default_rng(0)
 SAVERS: dict[str, Callable[..., None]] = {"plain": np.savez, "compressed": np.savez_compressed}
@@ -267,23 +266,24 @@ def test_a_compressed_file_is_unpacked_once_and_again_when_it_changed(
 
 
 @pytest.mark.slow
-def test_a_remote_file_is_read_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_file_is_read_in_stretches(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arr = images(64, 32, 32, 3)
     for saver, save in SAVERS.items():
         save(tmp_path / f"{saver}.npz", arr, np.arange(64))
-    with s3_server("arrays") as uri:
-        fs, bucket = storage.open_fs(uri)
-        for saver in SAVERS:
-            fs.put_file(str(tmp_path / f"{saver}.npz"), f"{bucket}/{saver}/a.npz")
-            assert (pixels(f"{uri}/{saver}") == arr).all()
-        asked, stretch = list[int](), records.read_stretch
+    fs, place = storage.open_fs(bucket)
+    for saver in SAVERS:
+        fs.put_file(str(tmp_path / f"{saver}.npz"), f"{place}/{saver}/a.npz")
+        assert (pixels(f"{bucket}/{saver}") == arr).all()
+    asked, stretch = list[int](), records.read_stretch
 
-        def counting(uri: str, start: int, stop: int) -> bytes:
-            asked.append(stop - start)
-            return stretch(uri, start, stop)
+    def counting(uri: str, start: int, stop: int) -> bytes:
+        asked.append(stop - start)
+        return stretch(uri, start, stop)
 
-        monkeypatch.setattr(records, "read_stretch", counting)
-        part = open_source("npz", f"{uri}/plain", Request(16)).listing.parts[1]
-        assert len(list(part.read())) == 16 and asked == [16 * 3072]
-        asked.clear()
-        assert [i.label for i in part.read([3, 4, 9])] == ["19", "20", "25"] and asked == [2 * 3072, 3072]
+    monkeypatch.setattr(records, "read_stretch", counting)
+    part = open_source("npz", f"{bucket}/plain", Request(16)).listing.parts[1]
+    assert len(list(part.read())) == 16 and asked == [16 * 3072]
+    asked.clear()
+    assert [i.label for i in part.read([3, 4, 9])] == ["19", "20", "25"] and asked == [2 * 3072, 3072]

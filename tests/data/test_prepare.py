@@ -228,11 +228,15 @@ def test_texts_beside_the_images_of_a_tar_are_the_classes(tmp_path: Path) -> Non
     assert open_dataset(source, image_size=12).image.classes == tuple(sorted(names))
 
 
-def test_s3_in_and_out(s3: str, prepared: tuple[Path, Manifest], source: Path) -> None:
+@pytest.mark.usefixtures("prepared_here")
+def test_s3_in_and_out(s3: str, tmp_path: Path) -> None:
+    source, rows = write_folder(tmp_path / "in", IMAGES[:60]), {"rows_per_shard": 20, "rows_per_group": 8}
     for path in source.rglob("*.png"):
         storage.write_atomic(f"{s3}/in[1]/{path.relative_to(source)}", path.read_bytes())
-    manifest = prepare(config(source, f"{s3}/out[1]", input=f"{s3}/in[1]"))
-    local = contents(prepared[0])
+    manifest = prepare(config(source, f"{s3}/out[1]", input=f"{s3}/in[1]", **rows))
+    fingerprint = prepare(config(source, tmp_path / "out", **rows)).fingerprint
+    local = contents(tmp_path / "out")
+    assert len(local) > 3
     remote = {
         name.removeprefix(f"{s3}/out[1]/"): storage.read_bytes(name)
         for name in storage.list_files(f"{s3}/out[1]")
@@ -241,7 +245,7 @@ def test_s3_in_and_out(s3: str, prepared: tuple[Path, Manifest], source: Path) -
     assert {n: d for n, d in remote.items() if n.startswith("data/")} == {
         n: d for n, d in local.items() if n.startswith("data/")
     }
-    assert manifest.fingerprint == open_dataset(f"{s3}/out[1]").fingerprint == prepared[1].fingerprint
+    assert manifest.fingerprint == open_dataset(f"{s3}/out[1]").fingerprint == fingerprint
     storage.write_atomic(f"{s3}/tars/a.tar", tar_bytes(IMAGES[:100]))
     assert set(all_rows(f"{s3}/tars", "train")) < set(IMAGES[:100])
 

@@ -2,11 +2,11 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline import storage
 from pipeline.data import kept, shuffle
 from pipeline.data.images import encode_png
 from pipeline.data.kept import Chunk, read_chunk, read_records, rows_between, write_chunk
@@ -51,16 +51,16 @@ def test_rows_of_a_range_are_one_request_of_about_their_bytes(
 @pytest.mark.slow
 @pytest.mark.usefixtures("prepared_here")
 def test_runs_of_shards_share_their_requests_and_give_the_same_bytes(
-    bucket: str, weather: Weather, monkeypatch: pytest.MonkeyPatch
+    bucket: str, weather: Weather, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(60):
         image = encode_png(RNG.integers(0, 256, (32, 32, 3), np.uint8))
-        storage.write_atomic(f"{bucket}/in/{number:03d}.png", image)
+        (tmp_path / f"{number:03d}.png").write_bytes(image)
     found = []
     for runs in (shuffle.RUNS, 1):
         monkeypatch.setattr(shuffle, "RUNS", runs)
         output = f"{bucket}/out{runs}"
-        config = PrepareConfig(output, "folder", f"{bucket}/in", rows_per_shard=10, image_size=32)
+        config = PrepareConfig(output, "folder", str(tmp_path), rows_per_shard=10, image_size=32)
         weather.calm()
         manifest = prepare(config)
         chunks = sum(len(record.chunks) for record in read_records(output).values())

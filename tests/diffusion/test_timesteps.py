@@ -98,9 +98,9 @@ def test_drawing_by_the_second_moment_lowers_the_variance_of_the_bounds_gradient
             state = update(state, torch.arange(100), losses(torch.arange(100)))
 
     def gradients(state: State) -> Tensor:
-        """Return 400 estimates of the gradient, each from 16 images, [400, weights]."""
+        """Return 200 estimates of the gradient, each from 16 images, [200, weights]."""
         rows = []
-        for _ in range(400):
+        for _ in range(200):
             t, weight = draw(state, torch.rand(16, generator=generator, dtype=torch.float64))
             loss = (weight.float() * losses(t)).mean()
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
@@ -113,4 +113,4 @@ def test_drawing_by_the_second_moment_lowers_the_variance_of_the_bounds_gradient
     assert ratio > 1.5
     # Both estimate the same gradient.
     difference = uniform.mean(0) - weighted.mean(0)
-    assert difference.norm().item() < 4 * math.sqrt(sum(variances) / 400)
+    assert difference.norm().item() < 4 * math.sqrt(sum(variances) / 200)

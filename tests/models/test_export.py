@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import fsspec
@@ -29,21 +30,29 @@ from tests.models.test_unet import PLAIN, SMALL, randomised
 
 SPEC = ModelSpec(SMALL, ImageConfig(8, 1), DiffusionConfig(timesteps=10), {"data_fingerprint": "f"})
 
-
 OTHER = replace(SPEC, provenance={"data_fingerprint": "g"})
+
+
+@cache
+def first_weights() -> dict[str, torch.Tensor]:
+    return randomised(SPEC).state_dict()
+
+
+@cache
+def other_weights() -> dict[str, torch.Tensor]:
+    return {name: tensor + 1 for name, tensor in first_weights().items()}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return save_model(tmp_path / "model", randomised(SPEC).state_dict(), SPEC)
+    return save_model(tmp_path / "model", first_weights(), SPEC)
 
 
 def test_a_model_comes_back_as_it_went(folder: Path) -> None:
     model, spec = load_model(folder)
     assert spec == SPEC
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), randomised(SPEC).state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), first_weights().values(), strict=True)
     )
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
@@ -51,8 +60,7 @@ def test_a_model_comes_back_as_it_went(folder: Path) -> None:
 
 def test_replacing_a_model_changes_its_fingerprint(folder: Path) -> None:
     before = model_fingerprint(folder)
-    weights = {name: tensor + 1 for name, tensor in randomised(SPEC).state_dict().items()}
-    save_model(folder, weights, SPEC)
+    save_model(folder, other_weights(), SPEC)
     assert model_fingerprint(folder) != before
 
 
@@ -84,15 +92,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "model") if request.param == "disk" else f"memory://{tmp_path}/model"
 
 
-def other_weights() -> dict[str, torch.Tensor]:
-    return {name: tensor + 1 for name, tensor in randomised(SPEC).state_dict().items()}
-
-
 def whole(place: str) -> str:
     """Return which of the two models is stored. Its weights and configuration must both match."""
     model, spec = load_model(place)
     for name, wanted, weights in (
-        ("first", SPEC, randomised(SPEC).state_dict()),
+        ("first", SPEC, first_weights()),
         ("other", OTHER, other_weights()),
     ):
         if spec == wanted and all(torch.equal(model.state_dict()[key], weights[key]) for key in weights):
@@ -104,7 +108,7 @@ def whole(place: str) -> str:
 def test_a_replacement_that_is_cut_off_anywhere_leaves_the_one_model_or_the_other(
     place: str, writes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_model(place, randomised(SPEC).state_dict(), SPEC)
+    save_model(place, first_weights(), SPEC)
     assert whole(place) == "first"
     write, left = storage.write_atomic, iter(range(writes))
 
@@ -127,8 +131,8 @@ def test_a_reader_beside_a_writer_never_combines_two_models(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer replaces the model between any two reads."""
-    save_model(place, randomised(SPEC).state_dict(), SPEC)
-    read, models = storage.read_bytes, [(other_weights(), OTHER), (randomised(SPEC).state_dict(), SPEC)]
+    save_model(place, first_weights(), SPEC)
+    read, models = storage.read_bytes, [(other_weights(), OTHER), (first_weights(), SPEC)]
 
     def replaced_after(uri: str) -> bytes:
         data = read(uri)
@@ -141,7 +145,7 @@ def test_a_reader_beside_a_writer_never_combines_two_models(
 
 
 def test_a_model_of_0_1_0_has_its_configuration_in_config_json_alone(tmp_path: Path) -> None:
-    save_file(randomised(SPEC).state_dict(), tmp_path / "model.safetensors")
+    save_file(first_weights(), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"is not an exported model: no config\.json in it"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(SPEC)))
@@ -162,7 +166,7 @@ def test_what_was_read_once_is_a_model_without_its_folder(folder: Path) -> None:
 
 
 def test_equal_models_have_equal_bytes_wherever_they_lie(folder: Path, place: str) -> None:
-    assert save_model(place, randomised(SPEC).state_dict(), SPEC) == place
+    assert save_model(place, first_weights(), SPEC) == place
     assert model_fingerprint(place) == model_fingerprint(folder)
 
 
@@ -176,7 +180,7 @@ def refused(*arguments: object) -> None:
 def test_a_part_of_the_output_of_a_training_is_answered_with_the_place_of_its_model(
     place: str, part: str
 ) -> None:
-    save_model(storage.join(place, "model"), randomised(SPEC).state_dict(), SPEC)
+    save_model(storage.join(place, "model"), first_weights(), SPEC)
     with pytest.raises(InputError, match=rf"has its model in {re.escape(storage.join(place, 'model'))}$"):
         load_model(storage.join(place, part))
 
@@ -186,7 +190,7 @@ def test_a_model_that_is_not_there_and_one_that_cannot_be_read_are_told_apart(
 ) -> None:
     with pytest.raises(InputError, match=r"model is not an exported model: no model\.safetensors in it"):
         load_model(place)
-    save_model(place, randomised(SPEC).state_dict(), SPEC)
+    save_model(place, first_weights(), SPEC)
     file_system: Callable[..., object] = type(fsspec.core.url_to_fs(place)[0])
     monkeypatch.setattr(file_system, "cat_file", refused)
     with pytest.raises(InputError, match=r"model: can't be read: .*Access Denied"):
@@ -204,7 +208,7 @@ def test_the_weights_file_says_its_format_and_the_configuration_in_a_fixed_order
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "config.json": (folder / "config.json").read_text()}
     theirs = load_file(folder / "model.safetensors")
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in randomised(SPEC).state_dict().items())
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in first_weights().items())
 
 
 def test_a_card_says_what_the_model_is_and_what_users_wrote_is_only_text(tmp_path: Path) -> None:
