@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import disk_cache, storage, stretches
+from pipeline.cluster import forking
 from pipeline.data.sources import parquet_files
 from pipeline.data.sources.parquet import read_row_group
 from pipeline.data.sources.parts import Request
@@ -203,6 +204,7 @@ def test_processes_that_share_it_may_be_killed_at_any_moment(tmp_path: Path, use
 
 @pytest.mark.system
 def test_a_training_fills_it(bucket: str, tmp_path: Path) -> None:
+    """Each worker is a new Python, as on a cluster that somebody else has started."""
     images = encoded(64, 8, 8)
     write_parquet(tmp_path / "data", images)
     for path in (tmp_path / "data").iterdir():
@@ -211,6 +213,6 @@ def test_a_training_fills_it(bucket: str, tmp_path: Path) -> None:
         "--data", bucket, "--output", tmp_path / "run", "--steps", 2, "--batch-size", 8, "--cache-dir", "cache",
         "--model-channels", 8, "--channel-multipliers", 1, "--head-channels", 4, "--attention-resolutions",
     )  # fmt: skip
-    done = start_forked("train", *flags, home=tmp_path).outcome(timeout=300)
+    done = start_forked("train", *flags, home=tmp_path, **{forking.SWITCH: "0"}).outcome(timeout=300)
     assert done.code == 0, done.stderr
     assert len(files(tmp_path)) > 2
