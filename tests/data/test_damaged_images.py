@@ -229,6 +229,15 @@ def test_a_jpeg_that_says_it_is_complete_and_is_not() -> None:
     assert (decode(encode(grey, "JPEG"), 40, 3)[-1, -1] == 128).all()
 
 
+def test_a_jpeg_2000_that_says_it_is_complete_and_is_not() -> None:
+    """Pillow fills the tiles that are missing."""
+    data = encode(picture(3, 32, 32), "JPEG2000", tile_size=(8, 8), no_jp2=True)
+    tiles = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\x90"]
+    assert len(tiles) == 16
+    for tile in tiles[1:]:
+        assert "ends before its last tile" in refused(data[:tile] + b"\xff\xd9")
+
+
 @pytest.mark.slow
 def test_every_cut_of_every_format() -> None:
     image = picture(3, 12, 8)
