@@ -1,6 +1,6 @@
-"""Run every test except the soak tests, in four processes, of which three run at a time.
+"""Run every test except the soak tests, in four processes, of which two run at a time.
 
-Each waits for others a good part of its time: for nodes, servers and timeouts. `python -m tests` shows each
+The suite is bound by the processors, so more at a time only make each test slower. `python -m tests` shows each
 process's output at its end. After MOST_SECONDS, or on SIGTERM, each process prints the stacks of its threads and is
 ended.
 """
@@ -20,14 +20,14 @@ from tests.system.served import kill
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 SYSTEM, TRAINING = ["tests/system"], ["tests/cluster", "tests/training"]
 # Each process's part of the command line. No two processes import the same test modules, whose imports take up to half
-# a minute, or start the same cluster. The longest come first, so that the processors work to the end.
+# a minute, or start the same cluster. The longest come first, so that both processors work to the end.
 GROUPS = [
     ["-m", "(machines or served) and not soak", *SYSTEM],
     ["-m", "not soak", *(f"--ignore={folder}" for folder in (*SYSTEM, *TRAINING))],
     ["-m", "not soak", *TRAINING],
     ["-m", "not (machines or served or soak)", *SYSTEM],
 ]
-AT_A_TIME = 3
+AT_A_TIME = 2
 MOST_SECONDS = 70 * 60
 SECONDS_TO_CLEAR_UP = 60
 
