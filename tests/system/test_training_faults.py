@@ -1,6 +1,7 @@
 """Training on a cluster whose workers, nodes and driver are killed gives the run that nothing disturbs."""
 
 import dataclasses
+import functools
 import random
 import re
 import signal
@@ -70,16 +71,18 @@ class Site:
             assert time.monotonic() < end, f"waited in vain for {what}"
             time.sleep(1.0)
 
+    @functools.cached_property
+    def client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
+
     def runs(self, output: str) -> list[mlflow.entities.Run]:
-        client = mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
         wanted = f"tags.`ray_ddpm.output` = '{self.home / output}'"
-        return list(client.search_runs(["1"], filter_string=wanted))
+        return list(self.client.search_runs(["1"], filter_string=wanted))
 
     def curve(self, output: str, name: str) -> list[tuple[int, float]]:
         """Return all points of a curve of the output's only run, as (step, value)."""
         (run,) = self.runs(output)
-        client = mlflow.MlflowClient(f"sqlite:///{self.home / 'mlflow.db'}")
-        history = client.get_metric_history(run.info.run_id, name)
+        history = self.client.get_metric_history(run.info.run_id, name)
         return sorted((point.step, point.value) for point in history)
 
 
