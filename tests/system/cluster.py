@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.cluster.ray_internals import small_nodes
@@ -36,6 +37,10 @@ class LocalCluster:
     def address(self) -> str:
         """The address for RAY_ADDRESS."""
         return str(self.cluster.address)
+
+    def join(self) -> None:
+        """Let this process join. Its workers are forked, as those of a job, because it has a runtime environment."""
+        ray.init(address=self.address, log_to_driver=False, runtime_env={"env_vars": {"RAY_DDPM_TESTS": "1"}})
 
     def add_node(self, cpus: float = 2) -> Any:
         """Start a node, let it join, and return it."""

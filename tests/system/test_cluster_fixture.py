@@ -11,7 +11,7 @@ from tests.system.cluster import LocalCluster, is_alive
 def test_a_killed_node_is_gone_and_its_work_is_done_elsewhere(machines: LocalCluster) -> None:
     machines.resize(2)
     leave_ray()
-    ray.init(address=machines.address, log_to_driver=False)
+    machines.join()
     try:
 
         @ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)

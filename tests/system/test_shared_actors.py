@@ -35,7 +35,7 @@ def joined(machines: LocalCluster) -> Iterator[LocalCluster]:
     """The cluster with two nodes of one CPU, which this process has joined."""
     machines.resize(2)
     leave_ray()
-    ray.init(address=machines.address, log_to_driver=False)
+    machines.join()
     with sent_by_value(__name__):
         yield machines
     leave_ray()
