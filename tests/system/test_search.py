@@ -1,8 +1,6 @@
 """Whole searches, through Ray Tune, Optuna, Ray Train and MLflow, on a cluster of one node with two CPUs."""
 
 import json
-import math
-import os
 import shlex
 import shutil
 import signal
@@ -25,13 +23,13 @@ from pipeline.lock import LeaseLost
 from pipeline.tracking import address, runs
 from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
-from pipeline.tuning.ledger import Record, Rung
+from pipeline.tuning.ledger import Record
 from pipeline.tuning.search import search
 from tests.data.common import leave_ray, sent_by_value
 from tests.jobs.common import database, environment
 from tests.jobs.forked import ForkedJob
 from tests.system.cluster import LocalCluster, local_cluster
-from tests.tuning.gaussian import GaussianTrial, known_bound
+from tests.tuning.gaussian import FailingTrial, GaussianTrial, SlowTrial, known_bound
 from tests.tuning.test_proposals import FLAGS, VALUES
 
 pytestmark = pytest.mark.system
@@ -283,21 +281,6 @@ def test_the_search_finds_the_known_best_of_gaussian_data(home: Path) -> None:
         assert abs(record.metrics[BITS_PER_DIM] - bound) < 4 * record.metrics[f"{BITS_PER_DIM}_stderr"]
 
 
-class FailingTrial(GaussianTrial):
-    """Trial 0 measures NaN. The processes of two others are killed or fail until the file `repaired` exists."""
-
-    def advance(self) -> Rung:
-        rung = super().advance()
-        if self.record.number == 0:
-            return replace(rung, metrics=rung.metrics | {BITS_PER_DIM: math.nan})
-        if not (Path(self.job.output) / "repaired").exists():
-            if self.record.number == 1:
-                os._exit(1)
-            if self.record.number == 2:
-                raise OSError("the storage is away")
-        return rung
-
-
 def test_a_resume_makes_another_attempt_where_the_infrastructure_failed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,15 +307,6 @@ def test_a_resume_makes_another_attempt_where_the_infrastructure_failed(
     note.write_text(json.dumps(old | {"fixed": old["fixed"] | {"scheduler": "pbt"}}))
     with pytest.raises(InputError, match="scheduler = pbt, which no longer exists, now it is asha"):
         search(config, FailingTrial)
-
-
-class SlowTrial(GaussianTrial):
-    """Removes the lock, as another driver does after this one was silent for too long."""
-
-    def advance(self) -> Rung:
-        (Path(self.job.output) / "lock.json").unlink(missing_ok=True)
-        time.sleep(60)
-        return super().advance()
 
 
 def test_a_driver_that_has_lost_its_lease_stops_the_search_and_leaves_its_run_open(

@@ -2,9 +2,15 @@
 
 `known_bound` follows the papers' formulas in numpy and shares no code with the pipeline. `GaussianTrial` measures the
 same bound as a trial does, from samples, with the pipeline's own losses.
+
+Trials stand here, because each worker imports the module of its trial, and this one imports little.
 """
 
 import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,3 +115,27 @@ class GaussianTrial(Trial):
             f"{BITS_PER_DIM}_stderr": float(totals.std(ddof=1) / math.sqrt(len(totals))),
         }
         return Rung(self.job.images, 1, 0.0, metrics, tuple(totals.tolist()))
+
+
+class FailingTrial(GaussianTrial):
+    """Trial 0 measures NaN. The processes of two others are killed or fail until the file `repaired` exists."""
+
+    def advance(self) -> Rung:
+        rung = super().advance()
+        if self.record.number == 0:
+            return replace(rung, metrics=rung.metrics | {BITS_PER_DIM: math.nan})
+        if not (Path(self.job.output) / "repaired").exists():
+            if self.record.number == 1:
+                os._exit(1)
+            if self.record.number == 2:
+                raise OSError("the storage is away")
+        return rung
+
+
+class SlowTrial(GaussianTrial):
+    """Removes the lock, as another driver does after this one was silent for too long."""
+
+    def advance(self) -> Rung:
+        (Path(self.job.output) / "lock.json").unlink(missing_ok=True)
+        time.sleep(60)
+        return super().advance()
