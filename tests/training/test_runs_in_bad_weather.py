@@ -72,6 +72,7 @@ def test_stops_with_validated_unvalidated_and_pending_checkpoints_leave_no_trace
         (5, interrupt, Interrupted),
         (8, kill_controller, ray.exceptions.RayError),
         (11, interrupt, Interrupted),
+        (14, interrupt, Interrupted),
     ):
         with pytest.raises(error):
             train(config, on_point=at(step, stop), hooks=slow)
