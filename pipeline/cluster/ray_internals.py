@@ -188,18 +188,22 @@ def small_nodes() -> Iterator[None]:
     """
     node = importlib.import_module("ray._private.node").Node
     utils = importlib.import_module("ray._private.utils")
-    error = utils.get_dashboard_dependency_error
-    installed = False
-    with contextlib.suppress(ModuleNotFoundError):  # a module whose package is missing
-        installed = all(map(importlib.util.find_spec, DASHBOARD_LIBRARIES))
+    import_them = utils.get_dashboard_dependency_error
 
     def start_nothing(self: Any, **_: Any) -> None:
         self._webui_url = ""
 
+    def look_for_them() -> ImportError | None:
+        with contextlib.suppress(ModuleNotFoundError):  # a module whose package is missing
+            if all(map(importlib.util.find_spec, DASHBOARD_LIBRARIES)):
+                return None
+        missing: ImportError | None = import_them()
+        return missing
+
     names = ("start_monitor", "start_log_monitor", "start_api_server")
     with (
         _replaced(node, **dict.fromkeys(names, start_nothing)),
-        _replaced(utils, get_dashboard_dependency_error=(lambda: None) if installed else error),
+        _replaced(utils, get_dashboard_dependency_error=look_for_them),
     ):
         yield
 

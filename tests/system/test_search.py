@@ -25,7 +25,7 @@ from pipeline.tuning import ledger
 from pipeline.tuning.config import TuneConfig
 from pipeline.tuning.ledger import Record
 from pipeline.tuning.search import search
-from tests.data.common import leave_ray, sent_by_value
+from tests.data.common import leave_ray
 from tests.jobs.common import database, environment
 from tests.jobs.forked import ForkedJob
 from tests.system.cluster import LocalCluster, local_cluster
@@ -52,8 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, digits: Path, cluster: LocalC
         patch.setenv("RAY_ADDRESS", cluster.address)
         connect(environment=address.environment())
         (home / "digits").symlink_to(digits)
-        with sent_by_value(__name__):
-            yield home
+        yield home
         leave_ray()
 
 
